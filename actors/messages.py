@@ -1,0 +1,205 @@
+"""The frozen data that cross a process border, and how activations are packed for it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.storage.files import FileEntry
+from planners.plan import ModelForm, ModelShape, Option, Statistic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """A tensor as a numpy buffer: Ray maps numpy without a copy, torch tensors it pickles.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: torch's name, e.g. ``bfloat16``, which numpy has not.
+        buffer: its bytes, uint8.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    buffer: np.ndarray
+
+
+def pack(tensor: Tensor) -> Packed:
+    """Return a tensor of at least one dimension as bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Packed(shape=tuple(tensor.shape), dtype=dtype, buffer=flat.view(torch.uint8).numpy())
+
+
+def unpack(packed: Packed, *, device: str) -> Tensor:
+    """Return the tensor on a device, in memory of its own: the buffer may be read-only."""
+    flat = torch.frombuffer(bytearray(packed.buffer), dtype=torch.uint8)
+    return flat.view(getattr(torch, packed.dtype)).reshape(packed.shape).to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSetup:
+    """Who a worker is and what it may use.
+
+    Attributes:
+        name: of its slot, e.g. ``worker-0``.
+        incarnation: unique to this process.
+        run_uri: the run directory.
+        threads: threads of one unit.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    name: str
+    incarnation: str
+    run_uri: str
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The layers of a checkpoint that a stage holds.
+
+    Attributes:
+        checkpoint_uri: a model directory, dense or compressed.
+        family: names its tensors.
+        first: first layer.
+        last: one past the last layer.
+        embedding: it looks tokens up.
+        head: it computes losses.
+        statistics: what it accumulates while it observes.
+        dtype: compute dtype.
+    """
+
+    checkpoint_uri: str
+    family: str
+    first: int
+    last: int
+    embedding: bool
+    head: bool
+    statistics: frozenset[Statistic]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """Some sequences on their way through a stage.
+
+    Attributes:
+        index: position in the pass; a stage sees them in this order.
+        tokens: file in the run directory that holds the token ids.
+        rows: first sequence, one past the last.
+        observe: add to the statistics.
+        loss: the last stage computes the loss.
+        hand_over: return the output to the next stage.
+        read_boundary: file to read the input from where none is handed over; else empty.
+        write_boundary: file to leave the output in; else empty.
+    """
+
+    index: int
+    tokens: str
+    rows: tuple[int, int]
+    observe: bool = False
+    loss: bool = False
+    hand_over: bool = False
+    read_boundary: str = ""
+    write_boundary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """What a stage says after one microbatch."""
+
+    index: int
+    incarnation: str
+    num_tokens: int
+    started: float
+    seconds: float
+    peak_bytes: int
+    nats: float = 0.0
+    num_predicted: int = 0
+    boundary: FileEntry | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressionJob:
+    """What all compression units of a run share."""
+
+    checkpoint_uri: str
+    method: str
+    options: Mapping[str, Option]
+    shape: ModelShape
+    form: ModelForm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitTask:
+    """One unit to do.
+
+    Attributes:
+        unit: its name, which names its files.
+        kind: which function does it.
+        index: layer or site, or -1.
+        inputs: names of the units it reads, in the order the function expects.
+    """
+
+    unit: str
+    kind: str
+    index: int
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitDone:
+    """What a worker says after a unit: the driver turns it into the record."""
+
+    unit: str
+    worker: str
+    incarnation: str
+    device: str
+    files: tuple[FileEntry, ...]
+    values: Mapping[str, object] = field(default_factory=dict)
+    started: float
+    seconds: float
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest:
+    """A result to be loaded and compared with what was computed.
+
+    Attributes:
+        uri: its directory.
+        family: names its tensors.
+        tensors: name -> sha256, shape and dtype as they were computed.
+        ids: sequences of equal length to run it on.
+        whole: it fits one process; else it is read a tensor at a time.
+    """
+
+    uri: str
+    family: str
+    tensors: Mapping[str, Mapping[str, Any]]
+    ids: Sequence[Sequence[int]]
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputRequest:
+    """Models to be timed in turn, so that they share whatever else the machine does.
+
+    Attributes:
+        uris: name -> checkpoint directory.
+        prompt: tokens of each prompt.
+        batch: prompts at one time.
+        new_tokens: tokens generated for each.
+        rounds: how often each is measured, after one warm-up round that is not counted.
+    """
+
+    uris: Mapping[str, str]
+    prompt: int
+    batch: int
+    new_tokens: int
+    rounds: int

@@ -1,0 +1,44 @@
+"""The registry of compression methods: the files of this folder.
+
+``actors/methods/slicegpt.py`` defines ``SPEC`` and ``METHOD`` and is thereby the method
+``slicegpt``. There is nothing else to edit. A file whose name starts with an underscore is a part
+that methods share.
+"""
+
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+from planners.errors import ConfigError
+from planners.plan import MethodSpec
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of all methods, sorted, importing none of them."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+def spec(name: str) -> MethodSpec:
+    """Return what the planners may know of a method.
+
+    Raises:
+        ConfigError: there is no such method; the message lists those there are.
+    """
+    found: MethodSpec = _module(name).SPEC
+    return found
+
+
+def load(name: str) -> Any:
+    """Return the tensor functions of a method.
+
+    Raises:
+        ConfigError: there is no such method; the message lists those there are.
+    """
+    return _module(name).METHOD
+
+
+def _module(name: str) -> Any:
+    if name not in available():
+        raise ConfigError(f"unknown method {name!r}; available: {', '.join(available())}")
+    return import_module(f"actors.methods.{name}")

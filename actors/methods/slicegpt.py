@@ -1,0 +1,281 @@
+"""SliceGPT (arXiv:2401.15024): turn the residual stream to its principal axes, drop the small ones.
+
+``RMSNorm(x Q) Q^T = RMSNorm(x)`` for orthogonal Q once the norm's scale is folded into the next
+weights, so every site of the residual stream may have its own basis, at the price of one
+*shortcut* matrix ``Q_a^T Q_b`` a step. All bases come from the dense model's activations, hence all
+layers are independent. ``rotation=shared`` uses one basis for all sites: no shortcuts, and the
+result is a stock narrower model.
+
+Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actors.numerics.gram import symmetric
+from actors.numerics.linalg import eigh_descending
+from planners.allocation import largest_width
+from planners.cost import dense_model_form, dense_parameters, model_parameters
+from planners.errors import PlanError
+from planners.plan import (
+    LayerForm,
+    MethodSpec,
+    ModelForm,
+    ModelShape,
+    Option,
+    OptionSpec,
+    Statistic,
+    Target,
+)
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Basis:
+    """The kept axes of one site.
+
+    Attributes:
+        vectors: shape (hidden, keep_dim), float64, orthonormal columns, largest variance first.
+        values: all eigenvalues of the site's gram, shape (hidden,), float64, descending.
+        rung: how the factorisation was reached.
+    """
+
+    vectors: Float[Tensor, "hidden keep"]
+    values: Float[Tensor, " hidden"]
+    rung: str
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the gram's trace inside the kept axes, in [0, 1]."""
+        kept = self.values[: self.vectors.shape[1]].clamp_min(0).sum()
+        return float(kept / self.values.clamp_min(0).sum())
+
+
+def site_basis(
+    gram: Float[Tensor, "hidden hidden"], *, keep_dim: int, where: str
+) -> Basis:
+    """Return the ``keep_dim`` principal axes of one site.
+
+    Raises:
+        NumericsError: the gram is not finite or cannot be decomposed.
+    """
+    spectrum = eigh_descending(symmetric(gram), where=where)
+    return Basis(
+        vectors=spectrum.vectors[:, :keep_dim].contiguous(),
+        values=spectrum.values,
+        rung=spectrum.rung,
+    )
+
+
+def shared_gram(grams: list[Float[Tensor, "hidden hidden"]]) -> Float[Tensor, "hidden hidden"]:
+    """Return the sum of the sites' grams, each scaled to trace one.
+
+    Without the scaling the last layers, whose residual stream is largest, would decide alone.
+    """
+    return torch.stack([gram / gram.trace() for gram in grams]).sum(dim=0)
+
+
+def sliced_layer(weights: Weights, *, bases: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one layer between three bases, shortcuts included.
+
+    Args:
+        weights: role -> dense tensor: ``q_proj.weight`` ... ``attn_norm.weight`` ...
+        bases: (hidden, keep) each: of the site that attention reads, of the site that the MLP
+            reads, and of the next layer's first site.
+    """
+    basis_in, basis_mid, basis_out = bases
+    new = _between(weights, bases)
+    dtype = weights["o_proj.weight"].dtype
+    new["attn_shortcut.weight"] = (basis_mid.T @ basis_in).to(dtype)
+    new["mlp_shortcut.weight"] = (basis_out.T @ basis_mid).to(dtype)
+    return new
+
+
+def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of one layer in a basis that all sites share: a stock layer.
+
+    A stock norm divides by the root mean square over the kept width d', ours over the model's own
+    D: the factor sqrt(D / d') goes into the weights that read the norm (with eps' = eps D / d').
+    """
+    hidden, keep = basis.shape
+    new = _between(weights, (basis, basis, basis), gain=math.sqrt(hidden / keep))
+    dtype = weights["o_proj.weight"].dtype
+    ones = torch.ones(keep, dtype=dtype, device=basis.device)
+    return new | {"attn_norm.weight": ones, "mlp_norm.weight": ones.clone()}
+
+
+def _between(
+    weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, gain: float = 1.0
+) -> dict[str, Tensor]:
+    """Return all linears, their inputs and outputs turned and cut; each keeps its dtype."""
+    basis_in, basis_mid, basis_out = bases
+    reads = {
+        "q_proj": ("attn_norm", basis_in),
+        "k_proj": ("attn_norm", basis_in),
+        "v_proj": ("attn_norm", basis_in),
+        "gate_proj": ("mlp_norm", basis_mid),
+        "up_proj": ("mlp_norm", basis_mid),
+    }
+    new: dict[str, Tensor] = {}
+    for name, (norm, basis) in reads.items():
+        scale = weights[f"{norm}.weight"].to(torch.float64) * gain
+        weight = weights[f"{name}.weight"]
+        new[f"{name}.weight"] = ((weight.to(torch.float64) * scale) @ basis).to(weight.dtype)
+        if f"{name}.bias" in weights:
+            new[f"{name}.bias"] = weights[f"{name}.bias"].clone()
+    for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
+        weight = weights[f"{name}.weight"]
+        new[f"{name}.weight"] = (basis.T @ weight.to(torch.float64)).to(weight.dtype)
+        if f"{name}.bias" in weights:
+            bias = weights[f"{name}.bias"]
+            new[f"{name}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
+    return new
+
+
+def turned_rows(
+    rows: Float[Tensor, "rows hidden"], *, basis: Tensor, scale: Tensor | None = None
+) -> Float[Tensor, "rows keep"]:
+    """Return rows of an embedding (or of a head, with the final norm's scale) in a basis."""
+    rows64 = rows.to(torch.float64)
+    if scale is not None:
+        rows64 = rows64 * scale.to(torch.float64)
+    return (rows64 @ basis).to(rows.dtype)
+
+
+def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
+    kind = "normed_gram" if options["pca_on"] == "normed" else "gram"
+    taps = ("resid_attn", "resid_mlp", "resid_out")
+    return frozenset(Statistic(tap, kind) for tap in taps)
+
+
+def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
+    del shape, options  # every family so far has its norms before the blocks
+    return ""
+
+
+def sliced_form(shape: ModelShape, keep_dim: int, options: Mapping[str, Option]) -> ModelForm:
+    """Return the widths of the model with a residual stream of ``keep_dim``."""
+    native = options["rotation"] == "shared"
+    dense = dense_model_form(shape)
+    last_dim = keep_dim if native or options["slice_head"] else shape.hidden
+    layer = replace(
+        dense.layers[0],
+        residual_in=keep_dim,
+        residual_mid=keep_dim,
+        residual_out=keep_dim,
+        shortcuts=not native,
+        norm_weights=native,
+    )
+    last = replace(layer, residual_out=last_dim)
+    return ModelForm(
+        layers=(layer,) * (shape.num_layers - 1) + (last,),
+        embedding_dim=keep_dim,
+        head_dim=last_dim,
+        head_norm_weight=native,
+        tied=False,
+        native=native,
+    )
+
+
+def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
+    step = int(options["round_to"])
+    if options["rotation"] == "shared":
+        # transformers refuses a hidden size that the number of heads does not divide.
+        step = math.lcm(step, shape.num_heads)
+    if target.slice is not None:
+        keep_dim = math.floor((1 - target.slice) * shape.hidden + 1e-9)  # 0.7 * 10 must be 7
+        # Full width stays full even where it is no multiple: nothing is sliced.
+        keep_dim -= 0 if keep_dim == shape.hidden else keep_dim % step
+        if keep_dim < 1:
+            raise PlanError(
+                f"slice {target.slice} of width {shape.hidden} in steps of {step} leaves nothing",
+                hint=f"the smallest width is {step}: --slice {1 - step / shape.hidden:.4f}",
+            )
+        return sliced_form(shape, keep_dim, options)
+    widths = [*range(step, shape.hidden, step), shape.hidden]
+    keep_dim = largest_width(
+        widths,
+        lambda width: model_parameters(shape, sliced_form(shape, width, options)),
+        before=dense_parameters(shape),
+        keep_fraction=target.keep_fraction or 1.0,
+    )
+    return sliced_form(shape, keep_dim, options)
+
+
+SPEC = MethodSpec(
+    name="slicegpt",
+    revision=1,
+    source="arXiv:2401.15024",
+    modules=("residual",),
+    residual=True,
+    options=(
+        OptionSpec(
+            name="rotation",
+            default="per_site",
+            choices=("per_site", "shared"),
+            help="one basis a site with shortcut matrices, or one for all: a stock narrower model",
+        ),
+        OptionSpec(
+            name="pca_on",
+            default="residual",
+            choices=("residual", "normed"),
+            help="principal axes of the residual stream, or of its tokens scaled to equal norm",
+        ),
+        OptionSpec(name="round_to", default=8, minimum=1, help="kept width is a multiple of this"),
+        OptionSpec(
+            name="slice_head",
+            default=False,
+            choices=(False, True),
+            help="slice the last site and the head too (the published program does not)",
+        ),
+    ),
+    statistics=_statistics,
+    refuses=_refuses,
+    form=_form,
+)
+
+
+class SliceGPT:
+    """The tensor functions of the method; no state."""
+
+    def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
+        """Return the basis of one site, or of all sites where several grams are given.
+
+        Args:
+            grams: (hidden, hidden) each, float64.
+            keep_dim: axes to keep.
+            where: names the site in errors.
+
+        Raises:
+            NumericsError: a gram is not finite or cannot be decomposed.
+        """
+        gram = grams[0] if len(grams) == 1 else shared_gram(grams)
+        return site_basis(gram, keep_dim=keep_dim, where=where)
+
+    def apply(
+        self, weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, form: LayerForm
+    ) -> dict[str, Tensor]:
+        """Return the tensors of one layer between the bases of its three sites."""
+        if not form.shortcuts:
+            return narrowed_layer(weights, basis=bases[0])
+        return sliced_layer(weights, bases=bases)
+
+    def apply_embedding(self, rows: Tensor, basis: Tensor) -> Tensor:
+        """Return rows of the embedding in the basis of the first site."""
+        return turned_rows(rows, basis=basis)
+
+    def apply_head(
+        self, rows: Tensor, basis: Tensor, *, norm_weight: Tensor, native: bool
+    ) -> Tensor:
+        """Return rows of the head, which read the last site, with the final norm's scale."""
+        gain = math.sqrt(basis.shape[0] / basis.shape[1]) if native else 1.0
+        return turned_rows(rows, basis=basis, scale=norm_weight.to(torch.float64) * gain)
+
+
+METHOD = SliceGPT()

@@ -1,0 +1,1 @@
+"""The forms: how a compressed layer is stored and run."""

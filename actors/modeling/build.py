@@ -1,0 +1,70 @@
+"""A checkpoint's own layer classes, built without memory and filled one layer at a time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
+
+transformers_logging.disable_progress_bar()
+
+
+class Skeleton:
+    """A model on the meta device: its classes and shapes, none of its weights.
+
+    The dense forward is transformers' own, the compressed one the file that travels with a result;
+    both are used the same way from here on.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: str) -> None:
+        """Build the modules of a ``config.json``; takes no memory for weights."""
+        self._dtype, self._device = dtype, device
+        rest = {k: v for k, v in config.items() if k not in ("model_type", "dtype", "auto_map")}
+        compressed = config["model_type"] == CompressedConfig.model_type
+        self.config = (
+            CompressedConfig(**rest)
+            if compressed
+            else AutoConfig.for_model(config["model_type"], **rest)
+        )
+        self.config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model = (
+                CompressedForCausalLM(self.config)
+                if compressed
+                else AutoModelForCausalLM.from_config(self.config)
+            )
+        self._model = model.eval()
+        self._rotary = type(model.model.rotary_emb)(self.config).to(device)
+
+    @property
+    def max_window(self) -> int | None:
+        """Longest sequence that full causal attention is right for, or None."""
+        return getattr(self.config, "sliding_window", None)
+
+    def layer(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return layer ``index`` holding these tensors, named as below the layer."""
+        return self._filled(self._model.model.layers[index], tensors)
+
+    def final_norm(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return the norm before the head."""
+        return self._filled(self._model.model.norm, tensors)
+
+    def angles(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of positions 0, 1, ... for activations (batch, tokens, width)."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        cos, sin = self._rotary(hidden, position_ids=positions)
+        return cos, sin
+
+    def _filled(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+        moved = {
+            name: tensor.to(self._device, self._dtype)
+            if tensor.is_floating_point()
+            else tensor.to(self._device)
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict(moved, strict=True, assign=True)
+        return module.requires_grad_(requires_grad=False)

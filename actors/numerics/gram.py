@@ -1,0 +1,44 @@
+"""Sums over tokens, accumulated microbatch by microbatch.
+
+A gram is the sum ``x^T x`` over tokens, kept as a sum and not a mean, so that a different cut of the
+tokens into workers changes nothing. The product of one microbatch is formed in float32 and
+added to a float64 sum; products are summed in the order of the microbatches.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def product(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "dim dim"]:
+    """Return ``x^T x`` of one microbatch in float32, accumulated in float32.
+
+    A half-precision ``x`` is converted first unless the device multiplies it into float32 exactly
+    as well (CUDA): a product that leaves in half precision has lost its small eigenvalues.
+    """
+    if x.dtype == torch.float64:
+        return x.T @ x
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    x32 = x.to(torch.float32)
+    return x32.T @ x32
+
+
+def accumulate(total: Float[Tensor, "dim dim"], x: Float[Tensor, "tokens dim"]) -> None:
+    """Add the product of one microbatch to ``total``, in place: a second copy would not fit."""
+    total.add_(product(x))
+
+
+def rms_normed(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+    """Return each token divided by its root mean square; a zero token stays zero."""
+    x32 = x.to(torch.float32)
+    mean_square = x32.square().mean(dim=-1, keepdim=True)
+    return x32 * torch.rsqrt(mean_square.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def symmetric(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
+    """Return the mean of ``matrix`` and its transpose.
+
+    BLAS does not promise that (i, j) and (j, i) come out the same to the last bit.
+    """
+    return (matrix + matrix.T) / 2

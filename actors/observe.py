@@ -1,0 +1,155 @@
+"""The statistics of one layer, accumulated by hooks on its own modules."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from actors.numerics.gram import accumulate, rms_normed
+from planners.cost import tap_dim
+from planners.families._base import Family
+from planners.plan import ModelShape, Statistic
+
+# Where a tap is seen. q and k are seen before rope: rope turns each pair by an angle, so the energy
+# of a pair, the only statistic taken there, is the same before and after.
+INPUT_OF = {
+    "resid_attn": "attn_norm",
+    "resid_mlp": "mlp_norm",
+    "attn_in": "q_proj",
+    "o_in": "o_proj",
+    "mlp_in": "gate_proj",
+    "mlp_hidden": "down_proj",
+}
+OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
+
+
+class LayerStatistics:
+    """Sums over the tokens that pass one layer while it is observed.
+
+    Attributes:
+        sums: statistic name -> float64 sum, in place; ``<tap>.sum`` is the sum of x at a gram's tap.
+        num_tokens: how many tokens were summed.
+    """
+
+    def __init__(
+        self, statistics: Iterable[Statistic], shape: ModelShape, family: Family, *, device: str
+    ) -> None:
+        """Make room for the sums; nothing is observed before `attach`."""
+        self._statistics = tuple(statistics)
+        self._shape, self._family, self._device = shape, family, device
+        self.sums: dict[str, Tensor] = {}
+        self.num_tokens = 0
+        for statistic in self._statistics:
+            dims = _dims(shape, statistic)
+            self.sums[str(statistic)] = self._zeros(*dims)
+            if statistic.kind in ("gram", "head_gram"):
+                self.sums[f"{statistic.tap}.sum"] = self._zeros(tap_dim(shape, statistic.tap))
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self, layer: nn.Module) -> None:
+        """Observe a layer's forward passes until `detach`."""
+        by_tap: dict[str, list[Statistic]] = {}
+        for statistic in self._statistics:
+            by_tap.setdefault(statistic.tap, []).append(statistic)
+        for tap, wanted in by_tap.items():
+            adders = [self._adder(statistic) for statistic in wanted]
+            if tap in INPUT_OF:
+                module = layer.get_submodule(self._name(INPUT_OF[tap]))
+                hook = partial(_feed_input, adders=adders)
+                self._handles.append(module.register_forward_pre_hook(hook))
+            elif tap in OUTPUT_OF:
+                module = layer.get_submodule(self._name(OUTPUT_OF[tap]))
+                hook = partial(_feed_output, adders=adders)
+                self._handles.append(module.register_forward_hook(hook))
+
+    def detach(self) -> None:
+        """Stop observing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def see_residual(self, before: Tensor, after: Tensor) -> None:
+        """Count a microbatch, and add what is seen between a layer's input and output."""
+        self.num_tokens += before.shape[0] * before.shape[1]
+        for statistic in self._statistics:
+            if statistic.tap != "resid_out":
+                continue
+            if statistic.kind == "cosine":
+                self._add_cosine(before, after)
+            else:
+                self._adder(statistic)(after)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums and the token count, as they are stored."""
+        count = torch.tensor([self.num_tokens], dtype=torch.int64)
+        return {**{name: total.cpu() for name, total in self.sums.items()}, "num_tokens": count}
+
+    def _name(self, role: str) -> str:
+        return self._family.linears.get(role) or self._family.norms[role]
+
+    def _zeros(self, *dims: int) -> Tensor:
+        return torch.zeros(dims, dtype=torch.float64, device=self._device)
+
+    def _adder(self, statistic: Statistic) -> Callable[[Tensor], None]:
+        total = self.sums[str(statistic)]
+        if statistic.kind == "pair_energy":
+            return partial(_add_pair_energy, total=total)
+        if statistic.kind == "normed_gram":
+            return lambda x: accumulate(total, rms_normed(x.flatten(0, -2)))
+        sum_of_x = self.sums[f"{statistic.tap}.sum"]
+        add = _add_head_grams if statistic.kind == "head_gram" else _add_gram
+        return partial(add, total=total, sum_of_x=sum_of_x)
+
+    def _add_cosine(self, before: Tensor, after: Tensor) -> None:
+        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.sums["resid_out.cosine"][0] += cosine.to(torch.float64).sum()
+
+
+def _dims(shape: ModelShape, statistic: Statistic) -> tuple[int, ...]:
+    dim = tap_dim(shape, statistic.tap)
+    if statistic.kind == "head_gram":
+        return (dim // shape.head_dim, shape.head_dim, shape.head_dim)
+    if statistic.kind == "pair_energy":
+        return (dim // shape.head_dim, shape.head_dim // 2)
+    return (1,) if statistic.kind == "cosine" else (dim, dim)
+
+
+def _feed_input(
+    module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Callable[[Tensor], None]]
+) -> None:
+    del module
+    for add in adders:
+        add(args[0])
+
+
+def _feed_output(
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+    *,
+    adders: list[Callable[[Tensor], None]],
+) -> None:
+    del module, args
+    for add in adders:
+        add(output)
+
+
+def _add_gram(x: Tensor, *, total: Tensor, sum_of_x: Tensor) -> None:
+    x = x.flatten(0, -2)  # (tokens, dim)
+    accumulate(total, x)
+    sum_of_x.add_(x.sum(dim=0, dtype=torch.float32))
+
+
+def _add_head_grams(x: Tensor, *, total: Tensor, sum_of_x: Tensor) -> None:
+    heads, head_dim = total.shape[0], total.shape[1]
+    x = x.flatten(0, -2)
+    per_head = x.to(torch.float32).reshape(-1, heads, head_dim).transpose(0, 1)
+    total.add_(per_head.transpose(1, 2) @ per_head)  # (heads, head_dim, head_dim)
+    sum_of_x.add_(x.sum(dim=0, dtype=torch.float32))
+
+
+def _add_pair_energy(x: Tensor, *, total: Tensor) -> None:
+    heads, pairs = total.shape
+    energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, 2, pairs)
+    total.add_(energy.sum(dim=1))  # channels i and i + head_dim / 2 turn together

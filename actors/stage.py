@@ -1,0 +1,207 @@
+"""The worker of one stage: a contiguous run of layers on one device."""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from actors.memory import PeakMemory
+from actors.messages import (
+    Assignment,
+    CompressionJob,
+    Microbatch,
+    Packed,
+    StepDone,
+    UnitDone,
+    UnitTask,
+    WorkerSetup,
+    pack,
+    unpack,
+)
+from actors.modeling.build import Skeleton
+from actors.numerics.loss import summed_nll
+from actors.observe import LayerStatistics
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.tensors import read_tensors, write_tensors
+from actors.storage.tokens import tokens_from_parquet
+from actors.units import do_unit
+from planners.families import load as load_family
+from planners.placement import LOGIT_TOKENS
+from planners.units import layer_statistics
+
+
+class Stage:
+    """Holds layers, passes microbatches through them, and does units of work.
+
+    A plain class: it becomes a Ray actor where it is spawned and nowhere else.
+    """
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        """Take the threads and the device of the setup; no layer is loaded yet."""
+        torch.set_num_threads(setup.threads)
+        self._setup = setup
+        self._run = Directory(setup.run_uri)
+        self._peak = PeakMemory()
+        self._layers: dict[int, nn.Module] = {}
+        self._statistics: dict[int, LayerStatistics] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._next = 0
+        self._embedding: Tensor | None = None
+        self._head: Tensor | None = None
+        self._norm: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and log prefixes show."""
+        layers = f" layers {min(self._layers)}-{max(self._layers)}" if self._layers else ""
+        return f"{self._setup.name}{layers}"
+
+    def load(self, assignment: Assignment) -> float:
+        """Read the layers of an assignment, forgetting those held before; return the seconds.
+
+        Raises:
+            ModelError: a tensor is missing, broken or not finite.
+        """
+        started = time.monotonic()
+        self.drop()
+        checkpoint = Checkpoint(assignment.checkpoint_uri)
+        dtype = getattr(torch, assignment.dtype)
+        device = self._setup.device
+        self._assignment = assignment
+        self._skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
+        family = load_family(assignment.family)
+        for index in range(assignment.first, assignment.last):
+            prefix = family.layer.format(i=index) + "."
+            self._layers[index] = self._skeleton.layer(index, checkpoint.read_prefix(prefix))
+            if assignment.statistics:
+                wanted = layer_statistics(
+                    assignment.statistics, index, checkpoint.shape.num_layers
+                )
+                self._statistics[index] = LayerStatistics(
+                    wanted, checkpoint.shape, family, device=device
+                )
+        if assignment.embedding:
+            self._embedding = checkpoint.read(family.embedding).to(device, dtype)
+        if assignment.head:
+            tied = family.head not in checkpoint.locations
+            name = family.embedding if tied else family.head
+            self._head = checkpoint.read(name).to(device, dtype)
+            prefix = family.final_norm.removesuffix("weight")
+            self._norm = self._skeleton.final_norm(checkpoint.read_prefix(prefix))
+        return time.monotonic() - started
+
+    def drop(self) -> None:
+        """Forget layers and statistics."""
+        self._layers, self._statistics = {}, {}
+        self._embedding = self._head = self._norm = None
+        self._next = 0
+
+    @torch.inference_mode()
+    def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
+        """Pass one microbatch through the layers; return what happened and the output.
+
+        A microbatch whose sums were added before is passed on without being added again, so a
+        repeated call changes nothing.
+        """
+        started = time.time()
+        begun = time.monotonic()
+        hidden = self._input(microbatch, packed)
+        observe = microbatch.observe and microbatch.index == self._next
+        hidden = self._through(hidden, observe=observe)
+        self._next += int(observe)
+        nats, num_predicted = 0.0, 0
+        if microbatch.loss and self._assignment.head:
+            nats, num_predicted = self._loss(hidden, self._ids(microbatch))
+        boundary = None
+        if microbatch.write_boundary:
+            boundary = write_tensors(self._run, microbatch.write_boundary, {"hidden": hidden})
+        done = StepDone(
+            index=microbatch.index,
+            incarnation=self._setup.incarnation,
+            num_tokens=hidden.shape[0] * hidden.shape[1],
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+            nats=nats,
+            num_predicted=num_predicted,
+            boundary=boundary,
+        )
+        return done, pack(hidden) if microbatch.hand_over else None
+
+    def publish(self, task: UnitTask) -> UnitDone:
+        """Write the statistics of one layer."""
+        started, begun = time.time(), time.monotonic()
+        tensors = self._statistics[task.index].tensors()
+        entry = write_tensors(self._run, f"stats/layer-{task.index:05d}.safetensors", tensors)
+        return UnitDone(
+            unit=task.unit,
+            worker=self._setup.name,
+            incarnation=self._setup.incarnation,
+            device=self._setup.device,
+            files=(entry,),
+            values={"num_tokens": int(tensors["num_tokens"])},
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
+
+    @torch.inference_mode()
+    def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
+        """Do one unit of compression: files in, files out; layers held here do not matter.
+
+        Raises:
+            NumericsError: the statistics gave no usable numbers.
+            ModelError: a weight is missing or not finite.
+        """
+        started, begun = time.time(), time.monotonic()
+        files, values = do_unit(task, job, run=self._run, device=self._setup.device)
+        return UnitDone(
+            unit=task.unit,
+            worker=self._setup.name,
+            incarnation=self._setup.incarnation,
+            device=self._setup.device,
+            files=files,
+            values=values,
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
+
+    def _input(self, microbatch: Microbatch, packed: Packed | None) -> Tensor:
+        device = self._setup.device
+        if self._embedding is not None:
+            ids = self._ids(microbatch).to(device)
+            return torch.nn.functional.embedding(ids, self._embedding)
+        if packed is not None:
+            return unpack(packed, device=device)
+        return read_tensors(self._run, microbatch.read_boundary)["hidden"].to(device)
+
+    def _ids(self, microbatch: Microbatch) -> Tensor:
+        if microbatch.tokens not in self._tokens:
+            array = tokens_from_parquet(self._run.read(microbatch.tokens))
+            self._tokens[microbatch.tokens] = torch.from_numpy(array)
+        return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
+
+    def _through(self, hidden: Tensor, *, observe: bool) -> Tensor:
+        angles = self._skeleton.angles(hidden)
+        for index, layer in self._layers.items():
+            sums = self._statistics.get(index) if observe else None
+            if sums is not None:
+                sums.attach(layer)
+            after = layer(hidden, attention_mask=None, position_embeddings=angles)
+            if sums is not None:
+                sums.detach()
+                sums.see_residual(hidden, after)
+            hidden = after
+        return hidden
+
+    def _loss(self, hidden: Tensor, ids: Tensor) -> tuple[float, int]:
+        """Return the summed nats of the next tokens and their number; logits come in blocks."""
+        assert self._norm is not None and self._head is not None  # the assignment has the head  # noqa: S101, PT018
+        normed = self._norm(hidden)[:, :-1].flatten(0, 1)  # (predicted, width)
+        targets = ids[:, 1:].flatten().to(hidden.device)
+        nats = 0.0
+        for start in range(0, len(targets), LOGIT_TOKENS):
+            block = slice(start, start + LOGIT_TOKENS)
+            nats += summed_nll(normed[block] @ self._head.T, targets[block])
+        return nats, len(targets)

@@ -1,0 +1,139 @@
+"""The header of a safetensors file: read, checked as coming from a stranger, and written.
+
+Format: 8 bytes little-endian length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}}``,
+then the data. Nothing is allocated or read on the word of a header before it has been checked.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from planners.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_DIMS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: as written in the header, e.g. ``BF16``.
+        shape: dims, each >= 0.
+        start: first byte, from the beginning of the file.
+        size: bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def parse_length(prefix: bytes | bytearray, *, file_bytes: int, where: str) -> int:
+    """Return the header's length from the first 8 bytes of a file.
+
+    Raises:
+        ModelError: the file cannot be a safetensors file.
+    """
+    if len(prefix) < 8:  # noqa: PLR2004 the format's prefix
+        raise ModelError(f"{where}: {len(prefix)} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES or length + 8 > file_bytes:
+        raise ModelError(
+            f"{where}: not a safetensors file, or truncated: its header claims {length} bytes, "
+            f"the file has {file_bytes}"
+        )
+    return length
+
+
+def parse_header(data: bytes | bytearray, *, file_bytes: int, where: str) -> dict[str, TensorEntry]:
+    """Return name -> entry of all tensors of a file.
+
+    Args:
+        data: the JSON part.
+        file_bytes: bytes of the whole file.
+        where: the file's name, for errors.
+
+    Raises:
+        ModelError: not JSON, an entry is malformed, or the entries do not tile the data exactly.
+    """
+    try:
+        header = json.loads(data, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where}: the safetensors header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{where}: the safetensors header is not a JSON object")
+    begin = 8 + len(data)
+    entries = {
+        name: _entry(value, begin=begin, where=f"{where}: {name!r}")
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
+    expected = begin
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != expected:
+            raise ModelError(
+                f"{where}: {name!r} begins at byte {entry.start}, not at {expected}: "
+                "tensors overlap or leave a hole"
+            )
+        expected += entry.size
+    if expected != file_bytes:
+        raise ModelError(
+            f"{where}: truncated or padded: its tensors end at byte {expected}, "
+            f"the file has {file_bytes}"
+        )
+    return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
+def _entry(value: object, *, begin: int, where: str) -> TensorEntry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ModelError(f"{where}: needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        known = ", ".join(DTYPE_BYTES)
+        raise ModelError(f"{where}: dtype {dtype!r} is not supported; supported: {known}")
+    if not _natural_numbers(shape) or len(shape) > MAX_DIMS:
+        raise ModelError(f"{where}: shape {shape!r} is not a list of at most {MAX_DIMS} sizes")
+    if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:  # noqa: PLR2004 begin, end
+        raise ModelError(f"{where}: data_offsets {offsets!r} are not [begin, end]")
+    size = prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != size:
+        raise ModelError(
+            f"{where}: shape {shape} of {dtype} takes {size} bytes, "
+            f"data_offsets say {offsets[1] - offsets[0]}"
+        )
+    return TensorEntry(dtype=dtype, shape=tuple(shape), start=begin + offsets[0], size=size)
+
+
+def _natural_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in value
+    )
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return length and JSON of a file that holds these tensors (dtype, shape) in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    return len(text).to_bytes(8, "little") + text

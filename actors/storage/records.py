@@ -1,0 +1,92 @@
+"""The proof that a unit of work is done: its record, written after its files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from actors.storage.files import Directory, FileEntry
+from planners.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What was done, by whom, and what it left.
+
+    Attributes:
+        unit: name of the unit.
+        fingerprint: of what determines its bytes.
+        files: what it wrote.
+        values: small numbers it found: losses, energies, errors.
+        started: seconds since the epoch.
+        seconds: how long it took.
+        worker: who did it.
+        device: device class.
+        attempt: 1 for the first try.
+        incarnation: of the worker; a replaced worker's later words are not listened to.
+    """
+
+    unit: str
+    fingerprint: str
+    files: tuple[FileEntry, ...] = ()
+    values: Mapping[str, object] = field(default_factory=dict)
+    started: float = 0.0
+    seconds: float = 0.0
+    worker: str = ""
+    device: str = "cpu"
+    attempt: int = 1
+    incarnation: str = ""
+
+
+def write_record(run: Directory, record: Record) -> None:
+    """Write a record; the unit is done from here on."""
+    run.write(_path(record.unit), json.dumps(asdict(record), indent=1, sort_keys=True).encode())
+
+
+def read_records(run: Directory) -> dict[str, Record]:
+    """Return unit -> record of all records of a run that can be read.
+
+    A record that is torn counts as none: its unit will be done again.
+    """
+    records = {}
+    for name in run.names("records"):
+        if name.endswith(".json"):
+            record = _parsed(run.read(name))
+            if record is not None and name == _path(record.unit):
+                records[record.unit] = record
+    return records
+
+
+def is_intact(run: Directory, record: Record, *, hashes: bool) -> bool:
+    """Return whether all files of a record are there with their sizes, and hashes where asked."""
+    for file in record.files:
+        if run.size(file.path) != file.bytes:
+            return False
+        if hashes and run.sha256(file.path) != file.sha256:
+            return False
+    return True
+
+
+def _path(unit: str) -> str:
+    return f"records/{unit}.json"
+
+
+def _parsed(data: bytes) -> Record | None:
+    try:
+        fields = json.loads(data)
+        files = tuple(FileEntry(**file) for file in fields.pop("files"))
+        return Record(**fields, files=files)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def require_directory(run: Directory) -> None:
+    """Write and remove a small file, so that a run that cannot be written fails at the door.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    try:
+        run.write(".writable", b"")
+        run.delete(".writable")
+    except StorageError as error:
+        raise StorageError(f"cannot write to the run directory: {error}") from error

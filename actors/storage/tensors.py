@@ -1,0 +1,91 @@
+"""Tensors in safetensors files: read by byte range, written as a stream."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from actors.storage.files import Directory, FileEntry
+from actors.storage.headers import TensorEntry, header_bytes, parse_header, parse_length
+from planners.errors import ModelError
+
+TORCH_DTYPE = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAME_OF = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+
+
+def read_header(directory: Directory, name: str) -> dict[str, TensorEntry]:
+    """Return the checked header of a file.
+
+    Raises:
+        ModelError: there is no such file, or it is no sound safetensors file.
+    """
+    file_bytes = directory.size(name)
+    if file_bytes is None:
+        raise ModelError(f"{directory.path(name)}: there is no such file")
+    where = directory.path(name)
+    prefix = directory.read_range(name, 0, min(8, file_bytes))
+    length = parse_length(prefix, file_bytes=file_bytes, where=where)
+    return parse_header(
+        directory.read_range(name, 8, length), file_bytes=file_bytes, where=where
+    )
+
+
+def read_tensor(
+    directory: Directory, name: str, entry: TensorEntry, *, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """Return a tensor, or rows ``[a, b)`` of it, in memory of its own."""
+    shape, start, size = entry.shape, entry.start, entry.size
+    if rows is not None:
+        row_bytes = size // max(shape[0], 1)
+        start, size = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        shape = (rows[1] - rows[0], *shape[1:])
+    if size == 0:
+        return torch.empty(shape, dtype=TORCH_DTYPE[entry.dtype])
+    data = directory.read_range(name, start, size)
+    return torch.frombuffer(data, dtype=TORCH_DTYPE[entry.dtype]).reshape(shape)
+
+
+def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
+    """Return all tensors of one of our own files."""
+    header = read_header(directory, name)
+    return {key: read_tensor(directory, name, entry) for key, entry in header.items()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in row-major order, without a copy where it lies so already."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_tensors(
+    directory: Directory,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> FileEntry:
+    """Write tensors as one file, one at a time, in the order of their names."""
+    ordered = dict(sorted(tensors.items()))
+    layout = {key: (NAME_OF[t.dtype], tuple(t.shape)) for key, t in ordered.items()}
+    with directory.writing(name) as stream:
+        stream.write(header_bytes(layout, metadata or {}))
+        for tensor in ordered.values():
+            stream.write(tensor_bytes(tensor))
+    return stream.entry(name)
+
+
+def write_rows(
+    directory: Directory, name: str, key: str, blocks: Iterable[Tensor], *, shape: tuple[int, int]
+) -> FileEntry:
+    """Write one large matrix that arrives in blocks of rows; it is never whole in memory."""
+    metadata = {"format": "pt"}
+    with directory.writing(name) as stream:
+        for number, block in enumerate(blocks):
+            if number == 0:
+                stream.write(header_bytes({key: (NAME_OF[block.dtype], shape)}, metadata))
+            stream.write(tensor_bytes(block))
+    return stream.entry(name)

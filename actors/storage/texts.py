@@ -1,0 +1,195 @@
+"""Where calibration and evaluation text comes from."""
+
+import hashlib
+import importlib
+import itertools
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from planners.errors import DataError
+
+SPLITS = ("train", "calibration", "evaluation")
+
+_NOT_LIBRARY_CODE = {
+    "__pycache__",
+    "dist-packages",
+    "idle_test",
+    "site-packages",
+    "test",
+    "tests",
+}
+# Files that describe the machine on which the interpreter was built, so no two machines share them.
+_WRITTEN_BY_THE_BUILD = ("_sysconfigdata", "config-")
+_NUM_BUCKETS = 20
+_EVALUATION_BUCKETS = (0,)
+_CALIBRATION_BUCKETS = (1, 2)
+
+_WIKITEXT_SPLITS = {"train": "train", "calibration": "train", "evaluation": "test"}
+_USE_A_FILE = "download it elsewhere and give a local .txt, .jsonl or .parquet file instead"
+
+
+def read_texts(source: str, *, split: str) -> Iterator[str]:
+    """Return the non-empty texts of ``source``, in an order that never changes.
+
+    A source is one of
+
+    - ``stdlib``: the standard library of the running interpreter, one text a file; the three
+      splits share no file;
+    - ``wikitext2``: ``train`` and ``calibration`` are its train split, ``evaluation`` its test
+      split, each joined into the one text that published perplexities are measured on;
+    - a path that ends in ``.txt`` (one text), ``.jsonl`` (key ``text`` of each line) or
+      ``.parquet`` (column ``text``): the whole file whatever the split, so give each its own.
+
+    Raises:
+        DataError: at the call if the source is unknown, cannot be opened or holds no text; while
+            iterating if a later line or row is wrong.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}", hint=f"one of: {', '.join(SPLITS)}")
+    texts = filter(None, _open_source(source, split))
+    first = next(texts, None)
+    if first is None:
+        raise DataError(f"{source}: holds no text", hint="give a source with at least one text")
+    return itertools.chain([first], texts)
+
+
+def _open_source(source: str, split: str) -> Iterator[str]:
+    if source == "stdlib":
+        return _read_stdlib(split)
+    if source == "wikitext2":
+        return _read_wikitext2(split)
+    path = Path(source)
+    reader = _FILE_READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"unknown text source {source!r}",
+            hint=f"stdlib, wikitext2, or the path of a file ending in {', '.join(_FILE_READERS)}",
+        )
+    if not path.exists():
+        raise DataError(f"{path}: no such file", hint="give the path of an existing local file")
+    if not path.is_file():
+        raise DataError(f"{path}: is not a file", hint="give the path of a file")
+    return reader(path)
+
+
+def _read_stdlib(split: str) -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    for name, path in sorted(names.items()):
+        if _is_library_code(name) and _stdlib_split(name) == split:
+            try:
+                text = path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                continue  # Other encodings are legal in Python files, and too few to matter here.
+            yield text
+
+
+def _is_library_code(name: str) -> bool:
+    parts = name.split("/")
+    return _NOT_LIBRARY_CODE.isdisjoint(parts) and not parts[0].startswith(_WRITTEN_BY_THE_BUILD)
+
+
+def _stdlib_split(name: str) -> str:
+    # By name, not by position: a file stays in its split when another Python version adds files.
+    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()) % _NUM_BUCKETS
+    if bucket in _EVALUATION_BUCKETS:
+        return "evaluation"
+    return "calibration" if bucket in _CALIBRATION_BUCKETS else "train"
+
+
+def _read_wikitext2(split: str) -> Iterator[str]:
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "wikitext2: needs the package `datasets`, which is not installed",
+            hint=f"pip install datasets, or {_USE_A_FILE}",
+        ) from error
+    try:
+        rows = datasets.load_dataset(
+            "Salesforce/wikitext", "wikitext-2-raw-v1", split=_WIKITEXT_SPLITS[split]
+        )
+    except OSError as error:  # What `datasets` raises offline: ConnectionError, FileNotFoundError.
+        raise DataError(
+            f"wikitext2: cannot be downloaded from the Hugging Face hub: {error}",
+            hint=_USE_A_FILE,
+        ) from error
+    yield "\n\n".join(rows["text"])
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    yield _decode(path.read_bytes(), where=str(path))
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _text_of_line(line, where=f"{path}, line {number}")
+
+
+def _text_of_line(line: bytes, *, where: str) -> str:
+    expected = 'each line must be an object such as {"text": "..."}'
+    try:
+        value = json.loads(_decode(line, where=where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not JSON: {error}", hint=expected) from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: is a {type(value).__name__}, not an object", hint=expected)
+    if "text" not in value:
+        keys = ", ".join(map(repr, value)) or "none"
+        raise DataError(f"{where}: has no key 'text'; its keys: {keys}", hint=expected)
+    text = value["text"]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: key 'text' is a {type(text).__name__}, not a string", hint=expected
+        )
+    return text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    expected = "the file must have a column `text` of strings without nulls"
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_text_column(file.schema_arrow, path=path, expected=expected)
+            rows = (row for batch in file.iter_batches(columns=["text"]) for row in batch["text"])
+            for number, row in enumerate(rows, start=1):
+                if not row.is_valid:
+                    raise DataError(f"{path}, row {number}: text is null", hint=expected)
+                yield row.as_py()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: is not a readable parquet file: {error}", hint=expected
+        ) from error
+
+
+def _check_text_column(schema: pa.Schema, *, path: Path, expected: str) -> None:
+    if "text" not in schema.names:
+        columns = ", ".join(map(repr, schema.names)) or "none"
+        raise DataError(f"{path}: has no column 'text'; its columns: {columns}", hint=expected)
+    column = schema.field("text").type
+    if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
+        raise DataError(f"{path}: column 'text' is of type {column}, not string", hint=expected)
+
+
+def _decode(data: bytes, *, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")  # Windows editors begin UTF-8 files with a mark.
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: is not UTF-8: {error.reason} at byte {error.start}",
+            hint="convert it, for example with `iconv -t UTF-8`",
+        ) from error
+
+
+_FILE_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

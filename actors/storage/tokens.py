@@ -1,0 +1,382 @@
+"""The tokens that calibration and evaluation read: made once, stored, hashed."""
+
+import hashlib
+import importlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from actors.storage.sources import embedded_model
+from actors.storage.texts import read_texts
+from planners.errors import DataError
+
+Tokens = NDArray[np.int64]
+
+MAX_DEFAULT_SEQUENCES = 128
+_TENSOR = "input_ids"
+_MIN_CHARACTERS = 2_000_000  # so much text is looked at, if there is so much, however few are asked
+_MIN_SURPLUS = 4  # times the tokens that are needed
+_MIN_LENGTH = 2  # the first token is not predicted
+_NUM_AXES = 2
+_PACKED = "one int64 tensor input_ids of shape (sequences, tokens)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFile:
+    """Tokens that were written.
+
+    Attributes:
+        path: below the run directory.
+        sha256: `tokens_hash` of them.
+        num_sequences: rows.
+        sequence_length: tokens of each, BOS included.
+        source: what the user called them.
+    """
+
+    path: str
+    sha256: str
+    num_sequences: int
+    sequence_length: int
+    source: str
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers, whose own classes are slow to import."""
+
+    bos_token_id: int | None
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, verbose: bool
+    ) -> Mapping[str, list[int]]:
+        """Return ``input_ids`` of one text."""
+
+
+def token_file(tokens: Tokens, path: str, *, source: str) -> TokenFile:
+    """Return what is to be known of tokens (sequences, tokens) stored at ``path``."""
+    num_sequences, sequence_length = tokens.shape
+    return TokenFile(
+        path=path,
+        sha256=tokens_hash(tokens),
+        num_sequences=num_sequences,
+        sequence_length=sequence_length,
+        source=source,
+    )
+
+
+def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
+    source: str,
+    *,
+    split: str,
+    tokenizer_uri: str,
+    vocab_size: int,
+    sequence_length: int | None,
+    num_sequences: int | None,
+    bos: bool,
+    seed: int,
+) -> Tokens:
+    """Return the token ids of a source, shape (sequences, tokens), without padding.
+
+    - ``tokens:FILE.safetensors``: exactly as they are, in order; the first ``num_sequences``.
+      Neither tokenizer nor ``sequence_length`` matters.
+    - ``embedded``: those that come with the model tiny, in order; ``sequence_length`` may cut them.
+    - all else is text (`actors.storage.texts.read_texts`): tokenised text by text without special
+      tokens, concatenated, and cut into pieces, of which ``num_sequences`` are drawn by ``seed``
+      without replacement and kept in order. A sequence is BOS, if asked for and known to the
+      tokenizer, and a piece. Reading stops at 4 times the tokens needed, and not before 2 million
+      characters, so the rest of a long text is never drawn.
+
+    Args:
+        source: see above.
+        split: ``calibration`` or ``evaluation``.
+        tokenizer_uri: local directory of the model.
+        vocab_size: all ids are below it.
+        sequence_length: tokens of a sequence, BOS included; text needs it.
+        num_sequences: None is all that a token file holds; of text as many as there are up to
+            128, but all of the evaluation split of ``wikitext2``, on which others publish.
+        bos: text sequences begin with BOS.
+        seed: of the choice.
+
+    Raises:
+        DataError: the source or the tokenizer is missing or broken, holds too little, or does not
+            fit the model.
+    """
+    if sequence_length is not None and sequence_length < _MIN_LENGTH:
+        raise DataError(
+            f"{split}: a sequence of {sequence_length} tokens predicts nothing; give 2 or more"
+        )
+    if source.startswith("tokens:"):
+        path = Path(source.removeprefix("tokens:")).expanduser()
+        tokens = _read_tokens(path, num_sequences=num_sequences)
+    elif source == "embedded":
+        _check_embedded_fits(Path(tokenizer_uri))
+        tokens = _read_tokens(
+            embedded_model() / f"{split}.safetensors", num_sequences=num_sequences
+        )
+        tokens = _cut(tokens, sequence_length)
+    elif sequence_length is None:
+        raise DataError(f"{source}: text has no sequence length of its own; give one")
+    else:
+        tokenizer = load_tokenizer(Path(tokenizer_uri))
+        bos_id = tokenizer.bos_token_id if bos else None
+        piece = sequence_length - (bos_id is not None)
+        whole = num_sequences is None and source == "wikitext2" and split == "evaluation"
+        enough = math.inf if whole else (num_sequences or MAX_DEFAULT_SEQUENCES) * piece
+        stream = _tokenise(read_texts(source, split=split), tokenizer, enough=enough)
+        if num_sequences is None and not whole:
+            num_sequences = min(max(len(stream) // piece, 1), MAX_DEFAULT_SEQUENCES)
+        tokens = pack(
+            stream,
+            sequence_length=sequence_length,
+            num_sequences=num_sequences,
+            bos_id=bos_id,
+            seed=seed,
+            where=source,
+        )
+    _check_ids(tokens, vocab_size, where=source)
+    return tokens
+
+
+def pack(
+    stream: Tokens,
+    *,
+    sequence_length: int,
+    num_sequences: int | None,
+    bos_id: int | None,
+    seed: int,
+    where: str,
+) -> Tokens:
+    """Return sequences cut from a stream of ids, shape (sequences, tokens).
+
+    Each is ``bos_id``, if there is one, and the tokens of one piece; the pieces share no token and
+    what is left at the end of the stream is dropped. ``num_sequences`` pieces are drawn without
+    replacement and kept in order; None takes them all.
+
+    Raises:
+        DataError: the stream has too few tokens; the message says how many sequences it has.
+    """
+    piece = sequence_length - (bos_id is not None)
+    available = len(stream) // piece
+    if available == 0:
+        raise DataError(
+            f"{where}: is {len(stream)} tokens long, and one sequence needs {piece}",
+            hint="give more text, or ask for shorter sequences",
+        )
+    _check_enough(available, num_sequences, sequence_length=sequence_length, where=where)
+    pieces = stream[: available * piece].reshape(available, piece)
+    if num_sequences is not None:
+        drawn = np.random.default_rng(seed).choice(available, size=num_sequences, replace=False)
+        pieces = pieces[np.sort(drawn)]
+    if bos_id is None:
+        return pieces.copy()
+    return np.concatenate([np.full((len(pieces), 1), bos_id, dtype=np.int64), pieces], axis=1)
+
+
+def tokens_hash(tokens: Tokens) -> str:
+    """Return the sha256 of shape and ids as int64, little-endian; rows cut otherwise differ."""
+    digest = hashlib.sha256(np.array(tokens.shape, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def tokens_to_parquet(tokens: Tokens, metadata: Mapping[str, str]) -> bytes:
+    """Return a parquet file with a row a sequence and one column, ``input_ids`` (list of int32).
+
+    Its metadata are ``metadata``, e.g. ``source``, and ``sequence_length`` and ``sha256``
+    (`tokens_hash`), with which `tokens_from_parquet` knows it again.
+    """
+    num_sequences, length = tokens.shape
+    offsets = np.arange(num_sequences + 1, dtype=np.int32) * length
+    rows = pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(tokens.reshape(-1).astype(np.int32))
+    )
+    own = {"sequence_length": str(length), "sha256": tokens_hash(tokens)}
+    table = pa.table({_TENSOR: rows}).replace_schema_metadata({**metadata, **own})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def tokens_from_parquet(data: bytes) -> Tokens:
+    """Return the token ids that `tokens_to_parquet` wrote, shape (sequences, tokens).
+
+    Raises:
+        DataError: these bytes are not such a file, or not what was written.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"stored tokens: are not a readable parquet file: {error}") from error
+    metadata = table.schema.metadata or {}
+    length = metadata.get(b"sequence_length", b"")
+    columns = {field.name: field.type for field in table.schema}
+    if columns != {_TENSOR: pa.list_(pa.int32())} or not length.isdigit():
+        raise DataError(f"stored tokens: are not ours; the columns are {columns}")
+    rows = table.column(_TENSOR).combine_chunks()
+    flat = rows.flatten().to_numpy(zero_copy_only=False)
+    if flat.size != table.num_rows * int(length):
+        raise DataError("stored tokens: the rows are not of the length that their file states")
+    tokens: Tokens = flat.astype(np.int64).reshape(table.num_rows, int(length))
+    if tokens_hash(tokens).encode() != metadata.get(b"sha256"):
+        raise DataError("stored tokens: do not have the hash that their file states")
+    return tokens
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Return the tokenizer in a model's directory; code that comes with it is not run.
+
+    Raises:
+        DataError: there is none, or it is broken.
+    """
+    transformers: Any = importlib.import_module("transformers")  # Seconds; token files need none.
+    with _Broken(directory):
+        tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    return tokenizer
+
+
+class _Broken:
+    """Turns what a broken tokenizer raises into a DataError that names its directory.
+
+    No ``except`` clause can say this: the Rust part raises the bare class Exception, and a clause
+    for that would hide every mistake of ours as well.
+    """
+
+    _KINDS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is Exception or isinstance(error, self._KINDS):
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"{self._directory}: has no tokenizer that can be loaded: {reason}",
+                hint="put its tokenizer.json there, or give tokens:FILE.safetensors",
+            ) from error
+
+
+def _tokenise(texts: Iterable[str], tokenizer: Tokenizer, *, enough: float) -> Tokens:
+    """Return the ids of the texts, one after the other, of as many as `prepare_tokens` says."""
+    parts: list[Tokens] = []
+    num_tokens = num_characters = 0
+    for text in itertools.chain.from_iterable(map(_pieces, texts)):
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+        parts.append(np.array(encoded["input_ids"], dtype=np.int64))
+        num_tokens += len(parts[-1])
+        num_characters += len(text)
+        if num_tokens >= _MIN_SURPLUS * enough and num_characters >= _MIN_CHARACTERS:
+            break
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Return a text in pieces of at most 2 million characters, cut after a line where possible."""
+    start = 0
+    while len(text) - start > _MIN_CHARACTERS:
+        limit = start + _MIN_CHARACTERS
+        end = text.rfind("\n", start, limit) + 1 or limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _read_tokens(path: Path, *, num_sequences: int | None) -> Tokens:
+    """Return the first sequences of a file of tokens, or all."""
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {what}", hint=f"a .safetensors file with {_PACKED}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            available, length = _checked_shape(file, path)
+            _check_enough(available, num_sequences, sequence_length=length, where=str(path))
+            tokens: Tokens = file.get_slice(_TENSOR)[: num_sequences or available]
+            return tokens
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path}: is not a readable .safetensors file: {error}", hint=f"it must hold {_PACKED}"
+        ) from error
+
+
+def _checked_shape(file: Any, path: Path) -> tuple[int, int]:  # noqa: ANN401 -- has no type
+    """Return (sequences, tokens) of a file of tokens that is open."""
+    names = sorted(file.keys())
+    if names != [_TENSOR]:
+        raise DataError(
+            f"{path}: holds the tensors {', '.join(names) or '(none)'}",
+            hint=f"it must hold {_PACKED}, and nothing else",
+        )
+    rows = file.get_slice(_TENSOR)
+    shape, dtype = rows.get_shape(), rows.get_dtype()
+    if dtype != "I64" or len(shape) != _NUM_AXES or shape[0] < 1 or shape[1] < _MIN_LENGTH:
+        raise DataError(
+            f"{path}: input_ids is {dtype} of shape {tuple(shape)}",
+            hint=f"it must be {_PACKED}, one sequence or more of 2 tokens or more",
+        )
+    return shape[0], shape[1]
+
+
+def _check_enough(available: int, asked: int | None, *, sequence_length: int, where: str) -> None:
+    if asked is not None and asked > available:
+        raise DataError(
+            f"{where}: has {available} sequences of {sequence_length} tokens, not {asked}",
+            hint=f"ask for at most {available}",
+        )
+
+
+def _check_ids(tokens: Tokens, vocab_size: int, *, where: str) -> None:
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or largest >= vocab_size:
+        raise DataError(
+            f"{where}: has the token id {smallest if smallest < 0 else largest}, but the model's "
+            f"are 0 to {vocab_size - 1}",
+            hint="use the tokens or the tokenizer of this model",
+        )
+
+
+def _cut(tokens: Tokens, sequence_length: int | None) -> Tokens:
+    """Return the beginning of each sequence."""
+    longest = tokens.shape[1]
+    if sequence_length is not None and sequence_length > longest:
+        raise DataError(
+            f"embedded: its sequences have {longest} tokens, not {sequence_length}",
+            hint=f"ask for at most {longest}, or use text such as stdlib",
+        )
+    return np.ascontiguousarray(tokens[:, :sequence_length])
+
+
+def _check_embedded_fits(directory: Path) -> None:
+    """Refuse a model whose tokenizer gives other ids; one without a tokenizer may be meant so."""
+    path = directory / "tokenizer.json"
+    if path.is_file() and _vocabulary(path) != _vocabulary(embedded_model() / "tokenizer.json"):
+        raise DataError(
+            f"embedded: holds tokens of the model tiny, and {directory} has another tokenizer",
+            hint="use stdlib, wikitext2, or a file",
+        )
+
+
+def _vocabulary(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())["model"]["vocab"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path}: is not a tokenizer: {error}") from error

@@ -1,0 +1,194 @@
+"""The units of compression: each reads files, computes, and writes files. Nothing else is kept."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from actors import methods
+from actors.messages import CompressionJob, UnitTask
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory, FileEntry
+from actors.storage.tensors import NAME_OF, read_tensors, tensor_bytes, write_rows, write_tensors
+from planners.families import load as load_family
+
+Done = tuple[tuple[FileEntry, ...], dict[str, object]]
+ROWS = 8192  # vocabulary rows that are in memory at one time
+SPECTRUM_SAMPLES = 256  # eigenvalues of a site that travel into its record
+
+
+def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str) -> Done:
+    """Do one unit and return its files and the small numbers it found.
+
+    Raises:
+        NumericsError: statistics gave no usable numbers.
+        ModelError: a weight is missing or not finite.
+    """
+    return KINDS[task.kind](task, job, run, device)
+
+
+def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Factor the statistics of one site of the residual stream, or of all sites into one basis."""
+    last = 2 * job.shape.num_layers
+    sites = range(last + 1) if task.index < 0 else [task.index]
+    grams = [_site_gram(site, job, run).to(device) for site in sites]
+    where = f"site {task.index}" if task.index >= 0 else "all sites"
+    keep_dim = _site_dims(job)[max(task.index, 0)]
+    found = methods.load(job.method).factor(grams, keep_dim=keep_dim, where=where)
+    tensors = {"vectors": found.vectors.cpu(), "values": found.values.cpu()}
+    entry = write_tensors(run, f"basis/{task.unit}.safetensors", tensors)
+    step = max(1, -(-len(found.values) // SPECTRUM_SAMPLES))
+    values = {
+        "energy_kept": found.energy_kept,
+        "rung": found.rung,
+        "dim": len(found.values),
+        "keep_dim": keep_dim,
+        "eigenvalues": [float(v) for v in found.values[::step]],
+    }
+    return (entry,), values
+
+
+def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write one compressed layer."""
+    checkpoint = Checkpoint(job.checkpoint_uri)
+    form = job.form.layers[task.index]
+    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    method = methods.load(job.method)
+    if methods.spec(job.method).residual:
+        bases = _bases(task.inputs, run, device)
+        new = method.apply(weights, (bases[0], bases[len(bases) // 2], bases[-1]), form=form)
+        values: dict[str, object] = {}
+    else:
+        sums = read_tensors(run, f"stats/layer-{task.index:05d}.safetensors")
+        sums = {k: v.to(device) for k, v in sums.items()}
+        new, values = method.compress(
+            weights, sums, shape=job.shape, form=form, options=job.options
+        )
+    family = load_family(job.shape.family)
+    prefix = family.layer.format(i=task.index)
+    named = {f"{prefix}.{_below_layer(family, role)}": t.cpu() for role, t in new.items()}
+    name = f"model/layer-{task.index:05d}.safetensors"
+    entry = write_tensors(run, name, named, metadata={"format": "pt"})
+    return (entry,), {**values, "tensors": {k: _described(t) for k, t in named.items()}}
+
+
+def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write the embedding, in blocks of rows."""
+    name = load_family(job.shape.family).embedding
+    bases = _bases(task.inputs, run, device) if _is_residual(job) else ()
+
+    def turn(rows: Tensor) -> Tensor:
+        return methods.load(job.method).apply_embedding(rows, bases[0]) if bases else rows
+
+    return _table(name, name, job, run, (device, turn))
+
+
+def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write the head, in blocks of rows, unless it is the embedding's tensor, and the final norm."""
+    family = load_family(job.shape.family)
+    norm_weight = Checkpoint(job.checkpoint_uri).read(family.final_norm).to(device)
+    bases = _bases(task.inputs, run, device) if _is_residual(job) else ()
+    files: tuple[FileEntry, ...] = ()
+    values: dict[str, object] = {}
+    if not job.form.tied:
+        source = family.embedding if job.shape.tied else family.head
+
+        def turn(rows: Tensor) -> Tensor:
+            if not bases:
+                return rows
+            turned: Tensor = methods.load(job.method).apply_head(
+                rows, bases[-1], norm_weight=norm_weight, native=job.form.native
+            )
+            return turned
+
+        files, values = _table(source, family.head, job, run, (device, turn))
+    if job.form.head_norm_weight:
+        scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
+        tensors = {family.final_norm: scale.cpu()}
+        norm_file = write_tensors(
+            run, "model/norm.safetensors", tensors, metadata={"format": "pt"}
+        )
+        described = {k: _described(t) for k, t in tensors.items()}
+        known = values.get("tensors", {})
+        assert isinstance(known, dict)  # ours, written by _table  # noqa: S101
+        files, values = (*files, norm_file), {"tensors": {**known, **described}}
+    return files, values
+
+
+KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
+    "basis": basis,
+    "basis_shared": basis,
+    "layer": layer,
+    "embedding": embedding,
+    "head": head,
+}
+
+
+def _is_residual(job: CompressionJob) -> bool:
+    return methods.spec(job.method).residual
+
+
+def _site_dims(job: CompressionJob) -> list[int]:
+    dims = [d for form in job.form.layers for d in (form.residual_in, form.residual_mid)]
+    return [*dims, job.form.layers[-1].residual_out]
+
+
+def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor:
+    """Return the gram of a site, which its own layer keeps; the last layer keeps the head's."""
+    owner = min(site // 2, job.shape.num_layers - 1)
+    tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
+    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
+    return read_tensors(run, f"stats/layer-{owner:05d}.safetensors")[str(wanted[tap])]
+
+
+def _bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor, ...]:
+    return tuple(
+        read_tensors(run, f"basis/{name}.safetensors")["vectors"].to(device) for name in names
+    )
+
+
+def _below_layer(family: object, role: str) -> str:
+    """Return the name below its layer of a role such as ``q_proj.weight`` or ``rope_pairs``."""
+    part, _, rest = role.partition(".")
+    names = {**family.linears, **family.norms}  # type: ignore[attr-defined]
+    if part == "rope_pairs":
+        return "self_attn.rope_pairs"
+    return f"{names.get(part, part)}.{rest}"
+
+
+def _described(tensor: Tensor) -> dict[str, object]:
+    """Return what a reader can compare: the hash of the bytes as they were computed."""
+    return {
+        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
+        "shape": list(tensor.shape),
+        "dtype": NAME_OF[tensor.dtype],
+    }
+
+
+def _table(
+    source: str,
+    target: str,
+    job: CompressionJob,
+    run: Directory,
+    how: tuple[str, Callable[[Tensor], Tensor]],
+) -> Done:
+    device, turn = how
+    checkpoint = Checkpoint(job.checkpoint_uri)
+    num_rows = job.shape.vocab_size
+    width = job.form.embedding_dim if "embed" in target else job.form.head_dim
+    digest = hashlib.sha256()
+    dtypes = set()
+
+    def blocks() -> Iterator[Tensor]:
+        for start in range(0, num_rows, ROWS):
+            rows = checkpoint.read(source, rows=(start, min(start + ROWS, num_rows)))
+            block = turn(rows.to(device)).cpu()
+            digest.update(tensor_bytes(block))
+            dtypes.add(NAME_OF[block.dtype])
+            yield block
+
+    name = "model/embedding.safetensors" if "embed" in target else "model/head.safetensors"
+    entry = write_rows(run, name, target, blocks(), shape=(num_rows, width))
+    described = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
+    return (entry,), {"tensors": {target: described}}

@@ -1,0 +1,1 @@
+"""RUN: the only package that knows a cluster."""

@@ -1,0 +1,171 @@
+"""Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
+from actors.storage.files import FileEntry
+from orchestrator.context import RunContext
+from orchestrator.pipeline import Pass, PassPlan
+from planners.errors import NumericsError
+from planners.plan import SCHEMA_VERSION, StagePlan, fingerprint
+from planners.units import Unit
+
+CALIBRATION_TOKENS = "tokens/calibration.parquet"
+
+
+def cut(num_sequences: int, *, size: int) -> list[tuple[int, int]]:
+    """Return the microbatches as row ranges, in order; the last may be smaller."""
+    starts = range(0, num_sequences, size)
+    return [(start, min(start + size, num_sequences)) for start in starts]
+
+
+def boundary_name(stream: str, layer: int, index: int) -> str:
+    """Return the file of the activations that enter a layer."""
+    return f"boundary/{stream}-layer-{layer:05d}-mb-{index:05d}.safetensors"
+
+
+def assignments(
+    wave: Sequence[StagePlan], *, checkpoint_uri: str, family: str, dtype: str,
+    statistics: frozenset[Any] = frozenset(),
+) -> list[Assignment]:  # fmt: skip
+    """Return what each stage of a wave loads."""
+    return [
+        Assignment(
+            checkpoint_uri=checkpoint_uri,
+            family=family,
+            first=stage.first,
+            last=stage.last,
+            embedding=stage.embedding,
+            head=stage.head,
+            statistics=statistics,
+            dtype=dtype,
+        )
+        for stage in wave
+    ]
+
+
+def calibrate(context: RunContext) -> None:
+    """Accumulate the statistics of every layer that has no record, wave by wave.
+
+    Raises:
+        CompressionError: a weight is broken, or too many workers were lost.
+    """
+    sums = context.sums
+    todo = {unit.index for unit in context.ledger.todo(sums)}
+    waves = context.prepared.plan.waves
+    wanted = _wanted_waves(context, todo)
+    rows = cut(len(context.prepared.calibration), size=_size(context))
+    with context.phase("calibrate", total=sum(map(len, (waves[w] for w in wanted))) * len(rows)):
+        for number in wanted:
+            _calibrate_wave(context, number, rows, todo)
+            if number > 0:
+                _forget_boundaries(context, waves[number][0].first, len(rows))
+
+
+def _calibrate_wave(
+    context: RunContext, number: int, rows: list[tuple[int, int]], todo: set[int]
+) -> None:
+    prepared, wave = context.prepared, context.prepared.plan.waves[number]
+    into, out = wave[0].first, wave[-1].last
+    units = {unit.name: unit for unit in context.sums}
+    last = out == prepared.plan.shape.num_layers
+    publish = [
+        [_task(u) for u in units.values() if s.first <= u.index < s.last and u.index in todo]
+        for s in wave
+    ]
+
+    def on_step(slot: int, microbatch: Microbatch, done: StepDone) -> None:
+        if slot == len(wave) - 1 and done.boundary is not None:
+            unit = boundary_unit(context, out, microbatch.index)
+            context.ledger.commit(unit, _boundary_done(unit, done, done.boundary), attempt=1)
+        context.journal.tell("calibrate", unit=f"microbatch {microbatch.index}",
+                             worker=f"worker-{slot}", start=done.started, seconds=done.seconds,
+                             tokens=done.num_tokens)  # fmt: skip
+
+    def on_published(task: UnitTask, done: UnitDone) -> None:
+        seen, expected = done.values["num_tokens"], prepared.plan.calibration_tokens
+        if seen != expected:
+            raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {expected}")
+        context.ledger.commit(units[task.unit], done, attempt=1)
+        context.journal.tell("statistics", unit=task.unit, worker=done.worker,
+                             start=done.started, seconds=done.seconds)  # fmt: skip
+
+    plan = PassPlan(
+        kind="calibrate",
+        assignments=assignments(
+            wave,
+            checkpoint_uri=prepared.model_uri,
+            family=prepared.plan.shape.family,
+            dtype=prepared.identity.compute_dtype,
+            statistics=prepared.statistics,
+        ),
+        microbatches=[
+            Microbatch(
+                index=index,
+                tokens=CALIBRATION_TOKENS,
+                rows=ab,
+                observe=True,
+                read_boundary=boundary_name("calibration", into, index) if into else "",
+                write_boundary="" if last else boundary_name("calibration", out, index),
+            )
+            for index, ab in enumerate(rows)
+        ],
+        publish=publish,
+    )
+    Pass(context.pool, plan, on_step=on_step, on_published=on_published).run()
+
+
+def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
+    """Return the unit of the activations that enter a layer, for one microbatch."""
+    key = {"schema": SCHEMA_VERSION, "kind": "boundary", "layer": layer, "index": index}
+    identity = fingerprint(context.prepared.identity)
+    return Unit(
+        name=f"boundary-layer-{layer:05d}-mb-{index:05d}",
+        kind="boundary",
+        index=layer,
+        inputs=(),
+        fingerprint=fingerprint({**key, "identity": identity}),
+    )
+
+
+def _wanted_waves(context: RunContext, todo: set[int]) -> list[int]:
+    """Return the waves to run: those with layers to do, and those whose output they need."""
+    waves = context.prepared.plan.waves
+    num_microbatches = len(cut(len(context.prepared.calibration), size=_size(context)))
+    wanted: list[int] = []
+    for number in reversed(range(len(waves))):
+        wave = waves[number]
+        own = any(wave[0].first <= layer < wave[-1].last for layer in todo)
+        needed = bool(wanted) and not all(
+            context.ledger.done(boundary_unit(context, wave[-1].last, index))
+            for index in range(num_microbatches)
+        )
+        if own or needed:
+            wanted.insert(0, number)
+    return wanted
+
+
+def _forget_boundaries(context: RunContext, layer: int, count: int) -> None:
+    for index in range(count):
+        context.run.delete(boundary_name("calibration", layer, index))
+
+
+def _size(context: RunContext) -> int:
+    return context.prepared.identity.microbatch_sequences
+
+
+def _task(unit: Unit) -> UnitTask:
+    return UnitTask(unit=unit.name, kind=unit.kind, index=unit.index, inputs=unit.inputs)
+
+
+def _boundary_done(unit: Unit, done: StepDone, entry: FileEntry) -> UnitDone:
+    return UnitDone(
+        unit=unit.name,
+        worker="",
+        incarnation=done.incarnation,
+        device="",
+        files=(entry,),
+        started=done.started,
+        seconds=done.seconds,
+    )

@@ -1,0 +1,116 @@
+"""Connecting to a Ray cluster, or starting one for this command alone."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from planners.errors import ClusterError
+
+# A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+    "object_manager_pull_timeout_ms": 2000,
+}
+STORE_BYTES = 200 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterFacts:
+    """What a cluster has.
+
+    Attributes:
+        address: as given; ``local`` was started by this command.
+        num_nodes: live nodes.
+        cpus: logical cores for work.
+        gpus: devices.
+        dashboard: address of Ray's dashboard, or empty.
+    """
+
+    address: str
+    num_nodes: int
+    cpus: float
+    gpus: float
+    dashboard: str
+
+
+@contextlib.contextmanager
+def connected(
+    address: str, *, num_cpus: int, num_gpus: int, store_bytes: int, dashboard: bool = False
+) -> Iterator[ClusterFacts]:
+    """Connect for the length of a block; ``local`` starts a cluster and stops it afterwards.
+
+    Args:
+        address: ``local``, ``auto`` or ``host:port``.
+        num_cpus: cores that the work needs at one time.
+        num_gpus: devices that the work needs at one time.
+        store_bytes: shared memory that a local cluster needs for activations.
+        dashboard: start Ray's dashboard with a local cluster; on loopback only.
+
+    Raises:
+        ClusterError: there is no cluster at the address, or it is too small.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # unread second returns of lost calls
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if address == "local":
+            context = ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                object_store_memory=max(STORE_BYTES, store_bytes),
+                log_to_driver=False,
+                logging_level="ERROR",
+                _system_config=HEALTH_CHECK,
+            )
+        else:
+            context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ClusterError(
+            f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}",
+            hint="start one with `ray up cluster.yaml`, or use --address local",
+        ) from error
+    _protect_token()
+    try:
+        facts = _facts(address, context.dashboard_url or "")
+        _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
+        yield facts
+    finally:
+        ray.shutdown()
+
+
+def _facts(address: str, dashboard: str) -> ClusterFacts:
+    resources = ray.cluster_resources()
+    return ClusterFacts(
+        address=address,
+        num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        dashboard=dashboard,
+    )
+
+
+def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
+    """Refuse what would otherwise wait for ever: Ray does not say that a request cannot fit."""
+    if num_cpus > facts.cpus or num_gpus > facts.gpus:
+        raise ClusterError(
+            f"the cluster at {facts.address!r} has {facts.cpus:g} cores and {facts.gpus:g} GPUs; "
+            f"this run needs {num_cpus} and {num_gpus}",
+            hint="use fewer --workers or --threads, or a larger cluster",
+        )
+
+
+def _protect_token() -> None:
+    """Make Ray's access token readable by its owner only; Ray leaves it open to all users."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # no home directory, no token
+        if token.is_file():
+            token.chmod(0o600)

@@ -1,0 +1,74 @@
+"""What every phase of a run is handed."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from actors.messages import CompressionJob
+from actors.storage.files import Directory
+from orchestrator.journal import Journal
+from orchestrator.ledger import Ledger
+from orchestrator.pool import Pool
+from orchestrator.prepare import Prepared
+from planners.units import Unit, compression_units, statistics_units
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkContext:
+    """Where work is done and recorded, and who does it."""
+
+    run: Directory
+    ledger: Ledger
+    journal: Journal
+    pool: Pool
+
+    @contextlib.contextmanager
+    def phase(self, name: str, *, total: int) -> Iterator[None]:
+        """Tell listeners that a phase of so many units begins, and how long it took."""
+        started = time.time()
+        self.journal.tell("phase begins", unit=name, tokens=total)
+        try:
+            yield
+        finally:
+            self.journal.tell("phase ends", unit=name, start=started, seconds=time.time() - started)
+            self.journal.flush()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext(WorkContext):
+    """A run under way: what is to be done, what is done, and who does it."""
+
+    prepared: Prepared
+
+    @property
+    def sums(self) -> list[Unit]:
+        """The statistics units, one a layer."""
+        prepared = self.prepared
+        num_layers = prepared.plan.shape.num_layers
+        return statistics_units(prepared.identity, prepared.statistics, num_layers)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The basis, layer, embedding and head units."""
+        prepared = self.prepared
+        return compression_units(
+            self.sums,
+            method=prepared.spec.name,
+            revision=prepared.spec.revision,
+            options=prepared.options,
+            form=prepared.plan.form,
+            residual=prepared.spec.residual,
+        )
+
+    @property
+    def job(self) -> CompressionJob:
+        """What the compression units share."""
+        prepared = self.prepared
+        return CompressionJob(
+            checkpoint_uri=prepared.model_uri,
+            method=prepared.spec.name,
+            options=prepared.options,
+            shape=prepared.plan.shape,
+            form=prepared.plan.form,
+        )

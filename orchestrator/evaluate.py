@@ -1,0 +1,201 @@
+"""Perplexity through the same stages that calibrate, and throughput in a process of its own."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from actors.evaluator import Evaluator
+from actors.messages import Microbatch, StepDone, ThroughputRequest, UnitDone, UnitTask
+from orchestrator.calibrate import assignments, boundary_name, cut
+from orchestrator.context import RunContext, WorkContext
+from orchestrator.executors import Resources
+from orchestrator.pipeline import Pass, PassPlan
+from orchestrator.prepare import Prepared
+from orchestrator.subjects import EvaluationPlan, Subject
+from planners.errors import NumericsError
+from planners.plan import SCHEMA_VERSION, fingerprint
+from planners.units import Unit
+
+EVALUATION_TOKENS = "tokens/evaluation.parquet"
+PROMPT_TOKENS, BATCH, NEW_TOKENS, ROUNDS = 128, 4, 32, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """Sum of -log p over the predicted tokens, in nats, and their number."""
+
+    nats: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean; infinite where it leaves the floating point range."""
+        mean = self.nats / self.num_tokens
+        return math.exp(mean) if mean < math.log(1e300) else math.inf
+
+
+def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
+    """Return how the models of a run are evaluated: in the stages that calibrate."""
+    identity, shape = prepared.identity, prepared.plan.shape
+    return EvaluationPlan(
+        family=shape.family,
+        waves=prepared.plan.waves,
+        num_sequences=len(prepared.evaluation),
+        microbatch_sequences=identity.microbatch_sequences,
+        tokens_hash=prepared.evaluation_hash,
+        # On a CPU float32 is exact and fast; on a device the model's own dtype is what is served.
+        dtype="float32" if identity.device == "cpu" else shape.dtype,
+        threads=identity.threads,
+        device=identity.device,
+    )
+
+
+def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Loss:
+    """Return the loss of a model on the evaluation tokens, part by part, each with a record.
+
+    Raises:
+        NumericsError: a part has a loss that is not a number.
+    """
+    rows = cut(plan.num_sequences, size=plan.microbatch_sequences)
+    units = [_part(plan, subject, index, ab) for index, ab in enumerate(rows)]
+    todo = {unit.name for unit in context.ledger.todo(units)}
+    waves = plan.waves if todo else ()
+    left = [(u, ab) for u, ab in zip(units, rows, strict=True) if u.name in todo]
+    with context.phase("evaluate", total=sum(map(len, waves)) * len(left)):
+        for number in range(len(waves)):
+            _evaluate_wave(context, plan, (subject, number), left)
+    values = [context.ledger.record(unit).values for unit in units]
+    return Loss(
+        nats=math.fsum(_number(v["nats"]) for v in values),
+        num_tokens=int(sum(_number(v["num_tokens"]) for v in values)),
+    )
+
+
+def _evaluate_wave(
+    context: WorkContext,
+    plan: EvaluationPlan,
+    what: tuple[Subject, int],
+    left: list[tuple[Unit, tuple[int, int]]],
+) -> None:
+    subject, wave = what[0], plan.waves[what[1]]
+    into, out, last = wave[0].first, wave[-1].last, wave[-1].head
+    stream = f"evaluation-{subject.name}"
+
+    def on_step(slot: int, microbatch: Microbatch, done: StepDone) -> None:
+        unit = left[microbatch.index][0]
+        context.journal.tell("evaluate", unit=unit.name, worker=f"worker-{slot}",
+                             start=done.started, seconds=done.seconds,
+                             tokens=done.num_tokens)  # fmt: skip
+        if last and slot == len(wave) - 1:
+            context.ledger.commit(unit, _part_done(unit, done), attempt=1)
+        if into and slot == 0:
+            context.run.delete(microbatch.read_boundary)
+
+    def on_published(task: UnitTask, done: UnitDone) -> None:
+        raise AssertionError(f"{task.unit}: an evaluation publishes nothing, not {done}")
+
+    passing = PassPlan(
+        kind="evaluate",
+        assignments=assignments(
+            wave, checkpoint_uri=subject.uri, family=plan.family, dtype=plan.dtype
+        ),
+        microbatches=[
+            Microbatch(
+                index=index,
+                tokens=EVALUATION_TOKENS,
+                rows=ab,
+                loss=last,
+                read_boundary=boundary_name(stream, into, index) if into else "",
+                write_boundary="" if last else boundary_name(stream, out, index),
+            )
+            for index, (_, ab) in enumerate(left)
+        ],
+        publish=[[] for _ in wave],
+    )
+    Pass(context.pool, passing, on_step=on_step, on_published=on_published).run()
+
+
+def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any]:
+    """Return name -> prefill and decode tokens per second and peak bytes, measured in turn."""
+    key = {"schema": SCHEMA_VERSION, "kind": "throughput", "of": [s.identity for s in subjects]}
+    unit = Unit(name="throughput", kind="throughput", index=-1, inputs=(),
+                fingerprint=fingerprint(key))  # fmt: skip
+    if not context.ledger.todo([unit]):
+        return context.ledger.record(unit).values
+    longest = int(context.prepared.model_config.get("max_position_embeddings", 2048))
+    request = ThroughputRequest(
+        uris={s.name: s.uri for s in subjects},
+        prompt=max(1, min(PROMPT_TOKENS, longest - NEW_TOKENS)),
+        batch=BATCH,
+        new_tokens=NEW_TOKENS,
+        rounds=ROUNDS,
+    )
+    with context.phase("throughput", total=1):
+        done = in_fresh_process(context, unit, "throughput", request)
+        context.ledger.commit(unit, done, attempt=1)
+    return done.values
+
+
+def in_fresh_process(context: RunContext, unit: Unit, method: str, request: object) -> UnitDone:
+    """Return what an evaluator in a process of its own says to a request."""
+    config, executor = context.prepared.config, context.pool.executor
+    gpus = 1.0 if config.device == "cuda" else 0.0
+    handle = executor.spawn(
+        Evaluator,
+        config.threads,
+        config.device,
+        resources=Resources(num_cpus=config.threads, num_gpus=gpus),
+        name=f"evaluator-{unit.name}-{uuid4().hex[:8]}",
+    )
+    try:
+        ticket = executor.call(handle, method, unit.name, request, label=unit.name)
+        while not executor.ready([ticket], seconds=1.0):
+            pass
+        done: UnitDone = executor.result(ticket)
+    finally:
+        executor.kill(handle)
+    context.journal.tell(unit.kind, unit=unit.name, worker=done.worker, start=done.started,
+                         seconds=done.seconds)  # fmt: skip
+    return done
+
+
+def _part(plan: EvaluationPlan, subject: Subject, index: int, rows: tuple[int, int]) -> Unit:
+    key = {
+        "schema": SCHEMA_VERSION,
+        "kind": "evaluation",
+        "model": subject.identity,
+        "tokens": plan.tokens_hash,
+        "rows": list(rows),
+        "dtype": plan.dtype,
+        "threads": plan.threads,
+        "device": plan.device,
+    }
+    return Unit(
+        name=f"evaluation-{subject.name}-part-{index:05d}",
+        kind="evaluate",
+        index=index,
+        inputs=(),
+        fingerprint=fingerprint(key),
+    )
+
+
+def _part_done(unit: Unit, done: StepDone) -> UnitDone:
+    if not math.isfinite(done.nats):
+        raise NumericsError(f"{unit.name}: the loss is not a finite number")
+    return UnitDone(
+        unit=unit.name,
+        worker="",
+        incarnation=done.incarnation,
+        device="",
+        files=(),
+        values={"nats": done.nats, "num_tokens": done.num_predicted},
+        started=done.started,
+        seconds=done.seconds,
+    )
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)  # written by our own units  # noqa: S101
+    return value

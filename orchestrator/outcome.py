@@ -1,0 +1,197 @@
+"""Records and measurements -> the report's one document, as ``report.json`` holds it."""
+
+import platform
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from orchestrator.context import RunContext
+from orchestrator.evaluate import Loss
+from orchestrator.journal import read_events
+from planners.cost import layer_parameters
+from planners.plan import dense_form, to_json
+
+PHASES = ("calibrate", "compress", "stitch", "verify", "evaluate", "throughput")
+LIBRARIES = ("ray", "torch", "transformers", "safetensors", "numpy", "pyarrow")
+LOSSES = ("worker lost", "preempted", "out of memory")
+
+
+def outcome(
+    context: RunContext,
+    *,
+    losses: Mapping[str, Loss],
+    throughput: Mapping[str, Any],
+    checks: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the report of a run whose every phase is done."""
+    prepared, plan = context.prepared, context.prepared.plan
+    events = read_events(context.run)
+    begun = min(event["at"] for event in events)
+    target = prepared.config.target
+    seconds = _seconds(events)
+    perplexities = {name: {"perplexity": loss.perplexity} for name, loss in losses.items()}
+    return {
+        "title": prepared.title,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "version": metadata.version("compress-cluster"),
+        "verdict": "READY",
+        "out": context.run.uri,
+        "model": {
+            "source": prepared.config.model,
+            "family": plan.shape.family,
+            "revision": prepared.revision,
+        },
+        "method": {
+            "steps": [
+                {
+                    "name": prepared.spec.name,
+                    "options": dict(prepared.options),
+                    "modules": list(prepared.spec.modules),
+                }
+            ],
+            "native": plan.form.native,
+        },
+        "parameters": {
+            "before": plan.parameters_before,
+            "after": plan.parameters_after,
+            "keep_fraction": plan.keep_fraction,
+        },
+        "target": {
+            "keep_fraction": target.keep_fraction,
+            "slice": target.slice,
+            "actual_keep_fraction": plan.keep_fraction,
+            "nominal": target.slice,
+        },
+        "bytes": {"before": prepared.source_bytes, "after": _written_bytes(context)},
+        "evaluation": {
+            "source": prepared.config.evaluation.source,
+            "sequence_length": int(prepared.evaluation.shape[1]),
+            "num_tokens": losses["compressed"].num_tokens,
+            **perplexities,
+        },
+        "throughput": throughput,
+        "seconds": seconds,
+        "memory": {
+            "driver_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+            "worker_peak_bytes": context.pool.peak_bytes,
+            "planned_worker_bytes": plan.worker_bytes,
+        },
+        "plan": {
+            "worker_bytes": plan.worker_bytes,
+            "disk_bytes": plan.disk_bytes,
+            "calibration_flops": plan.calibration_flops,
+            "num_stages": max(map(len, plan.waves)),
+            "num_waves": len(plan.waves),
+        },
+        "sites": _sites(context),
+        "layers": _layers(context),
+        "timeline": _timeline(events, begun),
+        "events": [
+            {"at": event["at"] - begun, "what": event["kind"], "detail": event["detail"]}
+            for event in events
+            if event["kind"] in LOSSES
+        ],
+        "verify": {"passed": True, **checks},
+        "recipe": to_json(prepared.config.model_dump()),
+        "recipe_defaults": _defaults(
+            prepared.config.model_dump(), prepared.given.model_dump(exclude_unset=True)
+        ),
+        "environment": environment(),
+        "resumed_units": context.ledger.num_resumed,
+    }
+
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and platform, as they are written into every run."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Return seconds by phase, summed over all drivers that worked on the run."""
+    seconds: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event["kind"] == "phase ends":
+            seconds[event["unit"]] += event["seconds"]
+    named = {phase: seconds.get(phase, 0.0) for phase in PHASES}
+    return {"total": seconds.get("run", sum(named.values())), **named}
+
+
+def _written_bytes(context: RunContext) -> int:
+    files = [file for unit in context.units for file in context.ledger.record(unit).files]
+    return sum(file.bytes for file in files if file.path.startswith("model/"))
+
+
+def _sites(context: RunContext) -> list[dict[str, Any]]:
+    sites = []
+    last = context.prepared.plan.shape.num_sites - 1
+    for unit in context.units:
+        if unit.kind == "basis":
+            where = "head" if unit.index == last else ("attention", "mlp")[unit.index % 2]
+            values = context.ledger.record(unit).values
+            sites.append({"site": unit.index, "layer": unit.index // 2, "where": where, **values})
+        elif unit.kind == "basis_shared":
+            values = context.ledger.record(unit).values
+            sites.append({"site": 0, "layer": 0, "where": "all sites", **values})
+    return sites
+
+
+def _layers(context: RunContext) -> list[dict[str, Any]]:
+    plan = context.prepared.plan
+    before = layer_parameters(plan.shape, dense_form(plan.shape))
+    layers = []
+    for unit in context.units:
+        if unit.kind != "layer":
+            continue
+        form = plan.form.layers[unit.index]
+        values = context.ledger.record(unit).values
+        widths = {
+            "residual": form.residual_in,
+            "intermediate": form.intermediate,
+            "qk head": form.qk_head_dim,
+            "vo head": form.vo_head_dim,
+        }
+        layers.append({
+            "layer": unit.index,
+            "before": before,
+            "after": layer_parameters(plan.shape, form),
+            "widths": widths,
+            "error": values.get("error"),
+        })  # fmt: skip
+    return layers
+
+
+def _timeline(events: list[dict[str, Any]], begun: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "worker": event["worker"],
+            "unit": event["unit"],
+            "kind": event["kind"],
+            "start": event["start"] - begun,
+            "end": event["start"] - begun + event["seconds"],
+        }
+        for event in events
+        if event["worker"] and event["seconds"] and event["start"]
+    ]
+
+
+def _defaults(values: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys of a recipe that were not asked for."""
+    keys = []
+    for key, value in values.items():
+        asked = given.get(key)
+        if isinstance(value, Mapping):
+            keys += _defaults(value, asked or {}, f"{prefix}{key}.")
+        elif key not in given:
+            keys.append(prefix + key)
+    return keys

@@ -1,0 +1,286 @@
+"""The door: everything that can be wrong is found here, before a worker or a device is held."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from actors import methods
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.sources import resolve_model
+from actors.storage.tokens import prepare_tokens, tokens_hash
+from orchestrator.config import (
+    DEFAULT_SEQUENCE_LENGTH,
+    Facts,
+    RunConfig,
+    resolve_options,
+    resolved,
+    with_tokens,
+)
+from orchestrator.subjects import EvaluationPlan, Subject
+from planners.errors import ModelError
+from planners.placement import load_of, place
+from planners.plan import MethodSpec, Option, RunPlan, Statistic
+from planners.planning import Workload, make_plan
+from planners.units import Identity
+
+GIB = 2**30
+USABLE = 0.8  # share of a machine's memory that its workers may plan with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that is ready to start.
+
+    Attributes:
+        config: the recipe with nothing left open.
+        given: the recipe as it was asked for.
+        model_uri: the input checkpoint.
+        model_config: its ``config.json``.
+        revision: content hash of it.
+        spec: of the method.
+        options: of the method, complete.
+        plan: what will be done.
+        identity: what determines the bytes.
+        calibration: token ids, (sequences, tokens), int64.
+        evaluation: token ids, (sequences, tokens), int64.
+        evaluation_hash: sha256 of the latter.
+        source_bytes: bytes of the input's tensors.
+    """
+
+    config: RunConfig
+    given: RunConfig
+    model_uri: str
+    model_config: Mapping[str, Any]
+    revision: str
+    spec: MethodSpec
+    options: Mapping[str, Option]
+    plan: RunPlan
+    identity: Identity
+    calibration: np.ndarray
+    evaluation: np.ndarray
+    evaluation_hash: str
+    source_bytes: int
+
+    @property
+    def run(self) -> Directory:
+        """The run directory."""
+        return Directory(self.config.out)
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What the calibration pass sums."""
+        return self.spec.statistics(self.options)
+
+    @property
+    def title(self) -> str:
+        """Model, method and target in a line."""
+        target = self.config.target
+        size = f"slice {target.slice}" if target.slice is not None else ""
+        return f"{self.config.model} · {self.spec.name} · {size or f'keep {target.keep_fraction}'}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what makes this run this run: another value of any is another run."""
+        target = self.config.target
+        return {
+            "model revision": self.revision,
+            "calibration data": self.identity.calibration_hash,
+            "evaluation data": self.evaluation_hash,
+            "method": self.spec.name,
+            "method revision": self.spec.revision,
+            "options": dict(self.options),
+            "keep_fraction": target.keep_fraction,
+            "slice": target.slice,
+            "microbatch sequences": self.identity.microbatch_sequences,
+            "calibration_dtype": self.identity.compute_dtype,
+            "threads": self.identity.threads,
+            "device": self.identity.device,
+        }
+
+
+def prepare(given: RunConfig) -> Prepared:
+    """Return a run whose model, data, method and plan have been checked.
+
+    Raises:
+        ConfigError: an option is wrong, or the target is out of reach.
+        ModelError: the model is missing, broken or not supported.
+        DataError: there is too little text, or it cannot be read.
+    """
+    spec = methods.spec(given.method)
+    options = resolve_options(spec, given.options)
+    source = resolve_model(given.model)
+    checkpoint = Checkpoint(source.uri)
+    shape = checkpoint.shape
+    checkpoint.check_values()
+    device = _device(given)
+    facts = Facts(
+        model_name=source.name,
+        max_position_embeddings=_longest(checkpoint.config),
+        options=options,
+        device=device,
+        calibration_dtype="float32" if device == "cpu" else shape.dtype,  # type: ignore[arg-type] # checked at the door
+        worker_gib=round(_machine_gib() * USABLE / given.workers, 1),
+    )
+    config = resolved(given, facts)
+    calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
+    config = with_tokens(
+        config, facts, calibration=calibration.shape, evaluation=evaluation.shape
+    )
+    sequences, length = calibration.shape
+    microbatch = max(1, config.calibration.microbatch_tokens // length)
+    plan = make_plan(
+        shape,
+        spec,
+        options,
+        target=config.target,
+        work=Workload(
+            sequences=sequences,
+            sequence_length=length,
+            microbatch_sequences=min(microbatch, sequences),
+            compute_dtype=config.calibration_dtype,
+            num_workers=config.workers,
+            worker_bytes=int((config.worker_gib or 0) * GIB),
+        ),
+    )
+    return Prepared(
+        config=config,
+        given=given,
+        model_uri=source.uri,
+        model_config=checkpoint.config,
+        revision=checkpoint.revision,
+        spec=spec,
+        options=options,
+        plan=plan,
+        identity=Identity(
+            model_revision=checkpoint.revision,
+            calibration_hash=tokens_hash(calibration),
+            microbatch_sequences=min(microbatch, sequences),
+            compute_dtype=config.calibration_dtype,
+            threads=config.threads,
+            device=config.device,
+        ),
+        calibration=calibration,
+        evaluation=evaluation,
+        evaluation_hash=tokens_hash(evaluation),
+        source_bytes=checkpoint.total_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedEvaluation:
+    """One checkpoint, dense or compressed, ready to be evaluated.
+
+    Attributes:
+        subject: the checkpoint.
+        plan: stages and parts.
+        ids: evaluation tokens, (sequences, tokens), int64.
+        source: where they are from.
+    """
+
+    subject: Subject
+    plan: EvaluationPlan
+    ids: np.ndarray
+    source: str
+
+
+def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
+    """Return an evaluation of the checkpoint that a recipe names as its model.
+
+    Raises:
+        ModelError: the checkpoint is missing, broken or not supported.
+        DataError: there is too little text, or it cannot be read.
+    """
+    source = resolve_model(given.model)
+    checkpoint = Checkpoint(source.uri)
+    shape = checkpoint.shape
+    device = _device(given)
+    own = "embedded" if given.model == "tiny" else "stdlib"
+    text = given.evaluation.source or own
+    held = text == "embedded" or text.startswith("tokens:")
+    longest = min(_longest(checkpoint.config), DEFAULT_SEQUENCE_LENGTH)
+    ids = prepare_tokens(
+        text,
+        split="evaluation",
+        tokenizer_uri=source.uri,
+        vocab_size=shape.vocab_size,
+        sequence_length=given.calibration.sequence_length or (None if held else longest),
+        num_sequences=given.evaluation.sequences,
+        bos=given.calibration.bos,
+        seed=given.seed,
+    )
+    size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
+    dtype = "float32" if device == "cpu" else shape.dtype
+    worker_gib = given.worker_gib or _machine_gib() * USABLE / given.workers
+    load = load_of(
+        shape, frozenset(), microbatch_tokens=size * ids.shape[1], compute_dtype=dtype
+    )
+    return PreparedEvaluation(
+        subject=Subject(name="model", uri=source.uri, identity=checkpoint.revision),
+        plan=EvaluationPlan(
+            family=shape.family,
+            waves=place(
+                shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)
+            ),
+            num_sequences=len(ids),
+            microbatch_sequences=size,
+            tokens_hash=tokens_hash(ids),
+            dtype=dtype,
+            threads=given.threads,
+            device=device,
+        ),
+        ids=ids,
+        source=text,
+    )
+
+
+def _tokens(
+    config: RunConfig, tokenizer_uri: str, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    calibration = prepare_tokens(
+        config.calibration.source,
+        split="calibration",
+        tokenizer_uri=tokenizer_uri,
+        vocab_size=vocab_size,
+        sequence_length=config.calibration.sequence_length,
+        num_sequences=config.calibration.sequences,
+        bos=config.calibration.bos,
+        seed=config.seed,
+    )
+    evaluation = prepare_tokens(
+        config.evaluation.source,
+        split="evaluation",
+        tokenizer_uri=tokenizer_uri,
+        vocab_size=vocab_size,
+        sequence_length=calibration.shape[1],
+        num_sequences=config.evaluation.sequences,
+        bos=config.calibration.bos,
+        seed=config.seed,
+    )
+    return calibration, evaluation
+
+
+def _longest(config: Mapping[str, Any]) -> int:
+    """Return the longest sequence that a pass with plain causal attention is right for."""
+    longest = config.get("max_position_embeddings", 2048)
+    windowed = config.get("model_type") != "qwen2" or config.get("use_sliding_window", False)
+    window = config.get("sliding_window") if windowed else None
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
+        raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
+    return min(longest, window) if isinstance(window, int) else longest
+
+
+def _device(config: RunConfig) -> Literal["cpu", "cuda"]:
+    if config.device != "auto":
+        return config.device
+    if config.address != "local":
+        return "cuda"  # a cluster is rented for its devices; without any it says so at once
+    import torch  # noqa: PLC0415 slow, and needed here only
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _machine_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

@@ -1,0 +1,185 @@
+"""The lists inside a report document as frozen data; a key that is missing has its default here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from orchestrator.report.numbers import number
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One place on the residual stream, its spectrum and where it was cut.
+
+    Attributes:
+        where: ``attention``, ``mlp`` or ``head``; ``site`` where that is not said.
+        points: (component, eigenvalue relative to the largest), descending, positive only.
+        energy_kept: 0 to 1; None when it was not computed.
+        rung: which step of the factorisation ladder gave the basis.
+    """
+
+    index: int
+    layer: int
+    where: str
+    points: tuple[tuple[float, float], ...]
+    dim: int
+    keep_dim: int
+    energy_kept: float | None
+    rung: str
+
+    @property
+    def name(self) -> str:
+        """What people call the site."""
+        return "head" if self.where == "head" else f"layer {self.layer} {self.where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One decoder block before and after.
+
+    Attributes:
+        widths: kept width by module; ``widths_before`` the dense ones where they are known.
+        error: relative error of the layer's output on the probe; None when not measured.
+    """
+
+    index: int
+    before: float
+    after: float
+    widths: Mapping[str, float]
+    widths_before: Mapping[str, float]
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One stretch of work of one worker, in seconds since the run began."""
+
+    worker: str
+    unit: str
+    kind: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened at a moment of the run."""
+
+    at: float
+    what: str
+    detail: str
+
+
+def section(report: Document, *path: str) -> Document:
+    """Return the mapping at that path, empty where there is none."""
+    found: Any = report
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def rows(report: Document, key: str) -> tuple[Document, ...]:
+    """Return the list of mappings under a key, empty where there is none."""
+    found = report.get(key)
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        return ()
+    return tuple(row for row in found if isinstance(row, Mapping))
+
+
+def sites(report: Document) -> tuple[Site, ...]:
+    """Return the sites of a residual method, in the order of the residual stream."""
+    found = [
+        Site(
+            index=int(row.get("site", position)),
+            layer=int(row.get("layer", 0)),
+            where=_known(row.get("where")),
+            points=_points(row.get("eigenvalues") or (), int(row.get("dim", 0))),
+            dim=int(row.get("dim", 0)),
+            keep_dim=int(row.get("keep_dim", row.get("dim", 0))),
+            energy_kept=number(row.get("energy_kept")),
+            rung=str(row.get("rung", "")),
+        )
+        for position, row in enumerate(rows(report, "sites"))
+    ]
+    return tuple(sorted(found, key=lambda site: site.index))
+
+
+def layers(report: Document) -> tuple[Layer, ...]:
+    """Return the layers in order."""
+    found = [
+        Layer(
+            index=int(row.get("layer", position)),
+            before=number(row.get("before")) or 0.0,
+            after=number(row.get("after")) or 0.0,
+            widths=_numbers(section(row, "widths")),
+            widths_before=_numbers(section(row, "widths_before")),
+            error=number(row.get("error")),
+        )
+        for position, row in enumerate(rows(report, "layers"))
+    ]
+    return tuple(sorted(found, key=lambda layer: layer.index))
+
+
+def spans(report: Document) -> tuple[Span, ...]:
+    """Return the work of all workers by start."""
+    found = []
+    for row in rows(report, "timeline"):
+        start, end = number(row.get("start")), number(row.get("end"))
+        if start is None or end is None:
+            continue
+        found.append(
+            Span(
+                worker=str(row.get("worker", "worker")),
+                unit=str(row.get("unit", "")),
+                kind=str(row.get("kind", "other")),
+                start=start,
+                end=max(start, end),
+            )
+        )
+    return tuple(sorted(found, key=lambda span: (span.start, span.worker, span.unit)))
+
+
+def events(report: Document) -> tuple[Event, ...]:
+    """Return what happened, by time."""
+    found = [
+        Event(
+            at=number(row.get("at")) or 0.0,
+            what=str(row.get("what", "")),
+            detail=str(row.get("detail") or ""),
+        )
+        for row in rows(report, "events")
+    ]
+    return tuple(sorted(found, key=lambda event: event.at))
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sort key that puts ``worker-2`` before ``worker-10``."""
+    cuts = [0, *(i for i in range(1, len(name)) if name[i].isdigit() != name[i - 1].isdigit())]
+    parts = [name[start:stop] for start, stop in pairwise([*cuts, len(name)])]
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+
+
+def _known(where: object) -> str:
+    return str(where) if where in ("attention", "mlp", "head") else "site"
+
+
+def _numbers(found: Document) -> dict[str, float]:
+    known = {str(key): number(value) for key, value in found.items()}
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _points(eigenvalues: Sequence[Any], dim: int) -> tuple[tuple[float, float], ...]:
+    """Return (component, relative eigenvalue); samples are spread evenly from 1 to ``dim``."""
+    values = [number(value) for value in eigenvalues]
+    largest = max((value for value in values if value is not None), default=0.0)
+    if largest <= 0.0:
+        return ()
+    step = (max(dim, 2) - 1) / max(len(values) - 1, 1)
+    return tuple(
+        (1.0 + step * position, value / largest)
+        for position, value in enumerate(values)
+        if value is not None and value > 0.0
+    )

@@ -1,0 +1,204 @@
+"""What a run came to, in one sentence and one table; the page and the terminal say the same."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.report.document import Document, rows, section
+from orchestrator.report.numbers import (
+    bytes_text,
+    change,
+    count,
+    decimal,
+    number,
+    percent,
+    quotient,
+    short_count,
+    times,
+)
+
+_NOTICEABLE = 0.005
+_TILES = ("Perplexity", "Parameters", "Checkpoint size", "Decode, tokens/s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One measure before and after.
+
+    Attributes:
+        before_short: as ``before``, short enough for a tile.
+        tone: ``good``, ``cost`` or nothing, for the change.
+    """
+
+    name: str
+    before: str
+    after: str
+    before_short: str
+    after_short: str
+    change: str
+    ratio: str
+    tone: str
+
+
+def title(report: Document) -> str:
+    """Return what the report is about."""
+    given = report.get("title")
+    if given:
+        return str(given)
+    model = section(report, "model").get("source") or "model"
+    return " \u00b7 ".join([str(model), *method_names(report)])
+
+
+def verdict(report: Document) -> str:
+    """Return the verdict word."""
+    return str(report.get("verdict") or "UNFINISHED")
+
+
+def is_ready(report: Document) -> bool:
+    """Return whether the checkpoint proved itself."""
+    return verdict(report) == "READY"
+
+
+def method_names(report: Document) -> list[str]:
+    """Return the methods in the order in which they were applied."""
+    steps = rows(section(report, "method"), "steps")
+    return [str(step["name"]) for step in steps if step.get("name")]
+
+
+def keep_fraction(report: Document) -> float | None:
+    """Return the true fraction of parameters kept."""
+    parameters = section(report, "parameters")
+    counted = quotient(parameters.get("after"), parameters.get("before"))
+    return number(parameters.get("keep_fraction")) if counted is None else counted
+
+
+def sentence(report: Document) -> str:
+    """Return the result in one sentence."""
+    parameters, evaluation = section(report, "parameters"), section(report, "evaluation")
+    said = " + ".join(method_names(report)) or "The compressed model"
+    said += f" keeps {percent(keep_fraction(report))} of the parameters"
+    if number(parameters.get("before")):
+        said += f" ({short_count(parameters['after'])} of {short_count(parameters['before'])})"
+    dense = section(evaluation, "dense").get("perplexity")
+    compressed = section(evaluation, "compressed").get("perplexity")
+    ratio = quotient(compressed, dense)
+    if ratio is not None:
+        said += f"; perplexity goes from {decimal(dense)} to {decimal(compressed)}"
+        said += f" ({change(ratio)})"
+    speed = _speed(report, "decode_tokens_per_second")
+    if speed is not None:
+        said += f", and decoding runs at {times(speed)} the speed"
+    return said + "."
+
+
+def comparisons(report: Document) -> tuple[Comparison, ...]:
+    """Return the before/after table; measures that neither side has are left out."""
+    parameters = section(report, "parameters")
+    size = section(report, "bytes")
+    evaluation = {side: section(report, "evaluation", side) for side in ("dense", "compressed")}
+    speed = {side: section(report, "throughput", side) for side in ("dense", "compressed")}
+
+    def pair(sides: dict[str, Document], key: str) -> tuple[Any, Any]:
+        return sides["dense"].get(key), sides["compressed"].get(key)
+
+    found = [
+        _compare("Perplexity", pair(evaluation, "perplexity"), decimal, better="less"),
+        _compare("Parameters", (parameters.get("before"), parameters.get("after")), count),
+        _compare("Checkpoint size", (size.get("before"), size.get("after")), bytes_text),
+        _compare(
+            "Prefill, tokens/s", pair(speed, "prefill_tokens_per_second"), decimal, better="more"
+        ),
+        _compare(
+            "Decode, tokens/s", pair(speed, "decode_tokens_per_second"), decimal, better="more"
+        ),
+        _compare("Peak memory", pair(speed, "peak_bytes"), bytes_text),
+    ]
+    return tuple(row for row in found if row is not None)
+
+
+def tiles(report: Document) -> tuple[Comparison, ...]:
+    """Return the few measures that stand at the top of the page."""
+    return tuple(row for row in comparisons(report) if row.name in _TILES)
+
+
+def asked(report: Document) -> str:
+    """Return what was asked for and what that nominally means, beside the true fraction."""
+    target = section(report, "target")
+    said = []
+    if number(target.get("keep_fraction")) is not None:
+        said.append(f"asked for {percent(target['keep_fraction'])} of the parameters")
+    if number(target.get("slice")) is not None:
+        said.append(f"asked to slice {percent(target['slice'])} of the residual width")
+    actual = number(target.get("actual_keep_fraction"))
+    if actual is None:
+        actual = keep_fraction(report)
+    if actual is not None:
+        said.append(f"kept {percent(actual, digits=2)} of the true parameter count")
+    if number(target.get("nominal")) is not None:
+        said.append(f"nominal fraction {percent(target['nominal'])}")
+    text = "; ".join(said)
+    return text[:1].upper() + text[1:]
+
+
+def measured_on(report: Document) -> str:
+    """Return what the perplexity was measured on."""
+    evaluation = section(report, "evaluation")
+    said = []
+    if number(evaluation.get("num_tokens")):
+        said.append(f"{count(evaluation['num_tokens'])} predicted tokens")
+    if evaluation.get("source"):
+        said.append(f"of {evaluation['source']}")
+    if number(evaluation.get("sequence_length")):
+        said.append(f"in sequences of {count(evaluation['sequence_length'])}")
+    return f"Perplexity over {' '.join(said)}, not overlapping." if said else ""
+
+
+def throughput_note(report: Document) -> str:
+    """Return why speeds are missing or how they were measured; empty when nothing is said."""
+    note = section(report, "throughput").get("throughput_note") or report.get("throughput_note")
+    return str(note or "")
+
+
+def checkpoint_path(report: Document) -> str:
+    """Return where the compressed checkpoint lies."""
+    return f"{str(report.get('run') or 'RUN').rstrip('/')}/model"
+
+
+def loading_code(report: Document) -> str:
+    """Return the lines that load and try the compressed checkpoint."""
+    path = repr(checkpoint_path(report))
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"path = {path}\n"
+        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(path)\n\n"
+        'inputs = tokenizer("def main", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
+    )
+
+
+def _speed(report: Document, key: str) -> float | None:
+    dense, compressed = (section(report, "throughput", s) for s in ("dense", "compressed"))
+    return quotient(compressed.get(key), dense.get(key)) or None
+
+
+def _compare(
+    name: str, values: tuple[Any, Any], text: Callable[[Any], str], *, better: str = "less"
+) -> Comparison | None:
+    before, after = values
+    if number(before) is None and number(after) is None:
+        return None
+    short = short_count if text is count else text
+    ratio = quotient(after, before)
+    gain = 0.0 if ratio is None else (ratio - 1.0) * (1.0 if better == "more" else -1.0)
+    tone = "" if abs(gain) < _NOTICEABLE else ("good" if gain > 0.0 else "cost")
+    return Comparison(
+        name=name,
+        before=text(before),
+        after=text(after),
+        before_short=short(before),
+        after_short=short(after),
+        change=change(ratio),
+        ratio=times(ratio),
+        tone=tone,
+    )

@@ -1,0 +1,63 @@
+"""What a run came to, for the terminal: the verdict, before and after, and what to do next."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.report import summary
+from orchestrator.report.document import Document
+from orchestrator.report.numbers import NBSP
+
+_TONES = {"good": "green", "cost": "yellow", "": "default"}
+
+
+def render_terminal(report: Document) -> RenderableType:
+    """Return a compact summary of the report for a rich console."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    table.add_column("")
+    for name in ("before", "after", "change", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in summary.comparisons(report):
+        table.add_row(
+            _plain(row.name),
+            _plain(row.before),
+            Text(_printable(row.after), style="bold"),
+            Text(_printable(row.change), style=_TONES[row.tone]),
+            _plain(row.ratio),
+        )
+    ready = summary.is_ready(report)
+    verdict = f" {_printable(summary.verdict(report))} "
+    head = Text.assemble((verdict, "bold reverse green" if ready else "bold reverse red"), "  ")
+    head.append(_printable(summary.title(report)), style="bold")
+    small = [summary.asked(report), summary.measured_on(report), summary.throughput_note(report)]
+    return Group(
+        head,
+        _plain(summary.sentence(report)),
+        Text(),
+        table,
+        Text(),
+        *(Text(_printable(line), style="dim") for line in small if line),
+        *_places(report),
+    )
+
+
+def _places(report: Document) -> list[Text]:
+    path = summary.checkpoint_path(report)
+    page = f"{path.removesuffix('/model')}/report.html"
+    load = f"AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)"
+    rows = [("checkpoint", path), ("report", page)]
+    if summary.is_ready(report):
+        rows.append(("load", load))
+    return [
+        Text.assemble((f"{name:<12}", "dim"), _printable(value), overflow="fold")
+        for name, value in rows
+    ]
+
+
+def _plain(text: str) -> Text:
+    return Text(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Return the text without characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c == NBSP else "\ufffd" for c in text)

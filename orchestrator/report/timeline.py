@@ -1,0 +1,170 @@
+"""Who worked on what, when, and what went wrong on the way."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from matplotlib.axes import Axes
+
+from orchestrator.report.canvas import INK, KIND_COLOURS, MUTED, Plot, Sheet, Words, draw, label
+from orchestrator.report.document import Event, Span, natural
+from orchestrator.report.numbers import counted, percent, seconds_text
+
+MAX_WORKERS = 48
+MAX_BARS = 1500
+
+_KINDS = (
+    ("calibrate",),
+    ("statistics",),
+    ("basis",),
+    ("layer",),
+    ("embedding", "head"),
+    ("stitch",),
+    ("verify",),
+    ("evaluate", "evaluation"),
+)
+_OTHER = len(KIND_COLOURS) - 1
+_ROW = 0.7
+_FEW_WORKERS = 16
+_PIXEL = 1.0 / 800.0
+_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+_MIN_LENGTH = 5.0
+_NUMBERS_APART = 0.05
+
+
+def workers(spans: Sequence[Span], events: Sequence[Event]) -> Plot | None:
+    """Return the work of every worker over time, coloured by kind, events numbered above."""
+    if not spans:
+        return None
+    names = sorted({span.worker for span in spans}, key=natural)
+    shown = names[:MAX_WORKERS]
+    total = max([span.end for span in spans] + [event.at for event in events])
+    first = min(0.0, min(span.start for span in spans))
+    bars = merged([span for span in spans if span.worker in set(shown)], total - first)
+    busy = busy_seconds(spans) / (len(names) * (total - first) or 1.0)
+    limit = f" The first {len(shown)} of {len(names)} workers are shown." if names != shown else ""
+    unit, length = _unit(total)
+    words = Words(
+        key="timeline",
+        title="Timeline of workers",
+        description=f"{counted(len(names), 'worker')} did {counted(len(spans), 'unit')} of work in "
+        f"{seconds_text(total)}; {counted(len(events), 'event')}.{limit}",
+        caption=f"{unit.capitalize()} since the run began. Workers were busy "
+        f"{percent(busy, digits=0)} of the time.{limit}"
+        + (" Numbered lines are the events below." if events else ""),
+        legend=tuple((name, KIND_COLOURS[slot], "box") for slot, name in _slots(spans)),
+    )
+
+    def paint(sheet: Sheet) -> None:
+        axes = sheet.figure.subplots()
+        row = {name: len(shown) - 1 - position for position, name in enumerate(shown)}
+        axes.set_xlim(first / length, max(total, first + 1e-3) / length)
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_yticks([row[name] for name in shown], [label(name) for name in shown])
+        axes.set_xlabel(unit)
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        _bars(axes, bars, row, length)
+        _marks(axes, [event.at / length for event in events])
+
+    row_inches = 0.28 if len(shown) <= _FEW_WORKERS else 0.18
+    return draw(words, paint, height=lambda _: 0.85 + len(shown) * row_inches)
+
+
+def _bars(axes: Axes, bars: Sequence[Span], row: Mapping[str, int], length: float) -> None:
+    """Draw each bar in its worker's row; the shortest is as wide as a line, so that it is seen."""
+    least = (axes.get_xlim()[1] - axes.get_xlim()[0]) * _PIXEL
+    for (slot, name), group in groupby(sorted(bars, key=_place), _place):
+        pieces = [(bar.start / length, max((bar.end - bar.start) / length, least)) for bar in group]
+        axes.broken_barh(pieces, (row[name] - _ROW / 2, _ROW), color=KIND_COLOURS[slot])
+
+
+def _marks(axes: Axes, moments: Sequence[float]) -> None:
+    """Draw a line at each moment and its number above, where numbers do not touch."""
+    apart = (axes.get_xlim()[1] - axes.get_xlim()[0]) * _NUMBERS_APART
+    numbered = float("-inf")
+    for position, moment in enumerate(moments, start=1):
+        axes.axvline(moment, color=INK, linestyle=(0, (3, 2)), linewidth=0.9)
+        if moment - numbered < apart:
+            continue
+        numbered = moment
+        axes.annotate(
+            str(position),
+            (moment, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            color=MUTED,
+            fontsize=8.5,
+        )
+
+
+def merged(spans: Sequence[Span], total: float) -> list[Span]:
+    """Return at most ``MAX_BARS`` bars: neighbours of one kind that no eye can part are one."""
+    gap = total * _PIXEL
+    bars = _joined(spans, gap)
+    while len(bars) > MAX_BARS and gap < total:
+        gap *= 2.0
+        bars = _joined(spans, gap)
+    return bars
+
+
+def by_kind(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
+    """Return (kind, number of units, seconds of all workers), in the order of the legend."""
+    found = []
+    for kind in sorted({span.kind for span in spans}, key=lambda kind: (slot_of(kind), kind)):
+        mine = [span for span in spans if span.kind == kind]
+        found.append((kind, len(mine), sum(span.end - span.start for span in mine)))
+    return found
+
+
+def busy_seconds(spans: Sequence[Span]) -> float:
+    """Return the seconds in which each worker did anything, summed over workers."""
+    busy = 0.0
+    for _, group in groupby(sorted(spans, key=lambda s: (s.worker, s.start)), lambda s: s.worker):
+        reached = float("-inf")
+        for span in group:
+            busy += max(0.0, span.end - max(span.start, reached))
+            reached = max(reached, span.end)
+    return busy
+
+
+def slot_of(kind: str) -> int:
+    """Return which colour a kind of work has."""
+    return next((slot for slot, names in enumerate(_KINDS) if kind in names), _OTHER)
+
+
+def _unit(total: float) -> tuple[str, float]:
+    """Return the largest unit of time of which the run took a few, and its seconds."""
+    fitting = (unit for unit in _UNITS if total >= _MIN_LENGTH * unit[1])
+    return next(fitting, _UNITS[-1])
+
+
+def _slots(spans: Sequence[Span]) -> list[tuple[int, str]]:
+    kinds = {span.kind for span in spans}
+    used = sorted({slot_of(kind) for kind in kinds})
+    return [(slot, _slot_name(slot, kinds)) for slot in used]
+
+
+def _slot_name(slot: int, kinds: set[str]) -> str:
+    return ", ".join(sorted(kind for kind in kinds if slot_of(kind) == slot))
+
+
+def _place(bar: Span) -> tuple[int, str]:
+    return slot_of(bar.kind), bar.worker
+
+
+def _same(one: Span, other: Span) -> bool:
+    return (one.worker, one.kind) == (other.worker, other.kind)
+
+
+def _joined(spans: Sequence[Span], gap: float) -> list[Span]:
+    bars: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.worker, s.kind, s.start)):
+        last = bars[-1] if bars else None
+        if last and _same(last, span) and span.start - last.end <= gap:
+            bars[-1] = replace(last, end=max(last.end, span.end))
+        else:
+            bars.append(span)
+    return bars

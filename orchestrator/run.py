@@ -1,0 +1,81 @@
+"""The one path of a run, top to bottom."""
+
+from typing import Any
+
+from actors.messages import WorkerSetup
+from actors.storage.records import require_directory
+from orchestrator import cluster, lease
+from orchestrator.calibrate import calibrate
+from orchestrator.context import RunContext
+from orchestrator.dispatch import compress
+from orchestrator.evaluate import evaluate, evaluation_plan, throughput
+from orchestrator.executors import Executor, RayExecutor
+from orchestrator.journal import Journal, Listener
+from orchestrator.ledger import Ledger
+from orchestrator.outcome import outcome
+from orchestrator.pool import Pool
+from orchestrator.prepare import Prepared
+from orchestrator.rundir import finish, finished_report, open_run
+from orchestrator.stitch import stitch, stitch_unit
+from orchestrator.subjects import Subject
+from orchestrator.verify import verify
+
+
+def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> dict[str, Any]:
+    """Do a prepared run on a Ray cluster, or what is left of it, and return its report.
+
+    Raises:
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    config = prepared.config
+    require_directory(prepared.run)
+    with lease.held(prepared.run):
+        open_run(prepared)
+        report = finished_report(prepared.run)
+        if report is not None:
+            return report
+        with cluster.connected(
+            config.address,
+            num_cpus=config.workers * config.threads,
+            num_gpus=config.workers if config.device == "cuda" else 0,
+            store_bytes=4 * prepared.plan.waves[0][0].bytes["boundaries"] * config.workers,
+            dashboard=dashboard,
+        ):
+            return run_on(prepared, RayExecutor(), listener=listener)
+
+
+def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dict[str, Any]:
+    """Do an opened run on an executor; every phase skips the units that have a record."""
+    run = prepared.run
+    journal = Journal(run, listener)
+    setup = WorkerSetup(
+        name="pattern",
+        incarnation="",
+        run_uri=prepared.config.out,
+        threads=prepared.config.threads,
+        device=prepared.config.device,
+    )
+    num_workers = max(map(len, prepared.plan.waves))
+    pool = Pool(executor, setup, num_workers=num_workers, journal=journal)
+    context = RunContext(prepared=prepared, run=run, ledger=Ledger(run), journal=journal, pool=pool)
+    dense = Subject(name="dense", uri=prepared.model_uri, identity=prepared.revision)
+    compressed = Subject(
+        name="compressed", uri=run.below("model"), identity=stitch_unit(context).fingerprint
+    )
+    measuring = evaluation_plan(prepared)
+    try:
+        with context.phase("run", total=0):
+            calibrate(context)
+            losses = {"dense": evaluate(context, measuring, dense)}
+            compress(context)
+            stitch(context)
+            losses["compressed"] = evaluate(context, measuring, compressed)
+            pool.close()  # what follows loads whole models
+            checks = verify(context, compressed)
+            speeds = throughput(context, [dense, compressed])
+    finally:
+        pool.close()
+        journal.flush()
+    report = outcome(context, losses=losses, throughput=speeds, checks=checks)
+    finish(context, report)
+    return report

@@ -1,0 +1,88 @@
+"""Opening a run directory, knowing another run from this one, and marking the end."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from actors.storage.files import Directory
+from actors.storage.tokens import tokens_to_parquet
+from orchestrator.calibrate import CALIBRATION_TOKENS
+from orchestrator.config import to_yaml
+from orchestrator.context import RunContext
+from orchestrator.evaluate import EVALUATION_TOKENS
+from orchestrator.outcome import environment
+from orchestrator.prepare import Prepared
+from orchestrator.report import render_page
+from planners.errors import ConfigError, StorageError
+from planners.plan import to_json
+
+READY = "READY"
+REPORT = "report.json"
+
+
+def open_run(prepared: Prepared) -> None:
+    """Write the recipe, plan, environment and tokens, or see that they are those of this run.
+
+    Raises:
+        ConfigError: the directory holds another run; the message says what differs.
+        StorageError: it holds something that is no run, or cannot be written.
+    """
+    run = prepared.run
+    facts = to_json(prepared.facts())
+    if run.size("plan.json") is not None:
+        _refuse_other_run(run, facts)
+    elif run.size("run.yaml") is None and run.size("model/config.json") is not None:
+        raise StorageError(f"{run.uri}: holds a model that is not of a run; use another --out")
+    plan = {"identity": facts, "plan": to_json(prepared.plan)}
+    for name, tokens, source in (
+        (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
+        (EVALUATION_TOKENS, prepared.evaluation, prepared.config.evaluation.source),
+    ):
+        if run.size(name) is None:
+            run.write(name, tokens_to_parquet(tokens, {"source": source}))
+    run.write("run.yaml", to_yaml(prepared.config, prepared.given).encode())
+    run.write("environment.json", _json(environment()))
+    run.write("plan.json", _json(plan))
+
+
+def finished_report(run: Directory) -> dict[str, Any] | None:
+    """Return the report of a run that is READY, or None where work is left."""
+    if run.size(READY) is None or run.size(REPORT) is None:
+        return None
+    report: dict[str, Any] = json.loads(run.read(REPORT))
+    return report
+
+
+def finish(context: RunContext, report: Mapping[str, Any]) -> None:
+    """Write the report, drop what only the work needed, and mark the run READY."""
+    run = context.run
+    run.write(REPORT, _json(report))
+    run.write("report.html", render_page(report).encode())
+    if not context.prepared.config.keep_statistics:
+        for name in (*run.names("stats"), *run.names("basis"), *run.names("boundary")):
+            run.delete(name)
+    facts = to_json(context.prepared.facts())
+    run.write(READY, _json({"identity": facts, "created": report["created"]}))
+
+
+def _refuse_other_run(run: Directory, facts: Mapping[str, Any]) -> None:
+    try:
+        old = json.loads(run.read("plan.json"))["identity"]
+    except (ValueError, KeyError, TypeError):
+        return  # torn by a crash before anything else was written; written again below
+    differ = [key for key in facts if old.get(key) != facts[key]]
+    if differ:
+        said = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ)
+        raise ConfigError(
+            f"{run.uri} holds another run: {said}",
+            hint="use another --out, or the options of the run that is there",
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"  # noqa: PLR2004 a hash
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()

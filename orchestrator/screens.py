@@ -1,0 +1,240 @@
+"""What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
+
+import json
+import tempfile
+import time
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from actors import methods as registry
+from actors.messages import WorkerSetup
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.records import read_records
+from actors.storage.tokens import tokens_to_parquet
+from orchestrator import cluster, lease
+from orchestrator.config import RunConfig
+from orchestrator.context import WorkContext
+from orchestrator.evaluate import EVALUATION_TOKENS
+from orchestrator.evaluate import evaluate as measure
+from orchestrator.executors import RayExecutor
+from orchestrator.journal import Journal
+from orchestrator.ledger import Ledger
+from orchestrator.pool import Pool
+from orchestrator.prepare import Prepared, prepare, prepare_evaluation
+from orchestrator.progress import ProgressScreen
+from orchestrator.report import render_page, render_terminal
+from orchestrator.run import run as do_run
+from orchestrator.rundir import READY, REPORT, finished_report
+from orchestrator.subjects import EvaluationPlan, Subject
+from planners.errors import StorageError
+from planners.plan import to_json
+
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+
+def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> None:
+    """Do a run, showing how it goes on stderr, and print its report."""
+    prepared = prepare(config)
+    if dry_run:
+        _print_plan(prepared, json_=json_)
+        return
+    _err.print(f"[bold]{prepared.title}[/] -> {prepared.config.out}")
+    num_workers = max(map(len, prepared.plan.waves))
+    with ProgressScreen(_err, num_workers=num_workers) as listener:
+        report = do_run(prepared, listener=listener, dashboard=dashboard)
+    _print_report(report, json_=json_)
+
+
+def plan(config: RunConfig, *, json_: bool) -> None:
+    """Print the plan of a run."""
+    _print_plan(prepare(config), json_=json_)
+
+
+def evaluate(config: RunConfig, *, json_: bool) -> None:
+    """Measure the perplexity of one checkpoint and print it."""
+    prepared = prepare_evaluation(config)
+    plan_, subject, ids = prepared.plan, prepared.subject, prepared.ids
+    with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
+        run_ = Directory(folder)
+        run_.write(EVALUATION_TOKENS, tokens_to_parquet(ids, {"source": prepared.source}))
+        with (
+            cluster.connected(
+                config.address,
+                num_cpus=config.workers * config.threads,
+                num_gpus=config.workers if plan_.device == "cuda" else 0,
+                store_bytes=0,
+            ),
+            ProgressScreen(_err, num_workers=config.workers) as listener,
+        ):
+            loss = _measure(run_, plan_, subject, listener)
+    found = {
+        "model": subject.uri,
+        "evaluation": {
+            "source": prepared.source,
+            "sequence_length": int(ids.shape[1]),
+            "num_tokens": loss.num_tokens,
+            "perplexity": loss.perplexity,
+        },
+    }
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+    else:
+        _out.print(
+            f"perplexity [bold]{loss.perplexity:.4f}[/] over {loss.num_tokens:,} predicted tokens, "
+            f"sequences of {ids.shape[1]}, {prepared.source}"
+        )
+
+
+def report(run_uri: str, *, json_: bool) -> None:
+    """Print the report of a finished run, and write its page again."""
+    run_ = Directory(run_uri)
+    found = _finished(run_)
+    run_.write("report.html", render_page(found).encode())
+    _print_report(found, json_=json_)
+
+
+def status(run_uri: str, *, json_: bool) -> None:
+    """Print how many units of each kind are done, and who holds the run."""
+    run_ = Directory(run_uri)
+    if run_.size("plan.json") is None:
+        raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
+    kinds = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
+    holder = lease.holder(run_)
+    alive = holder is not None and not lease.is_dead(holder)
+    found = {
+        "run": run_uri,
+        "verdict": "READY" if run_.size(READY) is not None else "running" if alive else "stopped",
+        "done": dict(sorted(kinds.items())),
+        "holder": holder if alive else None,
+    }
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+        return
+    table = Table(title=f"{run_uri}: {found['verdict']}", title_justify="left")
+    table.add_column("units")
+    table.add_column("done", justify="right")
+    for kind, count in sorted(kinds.items()):
+        table.add_row(kind, str(count))
+    _out.print(table)
+    if alive and holder is not None:
+        since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
+        _out.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
+    elif found["verdict"] != "READY":
+        _out.print("nobody works on it; the command that began it goes on with it")
+
+
+def methods(*, json_: bool) -> None:
+    """Print every method with its options and defaults."""
+    specs = [registry.spec(name) for name in registry.available()]
+    if json_:
+        plain = [
+            {"name": s.name, "source": s.source, "modules": s.modules, "options": s.options}
+            for s in specs
+        ]
+        print(json.dumps(to_json(plain)))  # noqa: T201 the one document
+        return
+    table = Table(title="methods", title_justify="left")
+    for column in ("method", "option", "default", "choices", "what it does"):
+        table.add_column(column)
+    for spec in specs:
+        table.add_section()
+        table.add_row(f"[bold]{spec.name}[/]", "", "", "", spec.source)
+        for option in spec.options:
+            choices = ", ".join(_word(c) for c in option.choices)
+            table.add_row("", option.name, _word(option.default), choices, option.help)
+    _out.print(table)
+
+
+def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener: Any) -> Any:
+    journal = Journal(run_, listener)
+    setup = WorkerSetup(name="pattern", incarnation="", run_uri=run_.uri,
+                        threads=plan_.threads, device=plan_.device)  # fmt: skip
+    workers = max(map(len, plan_.waves))
+    pool = Pool(RayExecutor(), setup, num_workers=workers, journal=journal)
+    try:
+        context = WorkContext(run=run_, ledger=Ledger(run_), journal=journal, pool=pool)
+        return measure(context, plan_, subject)
+    finally:
+        pool.close()
+
+
+def _finished(run_: Directory) -> dict[str, Any]:
+    found = finished_report(run_)
+    if found is None:
+        raise StorageError(
+            f"{run_.uri}: has no finished run ({READY} and {REPORT})",
+            hint="compress-cluster status RUN says how far it is",
+        )
+    return found
+
+
+def _unit_kinds(run_: Directory) -> list[str]:
+    return [
+        name.replace("-layer", "").replace("-site", "").replace("-part", "")
+        for name in read_records(run_)
+    ]
+
+
+def _print_report(found: dict[str, Any], *, json_: bool) -> None:
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+    else:
+        _out.print(render_terminal(found))
+
+
+def _print_plan(prepared: Prepared, *, json_: bool) -> None:
+    plan_ = prepared.plan
+    if json_:
+        print(json.dumps({"identity": to_json(prepared.facts()), "plan": to_json(plan_)}))  # noqa: T201 the one document
+        return
+    table = Table(title=prepared.title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("how much")
+    shape, form = plan_.shape, plan_.form
+    stages = plan_.waves[0][0].bytes
+    rows = {
+        "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
+        f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
+        f"vocabulary {shape.vocab_size}, {shape.dtype}",
+        "parameters": f"{plan_.parameters_before:,} -> {plan_.parameters_after:,} "
+        f"({plan_.keep_fraction:.4f} kept, true counts)",
+        "widths": _widths(plan_),
+        "result": "a stock model" if form.native else "needs trust_remote_code=True",
+        "calibration": f"{plan_.calibration_tokens:,} tokens, "
+        f"{plan_.calibration_flops / 1e12:.3g} TFLOP",
+        "stages": " | ".join(
+            ", ".join(f"layers {s.first}-{s.last - 1}" for s in wave) for wave in plan_.waves
+        ),
+        "worker memory": f"{plan_.worker_bytes / 2**20:,.0f} MiB ("
+        + ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in stages.items())
+        + ")",
+        "disk": f"{plan_.disk_bytes / 2**20:,.0f} MiB",
+        "run directory": prepared.config.out,
+    }
+    for what, how_much in rows.items():
+        table.add_row(what, how_much)
+    _out.print(table)
+
+
+def _widths(plan_: Any) -> str:
+    shape, layers = plan_.shape, plan_.form.layers
+    said = []
+    for name, before, values in (
+        ("residual", shape.hidden, [layer.residual_in for layer in layers]),
+        ("intermediate", shape.intermediate, [layer.intermediate for layer in layers]),
+        ("q/k head", shape.head_dim, [layer.qk_head_dim for layer in layers]),
+        ("v/o head", shape.head_dim, [layer.vo_head_dim for layer in layers]),
+    ):
+        low, high = min(values), max(values)
+        if low < before:
+            said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
+    return "; ".join(said) or "unchanged"
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

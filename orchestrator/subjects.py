@@ -1,0 +1,45 @@
+"""What is evaluated, and how it is cut."""
+
+from dataclasses import dataclass
+
+from planners.plan import StagePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        name: ``dense`` or ``compressed``.
+        uri: its checkpoint.
+        identity: fingerprint of what determines its weights.
+    """
+
+    name: str
+    uri: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlan:
+    """What a model is evaluated on, and how it is cut.
+
+    Attributes:
+        family: names its tensors.
+        waves: stages and waves.
+        num_sequences: rows of the evaluation tokens.
+        microbatch_sequences: rows of one part.
+        tokens_hash: of the evaluation tokens.
+        dtype: of the forward pass.
+        threads: of one unit.
+        device: class of device.
+    """
+
+    family: str
+    waves: tuple[tuple[StagePlan, ...], ...]
+    num_sequences: int
+    microbatch_sequences: int
+    tokens_hash: str
+    dtype: str
+    threads: int
+    device: str

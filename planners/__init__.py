@@ -1,0 +1,1 @@
+"""DECIDE: data in, data out. No torch, no ray, opens no file."""

@@ -1,0 +1,61 @@
+"""What a model family is: names and integers, not code."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planners.plan import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How a family of checkpoints names its parts.
+
+    Attributes:
+        name: the file's name.
+        model_types: the ``model_type`` values of the ``config.json`` files it covers.
+        layer: prefix of layer ``{i}`` in the state dict.
+        linears: role, one of `planners.plan.LINEARS`, -> name below the layer.
+        norms: ``attn_norm`` and ``mlp_norm`` -> name below the layer.
+        embedding: tensor of the embedding.
+        final_norm: tensor of the final norm's scale.
+        head: tensor of the head; absent in a tied checkpoint.
+        shape_of: (config, storage dtype) -> shape; raises ModelError naming the key that is wrong.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layer: str
+    linears: Mapping[str, str]
+    norms: Mapping[str, str]
+    embedding: str
+    final_norm: str
+    head: str
+    shape_of: Callable[[Mapping[str, Any], str], ModelShape]
+
+    def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return role -> (tensor name, shape) of every tensor of one layer.
+
+        Roles are ``q_proj.weight``, ``q_proj.bias``, ``attn_norm.weight`` and so on.
+        """
+        prefix = self.layer.format(i=layer)
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for role, name in self.linears.items():
+            out_dim, in_dim = shape.linear_dims(role)
+            tensors[f"{role}.weight"] = (f"{prefix}.{name}.weight", (out_dim, in_dim))
+            if shape.has_bias(role):
+                tensors[f"{role}.bias"] = (f"{prefix}.{name}.bias", (out_dim,))
+        for role, name in self.norms.items():
+            tensors[f"{role}.weight"] = (f"{prefix}.{name}.weight", (shape.hidden,))
+        return tensors
+
+    def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return role -> (tensor name, shape) of the tensors outside the layers."""
+        table = (shape.vocab_size, shape.hidden)
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+            "embedding": (self.embedding, table),
+            "final_norm": (self.final_norm, (shape.hidden,)),
+        }
+        if not shape.tied:
+            tensors["head"] = (self.head, table)
+        return tensors

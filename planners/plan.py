@@ -1,0 +1,297 @@
+"""The words that cross every border: what a model is, what it becomes, who does which part.
+
+Everything here is frozen data that survives JSON both ways, so that a plan can be written, read by
+another process, compared and fingerprinted.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Option = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The integers of a decoder-only transformer: all that planning needs to know of it.
+
+    Attributes:
+        family: file in ``planners/families`` that names its tensors.
+        model_type: ``model_type`` of its ``config.json``.
+        num_layers: decoder blocks.
+        hidden: width of the residual stream.
+        intermediate: inner width of the gated MLP.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; divides ``num_heads``.
+        head_dim: width of one head.
+        vocab_size: rows of the embedding.
+        tied: the head is the embedding's tensor and is stored once.
+        qkv_bias: q, k and v have a bias.
+        o_bias: the attention output has a bias.
+        mlp_bias: gate, up and down have a bias.
+        dtype: storage type of the weights, ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    family: str
+    model_type: str
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "float32"
+
+    @property
+    def num_sites(self) -> int:
+        """Sites of the residual stream: two a layer and the one the head reads."""
+        return 2 * self.num_layers + 1
+
+    def linear_dims(self, name: str) -> tuple[int, int]:
+        """Return (out, in) of one of `LINEARS` before compression."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (q, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, q),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }[name]
+
+    def has_bias(self, name: str) -> bool:
+        """Return whether that linear has a bias in the input model."""
+        if name in ("q_proj", "k_proj", "v_proj"):
+            return self.qkv_bias
+        return self.o_bias if name == "o_proj" else self.mlp_bias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerForm:
+    """The widths of one layer after compression: what the shipped modeling file is built from.
+
+    A layer that nothing touched has the model's own widths, no shortcuts, its norm weights and no
+    ranks; see `dense_form`.
+
+    Attributes:
+        residual_in: width of the residual stream that enters.
+        residual_mid: width between attention and MLP.
+        residual_out: width that leaves.
+        shortcuts: the residual passes a matrix at each of the two additions (SliceGPT).
+        norm_weights: the norms keep their scale; False where it was folded into the next weights.
+        intermediate: inner width of the MLP.
+        qk_head_dim: width of a query or key head; even, because rope pairs stay whole.
+        vo_head_dim: width of a value head.
+        o_bias: the attention output has a bias (a v bias may have moved there).
+        ranks: linear -> rank, for those stored as two factors.
+    """
+
+    residual_in: int
+    residual_mid: int
+    residual_out: int
+    shortcuts: bool = False
+    norm_weights: bool = True
+    intermediate: int
+    qk_head_dim: int
+    vo_head_dim: int
+    o_bias: bool = False
+    v_bias: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+def dense_form(shape: ModelShape) -> LayerForm:
+    """Return the form of a layer that nothing touched."""
+    return LayerForm(
+        residual_in=shape.hidden,
+        residual_mid=shape.hidden,
+        residual_out=shape.hidden,
+        intermediate=shape.intermediate,
+        qk_head_dim=shape.head_dim,
+        vo_head_dim=shape.head_dim,
+        o_bias=shape.o_bias,
+        v_bias=shape.qkv_bias,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelForm:
+    """The widths of the whole compressed model.
+
+    Attributes:
+        layers: one form a layer.
+        embedding_dim: columns of the embedding that are kept.
+        head_dim: width of the residual stream that the head reads.
+        head_norm_weight: the final norm keeps its scale.
+        tied: the head is still the embedding's tensor.
+        native: a stock config of the input's own family expresses it.
+    """
+
+    layers: tuple[LayerForm, ...]
+    embedding_dim: int
+    head_dim: int
+    head_norm_weight: bool
+    tied: bool
+    native: bool
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Statistic:
+    """A sum over calibration tokens: what is observed, and what is summed.
+
+    Attributes:
+        tap: the point in a layer, e.g. ``resid_attn``.
+        kind: ``gram`` (x^T x), ``normed_gram`` (of x / rms(x)), ``head_gram`` (one gram a head),
+            ``pair_energy`` (sum of squares of each rope pair of each head), ``cosine``.
+    """
+
+    tap: str
+    kind: str
+
+    def __str__(self) -> str:
+        """Return the name under which it is stored."""
+        return f"{self.tap}.{self.kind}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionSpec:
+    """One option of a method: a name, a default, and what else is possible."""
+
+    name: str
+    default: Option
+    choices: tuple[Option, ...] = ()
+    minimum: float | None = None
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """How small: one of the two is set.
+
+    Attributes:
+        keep_fraction: true parameters kept over parameters before, whole model, in (0, 1].
+        slice: nominal fraction of the residual width to remove, in [0, 1).
+    """
+
+    keep_fraction: float | None = None
+    slice: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """What the planners may know of a method; its tensor functions stay in its file.
+
+    Attributes:
+        name: the file's name.
+        revision: raised when the same input would give other bytes.
+        source: paper, as ``arXiv:NNNN.NNNNN``.
+        modules: what it shrinks.
+        options: everything that can be set, with defaults.
+        residual: it turns the basis of the residual stream, so a layer needs the bases of its sites.
+        statistics: options -> the sums it needs of every layer.
+        refuses: why it cannot take this model with these options, or an empty string.
+        form: (shape, target, options) -> the widths that meet the target without any statistics.
+    """
+
+    name: str
+    revision: int
+    source: str
+    modules: tuple[str, ...]
+    options: tuple[OptionSpec, ...]
+    residual: bool
+    statistics: Callable[[Mapping[str, Option]], frozenset[Statistic]]
+    refuses: Callable[[ModelShape, Mapping[str, Option]], str]
+    form: Callable[[ModelShape, Target, Mapping[str, Option]], ModelForm]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A contiguous run of layers held by one worker.
+
+    Attributes:
+        first: first layer.
+        last: one past the last layer.
+        embedding: this stage looks tokens up.
+        head: this stage computes losses.
+        bytes: planned peak of its worker by kind: weights, statistics, boundaries, workspace.
+    """
+
+    first: int
+    last: int
+    embedding: bool
+    head: bool
+    bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """Everything decided before the first tensor is read."""
+
+    shape: ModelShape
+    form: ModelForm
+    waves: tuple[tuple[StagePlan, ...], ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    calibration_tokens: int
+    calibration_flops: int
+    worker_bytes: int
+    disk_bytes: int
+
+    @property
+    def keep_fraction(self) -> float:
+        """Parameters after over parameters before, true counts."""
+        return self.parameters_after / self.parameters_before
+
+
+def to_json(value: Any) -> Any:
+    """Return ``value`` as plain JSON data; dataclasses become objects, tuples lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_json(v) for v in value]
+    return value
+
+
+def layer_form_from_json(data: Mapping[str, Any]) -> LayerForm:
+    """Return the layer form that `to_json` wrote."""
+    return LayerForm(**data)
+
+
+def model_form_from_json(data: Mapping[str, Any]) -> ModelForm:
+    """Return the model form that `to_json` wrote."""
+    layers = tuple(layer_form_from_json(layer) for layer in data["layers"])
+    return ModelForm(**{**data, "layers": layers})
+
+
+def run_plan_from_json(data: Mapping[str, Any]) -> RunPlan:
+    """Return the plan that `to_json` wrote."""
+    waves = tuple(tuple(StagePlan(**stage) for stage in wave) for wave in data["waves"])
+    shape = ModelShape(**data["shape"])
+    form = model_form_from_json(data["form"])
+    return RunPlan(**{**data, "waves": waves, "shape": shape, "form": form})
+
+
+def fingerprint(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of ``value``.
+
+    Raises:
+        TypeError: something in ``value`` has no stable JSON form.
+    """
+    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

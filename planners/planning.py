@@ -1,0 +1,90 @@
+"""Model, method, target and workers -> the plan of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from planners.cost import (
+    BYTES_OF,
+    dense_parameters,
+    forward_flops,
+    gram_flops,
+    model_parameters,
+    statistic_elements,
+)
+from planners.errors import PlanError
+from planners.placement import load_of, place
+from planners.plan import MethodSpec, ModelShape, Option, RunPlan, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How much data passes the model, in which pieces, on how many workers.
+
+    Attributes:
+        sequences: of calibration.
+        sequence_length: tokens of each.
+        microbatch_sequences: sequences that go through a stage in one call.
+        compute_dtype: of the forward pass.
+        num_workers: workers at hand.
+        worker_bytes: memory of each.
+    """
+
+    sequences: int
+    sequence_length: int
+    microbatch_sequences: int
+    compute_dtype: str
+    num_workers: int
+    worker_bytes: int
+
+
+def make_plan(
+    shape: ModelShape,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    *,
+    target: Target,
+    work: Workload,
+) -> RunPlan:
+    """Return the plan: widths, stages, waves, bytes and operations, from integers alone.
+
+    Raises:
+        PlanError: the method refuses the model, the target is out of reach, or a layer does not
+            fit a worker.
+    """
+    reason = spec.refuses(shape, options)
+    if reason:
+        raise PlanError(f"{spec.name} cannot take this model: {reason}")
+    form = spec.form(shape, target, options)
+    statistics = spec.statistics(options)
+    tokens = work.sequences * work.sequence_length
+    load = load_of(
+        shape,
+        statistics,
+        microbatch_tokens=work.microbatch_sequences * work.sequence_length,
+        compute_dtype=work.compute_dtype,
+    )
+    waves = place(
+        shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes
+    )
+    before, after = dense_parameters(shape), model_parameters(shape, form)
+    width = BYTES_OF[shape.dtype]
+    sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers
+    boundaries = tokens * shape.hidden * BYTES_OF[work.compute_dtype] if len(waves) > 1 else 0
+    bases = 0
+    if spec.residual:
+        dims = [d for layer in form.layers for d in (layer.residual_in, layer.residual_mid)]
+        bases = sum(dims) * shape.hidden * 8
+    return RunPlan(
+        shape=shape,
+        form=form,
+        waves=waves,
+        parameters_before=before,
+        parameters_after=after,
+        bytes_before=before * width,
+        bytes_after=after * width,
+        calibration_tokens=tokens,
+        calibration_flops=forward_flops(shape, tokens=tokens, sequence_length=work.sequence_length)
+        + gram_flops(shape, statistics, tokens=tokens),
+        worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
+        disk_bytes=after * width + sums + boundaries + bases,
+    )

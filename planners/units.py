@@ -1,0 +1,132 @@
+"""The units of work of a run, what each depends on, and what determines its bytes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from planners.plan import SCHEMA_VERSION, ModelForm, Option, Statistic, fingerprint, to_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One piece of work that is done when its record is in the run directory.
+
+    Attributes:
+        name: by layer, site or part; never by stage or worker.
+        kind: which function does it.
+        index: the layer or site; -1 where there is one of the kind.
+        inputs: names of the units whose files it reads.
+        fingerprint: sha256 of what determines its bytes.
+    """
+
+    name: str
+    kind: str
+    index: int
+    inputs: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What determines the bytes of every unit of a run.
+
+    Attributes:
+        model_revision: content hash of the input checkpoint.
+        calibration_hash: sha256 of the calibration tokens.
+        microbatch_sequences: sequences a microbatch; products are formed a microbatch at a time.
+        compute_dtype: dtype of the calibration forward.
+        threads: threads of one unit.
+        device: device class, ``cpu`` or the name of the accelerator.
+    """
+
+    model_revision: str
+    calibration_hash: str
+    microbatch_sequences: int
+    compute_dtype: str
+    threads: int
+    device: str
+
+
+def statistics_units(
+    identity: Identity, statistics: frozenset[Statistic], num_layers: int
+) -> list[Unit]:
+    """Return one unit a layer; what a layer's sums are does not depend on any method."""
+    common = {"schema": SCHEMA_VERSION, "kind": "statistics", **to_json(identity)}
+    units = []
+    for layer in range(num_layers):
+        taps = [str(s) for s in layer_statistics(statistics, layer, num_layers)]
+        key = {**common, "layer": layer, "taps": taps}
+        units.append(_unit("statistics", layer, "statistics-layer-{:05d}", (), key))
+    return units
+
+
+def layer_statistics(
+    statistics: frozenset[Statistic], layer: int, num_layers: int
+) -> list[Statistic]:
+    """Return what one layer accumulates; only the last observes what leaves it."""
+    last = layer == num_layers - 1
+    return sorted(s for s in statistics if s.tap != "resid_out" or last)
+
+
+def compression_units(
+    sums: Sequence[Unit],
+    *,
+    method: str,
+    revision: int,
+    options: Mapping[str, Option],
+    form: ModelForm,
+    residual: bool,
+) -> list[Unit]:
+    """Return the basis, layer, embedding and head units of one method."""
+    common = {
+        "schema": SCHEMA_VERSION,
+        "method": method,
+        "revision": revision,
+        "options": to_json(options),
+    }
+    num_layers = len(form.layers)
+    bases = _basis_units(sums, common, form, shared=options.get("rotation") == "shared")
+    bases = bases if residual else []
+
+    def basis(site: int) -> tuple[Unit, ...]:
+        return (bases[site if len(bases) > 1 else 0],) if bases else ()
+
+    units = list(bases)
+    for layer in range(num_layers):
+        inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
+        parts = tuple(inputs.values()) or (sums[layer],)
+        key = {**common, "layer": layer, "form": to_json(form.layers[layer])}
+        units.append(_unit("layer", layer, "layer-{:05d}", parts, key))
+    edges = {"embedding": (form.embedding_dim, 0), "head": (form.head_dim, 2 * num_layers)}
+    for kind, (dim, site) in edges.items():
+        parts = basis(site) or (sums[0],)
+        key = {**common, "dim": dim, "tied": form.tied, "native": form.native}
+        units.append(_unit(kind, -1, kind, parts, key))
+    return units
+
+
+def _basis_units(
+    sums: Sequence[Unit], common: Mapping[str, Any], form: ModelForm, *, shared: bool
+) -> list[Unit]:
+    if shared:
+        key = {**common, "dim": form.embedding_dim}
+        return [_unit("basis_shared", -1, "basis-shared", tuple(sums), key)]
+    dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
+    dims.append(form.layers[-1].residual_out)
+    return [
+        _unit("basis", s, "basis-site-{:05d}", (sums[min(s // 2, len(sums) - 1)],),
+              {**common, "site": s, "dim": dim})
+        for s, dim in enumerate(dims)
+    ]  # fmt: skip
+
+
+def _unit(
+    kind: str, index: int, pattern: str, inputs: Sequence[Unit], key: Mapping[str, Any]
+) -> Unit:
+    return Unit(
+        name=pattern.format(index),
+        kind=kind,
+        index=index,
+        inputs=tuple(u.name for u in inputs),
+        fingerprint=fingerprint({**key, "kind": kind, "inputs": [u.fingerprint for u in inputs]}),
+    )

@@ -1,0 +1,423 @@
+import io
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orchestrator.report import numbers, render_page, render_terminal, spectra, timeline
+from orchestrator.report.document import Span, sites
+
+PLOTS = {"energy", "spectra", "parameters", "widths", "errors", "timeline"}
+MAX_PAGE_BYTES = 1_500_000
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, and whether they are nested right."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def values(self, name: str) -> list[str]:
+        return [attributes[name] for _, attributes in self.elements if name in attributes]
+
+    def tags(self) -> list[str]:
+        return [tag for tag, _ in self.elements]
+
+
+def sample_report(num_layers: int = 5, hidden: int = 128, num_workers: int = 2) -> dict[str, Any]:
+    """Return a report with everything in it, shaped like that of a real run."""
+    keep = hidden * 3 // 4
+    return {
+        "verdict": "READY",
+        "title": "tiny · slicegpt · slice 0.25",
+        "created": "2026-03-14T09:26:53+00:00",
+        "version": "0.1.0",
+        "run": "runs/tiny-slicegpt",
+        "model": {"source": "tiny", "family": "llama", "revision": "3f1c9a" * 8},
+        "method": {
+            "steps": [
+                {
+                    "name": "slicegpt",
+                    "options": {"rotation": "per_site", "round_to": 8},
+                    "modules": ["residual"],
+                }
+            ]
+        },
+        "target": {
+            "keep_fraction": None,
+            "slice": 0.25,
+            "actual_keep_fraction": 0.8472,
+            "nominal": 0.75,
+        },
+        "parameters": {"before": 1_239_040, "after": 1_049_728, "keep_fraction": 0.8472},
+        "bytes": {"before": 4_961_280, "after": 4_203_520},
+        "evaluation": {
+            "source": "tokens:evaluation.safetensors",
+            "sequence_length": 256,
+            "num_tokens": 16_320,
+            "dense": {"perplexity": 4.1234},
+            "compressed": {"perplexity": 4.5321},
+        },
+        "throughput": {
+            "dense": {"prefill_tokens_per_second": 21_450.0, "decode_tokens_per_second": 412.0},
+            "compressed": {
+                "prefill_tokens_per_second": 24_310.0,
+                "decode_tokens_per_second": 431.5,
+            },
+        },
+        "seconds": {
+            "total": 41.7,
+            "calibrate": 12.4,
+            "compress": 6.1,
+            "stitch": 0.3,
+            "verify": 7.9,
+            "evaluate": 13.6,
+        },
+        "memory": {
+            "driver_peak_bytes": 212_000_000,
+            "worker_peak_bytes": 148_000_000,
+            "planned_worker_bytes": 141_000_000,
+        },
+        "plan": {
+            "worker_bytes": 141_000_000,
+            "disk_bytes": 23_000_000,
+            "calibration_flops": 1.62e11,
+            "num_stages": num_workers,
+            "num_waves": 1,
+        },
+        "sites": sample_sites(num_layers, hidden, keep),
+        "layers": [
+            {
+                "layer": layer,
+                "before": 198_272,
+                "after": 176_000 - 900 * (layer % 3),
+                "widths": {"residual": keep, "intermediate": 352 - 8 * (layer % 3)},
+                "widths_before": {"residual": hidden, "intermediate": 352},
+                "error": 0.012 + 0.004 * layer,
+            }
+            for layer in range(num_layers)
+        ],
+        "timeline": list(sample_timeline(num_layers, num_workers)),
+        "events": [{"at": 9.5, "what": "worker lost", "detail": "worker-1, its layers move"}],
+        "verify": {
+            "passed": True,
+            "checks": [
+                {"name": "logits equal", "passed": True, "detail": "largest difference 2e-6"},
+                {"name": "generation with and without cache", "passed": True, "detail": ""},
+                {"name": "checksums of all files", "passed": True, "detail": "9 files"},
+            ],
+        },
+        "recipe": {
+            "model": "tiny",
+            "method": {"name": "slicegpt", "slice": 0.25, "round_to": 8, "pca_on": "residual"},
+            "calibration": {"source": "stdlib", "sequences": 128, "sequence_length": 256},
+            "evaluation": {"source": "stdlib", "sequences": 64},
+            "workers": num_workers,
+            "seed": 0,
+        },
+        "recipe_defaults": [
+            "method.round_to",
+            "method.pca_on",
+            "calibration.source",
+            "calibration.sequences",
+            "evaluation.source",
+            "seed",
+        ],
+        "environment": {
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "transformers": "5.3.0",
+            "ray": "2.54.0",
+            "devices": ["cpu (2 cores)", "cpu (2 cores)"],
+            "platform": "Linux x86_64",
+        },
+        "resumed_units": 3,
+    }
+
+
+def sample_sites(num_layers: int, hidden: int, keep: int) -> list[dict[str, Any]]:
+    found = []
+    for index in range(2 * num_layers + 1):
+        fall = 9.0 - 4.0 * index / (2 * num_layers)
+        count = min(hidden, 256)
+        spectrum = [40.0 * 2.718 ** (-fall * (i / (count - 1)) ** 0.5) for i in range(count)]
+        kept = sum(spectrum[: count * keep // hidden]) / sum(spectrum)
+        where = "head" if index == 2 * num_layers else ("attention", "mlp")[index % 2]
+        found.append(
+            {
+                "site": index,
+                "layer": min(index // 2, num_layers - 1),
+                "where": where,
+                "eigenvalues": spectrum,
+                "dim": hidden,
+                "keep_dim": keep,
+                "energy_kept": kept,
+                "rung": "eigh",
+            }
+        )
+    return found
+
+
+def sample_timeline(num_layers: int, num_workers: int) -> Iterator[dict[str, Any]]:
+    for worker in range(num_workers):
+        name = f"worker-{worker}"
+        mine = range(worker, num_layers, num_workers)
+        clock = 1.2 + 0.4 * worker
+        for part in range(16):
+            yield _work(name, f"microbatch-{part:03d}", "calibrate", clock, 0.62)
+            clock += 0.66
+        for kind, seconds in (("statistics", 0.35), ("basis", 0.9), ("layer", 0.7)):
+            for layer in mine:
+                yield _work(name, f"{kind}-{layer:05d}", kind, clock, seconds)
+                clock += seconds + 0.05
+        if worker == 0:
+            yield _work(name, "embedding", "embedding", clock, 0.4)
+            yield _work(name, "head", "head", clock + 0.45, 0.5)
+            yield _work(name, "verify", "verify", clock + 1.2, 4.9)
+        clock += 6.5
+        for part in range(4):
+            yield _work(name, f"evaluation-part-{part:03d}", "evaluate", clock, 2.9)
+            clock += 3.0
+
+
+def _work(worker: str, unit: str, kind: str, start: float, seconds: float) -> dict[str, Any]:
+    return {"worker": worker, "unit": unit, "kind": kind, "start": start, "end": start + seconds}
+
+
+@cache
+def sample_page() -> str:
+    return render_page(sample_report())
+
+
+def minimal_report() -> dict[str, Any]:
+    """Return a report with the keys that every run promises, and no others."""
+    full = sample_report()
+    promised = "verdict model method parameters evaluation throughput seconds memory"
+    return {key: full[key] for key in promised.split()}
+
+
+def terminal_text(report: dict[str, Any], width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(render_terminal(report))
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    return stream.getvalue()
+
+
+def test_every_plot_is_drawn_twice_with_a_text_alternative() -> None:
+    page = sample_page()
+    svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(svgs) == 2 * len(PLOTS)
+    for svg in svgs:
+        assert 'role="img"' in svg.split(">")[0]
+        title, description = re.findall(r"<(?:title|desc) [^>]*>([^<]+)</", svg)
+        assert title
+        assert description
+        assert svg.count("<path") > 4
+    drawn = {key.split("-")[0] for key in Page(page).values("aria-labelledby") if " " in key}
+    assert drawn == PLOTS
+
+
+def test_every_curve_and_bar_is_there() -> None:
+    page = sample_page()
+    svg = {
+        key: re.search(rf'<svg[^>]*aria-labelledby="{key}-wide-.*?</svg>', page, re.DOTALL)
+        for key in PLOTS
+    }
+    found = {key: hit.group() for key, hit in svg.items() if hit}
+    assert found["spectra"].count("var(--ink);stroke-width:0.9") == 11  # one cut a site
+    assert found["parameters"].count("fill:var(--kept)") == 5
+    assert found["parameters"].count("fill:var(--before)") == 5
+    assert "residual" in found["widths"]
+    assert "intermediate" in found["widths"]
+    assert found["errors"].count("fill:var(--kept)") == 5
+    assert "worker-1" in found["timeline"]
+
+
+def test_ids_are_unique_and_every_reference_resolves() -> None:
+    text = sample_page()
+    page = Page(text)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    references = [href[1:] for href in page.values("href") if href.startswith("#")]
+    references += [name for value in page.values("aria-labelledby") for name in value.split()]
+    references += re.findall(r"url\(#([^)]+)\)", text)
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_the_page_loads_nothing() -> None:
+    page = Page(sample_page())
+    loads = page.values("src") + page.values("href") + page.values("xlink:href")
+    assert all(value.startswith(("#", "data:")) for value in loads)
+    assert not {"script", "iframe", "object", "embed", "base"} & set(page.tags())
+    assert not re.search(r"@import|url\((?!#)", sample_page())
+    assert "http" not in sample_page().replace("http-equiv", "")
+
+
+def test_hostile_names_are_text_and_nothing_else() -> None:
+    hostile = "</title><script>alert(1)</script><img src=x onerror=y>'\"{{ 7*7 }} $\\foo$ \x1b[31m"
+    report = sample_report()
+    report["title"] = report["run"] = report["model"]["source"] = hostile
+    report["evaluation"]["source"] = report["verdict"] = report["version"] = hostile
+    report["recipe"][hostile] = hostile
+    report["environment"][hostile] = [hostile]
+    report["events"][0]["detail"] = report["verify"]["checks"][0]["detail"] = hostile
+    report["timeline"][0] |= {"worker": hostile, "kind": hostile, "unit": hostile}
+    report["layers"][0]["widths"][hostile] = 8
+    report["method"]["steps"][0]["name"] = hostile
+    page = Page(render_page(report))
+    assert not {"script", "img"} & set(page.tags())
+    assert not any(name.startswith("on") for _, found in page.elements for name in found)
+    assert "\x1b" not in terminal_text(report)
+
+
+def test_the_same_report_gives_the_same_bytes() -> None:
+    again = json.loads(json.dumps(sample_report()))
+    assert render_page(again) == sample_page()
+
+
+def test_the_promised_keys_alone_make_a_page_and_a_summary() -> None:
+    report = minimal_report()
+    page = render_page(report)
+    assert "<svg" not in page
+    assert "undefined" not in page.lower()
+    assert "4.532" in page
+    assert "84.7" in terminal_text(report)
+
+
+@pytest.mark.parametrize("report", [{}, {"verdict": "FAILED", "sites": None, "verify": None}])
+def test_an_unfinished_run_has_a_page_too(report: dict[str, Any]) -> None:
+    assert summary_sections(render_page(report)) == ["result", "load"]
+    assert terminal_text(report)
+
+
+def summary_sections(page: str) -> list[str]:
+    return re.findall(r'<section id="(\w+)"', page)
+
+
+def test_sections_come_in_the_promised_order() -> None:
+    order = "result spectra layers timeline plan verification recipe environment provenance load"
+    assert summary_sections(sample_page()) == order.split()
+
+
+def test_headings_descend_one_level_at_a_time() -> None:
+    levels = [int(tag[1]) for tag in Page(sample_page()).tags() if tag in _HEADINGS]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+_HEADINGS = {f"h{level}" for level in range(1, 7)}
+
+
+def test_a_model_of_eighty_layers_stays_small_and_shows_all_sites() -> None:
+    page = render_page(sample_report(num_layers=80, hidden=8192, num_workers=16))
+    assert len(page.encode()) < MAX_PAGE_BYTES
+    assert "8 of 161 sites" in page
+    assert page.count("data:image/png;base64") == 2
+
+
+def test_the_site_that_keeps_least_is_among_the_chosen() -> None:
+    rows = sample_sites(80, 256, 192)
+    rows[37]["energy_kept"] = 0.2
+    chosen = spectra.chosen(sites({"sites": rows}))
+    assert 37 in [site.index for site in chosen]
+    assert [chosen[0].index, chosen[-1].index] == [0, 160]
+
+
+def test_eigenvalues_that_no_logarithm_can_show_are_left_out() -> None:
+    report = sample_report()
+    report["sites"][0]["eigenvalues"] = [0.0] * 8
+    report["sites"][1]["eigenvalues"] = [1.0, 0.5, 0.0, -1e-9, float("nan")]
+    report["sites"][2]["eigenvalues"] = []
+    assert "10 \u00b7 head" in render_page(report)
+
+
+def test_a_spectrum_without_a_cut_and_a_single_layer_are_drawn() -> None:
+    report = sample_report(num_layers=1, num_workers=1)
+    for site in report["sites"]:
+        site |= {"keep_dim": site["dim"], "energy_kept": 1.0}
+    assert render_page(report).count("<svg") == 2 * len(PLOTS)
+
+
+def test_throughput_that_was_not_measured_says_why() -> None:
+    report = sample_report()
+    empty = {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
+    report["throughput"] = {"dense": empty, "compressed": empty, "throughput_note": "too large"}
+    assert "too large" in render_page(report)
+    assert "Decode" not in terminal_text(report)
+    assert "too large" in terminal_text(report)
+
+
+def test_defaults_of_the_recipe_are_marked() -> None:
+    page = sample_page()
+    row = re.search(r"<tr><th[^>]*>method\.pca_on</th>.*?</tr>", page)
+    assert row
+    assert "default" in row.group()
+    assert "All 12 keys, 6 at their default" in page
+
+
+def test_the_terminal_names_the_checkpoint_the_report_and_how_to_load_it() -> None:
+    text = terminal_text(sample_report(), width=120)
+    assert "READY" in text
+    assert "runs/tiny-slicegpt/report.html" in text
+    assert "from_pretrained('runs/tiny-slicegpt/model', trust_remote_code=True)" in text
+    assert max(map(len, terminal_text(sample_report(), width=60).splitlines())) <= 60
+
+
+def test_bars_that_no_eye_can_part_are_one_and_busy_time_counts_once() -> None:
+    work = [
+        Span(worker="w", unit=str(i), kind="layer", start=i * 0.01, end=i * 0.01 + 0.005)
+        for i in range(20_000)
+    ]
+    bars = timeline.merged(work, total=200.0)
+    assert len(bars) <= timeline.MAX_BARS
+    assert (bars[0].start, bars[-1].end) == (work[0].start, work[-1].end)
+    twice = [work[0], work[0]]
+    assert timeline.busy_seconds(twice) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (numbers.short_count(1_239_040), "1.24 M"),
+        (numbers.short_count(6_738_415_616), "6.74 B"),
+        (numbers.bytes_text(999), "999 B"),
+        (numbers.bytes_text(4_961_280), "4.96 MB"),
+        (numbers.seconds_text(0.418), "0.42 s"),
+        (numbers.seconds_text(200), "3 min 20 s"),
+        (numbers.seconds_text(7_500), "2 h 05 min"),
+        (numbers.kept_percent(0.99991), "99.99 %"),
+        (numbers.kept_percent(1.0), "100.0 %"),
+        (numbers.change(0.8472), "\u221215.3 %"),
+        (numbers.change(1.00001), "0.0 %"),
+        (numbers.change(None), "\u2013"),
+        (numbers.decimal(float("inf")), "\u2013"),
+    ],
+)
+def test_numbers_read_as_people_write_them(text: str, expected: str) -> None:
+    assert text.replace("\u00a0", " ") == expected
