@@ -140,7 +140,7 @@ def _local_copy(uri: str) -> Iterator[Path]:
 
 def _loaded(folder: Path, device: str) -> Any:
     """Load as the README tells users to. The code that travels with a result is our own file."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 slow, and needed here only
+    from transformers import AutoModelForCausalLM
 
     ours = (folder / "modeling_compressed.py").exists()
     model = AutoModelForCausalLM.from_pretrained(
@@ -153,9 +153,7 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def _same_tensors(
-    state: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]
-) -> Check:
+def _same_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]) -> Check:
     """Compare every tensor of a loaded model with the hash of the bytes that were computed."""
     wrong = [
         name
@@ -188,7 +186,8 @@ def _stagewise_logits(uri: str, batch: Tensor, family_name: str, device: str) ->
     norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
     tied = family.head not in checkpoint.locations
     head = embedding if tied else checkpoint.read(family.head).to(device)
-    return norm(hidden) @ head.T
+    logits: Tensor = norm(hidden) @ head.T
+    return logits
 
 
 def _close(name: str, found: Tensor, expected: Tensor) -> Check:

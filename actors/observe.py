@@ -28,7 +28,7 @@ class LayerStatistics:
     """Sums over the tokens that pass one layer while it is observed.
 
     Attributes:
-        sums: statistic name -> float64 sum, in place; ``<tap>.sum`` is the sum of x at a gram's tap.
+        sums: statistic name -> float64 sum, in place; ``<tap>.sum`` is the sum of x there.
         num_tokens: how many tokens were summed.
     """
 

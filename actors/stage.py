@@ -74,9 +74,7 @@ class Stage:
             prefix = family.layer.format(i=index) + "."
             self._layers[index] = self._skeleton.layer(index, checkpoint.read_prefix(prefix))
             if assignment.statistics:
-                wanted = layer_statistics(
-                    assignment.statistics, index, checkpoint.shape.num_layers
-                )
+                wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 self._statistics[index] = LayerStatistics(
                     wanted, checkpoint.shape, family, device=device
                 )
@@ -197,7 +195,7 @@ class Stage:
 
     def _loss(self, hidden: Tensor, ids: Tensor) -> tuple[float, int]:
         """Return the summed nats of the next tokens and their number; logits come in blocks."""
-        assert self._norm is not None and self._head is not None  # the assignment has the head  # noqa: S101, PT018
+        assert self._norm is not None and self._head is not None  # the assignment has the head  # noqa: PT018
         normed = self._norm(hidden)[:, :-1].flatten(0, 1)  # (predicted, width)
         targets = ids[:, 1:].flatten().to(hidden.device)
         nats = 0.0

@@ -85,7 +85,7 @@ def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) 
 
 
 def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Write the head, in blocks of rows, unless it is the embedding's tensor, and the final norm."""
+    """Write the head in blocks of rows, unless it is the embedding's tensor, and the final norm."""
     family = load_family(job.shape.family)
     norm_weight = Checkpoint(job.checkpoint_uri).read(family.final_norm).to(device)
     bases = _bases(task.inputs, run, device) if _is_residual(job) else ()
@@ -106,12 +106,10 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
     if job.form.head_norm_weight:
         scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
         tensors = {family.final_norm: scale.cpu()}
-        norm_file = write_tensors(
-            run, "model/norm.safetensors", tensors, metadata={"format": "pt"}
-        )
+        norm_file = write_tensors(run, "model/norm.safetensors", tensors, metadata={"format": "pt"})
         described = {k: _described(t) for k, t in tensors.items()}
         known = values.get("tensors", {})
-        assert isinstance(known, dict)  # ours, written by _table  # noqa: S101
+        assert isinstance(known, dict)  # ours, written by _table
         files, values = (*files, norm_file), {"tensors": {**known, **described}}
     return files, values
 

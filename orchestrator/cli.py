@@ -69,7 +69,9 @@ def cli() -> None:
 @cli.command()
 @click.argument("model", required=False)
 @recipe_options
-@click.option("--keep-statistics", is_flag=True, default=None, help="Do not drop stats/ at the end.")
+@click.option(
+    "--keep-statistics", is_flag=True, default=None, help="Do not drop stats/ at the end."
+)
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before a cluster that costs money.")
@@ -81,7 +83,7 @@ def run(
 
     Method options and their defaults are printed by `compress-cluster methods`.
     """
-    from orchestrator import screens  # noqa: PLC0415
+    from orchestrator import screens
 
     del yes  # nothing here costs money unless --address names a cluster that is already running
     screens.run(_config(model, given), dashboard=dashboard, dry_run=dry_run, json_=json_)
@@ -93,7 +95,7 @@ def run(
 @as_json
 def plan(model: str | None, json_: bool, **given: Any) -> None:
     """Print what a run would do: stages, waves, widths, bytes, operations. Nothing is started."""
-    from orchestrator import screens  # noqa: PLC0415
+    from orchestrator import screens
 
     screens.plan(_config(model, given), json_=json_)
 
@@ -104,7 +106,7 @@ def plan(model: str | None, json_: bool, **given: Any) -> None:
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
     """Measure the perplexity of the checkpoint in DIRECTORY, dense or compressed."""
-    from orchestrator import screens  # noqa: PLC0415
+    from orchestrator import screens
 
     screens.evaluate(_config(directory, given), json_=json_)
 
@@ -114,7 +116,7 @@ def eval_(directory: str, json_: bool, **given: Any) -> None:
 @as_json
 def report(run_uri: str, json_: bool) -> None:
     """Show the report of a finished RUN, and write its page again."""
-    from orchestrator import screens  # noqa: PLC0415
+    from orchestrator import screens
 
     screens.report(run_uri, json_=json_)
 
@@ -124,7 +126,7 @@ def report(run_uri: str, json_: bool) -> None:
 @as_json
 def status(run_uri: str, json_: bool) -> None:
     """Say how far a RUN is, and who works on it."""
-    from orchestrator import screens  # noqa: PLC0415
+    from orchestrator import screens
 
     screens.status(run_uri, json_=json_)
 
@@ -133,7 +135,7 @@ def status(run_uri: str, json_: bool) -> None:
 @as_json
 def methods(json_: bool) -> None:
     """List the methods, their options and defaults."""
-    from orchestrator import screens  # noqa: PLC0415
+    from orchestrator import screens
 
     screens.methods(json_=json_)
 
@@ -159,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _config(model: str | None, given: dict[str, Any]) -> Any:
-    from orchestrator.config import load_config  # noqa: PLC0415
+    from orchestrator.config import load_config
 
     options = {}
     for pair in given.pop("options"):

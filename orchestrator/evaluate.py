@@ -197,5 +197,5 @@ def _part_done(unit: Unit, done: StepDone) -> UnitDone:
 
 
 def _number(value: object) -> float:
-    assert isinstance(value, int | float)  # written by our own units  # noqa: S101
+    assert isinstance(value, int | float)  # written by our own units
     return value

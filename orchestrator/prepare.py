@@ -126,9 +126,7 @@ def prepare(given: RunConfig) -> Prepared:
     )
     config = resolved(given, facts)
     calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
-    config = with_tokens(
-        config, facts, calibration=calibration.shape, evaluation=evaluation.shape
-    )
+    config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
     sequences, length = calibration.shape
     microbatch = max(1, config.calibration.microbatch_tokens // length)
     plan = make_plan(
@@ -214,16 +212,12 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
     dtype = "float32" if device == "cpu" else shape.dtype
     worker_gib = given.worker_gib or _machine_gib() * USABLE / given.workers
-    load = load_of(
-        shape, frozenset(), microbatch_tokens=size * ids.shape[1], compute_dtype=dtype
-    )
+    load = load_of(shape, frozenset(), microbatch_tokens=size * ids.shape[1], compute_dtype=dtype)
     return PreparedEvaluation(
         subject=Subject(name="model", uri=source.uri, identity=checkpoint.revision),
         plan=EvaluationPlan(
             family=shape.family,
-            waves=place(
-                shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)
-            ),
+            waves=place(shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)),
             num_sequences=len(ids),
             microbatch_sequences=size,
             tokens_hash=tokens_hash(ids),
@@ -277,7 +271,7 @@ def _device(config: RunConfig) -> Literal["cpu", "cuda"]:
         return config.device
     if config.address != "local":
         return "cuda"  # a cluster is rented for its devices; without any it says so at once
-    import torch  # noqa: PLC0415 slow, and needed here only
+    import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -72,7 +72,9 @@ def _refuse_other_run(run: Directory, facts: Mapping[str, Any]) -> None:
         return  # torn by a crash before anything else was written; written again below
     differ = [key for key in facts if old.get(key) != facts[key]]
     if differ:
-        said = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ)
+        said = "; ".join(
+            f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ
+        )
         raise ConfigError(
             f"{run.uri} holds another run: {said}",
             hint="use another --out, or the options of the run that is there",

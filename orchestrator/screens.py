@@ -11,7 +11,6 @@ from rich.table import Table
 
 from actors import methods as registry
 from actors.messages import WorkerSetup
-from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet

@@ -79,9 +79,8 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     files.append(run.write("model/config.json", _json(new_config)))
     if not plan.form.native:
         files.append(run.write(f"model/{CODE}", _code()))
-    for name in TOKENIZER_FILES:
-        if source.size(name) is not None:
-            files.append(run.write(f"model/{name}", source.read(name)))
+    present = [name for name in TOKENIZER_FILES if source.size(name) is not None]
+    files += [run.write(f"model/{name}", source.read(name)) for name in present]
     files.append(run.write("model/README.md", _card(plan, compression).encode()))
     return tuple(files)
 
@@ -91,12 +90,12 @@ def _code() -> bytes:
 
 
 def _index(records: list[Record]) -> dict[str, Any]:
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for record in records:
         tensors = record.values.get("tensors", {})
-        assert isinstance(tensors, dict)  # written by our own units  # noqa: S101
-        for name in tensors:
-            weight_map[name] = _file_of(name, record)
+        assert isinstance(tensors, dict)  # written by our own units
+        weight_map |= {name: _file_of(name, record) for name in tensors}
         total += sum(file.bytes for file in record.files)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 

@@ -37,7 +37,7 @@ def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
     with context.phase("verify", total=1):
         done = in_fresh_process(context, unit, "verify", request)
         checks = done.values["checks"]
-        assert isinstance(checks, list)  # written by our own evaluator  # noqa: S101
+        assert isinstance(checks, list)  # written by our own evaluator
         failed = [c for c in checks if not c["passed"]]
         if failed:
             said = "; ".join(f"{c['name']} ({c['detail']})" for c in failed)
@@ -51,6 +51,6 @@ def written_tensors(context: RunContext) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for unit in context.units:
         found = context.ledger.record(unit).values.get("tensors", {})
-        assert isinstance(found, dict)  # written by our own units  # noqa: S101
+        assert isinstance(found, dict)  # written by our own units
         tensors |= found
     return tensors

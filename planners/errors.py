@@ -1,7 +1,7 @@
 """What can go wrong, as a tree; the command line turns each class into its exit code.
 
 CompressionError            1
-├── ConfigError             2   the recipe or the command line asks for something that is not possible
+├── ConfigError             2   the recipe or command line asks for something that is not possible
 │   └── PlanError           2   the recipe is well formed, but no plan can meet it
 ├── ModelError              3   the input model is missing, broken or not supported
 ├── DataError               3   the calibration or evaluation text is missing, broken or too short

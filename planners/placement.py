@@ -1,6 +1,7 @@
 """Layers, their sizes and the workers at hand -> stages and waves."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from planners.cost import BYTES_OF, layer_parameters, statistic_elements
 from planners.errors import PlanError
@@ -114,4 +115,4 @@ def place(
 def _even_cuts(count: int, parts: int) -> list[tuple[int, int]]:
     """Return ``parts`` runs that cover ``count`` things and differ in length by at most one."""
     edges = [i * count // parts for i in range(parts + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

@@ -199,7 +199,7 @@ class MethodSpec:
         source: paper, as ``arXiv:NNNN.NNNNN``.
         modules: what it shrinks.
         options: everything that can be set, with defaults.
-        residual: it turns the basis of the residual stream, so a layer needs the bases of its sites.
+        residual: it turns the basis of the residual stream: a layer needs its sites' bases.
         statistics: options -> the sums it needs of every layer.
         refuses: why it cannot take this model with these options, or an empty string.
         form: (shape, target, options) -> the widths that meet the target without any statistics.

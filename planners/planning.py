@@ -63,9 +63,7 @@ def make_plan(
         microbatch_tokens=work.microbatch_sequences * work.sequence_length,
         compute_dtype=work.compute_dtype,
     )
-    waves = place(
-        shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes
-    )
+    waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
     before, after = dense_parameters(shape), model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers

@@ -57,9 +57,7 @@ class Basis:
         return float(kept / self.values.clamp_min(0).sum())
 
 
-def site_basis(
-    gram: Float[Tensor, "hidden hidden"], *, keep_dim: int, where: str
-) -> Basis:
+def site_basis(gram: Float[Tensor, "hidden hidden"], *, keep_dim: int, where: str) -> Basis:
     """Return the ``keep_dim`` principal axes of one site.
 
     Raises:

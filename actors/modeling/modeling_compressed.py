@@ -5,8 +5,8 @@ with ``trust_remote_code=True``. It needs torch and public names of transformers
 
 Each layer is built from its entry of ``config.layer_forms``: widths of the residual stream before,
 between and after its two blocks (with *shortcut* matrices on the residual where they differ in
-basis), inner width of the MLP, head widths of q/k and of v/o, and ranks of the linears that are stored as two
-factors. Three things stay those of the original model whatever was cut: the norm's denominator
+basis), inner width of the MLP, head widths of q/k and of v/o, and ranks of the linears that are
+stored as two factors. Three things stay those of the original model whatever was cut: the norm's denominator
 (``hidden_size``), the rotary tables and the softmax scale (``head_dim``).
 """
 
@@ -36,8 +36,8 @@ class CompressedConfig(LlamaConfig):
     base_model_pp_plan = None
 
     layer_forms: list[dict[str, Any]] | None = None
-    embedding_dim: int | None = None
-    head_input_dim: int | None = None
+    embedding_dim: int = 0
+    head_input_dim: int = 0
     head_norm_weight: bool = True
     qkv_bias: bool = False
     sliding_window: int | None = None
@@ -179,7 +179,7 @@ class CompressedDecoderLayer(nn.Module):
 
     def __init__(self, config: CompressedConfig, layer_idx: int) -> None:
         super().__init__()
-        form = config.layer_forms[layer_idx]
+        form = config.layer_forms[layer_idx]  # type: ignore[index] # None only in a bare config
         width, eps, scale = config.hidden_size, config.rms_norm_eps, form["norm_weights"]
         self.input_layernorm = ScaledRMSNorm(form["residual_in"], width, eps, scale=scale)
         self.self_attn = CompressedAttention(config, form, layer_idx)
@@ -283,7 +283,7 @@ class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.head_input_dim, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # noqa: PLR0913 transformers' own signature
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -315,5 +315,5 @@ class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
         )
 
 
-# Known by name where this file is imported as part of the package; a checkpoint names it in auto_map.
+# Known by name where this file is part of the package; a checkpoint names it in its auto_map.
 AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)

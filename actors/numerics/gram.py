@@ -1,7 +1,7 @@
 """Sums over tokens, accumulated microbatch by microbatch.
 
-A gram is the sum ``x^T x`` over tokens, kept as a sum and not a mean, so that a different cut of the
-tokens into workers changes nothing. The product of one microbatch is formed in float32 and
+A gram is the sum ``x^T x`` over tokens, kept as a sum and not a mean, so that a different cut of
+the tokens into workers changes nothing. The product of one microbatch is formed in float32 and
 added to a float64 sum; products are summed in the order of the microbatches.
 """
 

@@ -29,9 +29,7 @@ def read_header(directory: Directory, name: str) -> dict[str, TensorEntry]:
     where = directory.path(name)
     prefix = directory.read_range(name, 0, min(8, file_bytes))
     length = parse_length(prefix, file_bytes=file_bytes, where=where)
-    return parse_header(
-        directory.read_range(name, 8, length), file_bytes=file_bytes, where=where
-    )
+    return parse_header(directory.read_range(name, 8, length), file_bytes=file_bytes, where=where)
 
 
 def read_tensor(
@@ -58,7 +56,7 @@ def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order, without a copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def write_tensors(

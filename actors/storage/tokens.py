@@ -318,7 +318,7 @@ def _read_tokens(path: Path, *, num_sequences: int | None) -> Tokens:
         ) from error
 
 
-def _checked_shape(file: Any, path: Path) -> tuple[int, int]:  # noqa: ANN401 -- has no type
+def _checked_shape(file: Any, path: Path) -> tuple[int, int]:
     """Return (sequences, tokens) of a file of tokens that is open."""
     names = sorted(file.keys())
     if names != [_TENSOR]:

@@ -1,6 +1,7 @@
 """The report of a run as one self-contained HTML page: no script, no font, no network."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ def render_page(report: Document) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["svg"] = Markup
+    environment.filters["breakable"] = _breakable
     return environment.get_template("page.html.jinja").render(
         **_headline(report), **_evidence(report), **_facts(report), numbers=numbers
     )
@@ -113,6 +115,11 @@ def _facts(report: Document) -> dict[str, Any]:
     }
 
 
+def _breakable(text: str) -> Markup:
+    """Return the text, escaped, with places where a narrow line may end."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/])", text))
+
+
 def _drawn(*plots: Plot | None) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
@@ -144,7 +151,7 @@ def _memory(report: Document) -> list[Bar]:
     ratio = numbers.quotient(worker, planned)
     found = (
         ("Worker, planned", planned, ""),
-        ("Worker, measured peak", worker, f"{numbers.change(ratio)} of plan" if ratio else ""),
+        ("Worker, measured peak", worker, f"{numbers.change(ratio)} against plan" if ratio else ""),
         ("Driver, measured peak", numbers.number(memory.get("driver_peak_bytes")), ""),
     )
     longest = max((value for _, value, _ in found if value), default=1.0)

@@ -33,7 +33,9 @@ class Family:
     head: str
     shape_of: Callable[[Mapping[str, Any], str], ModelShape]
 
-    def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layer_tensors(
+        self, shape: ModelShape, layer: int
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return role -> (tensor name, shape) of every tensor of one layer.
 
         Roles are ``q_proj.weight``, ``q_proj.bias``, ``attn_norm.weight`` and so on.
