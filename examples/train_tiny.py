@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.storage.texts import read_texts
+from actors.storage.texts import SPLITS, read_texts
 
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
@@ -383,10 +383,7 @@ def main() -> None:
     torch.set_num_threads(recipe.threads)
     transformers.utils.logging.disable_progress_bar()
 
-    texts = {
-        split: list(read_texts("stdlib", split=split))
-        for split in ("train", "calibration", "evaluation")
-    }
+    texts = {split: list(read_texts("stdlib", split=split)) for split in SPLITS}
     tokenizer = train_tokenizer(texts["train"])
     streams = {split: encode_stream(tokenizer, texts[split]) for split in texts}
     for split, stream in streams.items():

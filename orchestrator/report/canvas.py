@@ -23,11 +23,11 @@ KEPT = "#010104"
 CUT = "#010105"
 BEFORE = "#010106"
 SURFACE = "#010107"
-KIND_COLOURS = tuple(f"#0102{i:02x}" for i in range(9))
+KIND_COLOURS = tuple(f"#0102{i:02x}" for i in range(10))
 
 WIDE_INCHES = 9.0
 NARROW_INCHES = 3.3
-MAX_LABEL = 18
+MAX_LABEL = 20
 
 _PROPERTIES = {
     INK: "var(--ink)",

@@ -15,25 +15,21 @@ class Site:
     """One place on the residual stream, its spectrum and where it was cut.
 
     Attributes:
-        where: ``attention``, ``mlp`` or ``head``; ``site`` where that is not said.
+        name: what people call the site.
+        where: ``attention``, ``mlp`` or ``head``; ``site`` for any other.
         points: (component, eigenvalue relative to the largest), descending, positive only.
         energy_kept: 0 to 1; None when it was not computed.
         rung: which step of the factorisation ladder gave the basis.
     """
 
     index: int
-    layer: int
+    name: str
     where: str
     points: tuple[tuple[float, float], ...]
     dim: int
     keep_dim: int
     energy_kept: float | None
     rung: str
-
-    @property
-    def name(self) -> str:
-        """What people call the site."""
-        return "head" if self.where == "head" else f"layer {self.layer} {self.where}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +90,7 @@ def sites(report: Document) -> tuple[Site, ...]:
     found = [
         Site(
             index=int(row.get("site", position)),
-            layer=int(row.get("layer", 0)),
+            name=_site_name(row),
             where=_known(row.get("where")),
             points=_points(row.get("eigenvalues") or (), int(row.get("dim", 0))),
             dim=int(row.get("dim", 0)),
@@ -164,6 +160,12 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 def _known(where: object) -> str:
     return str(where) if where in ("attention", "mlp", "head") else "site"
+
+
+def _site_name(row: Document) -> str:
+    where = str(row.get("where", "site"))
+    inside = where in ("attention", "mlp") and "layer" in row
+    return f"layer {row['layer']} {where}" if inside else where
 
 
 def _numbers(found: Document) -> dict[str, float]:

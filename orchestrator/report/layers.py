@@ -30,6 +30,7 @@ from orchestrator.report.numbers import (
 _BAR = 0.72
 _MAX_WIDTHS = 8
 _MANY = 24
+_BY_FOUR = (4, 7, 8)
 
 
 def parameters(layers: Sequence[Layer]) -> Plot | None:
@@ -78,7 +79,7 @@ def widths(layers: Sequence[Layer]) -> Plot | None:
     )
 
     def columns(narrow: bool) -> int:
-        return 1 if narrow else min(3, len(names))
+        return 1 if narrow else min(len(names), 4 if len(names) in _BY_FOUR else 3)
 
     def paint(sheet: Sheet) -> None:
         grid = sheet.figure.subplots(

@@ -17,7 +17,7 @@ from orchestrator.report.document import layers as read_layers
 from orchestrator.report.document import sites as read_sites
 from orchestrator.report.document import spans as read_spans
 
-_PHASES = ("calibrate", "compress", "stitch", "verify", "evaluate")
+_PHASES = ("calibrate", "compress", "stitch", "verify", "evaluate", "throughput")
 _PLAN_ROWS = (
     ("Disk for the run", "disk_bytes", numbers.bytes_text),
     ("Calibration", "calibration_flops", numbers.flops_text),

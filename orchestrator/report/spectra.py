@@ -9,7 +9,18 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from orchestrator.report.canvas import CUT, INK, KEPT, MUTED, Plot, Sheet, Words, draw, number_axis
+from orchestrator.report.canvas import (
+    CUT,
+    INK,
+    KEPT,
+    MUTED,
+    Plot,
+    Sheet,
+    Words,
+    draw,
+    label,
+    number_axis,
+)
 from orchestrator.report.document import Site
 from orchestrator.report.numbers import between, counted, kept_percent, percent
 
@@ -23,7 +34,8 @@ _WHERE = {
     "site": ("o", "dot", MUTED),
 }
 _BINS = 64
-_FLOOR = -12.0
+_FLOOR = -9.0
+_TAIL = 0.03
 _SHADE = "#4f86e8"
 _SUPERSCRIPTS = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
@@ -164,8 +176,8 @@ def _spectrum(axes: Axes, site: Site, low: float) -> None:
     joint = kept | np.roll(kept, 1)
     joint[0] = kept[0]
     axes.plot(components[joint], values[joint], color=KEPT)
-    if not kept.all():
-        axes.plot(components[~kept], values[~kept], color=CUT)
+    axes.plot(components[~kept], values[~kept], color=CUT)
+    if site.keep_dim < site.dim:
         axes.axvline(site.keep_dim, color=INK, linestyle=(0, (3, 2)), linewidth=0.9)
         axes.axvspan(site.keep_dim, site.dim, color=CUT, alpha=0.1)
     axes.set_yscale("log")
@@ -182,7 +194,8 @@ def _spectrum(axes: Axes, site: Site, low: float) -> None:
 
 
 def _titled(site: Site, *, narrow: bool) -> str:
-    return site.name if narrow else f"{site.index} \u00b7 {site.name}"
+    name = label(site.name)
+    return name if narrow else f"{site.index} \u00b7 {name}"
 
 
 def _kept(site: Site) -> float:
@@ -205,9 +218,10 @@ def _told(site: Site) -> str:
 
 
 def _floor(sites: Sequence[Site]) -> float:
-    """Return the lowest power of ten to draw: that of the smallest eigenvalue, within reason."""
-    smallest = min(value for site in sites for _, value in site.points)
-    return min(-1.0, max(_FLOOR, math.floor(math.log10(smallest))))
+    """Return the lowest power of ten to draw, below which lies little but rounding."""
+    values = [value for site in sites for _, value in site.points]
+    low = math.floor(math.log10(float(np.quantile(values, _TAIL))))
+    return min(-1.0, max(_FLOOR, low))
 
 
 def _powers(low: float) -> list[int]:

@@ -18,6 +18,7 @@ from orchestrator.report.numbers import (
 )
 
 _NOTICEABLE = 0.005
+_REMOTE = ", trust_remote_code=True"
 _TILES = ("Perplexity", "Parameters", "Checkpoint size", "Decode, tokens/s")
 
 
@@ -128,14 +129,14 @@ def asked(report: Document) -> str:
     if number(target.get("keep_fraction")) is not None:
         said.append(f"asked for {percent(target['keep_fraction'])} of the parameters")
     if number(target.get("slice")) is not None:
-        said.append(f"asked to slice {percent(target['slice'])} of the residual width")
+        said.append(f"asked for a nominal slice of {percent(target['slice'])} of the width")
     actual = number(target.get("actual_keep_fraction"))
     if actual is None:
         actual = keep_fraction(report)
     if actual is not None:
         said.append(f"kept {percent(actual, digits=2)} of the true parameter count")
-    if number(target.get("nominal")) is not None:
-        said.append(f"nominal fraction {percent(target['nominal'])}")
+    if number(target.get("nominal")) is not None and number(target.get("slice")) is None:
+        said.append(f"a nominal slice of {percent(target['nominal'])}")
     text = "; ".join(said)
     return text[:1].upper() + text[1:]
 
@@ -161,16 +162,21 @@ def throughput_note(report: Document) -> str:
 
 def checkpoint_path(report: Document) -> str:
     """Return where the compressed checkpoint lies."""
-    return f"{str(report.get('run') or 'RUN').rstrip('/')}/model"
+    return f"{str(report.get('out') or 'RUN').rstrip('/')}/model"
+
+
+def loading_call(report: Document, path: str) -> str:
+    """Return the expression that loads the checkpoint; a native one needs no code of its own."""
+    native = section(report, "method").get("native") is True
+    return f"AutoModelForCausalLM.from_pretrained({path}{'' if native else _REMOTE})"
 
 
 def loading_code(report: Document) -> str:
     """Return the lines that load and try the compressed checkpoint."""
-    path = repr(checkpoint_path(report))
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"path = {path}\n"
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
+        f"path = {checkpoint_path(report)!r}\n"
+        f"model = {loading_call(report, 'path')}\n"
         "tokenizer = AutoTokenizer.from_pretrained(path)\n\n"
         'inputs = tokenizer("def main", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"

@@ -44,10 +44,9 @@ def render_terminal(report: Document) -> RenderableType:
 def _places(report: Document) -> list[Text]:
     path = summary.checkpoint_path(report)
     page = f"{path.removesuffix('/model')}/report.html"
-    load = f"AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)"
     rows = [("checkpoint", path), ("report", page)]
     if summary.is_ready(report):
-        rows.append(("load", load))
+        rows.append(("load", summary.loading_call(report, repr(path))))
     return [
         Text.assemble((f"{name:<12}", "dim"), _printable(value), overflow="fold")
         for name, value in rows

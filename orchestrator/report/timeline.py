@@ -22,6 +22,7 @@ _KINDS = (
     ("stitch",),
     ("verify",),
     ("evaluate", "evaluation"),
+    ("throughput",),
 )
 _OTHER = len(KIND_COLOURS) - 1
 _ROW = 0.7
@@ -41,7 +42,7 @@ def workers(spans: Sequence[Span], events: Sequence[Event]) -> Plot | None:
     total = max([span.end for span in spans] + [event.at for event in events])
     first = min(0.0, min(span.start for span in spans))
     bars = merged([span for span in spans if span.worker in set(shown)], total - first)
-    busy = busy_seconds(spans) / (len(names) * (total - first) or 1.0)
+    busy = busy_fraction(spans)
     limit = f" The first {len(shown)} of {len(names)} workers are shown." if names != shown else ""
     unit, length = _unit(total)
     words = Words(
@@ -49,8 +50,8 @@ def workers(spans: Sequence[Span], events: Sequence[Event]) -> Plot | None:
         title="Timeline of workers",
         description=f"{counted(len(names), 'worker')} did {counted(len(spans), 'unit')} of work in "
         f"{seconds_text(total)}; {counted(len(events), 'event')}.{limit}",
-        caption=f"{unit.capitalize()} since the run began. Workers were busy "
-        f"{percent(busy, digits=0)} of the time.{limit}"
+        caption=f"{unit.capitalize()} since the run began. Between their first and last unit of "
+        f"work, workers were busy {percent(busy, digits=0)} of the time.{limit}"
         + (" Numbered lines are the events below." if events else ""),
         legend=tuple((name, KIND_COLOURS[slot], "box") for slot, name in _slots(spans)),
     )
@@ -119,15 +120,17 @@ def by_kind(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
     return found
 
 
-def busy_seconds(spans: Sequence[Span]) -> float:
-    """Return the seconds in which each worker did anything, summed over workers."""
-    busy = 0.0
+def busy_fraction(spans: Sequence[Span]) -> float:
+    """Return how much of the time between its first and last unit a worker worked, over all."""
+    busy = there = 0.0
     for _, group in groupby(sorted(spans, key=lambda s: (s.worker, s.start)), lambda s: s.worker):
-        reached = float("-inf")
-        for span in group:
+        mine = list(group)
+        reached = mine[0].start
+        for span in mine:
             busy += max(0.0, span.end - max(span.start, reached))
             reached = max(reached, span.end)
-    return busy
+        there += reached - mine[0].start
+    return busy / there if there else 1.0
 
 
 def slot_of(kind: str) -> int:

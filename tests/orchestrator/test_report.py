@@ -55,7 +55,7 @@ def sample_report(num_layers: int = 5, hidden: int = 128, num_workers: int = 2) 
         "title": "tiny · slicegpt · slice 0.25",
         "created": "2026-03-14T09:26:53+00:00",
         "version": "0.1.0",
-        "run": "runs/tiny-slicegpt",
+        "out": "runs/tiny-slicegpt",
         "model": {"source": "tiny", "family": "llama", "revision": "3f1c9a" * 8},
         "method": {
             "steps": [
@@ -70,7 +70,7 @@ def sample_report(num_layers: int = 5, hidden: int = 128, num_workers: int = 2) 
             "keep_fraction": None,
             "slice": 0.25,
             "actual_keep_fraction": 0.8472,
-            "nominal": 0.75,
+            "nominal": 0.25,
         },
         "parameters": {"before": 1_239_040, "after": 1_049_728, "keep_fraction": 0.8472},
         "bytes": {"before": 4_961_280, "after": 4_203_520},
@@ -281,7 +281,7 @@ def test_the_page_loads_nothing() -> None:
 def test_hostile_names_are_text_and_nothing_else() -> None:
     hostile = "</title><script>alert(1)</script><img src=x onerror=y>'\"{{ 7*7 }} $\\foo$ \x1b[31m"
     report = sample_report()
-    report["title"] = report["run"] = report["model"]["source"] = hostile
+    report["title"] = report["out"] = report["model"]["source"] = hostile
     report["evaluation"]["source"] = report["verdict"] = report["version"] = hostile
     report["recipe"][hostile] = hostile
     report["environment"][hostile] = [hostile]
@@ -389,6 +389,22 @@ def test_the_terminal_names_the_checkpoint_the_report_and_how_to_load_it() -> No
     assert max(map(len, terminal_text(sample_report(), width=60).splitlines())) <= 60
 
 
+def test_a_native_checkpoint_loads_without_code_of_its_own() -> None:
+    report = minimal_report()
+    report["method"]["native"] = True
+    assert "trust_remote_code" not in render_page(report)
+    assert "trust_remote_code" not in terminal_text(report)
+
+
+def test_one_basis_for_all_sites_is_drawn_under_its_name() -> None:
+    report = minimal_report()
+    shared = sample_sites(1, 128, 96)[0] | {"where": "all sites"}
+    report["sites"] = [shared]
+    page = render_page(report)
+    assert "0 \u00b7 all sites" in page
+    assert page.count("<svg") == 4
+
+
 def test_bars_that_no_eye_can_part_are_one_and_busy_time_counts_once() -> None:
     work = [
         Span(worker="w", unit=str(i), kind="layer", start=i * 0.01, end=i * 0.01 + 0.005)
@@ -397,8 +413,8 @@ def test_bars_that_no_eye_can_part_are_one_and_busy_time_counts_once() -> None:
     bars = timeline.merged(work, total=200.0)
     assert len(bars) <= timeline.MAX_BARS
     assert (bars[0].start, bars[-1].end) == (work[0].start, work[-1].end)
-    twice = [work[0], work[0]]
-    assert timeline.busy_seconds(twice) == pytest.approx(0.005)
+    assert timeline.busy_fraction(work) == pytest.approx(0.5, abs=1e-3)
+    assert timeline.busy_fraction([*work, *work]) == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize(
