@@ -1,6 +1,8 @@
 """How much memory of its own this process used at its peak."""
 
 import threading
+import time
+import weakref
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.02
@@ -26,14 +28,20 @@ class PeakMemory:
     def __init__(self) -> None:
         self._baseline = anonymous_bytes()
         self._peak = self._baseline
-        threading.Thread(target=self._watch, daemon=True, name="peak-memory").start()
+        watching = threading.Thread(
+            target=_watch, args=(weakref.ref(self),), daemon=True, name="peak-memory"
+        )
+        watching.start()
 
     def bytes(self) -> int:
         """Return the peak above the baseline so far."""
         self._peak = max(self._peak, anonymous_bytes())
         return self._peak - self._baseline
 
-    def _watch(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(SAMPLE_SECONDS):
-            self._peak = max(self._peak, anonymous_bytes())
+
+def _watch(watched: weakref.ref[PeakMemory]) -> None:
+    """Sample for as long as anyone may ask: a thread that outlives its owner is a leak."""
+    while (memory := watched()) is not None:
+        memory.bytes()
+        del memory
+        time.sleep(SAMPLE_SECONDS)

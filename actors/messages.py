@@ -126,9 +126,19 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionJob:
-    """What all compression units of a run share."""
+    """What all compression units of a run share.
+
+    Attributes:
+        checkpoint_uri: the input model.
+        statistics_uri: another run whose statistics are reused, or empty.
+        method: a file of ``actors/methods``.
+        options: of the method, complete.
+        shape: of the input model.
+        form: widths of the result; not final while damage is measured.
+    """
 
     checkpoint_uri: str
+    statistics_uri: str
     method: str
     options: Mapping[str, Option]
     shape: ModelShape
@@ -144,12 +154,14 @@ class UnitTask:
         kind: which function does it.
         index: layer or site, or -1.
         inputs: names of the units it reads, in the order the function expects.
+        suffix: of the file's name, where statistics are added to those that are there.
     """
 
     unit: str
     kind: str
     index: int
     inputs: tuple[str, ...]
+    suffix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,8 @@ INPUT_OF = {
 }
 OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
 
+Adder = Callable[[Tensor], None]
+
 
 class LayerStatistics:
     """Sums over the tokens that pass one layer while it is observed.
@@ -40,7 +42,12 @@ class LayerStatistics:
         self._shape, self._family, self._device = shape, family, device
         self.sums: dict[str, Tensor] = {}
         self.num_tokens = 0
+        self._probe: list[Tensor] = []
+        self._probe_tokens = 0
         for statistic in self._statistics:
+            if statistic.kind.startswith("probe"):
+                self._probe_tokens = int(statistic.kind.removeprefix("probe"))
+                continue
             dims = _dims(shape, statistic)
             self.sums[str(statistic)] = self._zeros(*dims)
             if statistic.kind in ("gram", "head_gram"):
@@ -49,11 +56,8 @@ class LayerStatistics:
 
     def attach(self, layer: nn.Module) -> None:
         """Observe a layer's forward passes until `detach`."""
-        by_tap: dict[str, list[Statistic]] = {}
-        for statistic in self._statistics:
-            by_tap.setdefault(statistic.tap, []).append(statistic)
-        for tap, wanted in by_tap.items():
-            adders = [self._adder(statistic) for statistic in wanted]
+        for tap in dict.fromkeys(statistic.tap for statistic in self._statistics):
+            adders = self._adders(tap)
             if tap in INPUT_OF:
                 module = layer.get_submodule(self._name(INPUT_OF[tap]))
                 hook = partial(_feed_input, adders=adders)
@@ -71,19 +75,37 @@ class LayerStatistics:
 
     def see_residual(self, before: Tensor, after: Tensor) -> None:
         """Count a microbatch, and add what is seen between a layer's input and output."""
+        self._keep_probe(before)
         self.num_tokens += before.shape[0] * before.shape[1]
-        for statistic in self._statistics:
-            if statistic.tap != "resid_out":
-                continue
-            if statistic.kind == "cosine":
-                self._add_cosine(before, after)
-            else:
-                self._adder(statistic)(after)
+        for add in self._adders("resid_out"):
+            add(after)
+        if "resid_out.cosine" in self.sums:
+            self._add_cosine(before, after)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums and the token count, as they are stored."""
-        count = torch.tensor([self.num_tokens], dtype=torch.int64)
-        return {**{name: total.cpu() for name, total in self.sums.items()}, "num_tokens": count}
+        found = {name: total.cpu() for name, total in self.sums.items()}
+        found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
+        if self._probe:
+            found["probe"] = torch.cat(self._probe)
+        return found
+
+    def summary(self) -> dict[str, object]:
+        """Return what travels to the driver: the taps, the token count, Block Influence."""
+        found: dict[str, object] = {
+            "num_tokens": self.num_tokens,
+            "taps": [str(statistic) for statistic in self._statistics],
+        }
+        if "resid_out.cosine" in self.sums:
+            cosine = float(self.sums["resid_out.cosine"]) / max(self.num_tokens, 1)
+            found["influence"] = 1.0 - cosine
+        return found
+
+    def _keep_probe(self, before: Tensor) -> None:
+        """Keep the inputs of the first sequences, whole, at least one and at most so many tokens."""
+        left = (self._probe_tokens - self.num_tokens) // before.shape[1]
+        if self._probe_tokens and (left > 0 or not self._probe):
+            self._probe.append(before[: max(left, 1)].cpu())
 
     def _name(self, role: str) -> str:
         return self._family.linears.get(role) or self._family.norms[role]
@@ -91,15 +113,16 @@ class LayerStatistics:
     def _zeros(self, *dims: int) -> Tensor:
         return torch.zeros(dims, dtype=torch.float64, device=self._device)
 
-    def _adder(self, statistic: Statistic) -> Callable[[Tensor], None]:
-        total = self.sums[str(statistic)]
-        if statistic.kind == "pair_energy":
-            return partial(_add_pair_energy, total=total)
-        if statistic.kind == "normed_gram":
-            return lambda x: accumulate(total, rms_normed(x.flatten(0, -2)))
-        sum_of_x = self.sums[f"{statistic.tap}.sum"]
-        add = _add_head_grams if statistic.kind == "head_gram" else _add_gram
-        return partial(add, total=total, sum_of_x=sum_of_x)
+    def _adders(self, tap: str) -> list[Adder]:
+        """Return what is done with the activations of a tap; their sum is added once for all."""
+        adders: list[Adder] = [
+            partial(ADD[statistic.kind], total=self.sums[str(statistic)])
+            for statistic in self._statistics
+            if statistic.tap == tap and statistic.kind in ADD
+        ]
+        if f"{tap}.sum" in self.sums:
+            adders.append(partial(_add_sum, total=self.sums[f"{tap}.sum"]))
+        return adders
 
     def _add_cosine(self, before: Tensor, after: Tensor) -> None:
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
@@ -115,9 +138,7 @@ def _dims(shape: ModelShape, statistic: Statistic) -> tuple[int, ...]:
     return (1,) if statistic.kind == "cosine" else (dim, dim)
 
 
-def _feed_input(
-    module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Callable[[Tensor], None]]
-) -> None:
+def _feed_input(module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Adder]) -> None:
     del module
     for add in adders:
         add(args[0])
@@ -128,28 +149,40 @@ def _feed_output(
     args: tuple[Tensor, ...],
     output: Tensor,
     *,
-    adders: list[Callable[[Tensor], None]],
+    adders: list[Adder],
 ) -> None:
     del module, args
     for add in adders:
         add(output)
 
 
-def _add_gram(x: Tensor, *, total: Tensor, sum_of_x: Tensor) -> None:
-    x = x.flatten(0, -2)  # (tokens, dim)
-    accumulate(total, x)
-    sum_of_x.add_(x.sum(dim=0, dtype=torch.float32))
+def _add_sum(x: Tensor, *, total: Tensor) -> None:
+    total.add_(x.flatten(0, -2).sum(dim=0, dtype=torch.float32))
 
 
-def _add_head_grams(x: Tensor, *, total: Tensor, sum_of_x: Tensor) -> None:
+def _add_gram(x: Tensor, *, total: Tensor) -> None:
+    accumulate(total, x.flatten(0, -2))  # (tokens, dim)
+
+
+def _add_normed_gram(x: Tensor, *, total: Tensor) -> None:
+    accumulate(total, rms_normed(x.flatten(0, -2)))
+
+
+def _add_head_grams(x: Tensor, *, total: Tensor) -> None:
     heads, head_dim = total.shape[0], total.shape[1]
-    x = x.flatten(0, -2)
-    per_head = x.to(torch.float32).reshape(-1, heads, head_dim).transpose(0, 1)
+    per_head = x.flatten(0, -2).to(torch.float32).reshape(-1, heads, head_dim).transpose(0, 1)
     total.add_(per_head.transpose(1, 2) @ per_head)  # (heads, head_dim, head_dim)
-    sum_of_x.add_(x.sum(dim=0, dtype=torch.float32))
 
 
 def _add_pair_energy(x: Tensor, *, total: Tensor) -> None:
     heads, pairs = total.shape
     energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, 2, pairs)
     total.add_(energy.sum(dim=1))  # channels i and i + head_dim / 2 turn together
+
+
+ADD = {
+    "gram": _add_gram,
+    "normed_gram": _add_normed_gram,
+    "head_gram": _add_head_grams,
+    "pair_energy": _add_pair_energy,
+}

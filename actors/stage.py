@@ -129,15 +129,17 @@ class Stage:
     def publish(self, task: UnitTask) -> UnitDone:
         """Write the statistics of one layer."""
         started, begun = time.time(), time.monotonic()
-        tensors = self._statistics[task.index].tensors()
-        entry = write_tensors(self._run, f"stats/layer-{task.index:05d}.safetensors", tensors)
+        layer = self._statistics[task.index]
+        tensors = layer.tensors()
+        name = f"stats/layer-{task.index:05d}{task.suffix}.safetensors"
+        entry = write_tensors(self._run, name, tensors)
         return UnitDone(
             unit=task.unit,
             worker=self._setup.name,
             incarnation=self._setup.incarnation,
             device=self._setup.device,
             files=(entry,),
-            values={"num_tokens": int(tensors["num_tokens"])},
+            values=layer.summary(),
             started=started,
             seconds=time.monotonic() - begun,
             peak_bytes=self._peak.bytes(),

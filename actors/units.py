@@ -11,6 +11,7 @@ from actors.messages import CompressionJob, UnitTask
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import NAME_OF, read_tensors, tensor_bytes, write_rows, write_tensors
+from actors.damage import damage_curves
 from planners.families import load as load_family
 
 Done = tuple[tuple[FileEntry, ...], dict[str, object]]
@@ -60,8 +61,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
         new = method.apply(weights, (bases[0], bases[len(bases) // 2], bases[-1]), form=form)
         values: dict[str, object] = {}
     else:
-        sums = read_tensors(run, f"stats/layer-{task.index:05d}.safetensors")
-        sums = {k: v.to(device) for k, v in sums.items()}
+        sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
         new, values = method.compress(
             weights, sums, shape=job.shape, form=form, options=job.options
         )
@@ -71,6 +71,15 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     name = f"model/layer-{task.index:05d}.safetensors"
     entry = write_tensors(run, name, named, metadata={"format": "pt"})
     return (entry,), {**values, "tensors": {k: _described(t) for k, t in named.items()}}
+
+
+def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
+    checkpoint = Checkpoint(job.checkpoint_uri)
+    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
+    curves = damage_curves(weights, sums, checkpoint.config, job=job, device=device)
+    return (), {"curves": curves}
 
 
 def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -117,6 +126,7 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
 KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
     "basis": basis,
     "basis_shared": basis,
+    "damage": damage,
     "layer": layer,
     "embedding": embedding,
     "head": head,
@@ -137,7 +147,19 @@ def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor:
     owner = min(site // 2, job.shape.num_layers - 1)
     tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
     wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
-    return read_tensors(run, f"stats/layer-{owner:05d}.safetensors")[str(wanted[tap])]
+    return read_statistics(run, job, owner)[str(wanted[tap])]
+
+
+def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:
+    """Return the sums of one layer: those of the run, and those of the artefact it reuses."""
+    found: dict[str, Tensor] = {}
+    for uri in (job.statistics_uri, run.uri):
+        directory = Directory(uri) if uri else None
+        if directory is not None:
+            for name in directory.names("stats"):
+                if name.startswith(f"stats/layer-{index:05d}"):
+                    found |= read_tensors(directory, name)
+    return found
 
 
 def _bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor, ...]:

@@ -1,14 +1,12 @@
 """Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
 
 from collections.abc import Sequence
-from typing import Any
-
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
 from orchestrator.context import RunContext
 from orchestrator.pipeline import Pass, PassPlan
 from planners.errors import NumericsError
-from planners.plan import SCHEMA_VERSION, StagePlan, fingerprint
+from planners.plan import SCHEMA_VERSION, StagePlan, Statistic, fingerprint
 from planners.units import Unit
 
 CALIBRATION_TOKENS = "tokens/calibration.parquet"
@@ -27,7 +25,7 @@ def boundary_name(stream: str, layer: int, index: int) -> str:
 
 def assignments(
     wave: Sequence[StagePlan], *, checkpoint_uri: str, family: str, dtype: str,
-    statistics: frozenset[Any] = frozenset(),
+    statistics: frozenset[Statistic] = frozenset(),
 ) -> list[Assignment]:  # fmt: skip
     """Return what each stage of a wave loads."""
     return [
@@ -51,8 +49,7 @@ def calibrate(context: RunContext) -> None:
     Raises:
         CompressionError: a weight is broken, or too many workers were lost.
     """
-    sums = context.sums
-    todo = {unit.index for unit in context.ledger.todo(sums)}
+    todo = {unit.index for unit in context.ledger.todo(context.sums)}
     waves = context.prepared.plan.waves
     wanted = _wanted_waves(context, todo)
     rows = cut(len(context.prepared.calibration), size=_size(context))
@@ -71,7 +68,11 @@ def _calibrate_wave(
     units = {unit.name: unit for unit in context.sums}
     last = out == prepared.plan.shape.num_layers
     publish = [
-        [_task(u) for u in units.values() if s.first <= u.index < s.last and u.index in todo]
+        [
+            _task(context, u)
+            for u in units.values()
+            if s.first <= u.index < s.last and u.index in todo
+        ]
         for s in wave
     ]
 
@@ -98,7 +99,7 @@ def _calibrate_wave(
             checkpoint_uri=prepared.model_uri,
             family=prepared.plan.shape.family,
             dtype=prepared.identity.compute_dtype,
-            statistics=prepared.statistics,
+            statistics=_missing(context),
         ),
         microbatches=[
             Microbatch(
@@ -155,8 +156,19 @@ def _size(context: RunContext) -> int:
     return context.prepared.identity.microbatch_sequences
 
 
-def _task(unit: Unit) -> UnitTask:
-    return UnitTask(unit=unit.name, kind=unit.kind, index=unit.index, inputs=unit.inputs)
+def _task(context: RunContext, unit: Unit) -> UnitTask:
+    missing = context.ledger.missing_taps(unit)
+    # Sums that are there already stay as they are; what is added gets a file of its own.
+    suffix = "" if missing == set(unit.taps) else f"-{fingerprint(sorted(missing))[:8]}"
+    return UnitTask(
+        unit=unit.name, kind=unit.kind, index=unit.index, inputs=unit.inputs, suffix=suffix
+    )
+
+
+def _missing(context: RunContext) -> frozenset[Statistic]:
+    """Return the statistics that at least one layer lacks."""
+    names = {tap for unit in context.sums for tap in context.ledger.missing_taps(unit)}
+    return frozenset(s for s in context.prepared.statistics if str(s) in names)
 
 
 def _boundary_done(unit: Unit, done: StepDone, entry: FileEntry) -> UnitDone:

@@ -69,6 +69,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model", required=False)
 @recipe_options
+@click.option("--stats", metavar="URI", help="Reuse the statistics that another run kept.")
 @click.option(
     "--keep-statistics", is_flag=True, default=None, help="Do not drop stats/ at the end."
 )
@@ -83,10 +84,11 @@ def run(
 
     Method options and their defaults are printed by `compress-cluster methods`.
     """
+    del yes  # nothing here costs money unless --address names a cluster that is already running
+    config = _config(model, given)
     from orchestrator import screens
 
-    del yes  # nothing here costs money unless --address names a cluster that is already running
-    screens.run(_config(model, given), dashboard=dashboard, dry_run=dry_run, json_=json_)
+    screens.run(config, dashboard=dashboard, dry_run=dry_run, json_=json_)
 
 
 @cli.command()
@@ -95,9 +97,10 @@ def run(
 @as_json
 def plan(model: str | None, json_: bool, **given: Any) -> None:
     """Print what a run would do: stages, waves, widths, bytes, operations. Nothing is started."""
+    config = _config(model, given)
     from orchestrator import screens
 
-    screens.plan(_config(model, given), json_=json_)
+    screens.plan(config, json_=json_)
 
 
 @cli.command("eval")
@@ -106,9 +109,10 @@ def plan(model: str | None, json_: bool, **given: Any) -> None:
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
     """Measure the perplexity of the checkpoint in DIRECTORY, dense or compressed."""
+    config = _config(directory, given)
     from orchestrator import screens
 
-    screens.evaluate(_config(directory, given), json_=json_)
+    screens.evaluate(config, json_=json_)
 
 
 @cli.command()

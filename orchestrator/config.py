@@ -87,6 +87,7 @@ class RunConfig(_Section):
         calibration_dtype: of the activations.
         worker_gib: memory a worker may use, in GiB; None is what its device has.
         keep_statistics: keep the statistics after the last unit that needs them.
+        stats: another run, whose statistics are used where they are of the same model and data.
     """
 
     model: str = Field(
@@ -117,6 +118,7 @@ class RunConfig(_Section):
     )
     worker_gib: float | None = Field(default=None, gt=0, description="a number above 0, in GiB")
     keep_statistics: bool = Field(default=False, description="true or false")
+    stats: str = Field(default="", description="the URI of a run that kept its statistics")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -11,6 +11,8 @@ from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
+from planners.cost import model_parameters
+from planners.plan import ModelForm
 from planners.units import Unit, compression_units, statistics_units
 
 
@@ -40,6 +42,7 @@ class RunContext(WorkContext):
     """A run under way: what is to be done, what is done, and who does it."""
 
     prepared: Prepared
+    form: ModelForm
 
     @property
     def sums(self) -> list[Unit]:
@@ -57,9 +60,14 @@ class RunContext(WorkContext):
             method=prepared.spec.name,
             revision=prepared.spec.revision,
             options=prepared.options,
-            form=prepared.plan.form,
+            form=self.form,
             residual=prepared.spec.residual,
         )
+
+    @property
+    def parameters_after(self) -> int:
+        """Distinct elements of the result."""
+        return model_parameters(self.prepared.plan.shape, self.form)
 
     @property
     def job(self) -> CompressionJob:
@@ -67,8 +75,9 @@ class RunContext(WorkContext):
         prepared = self.prepared
         return CompressionJob(
             checkpoint_uri=prepared.model_uri,
+            statistics_uri=prepared.statistics_uri,
             method=prepared.spec.name,
             options=prepared.options,
             shape=prepared.plan.shape,
-            form=prepared.plan.form,
+            form=self.form,
         )

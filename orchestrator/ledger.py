@@ -1,9 +1,15 @@
 """Which units are done: the records of a run, checked against its files."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from actors.messages import UnitDone
 from actors.storage.files import Directory
 from actors.storage.records import Record, is_intact, read_records, write_record
 from planners.units import Unit
+
+# What another run found out about the same model and data; its results are its own.
+REUSABLE = ("statistics-", "damage-", "evaluation-dense-")
 
 
 class Ledger:
@@ -13,25 +19,40 @@ class Ledger:
     up cannot publish, whatever it still writes.
     """
 
-    def __init__(self, run: Directory, *, verify_hashes: bool = False) -> None:
-        """Read the records of earlier drivers; those whose files changed do not count."""
+    def __init__(
+        self, run: Directory, *, reuse: Directory | None = None, verify_hashes: bool = False
+    ) -> None:
+        """Read the records of earlier drivers; those whose files changed do not count.
+
+        Args:
+            run: the run directory.
+            reuse: another run, whose statistics and dense evaluation count too where they are of
+                the same model and data.
+            verify_hashes: compare bytes, not only sizes.
+        """
         self._run = run
-        found = read_records(run)
-        self._records = {
-            name: record
-            for name, record in found.items()
-            if is_intact(run, record, hashes=verify_hashes)
-        }
+        self._records = _intact(run, hashes=verify_hashes)
+        found = {} if reuse is None else _intact(reuse, hashes=verify_hashes)
+        self._reused = {n: record for n, record in found.items() if n.startswith(REUSABLE)}
         self.num_resumed = 0
 
     def done(self, unit: Unit) -> bool:
         """Return whether a unit with these inputs needs no more work."""
-        record = self._records.get(unit.name)
-        return record is not None and record.fingerprint == unit.fingerprint
+        return bool(self._found(unit)) and not self.missing_taps(unit)
+
+    def missing_taps(self, unit: Unit) -> set[str]:
+        """Return the statistics that no file of a unit holds yet."""
+        return set(unit.taps) - {tap for record in self._found(unit) for tap in _taps(record)}
 
     def record(self, unit: Unit) -> Record:
-        """Return the record of a unit that is done."""
-        return self._records[unit.name]
+        """Return the record of a unit that is done; of several, with the values of all."""
+        found = self._found(unit)
+        values = {key: value for record in found for key, value in record.values.items()}
+        return replace(found[-1], values=values)
+
+    def _found(self, unit: Unit) -> list[Record]:
+        records = (self._reused.get(unit.name), self._records.get(unit.name))
+        return [r for r in records if r is not None and r.fingerprint == unit.fingerprint]
 
     def todo(self, units: list[Unit]) -> list[Unit]:
         """Return the units that are not done, counting the others as resumed."""
@@ -41,11 +62,18 @@ class Ledger:
 
     def commit(self, unit: Unit, done: UnitDone, *, attempt: int) -> Record:
         """Write the record of a unit whose files are in place."""
+        files, values = done.files, dict(done.values)
+        old = self._records.get(unit.name)
+        if unit.taps and old is not None and old.fingerprint == unit.fingerprint:
+            # More taps of the same pass: their file lies beside the first.
+            names = {file.path for file in files}
+            files = (*(file for file in old.files if file.path not in names), *files)
+            values = {**old.values, **values, "taps": sorted({*_taps(old), *_taps_of(values)})}
         record = Record(
             unit=unit.name,
             fingerprint=unit.fingerprint,
-            files=done.files,
-            values=done.values,
+            files=files,
+            values=values,
             started=done.started,
             seconds=done.seconds,
             worker=done.worker,
@@ -56,3 +84,17 @@ class Ledger:
         write_record(self._run, record)
         self._records[unit.name] = record
         return record
+
+
+def _intact(run: Directory, *, hashes: bool) -> dict[str, Record]:
+    found = read_records(run)
+    return {n: record for n, record in found.items() if is_intact(run, record, hashes=hashes)}
+
+
+def _taps(record: Record) -> list[str]:
+    return _taps_of(record.values)
+
+
+def _taps_of(values: Mapping[str, object]) -> list[str]:
+    taps = values.get("taps", [])
+    return list(taps) if isinstance(taps, list | tuple) else []

@@ -15,7 +15,7 @@ from orchestrator.journal import read_events
 from planners.cost import layer_parameters
 from planners.plan import dense_form, to_json
 
-PHASES = ("calibrate", "compress", "stitch", "verify", "evaluate", "throughput")
+PHASES = ("calibrate", "allocate", "compress", "stitch", "verify", "evaluate", "throughput")
 LIBRARIES = ("ray", "torch", "transformers", "safetensors", "numpy", "pyarrow")
 LOSSES = ("worker lost", "preempted", "out of memory")
 
@@ -53,17 +53,17 @@ def outcome(
                     "modules": list(prepared.spec.modules),
                 }
             ],
-            "native": plan.form.native,
+            "native": context.form.native,
         },
         "parameters": {
             "before": plan.parameters_before,
-            "after": plan.parameters_after,
-            "keep_fraction": plan.keep_fraction,
+            "after": context.parameters_after,
+            "keep_fraction": context.parameters_after / plan.parameters_before,
         },
         "target": {
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,
-            "actual_keep_fraction": plan.keep_fraction,
+            "actual_keep_fraction": context.parameters_after / plan.parameters_before,
             "nominal": target.slice,
         },
         "bytes": {"before": prepared.source_bytes, "after": _written_bytes(context)},
@@ -153,7 +153,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
     for unit in context.units:
         if unit.kind != "layer":
             continue
-        form = plan.form.layers[unit.index]
+        form = context.form.layers[unit.index]
         values = context.ledger.record(unit).values
         widths = {
             "residual": form.residual_in,
@@ -166,7 +166,14 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
             "before": before,
             "after": layer_parameters(plan.shape, form),
             "widths": widths,
+            "widths_before": {
+                "residual": plan.shape.hidden,
+                "intermediate": plan.shape.intermediate,
+                "qk head": plan.shape.head_dim,
+                "vo head": plan.shape.head_dim,
+            },
             "error": values.get("error"),
+            "errors": values.get("errors", {}),
         })  # fmt: skip
     return layers
 

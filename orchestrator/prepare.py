@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actors import methods
+from actors.storage import door
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.sources import resolve_model
@@ -49,6 +50,7 @@ class Prepared:
         evaluation: token ids, (sequences, tokens), int64.
         evaluation_hash: sha256 of the latter.
         source_bytes: bytes of the input's tensors.
+        statistics_uri: another run whose statistics are reused, or empty.
     """
 
     config: RunConfig
@@ -64,6 +66,7 @@ class Prepared:
     evaluation: np.ndarray
     evaluation_hash: str
     source_bytes: int
+    statistics_uri: str = ""
 
     @property
     def run(self) -> Directory:
@@ -114,7 +117,7 @@ def prepare(given: RunConfig) -> Prepared:
     source = resolve_model(given.model)
     checkpoint = Checkpoint(source.uri)
     shape = checkpoint.shape
-    checkpoint.check_values()
+    door.check(checkpoint)
     device = _device(given)
     facts = Facts(
         model_name=source.name,
@@ -164,6 +167,7 @@ def prepare(given: RunConfig) -> Prepared:
         evaluation=evaluation,
         evaluation_hash=tokens_hash(evaluation),
         source_bytes=checkpoint.total_bytes,
+        statistics_uri=config.stats,
     )
 
 
@@ -194,6 +198,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     source = resolve_model(given.model)
     checkpoint = Checkpoint(source.uri)
     shape = checkpoint.shape
+    door.check_classes(checkpoint)
     device = _device(given)
     own = "embedded" if given.model == "tiny" else "stdlib"
     text = given.evaluation.source or own

@@ -21,6 +21,7 @@ LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
 UNITS_OF = {
     "calibrate": ("calibrate",),
     "evaluate": ("evaluate",),
+    "allocate": ("damage",),
     "compress": ("basis", "basis_shared", "layer", "embedding", "head"),
     "stitch": ("stitch",),
     "verify": ("verify",),

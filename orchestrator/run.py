@@ -1,10 +1,13 @@
 """The one path of a run, top to bottom."""
 
+from dataclasses import replace
 from typing import Any
 
 from actors.messages import WorkerSetup
+from actors.storage.files import Directory
 from actors.storage.records import require_directory
 from orchestrator import cluster, lease
+from orchestrator.allocate import allocate
 from orchestrator.calibrate import calibrate
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
@@ -16,7 +19,7 @@ from orchestrator.outcome import outcome
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from orchestrator.rundir import finish, finished_report, open_run
-from orchestrator.stitch import stitch, stitch_unit
+from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
 from orchestrator.verify import verify
 
@@ -57,18 +60,25 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
     )
     num_workers = max(map(len, prepared.plan.waves))
     pool = Pool(executor, setup, num_workers=num_workers, journal=journal)
-    context = RunContext(prepared=prepared, run=run, ledger=Ledger(run), journal=journal, pool=pool)
-    dense = Subject(name="dense", uri=prepared.model_uri, identity=prepared.revision)
-    compressed = Subject(
-        name="compressed", uri=run.below("model"), identity=stitch_unit(context).fingerprint
+    reuse = Directory(prepared.statistics_uri) if prepared.statistics_uri else None
+    context = RunContext(
+        prepared=prepared,
+        form=prepared.plan.form,
+        run=run,
+        ledger=Ledger(run, reuse=reuse),
+        journal=journal,
+        pool=pool,
     )
+    dense = Subject(name="dense", uri=prepared.model_uri, identity=prepared.revision)
     measuring = evaluation_plan(prepared)
     try:
         with context.phase("run", total=0):
             calibrate(context)
             losses = {"dense": evaluate(context, measuring, dense)}
+            context = replace(context, form=allocate(context))
             compress(context)
             stitch(context)
+            compressed = stitched(context)
             losses["compressed"] = evaluate(context, measuring, compressed)
             pool.close()  # what follows loads whole models
             checks = verify(context, compressed)

@@ -12,7 +12,8 @@ from actors.storage.checkpoint import INDEX
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import Record
 from orchestrator.context import RunContext
-from planners.plan import SCHEMA_VERSION, RunPlan, fingerprint, to_json
+from orchestrator.subjects import Subject
+from planners.plan import SCHEMA_VERSION, ModelForm, ModelShape, fingerprint, to_json
 from planners.units import Unit
 
 CODE = "modeling_compressed.py"
@@ -61,27 +62,35 @@ def stitch(context: RunContext) -> None:
                              seconds=done.seconds)  # fmt: skip
 
 
+def stitched(context: RunContext) -> Subject:
+    """Return the result as something to be evaluated."""
+    identity = stitch_unit(context).fingerprint
+    return Subject(name="compressed", uri=context.run.below("model"), identity=identity)
+
+
 def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     run, prepared = context.run, context.prepared
-    plan, source = prepared.plan, Directory(prepared.model_uri)
+    plan, form, source = prepared.plan, context.form, Directory(prepared.model_uri)
     compression = {
         "model": prepared.config.model,
         "revision": prepared.revision,
         "method": prepared.spec.name,
         "options": dict(prepared.options),
-        "keep_fraction": plan.keep_fraction,
+        "keep_fraction": context.parameters_after / plan.parameters_before,
+        "parameters": [plan.parameters_before, context.parameters_after],
+        "native": form.native,
         "version": metadata.version("compress-cluster"),
     }
     records = [context.ledger.record(unit) for unit in context.units]
     files = [run.write(f"model/{INDEX}", _json(_index(records)))]
-    convert = _native_config if plan.form.native else _remote_config
-    new_config = {**convert(prepared.model_config, plan), "compression": compression}
+    convert = _native_config if form.native else _remote_config
+    new_config = {**convert(prepared.model_config, plan.shape, form), "compression": compression}
     files.append(run.write("model/config.json", _json(new_config)))
-    if not plan.form.native:
+    if not form.native:
         files.append(run.write(f"model/{CODE}", _code()))
     present = [name for name in TOKENIZER_FILES if source.size(name) is not None]
     files += [run.write(f"model/{name}", source.read(name)) for name in present]
-    files.append(run.write("model/README.md", _card(plan, compression).encode()))
+    files.append(run.write("model/README.md", _card(compression).encode()))
     return tuple(files)
 
 
@@ -108,9 +117,9 @@ def _file_of(tensor: str, record: Record) -> str:
     return paths[0]
 
 
-def _native_config(config: Mapping[str, Any], plan: RunPlan) -> dict[str, Any]:
+def _native_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return the stock config of the narrower model; eps makes up for the narrower norm."""
-    shape, layer = plan.shape, plan.form.layers[0]
+    layer = form.layers[0]
     width = layer.residual_in
     return {
         **config,
@@ -118,12 +127,11 @@ def _native_config(config: Mapping[str, Any], plan: RunPlan) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "intermediate_size": layer.intermediate,
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6) * shape.hidden / width,
-        "tie_word_embeddings": plan.form.tied,
+        "tie_word_embeddings": form.tied,
     }
 
 
-def _remote_config(config: Mapping[str, Any], plan: RunPlan) -> dict[str, Any]:
-    shape, form = plan.shape, plan.form
+def _remote_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type")}
     windowed = shape.model_type != "qwen2" or config.get("use_sliding_window", False)
     return {
@@ -145,8 +153,9 @@ def _remote_config(config: Mapping[str, Any], plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _card(plan: RunPlan, compression: Mapping[str, Any]) -> str:
-    code = "" if plan.form.native else ", trust_remote_code=True"
+def _card(compression: Mapping[str, Any]) -> str:
+    before, after = compression["parameters"]
+    code = "" if compression["native"] else ", trust_remote_code=True"
     options = ", ".join(f"{k}={v}" for k, v in compression["options"].items())
     return f"""---
 library_name: transformers
@@ -154,8 +163,8 @@ tags: [compressed, {compression["method"]}]
 ---
 # {compression["model"]}, compressed with {compression["method"]}
 
-{plan.parameters_after:,} parameters of {plan.parameters_before:,} \
-({plan.keep_fraction:.1%}, true counts), made with compress-cluster {compression["version"]}.
+{after:,} parameters of {before:,} \
+({after / before:.1%}, true counts), made with compress-cluster {compression["version"]}.
 Options: {options}. Revision of the original weights: `{compression["revision"]}`.
 
 ```python

@@ -32,7 +32,7 @@ def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
         family=plan.shape.family,
         tensors=written_tensors(context),
         ids=context.prepared.evaluation[:SEQUENCES, :TOKENS].tolist(),
-        whole=plan.parameters_after * 4 < FITS * memory,
+        whole=context.parameters_after * 4 < FITS * memory,
     )
     with context.phase("verify", total=1):
         done = in_fresh_process(context, unit, "verify", request)

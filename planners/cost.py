@@ -85,11 +85,15 @@ def tap_dim(shape: ModelShape, tap: str) -> int:
 def statistic_elements(shape: ModelShape, statistic: Statistic) -> int:
     """Return the float64 numbers that one statistic of one layer holds."""
     dim = tap_dim(shape, statistic.tap)
-    if statistic.kind in ("gram", "normed_gram"):
-        return dim * dim + dim
+    if statistic.kind == "gram":
+        return dim * dim + dim  # with the sum of x
+    if statistic.kind == "normed_gram":
+        return dim * dim
     if statistic.kind == "head_gram":
         return dim * shape.head_dim + dim
-    return dim // 2 if statistic.kind == "pair_energy" else 2
+    if statistic.kind.startswith("probe"):
+        return int(statistic.kind.removeprefix("probe")) * dim  # at most float64
+    return dim // 2 if statistic.kind == "pair_energy" else 1
 
 
 def forward_flops(shape: ModelShape, *, tokens: int, sequence_length: int) -> int:

@@ -203,6 +203,10 @@ class MethodSpec:
         statistics: options -> the sums it needs of every layer.
         refuses: why it cannot take this model with these options, or an empty string.
         form: (shape, target, options) -> the widths that meet the target without any statistics.
+        cuts: options -> the modules whose inner width it may cut.
+        measures: options -> what must be found out of each layer before widths are final: nothing,
+            ``influence`` or ``damage``.
+        allocate: (shape, target, options, findings of each layer) -> the final widths.
     """
 
     name: str
@@ -214,6 +218,14 @@ class MethodSpec:
     statistics: Callable[[Mapping[str, Option]], frozenset[Statistic]]
     refuses: Callable[[ModelShape, Mapping[str, Option]], str]
     form: Callable[[ModelShape, Target, Mapping[str, Option]], ModelForm]
+    measures: Callable[[Mapping[str, Option]], str] = lambda _: ""
+    cuts: Callable[[Mapping[str, Option]], tuple[str, ...]] = lambda _: ()
+    allocate: (
+        Callable[
+            [ModelShape, Target, Mapping[str, Option], list[Mapping[str, object]]], ModelForm
+        ]
+        | None
+    ) = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

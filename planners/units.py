@@ -1,7 +1,7 @@
 """The units of work of a run, what each depends on, and what determines its bytes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planners.plan import SCHEMA_VERSION, ModelForm, Option, Statistic, fingerprint, to_json
@@ -17,6 +17,7 @@ class Unit:
         index: the layer or site; -1 where there is one of the kind.
         inputs: names of the units whose files it reads.
         fingerprint: sha256 of what determines its bytes.
+        taps: the statistics that its files must hold; more are welcome, and change none of these.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Unit:
     index: int
     inputs: tuple[str, ...]
     fingerprint: str
+    taps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +56,9 @@ def statistics_units(
     common = {"schema": SCHEMA_VERSION, "kind": "statistics", **to_json(identity)}
     units = []
     for layer in range(num_layers):
-        taps = [str(s) for s in layer_statistics(statistics, layer, num_layers)]
-        key = {**common, "layer": layer, "taps": taps}
-        units.append(_unit("statistics", layer, "statistics-layer-{:05d}", (), key))
+        taps = tuple(str(s) for s in layer_statistics(statistics, layer, num_layers))
+        unit = _unit("statistics", layer, "statistics-layer-{:05d}", (), {**common, "layer": layer})
+        units.append(replace(unit, taps=taps))
     return units
 
 
@@ -65,7 +67,9 @@ def layer_statistics(
 ) -> list[Statistic]:
     """Return what one layer accumulates; only the last observes what leaves it."""
     last = layer == num_layers - 1
-    return sorted(s for s in statistics if s.tap != "resid_out" or last)
+    return sorted(
+        s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last
+    )
 
 
 def compression_units(
@@ -103,6 +107,19 @@ def compression_units(
         key = {**common, "dim": dim, "tied": form.tied, "native": form.native}
         units.append(_unit(kind, -1, kind, parts, key))
     return units
+
+
+def damage_units(
+    sums: Sequence[Unit], *, method: str, revision: int, options: Mapping[str, Option]
+) -> list[Unit]:
+    """Return one unit a layer: the damage of every cut of a grid, on the layer's own inputs."""
+    key = {
+        "schema": SCHEMA_VERSION,
+        "method": method,
+        "revision": revision,
+        "options": to_json({k: v for k, v in options.items() if k != "allocation"}),
+    }
+    return [_unit("damage", u.index, "damage-layer-{:05d}", (u,), key) for u in sums]
 
 
 def _basis_units(

@@ -61,3 +61,28 @@ def _ordered(values: Tensor, vectors: Tensor, rung: str) -> Spectrum:
     sign = vectors.gather(0, largest[None, :]).sign()
     # An eigenvector's sign is a library's whim; fixed here so that files compare across machines.
     return Spectrum(values=values, vectors=vectors * sign, rung=rung)
+
+
+def cholesky_psd(
+    matrix: Float[Tensor, "dim dim"], *, ridge: float, where: str
+) -> tuple[Float[Tensor, "dim dim"], str]:
+    """Return the lower factor of ``matrix + ridge * mean(diag) * I`` in float64, and its rung.
+
+    Args:
+        matrix: symmetric, positive semi-definite up to rounding.
+        ridge: relative to the mean of the diagonal; raised step by step where it is too small.
+        where: names the layer and tap in the error.
+
+    Raises:
+        NumericsError: ``matrix`` has an entry that is not finite, or no rung of the ladder held.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NumericsError(f"{where}: the gram has entries that are NaN or infinite")
+    scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    for damping in DAMPINGS:
+        shifted = matrix.to(torch.float64, copy=True)
+        shifted.diagonal().add_((ridge + damping) * scale)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed and torch.isfinite(factor).all():
+            return factor, "cholesky" if damping == 0.0 else f"cholesky damped {damping:g}"
+    raise NumericsError(f"{where}: a {tuple(matrix.shape)} gram is not positive semi-definite")

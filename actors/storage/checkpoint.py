@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.storage.files import Directory
-from actors.storage.headers import TensorEntry
+from actors.storage.headers import TensorEntry, shown
 from actors.storage.tensors import NAME_OF, read_header, read_tensor
 from planners.errors import ModelError, StorageError
 from planners.families import family_of
@@ -25,9 +26,12 @@ INDEX = "model.safetensors.index.json"
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SAMPLED_BLOCKS = 64
 SAMPLE_BYTES = 4096
-MAX_JSON_BYTES = 64_000_000
+MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors; JSON takes up to 40 times that once parsed
 COMPRESSED = "compress_cluster"  # model_type of our own results
-DOOR_BYTES = 1_000_000_000  # below this, values are checked before anything starts
+BLOCK_BYTES = 2**25  # of a tensor that is read in blocks
+# Tables that older programs stored; they follow from the config.
+COMPUTED = ".rotary_emb.inv_freq"
+READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +58,9 @@ class Checkpoint:
             ModelError: something is missing, broken or unsafe; the message names it.
         """
         self.directory = Directory(uri)
+        _refuse_links_out(self.directory)
         self.config = read_json(self.directory, "config.json")
-        self.locations = {
-            tensor: Location(file=file, entry=entry)
-            for file in _weight_files(self.directory)
-            for tensor, entry in read_header(self.directory, file).items()
-        }
-        self._check_index()
+        self.locations = _locations(self.directory)
 
     @functools.cached_property
     def shape(self) -> ModelShape:
@@ -76,19 +76,32 @@ class Checkpoint:
             return self._original_shape()
         family = family_of(model_type)
         shape = family.shape_of(self.config, "float32")
-        expected = dict(family.outer_tensors(shape).values())
+        outer = family.outer_tensors(replace(shape, tied=False))
+        expected = dict(outer.values())
+        if shape.tied and family.head not in self.locations:
+            del expected[family.head]
         for layer in range(shape.num_layers):
             expected |= dict(family.layer_tensors(shape, layer).values())
         dtypes = {self._checked(name, dims) for name, dims in expected.items()}
+        unknown = self.locations.keys() - expected.keys()
+        if unknown:
+            raise ModelError(
+                f"{self.directory.uri}: tensor {shown(min(unknown))} is no part of the model that "
+                f"config.json describes, a {model_type} of {shape.num_layers} layers"
+            )
         if len(dtypes) > 1:
-            raise ModelError(f"weights of several dtypes: {', '.join(sorted(dtypes))}")
-        return family.shape_of(self.config, dtypes.pop())
+            raise ModelError(
+                f"{self.directory.uri}: weights of several dtypes: {', '.join(sorted(dtypes))}; "
+                "one is needed"
+            )
+        return replace(shape, dtype=dtypes.pop())
 
     def _original_shape(self) -> ModelShape:
         """Return the shape of the model that this one was made from; the widths are not checked."""
         original = {**self.config, "model_type": self.config.get("compressed_from", "llama")}
-        dtype = next(iter(self.locations.values())).entry.dtype
-        return family_of(original["model_type"]).shape_of(original, STORED.get(dtype, "float32"))
+        dtypes = {place.entry.dtype for place in self.locations.values()}
+        dtype = next((STORED[name] for name in sorted(dtypes & STORED.keys())), "float32")
+        return family_of(original["model_type"]).shape_of(original, dtype)
 
     @functools.cached_property
     def revision(self) -> str:
@@ -137,15 +150,15 @@ class Checkpoint:
         names = [name for name in self.locations if name.startswith(prefix)]
         return {name[len(prefix) :]: self.read(name) for name in names}
 
-    def check_values(self) -> None:
-        """Read every tensor of a small checkpoint; a large one is checked as workers read it.
-
-        Raises:
-            ModelError: a tensor has NaN or infinite entries.
-        """
-        if self.total_bytes < DOOR_BYTES:
-            for name in self.locations:
-                self.read(name)
+    def read_blocks(self, name: str) -> Iterator[Tensor]:
+        """Return a tensor in blocks of rows, each checked to be finite."""
+        entry = self.locations[name].entry
+        if not entry.shape or not entry.size:
+            yield self.read(name)
+            return
+        step = max(1, BLOCK_BYTES * entry.shape[0] // entry.size)
+        for start in range(0, entry.shape[0], step):
+            yield self.read(name, rows=(start, min(start + step, entry.shape[0])))
 
     def _checked(self, name: str, dims: tuple[int, ...]) -> str:
         location = self.locations.get(name)
@@ -163,14 +176,6 @@ class Checkpoint:
                 hint="quantised checkpoints cannot be compressed; use the original weights",
             )
         return STORED[location.entry.dtype]
-
-    def _check_index(self) -> None:
-        for tensor, file in _weight_map(self.directory).items():
-            held = self.locations.get(tensor)
-            if held is None or held.file != file:
-                raise ModelError(
-                    f"{self.directory.path(INDEX)}: tensor {tensor} is not in {file} as it says"
-                )
 
 
 def read_json(directory: Directory, name: str) -> dict[str, Any]:
@@ -201,32 +206,50 @@ def dtype_name(tensor: Tensor) -> str:
     return NAME_OF[tensor.dtype]
 
 
+def _locations(directory: Directory) -> dict[str, Location]:
+    """Return tensor -> file and byte range of all tensors, after the index was compared with it."""
+    weight_map = _weight_map(directory)
+    found: dict[str, Location] = {}
+    for file in sorted(set(weight_map.values())) or [SINGLE]:
+        for tensor, entry in read_header(directory, file).items():
+            if tensor in found:
+                raise ModelError(
+                    f"{directory.uri}: tensor {shown(tensor)} is in {found[tensor].file} and in "
+                    f"{file}"
+                )
+            found[tensor] = Location(file=file, entry=entry)
+    for tensor, file in weight_map.items():
+        if tensor not in found or found[tensor].file != file:
+            raise ModelError(
+                f"{directory.path(INDEX)}: tensor {shown(tensor)} is not in {file} as it says"
+            )
+    return {name: place for name, place in found.items() if not name.endswith(COMPUTED)}
+
+
 def _weight_map(directory: Directory) -> Mapping[str, str]:
-    if directory.size(INDEX) is None:
+    """Return tensor -> file as the index says; nothing for weights in a single file."""
+    if directory.size(SINGLE) is not None:  # what transformers prefers too
         return {}
+    if directory.size(INDEX) is None:
+        _explain_missing_weights(directory)
     weight_map = read_json(directory, INDEX).get("weight_map")
     where = directory.path(INDEX)
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{where}: weight_map is missing or empty")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise ModelError(f"{where}: {tensor} is in {file!r}; only .safetensors files are read")
-        if "/" in file or "\\" in file or file.startswith("."):
-            raise ModelError(f"{where}: {tensor} is in {file!r}; a file of the directory is needed")
+        _check_name(file, where=f"{where}: {shown(tensor)}")
+    for file in sorted(set(weight_map.values())):
+        if directory.size(file) is None:
+            raise ModelError(f"{where}: names {file}, which does not exist")
     return weight_map
 
 
-def _weight_files(directory: Directory) -> list[str]:
-    files = sorted(set(_weight_map(directory).values()))
-    if not files:
-        if directory.size(SINGLE) is None:
-            _explain_missing_weights(directory)
-        files = [SINGLE]
-    for file in files:
-        _refuse_escape(directory, file)
-        if directory.size(file) is None:
-            raise ModelError(f"{directory.path(INDEX)}: names {file}, which does not exist")
-    return files
+def _check_name(file: object, *, where: str) -> None:
+    """Refuse what is no plain name of a file beside the index."""
+    if not isinstance(file, str) or not file.endswith(".safetensors"):
+        raise ModelError(f"{where} is in {shown(file)}; only .safetensors files are read")
+    if "/" in file or "\\" in file or file.startswith(".") or not file.isprintable():
+        raise ModelError(f"{where} is in {shown(file)}; a file of the directory is needed")
 
 
 def _explain_missing_weights(directory: Directory) -> None:
@@ -244,13 +267,21 @@ def _explain_missing_weights(directory: Directory) -> None:
     raise ModelError(f"{directory.uri}: has a config.json but no weights ({SINGLE} or {INDEX})")
 
 
-def _refuse_escape(directory: Directory, file: str) -> None:
-    """Refuse a link that leaves the model, unless it is the Hub cache's own link to its blobs."""
-    if not directory.is_local:
+def _refuse_links_out(directory: Directory) -> None:
+    """Refuse links that leave the model, unless they are the Hub cache's own links to its blobs.
+
+    What is read goes into the result, so such a link could carry any file of this machine along.
+    """
+    root = Path(directory.root)
+    if not directory.is_local or not root.is_dir():
         return
-    root, real = Path(directory.root), (Path(directory.root) / file).resolve()
-    inside = real.is_relative_to(root) or (
-        root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
-    )
-    if not inside:
-        raise ModelError(f"{root / file}: is a link that leaves the model's directory")
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    for path in sorted(root.iterdir()):
+        if path.is_symlink() and path.suffix in READ_SUFFIXES:
+            real = Path(os.path.realpath(path))  # unlike resolve(), does not raise on a loop
+            if not any(real.is_relative_to(home) for home in homes):
+                raise ModelError(f"{path}: is a link that leaves the model's directory")
+            if not real.exists():
+                raise ModelError(f"{path}: is a link to nothing")

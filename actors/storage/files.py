@@ -57,15 +57,16 @@ class Directory:
         """Name a directory; nothing is read or created.
 
         Raises:
-            StorageError: the URI is not one that can be opened.
+            StorageError: the URI is not one that can be opened, or it holds a password.
         """
+        _refuse_password(uri)
         self.uri = uri
         try:
             if "://" in uri:
                 self._fs, root = fs.FileSystem.from_uri(uri)
             else:
                 self._fs, root = fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop.
             raise StorageError(f"{uri}: {_reason(error)}") from error
         self.root = root.rstrip("/")
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
@@ -104,7 +105,8 @@ class Directory:
                     _flush_and_rename(temporary, full)
             except BaseException:
                 if self.is_local:
-                    stream.close()
+                    with contextlib.suppress(OSError):  # of what could not be flushed
+                        stream.close()
                     Path(temporary).unlink(missing_ok=True)
                 raise
 
@@ -175,6 +177,17 @@ class Directory:
 
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+
+def _refuse_password(uri: str) -> None:
+    """Refuse keys in a URI: it is written into the recipe, the report and every error."""
+    scheme, mark, rest = uri.partition("://")
+    # The first part holds a ":" only with keys or a port; a key that has a "/" comes in two parts.
+    if mark and "@" in rest and ":" in rest.partition("/")[0]:
+        raise StorageError(
+            f"{scheme}://...: keys do not belong in a URI, which is written into files",
+            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile",
+        )
 
 
 def _flush_and_rename(temporary: str, full: str) -> None:

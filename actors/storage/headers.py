@@ -5,6 +5,7 @@ then the data. Nothing is allocated or read on the word of a header before it ha
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,12 +13,18 @@ from typing import Any
 
 from planners.errors import ModelError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+# Room for some 150,000 tensors. JSON takes up to 40 times its bytes once it is parsed, so this is
+# also what keeps a hostile header below 1 GB; the reference reader allows 100 MB.
+MAX_HEADER_BYTES = 2**24
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 MAX_DIMS = 8
+MAX_BYTES = 2**62  # of a tensor, dims of 0 counted as 1: what a reader's integers can hold
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 200
+_SHORT.maxlist = 2 * MAX_DIMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +53,15 @@ def parse_length(prefix: bytes | bytearray, *, file_bytes: int, where: str) -> i
     if len(prefix) < 8:  # noqa: PLR2004 the format's prefix
         raise ModelError(f"{where}: {len(prefix)} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix[:8], "little")
-    if length > MAX_HEADER_BYTES or length + 8 > file_bytes:
+    if length + 8 > file_bytes:
         raise ModelError(
             f"{where}: not a safetensors file, or truncated: its header claims {length} bytes, "
             f"the file has {file_bytes}"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(
+            f"{where}: its header of {length} bytes is over {MAX_HEADER_BYTES}",
+            hint="save the model in several files: save_pretrained(DIR, max_shard_size='5GB')",
         )
     return length
 
@@ -66,22 +78,22 @@ def parse_header(data: bytes | bytearray, *, file_bytes: int, where: str) -> dic
         ModelError: not JSON, an entry is malformed, or the entries do not tile the data exactly.
     """
     try:
-        header = json.loads(data, object_pairs_hook=_no_duplicates)
+        header = json.loads(data.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: the safetensors header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or data[:1] != b"{":
         raise ModelError(f"{where}: the safetensors header is not a JSON object")
+    _check_metadata(header.pop("__metadata__", {}), where=where)
     begin = 8 + len(data)
     entries = {
-        name: _entry(value, begin=begin, where=f"{where}: {name!r}")
+        name: _entry(value, begin=begin, where=f"{where}: {shown(name)}")
         for name, value in header.items()
-        if name != "__metadata__"
     }
     expected = begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != expected:
             raise ModelError(
-                f"{where}: {name!r} begins at byte {entry.start}, not at {expected}: "
+                f"{where}: {shown(name)} begins at byte {entry.start}, not at {expected}: "
                 "tensors overlap or leave a hole"
             )
         expected += entry.size
@@ -91,6 +103,16 @@ def parse_header(data: bytes | bytearray, *, file_bytes: int, where: str) -> dic
             f"the file has {file_bytes}"
         )
     return entries
+
+
+def shown(value: object) -> str:
+    """Return a value of a stranger as it may stand in a message: one line, cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def _check_metadata(metadata: object, *, where: str) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ModelError(f"{where}: __metadata__ of the safetensors header must map text to text")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,14 +125,21 @@ def _entry(value: object, *, begin: int, where: str) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{where}: needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         known = ", ".join(DTYPE_BYTES)
-        raise ModelError(f"{where}: dtype {dtype!r} is not supported; supported: {known}")
-    if not _natural_numbers(shape) or len(shape) > MAX_DIMS:
-        raise ModelError(f"{where}: shape {shape!r} is not a list of at most {MAX_DIMS} sizes")
+        raise ModelError(f"{where}: dtype {shown(dtype)} is not supported; supported: {known}")
+    width = DTYPE_BYTES[dtype]
+    if (
+        not _natural_numbers(shape)
+        or len(shape) > MAX_DIMS
+        or prod(max(dim, 1) for dim in shape) * width > MAX_BYTES
+    ):
+        raise ModelError(
+            f"{where}: shape {shown(shape)} is not a list of at most {MAX_DIMS} possible sizes"
+        )
     if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:  # noqa: PLR2004 begin, end
-        raise ModelError(f"{where}: data_offsets {offsets!r} are not [begin, end]")
-    size = prod(shape) * DTYPE_BYTES[dtype]
+        raise ModelError(f"{where}: data_offsets {shown(offsets)} are not [begin, end]")
+    size = prod(shape) * width
     if offsets[1] - offsets[0] != size:
         raise ModelError(
             f"{where}: shape {shape} of {dtype} takes {size} bytes, "
@@ -121,7 +150,7 @@ def _entry(value: object, *, begin: int, where: str) -> TensorEntry:
 
 def _natural_numbers(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in value
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_BYTES for n in value
     )
 
 

@@ -25,6 +25,7 @@ ALIASES = (EMBEDDED, *HUB_ALIASES)
 
 # Never a pickle: weights only as safetensors, and what the tokenizer and the config need.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt"]
+_HUB_COPIES = ["consolidated*"]  # the same weights once more, under other names
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _CONNECT_SECONDS = 5.0
 _HTTP_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # httpx's, passed on
@@ -105,7 +106,7 @@ def _local_model(name: str) -> ModelSource:
     try:
         path = Path(name).expanduser().resolve()
         exists = path.exists()
-    except (RuntimeError, OSError) as error:  # RuntimeError: ~nobody, or a loop of links.
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a loop of links, a NUL.
         raise ModelError(f"model {name!r}: {error}") from error
     if not exists:
         raise ModelError(
@@ -149,6 +150,7 @@ def _snapshot(repo_id: str, revision: str) -> str:
             repo_id,
             revision=revision or None,
             allow_patterns=_HUB_FILES,
+            ignore_patterns=_HUB_COPIES,
             etag_timeout=_CONNECT_SECONDS,
             local_files_only=local_files_only,
         )

@@ -1,13 +1,16 @@
 """Where calibration and evaluation text comes from."""
 
+import codecs
+import contextlib
 import hashlib
 import importlib
 import itertools
 import json
+import reprlib
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +18,7 @@ import pyarrow.parquet as pq
 from planners.errors import DataError
 
 SPLITS = ("train", "calibration", "evaluation")
+MAX_PIECE = 2_000_000  # characters of a text that are handled at a time
 
 _NOT_LIBRARY_CODE = {
     "__pycache__",
@@ -27,6 +31,9 @@ _NOT_LIBRARY_CODE = {
 # Files that describe the machine on which the interpreter was built, so no two machines share them.
 _WRITTEN_BY_THE_BUILD = ("_sysconfigdata", "config-")
 _NUM_BUCKETS = 20
+_READ_BYTES = 2**20
+_MAX_LINE_BYTES = 2**26
+_BATCH_ROWS = 256
 _EVALUATION_BUCKETS = (0,)
 _CALIBRATION_BUCKETS = (1, 2)
 
@@ -43,8 +50,9 @@ def read_texts(source: str, *, split: str) -> Iterator[str]:
       splits share no file;
     - ``wikitext2``: ``train`` and ``calibration`` are its train split, ``evaluation`` its test
       split, each joined into the one text that published perplexities are measured on;
-    - a path that ends in ``.txt`` (one text), ``.jsonl`` (key ``text`` of each line) or
-      ``.parquet`` (column ``text``): the whole file whatever the split, so give each its own.
+    - a path that ends in ``.txt`` (one text, in pieces where it is long), ``.jsonl`` (key ``text``
+      of each line) or ``.parquet`` (column ``text``): the whole file whatever the split, so give
+      each its own.
 
     Raises:
         DataError: at the call if the source is unknown, cannot be opened or holds no text; while
@@ -124,26 +132,73 @@ def _read_wikitext2(split: str) -> Iterator[str]:
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    yield _decode(path.read_bytes(), where=str(path))
+    rest = ""
+    for text in _decoded(path):
+        rest += text
+        while len(rest) > MAX_PIECE:
+            end = piece_end(rest, 0)
+            yield rest[:end]
+            rest = rest[end:]
+    yield rest
+
+
+def piece_end(text: str, start: int) -> int:
+    """Return where the piece of a long text that begins at ``start`` ends: after a line if any."""
+    limit = start + MAX_PIECE
+    return text.rfind("\n", start, limit) + 1 or limit
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Return a UTF-8 file in pieces, so that a large one is never whole in memory."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # editors begin files with a mark
+    position = 0
+    with _opened(path) as file:
+        data = b"more"
+        while data:
+            data = file.read(_READ_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, where=str(path), at=position - pending) from error
+            position += len(data)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
+    with _opened(path) as file:
+        lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
         for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if len(line) == _MAX_LINE_BYTES:
+                raise DataError(
+                    f"{where}: is longer than {_MAX_LINE_BYTES} bytes",
+                    hint="give one document a line",
+                )
             if line.strip():
-                yield _text_of_line(line, where=f"{path}, line {number}")
+                yield _text_of_line(line, where=where)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _text_of_line(line: bytes, *, where: str) -> str:
     expected = 'each line must be an object such as {"text": "..."}'
     try:
-        value = json.loads(_decode(line, where=where))
-    except json.JSONDecodeError as error:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where=where) from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON: {error}", hint=expected) from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: is a {type(value).__name__}, not an object", hint=expected)
     if "text" not in value:
-        keys = ", ".join(map(repr, value)) or "none"
+        keys = reprlib.repr(list(value)).strip("[]") or "none"
         raise DataError(f"{where}: has no key 'text'; its keys: {keys}", hint=expected)
     text = value["text"]
     if not isinstance(text, str):
@@ -158,11 +213,14 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as file:
             _check_text_column(file.schema_arrow, path=path, expected=expected)
-            rows = (row for batch in file.iter_batches(columns=["text"]) for row in batch["text"])
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=["text"])
+            rows = (row for batch in batches for row in batch["text"])
             for number, row in enumerate(rows, start=1):
                 if not row.is_valid:
                     raise DataError(f"{path}, row {number}: text is null", hint=expected)
                 yield row.as_py()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where=str(path)) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: is not a readable parquet file: {error}", hint=expected
@@ -178,14 +236,11 @@ def _check_text_column(schema: pa.Schema, *, path: Path, expected: str) -> None:
         raise DataError(f"{path}: column 'text' is of type {column}, not string", hint=expected)
 
 
-def _decode(data: bytes, *, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")  # Windows editors begin UTF-8 files with a mark.
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: is not UTF-8: {error.reason} at byte {error.start}",
-            hint="convert it, for example with `iconv -t UTF-8`",
-        ) from error
+def _not_utf8(error: UnicodeDecodeError, *, where: str, at: int = 0) -> DataError:
+    return DataError(
+        f"{where}: is not UTF-8: {error.reason} at byte {at + error.start}",
+        hint="convert it, for example with `iconv -t UTF-8`",
+    )
 
 
 _FILE_READERS: dict[str, Callable[[Path], Iterator[str]]] = {

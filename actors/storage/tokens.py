@@ -5,7 +5,8 @@ import importlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from actors.storage.sources import embedded_model
-from actors.storage.texts import read_texts
+from actors.storage.texts import MAX_PIECE, piece_end, read_texts
 from planners.errors import DataError
 
 Tokens = NDArray[np.int64]
@@ -27,6 +28,7 @@ MAX_DEFAULT_SEQUENCES = 128
 _TENSOR = "input_ids"
 _MIN_CHARACTERS = 2_000_000  # so much text is looked at, if there is so much, however few are asked
 _MIN_SURPLUS = 4  # times the tokens that are needed
+_MAX_TOKENIZER_BYTES = 2**26  # twice that of the largest vocabularies in use
 _MIN_LENGTH = 2  # the first token is not predicted
 _NUM_AXES = 2
 _PACKED = "one int64 tensor input_ids of shape (sequences, tokens)"
@@ -116,7 +118,7 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
             f"{split}: a sequence of {sequence_length} tokens predicts nothing; give 2 or more"
         )
     if source.startswith("tokens:"):
-        path = Path(source.removeprefix("tokens:")).expanduser()
+        path = Path(os.path.expanduser(source.removeprefix("tokens:")))  # noqa: PTH111 never raises
         tokens = _read_tokens(path, num_sequences=num_sequences)
     elif source == "embedded":
         _check_embedded_fits(Path(tokenizer_uri))
@@ -132,7 +134,8 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
         piece = sequence_length - (bos_id is not None)
         whole = num_sequences is None and source == "wikitext2" and split == "evaluation"
         enough = math.inf if whole else (num_sequences or MAX_DEFAULT_SEQUENCES) * piece
-        stream = _tokenise(read_texts(source, split=split), tokenizer, enough=enough)
+        texts = read_texts(source, split=split)
+        stream = _tokenise(texts, _guarded(tokenizer, Path(tokenizer_uri)), enough=enough)
         if num_sequences is None and not whole:
             num_sequences = min(max(len(stream) // piece, 1), MAX_DEFAULT_SEQUENCES)
         tokens = pack(
@@ -240,11 +243,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         DataError: there is none, or it is broken.
     """
     transformers: Any = importlib.import_module("transformers")  # Seconds; token files need none.
+    _check_size(directory)
     with _Broken(directory):
         tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
     return tokenizer
+
+
+def _check_size(directory: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"):
+        path = directory / name
+        if path.is_file() and path.stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise DataError(
+                f"{path}: {path.stat().st_size} bytes are too many for a tokenizer, over "
+                f"{_MAX_TOKENIZER_BYTES}"
+            )
 
 
 class _Broken:
@@ -276,13 +290,23 @@ class _Broken:
             ) from error
 
 
-def _tokenise(texts: Iterable[str], tokenizer: Tokenizer, *, enough: float) -> Tokens:
+def _guarded(tokenizer: Tokenizer, directory: Path) -> Callable[[str], Tokens]:
+    """Return a function from text to ids that names the directory when the tokenizer fails."""
+
+    def ids(text: str) -> Tokens:
+        with _Broken(directory):
+            encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+            return np.array(encoded["input_ids"], dtype=np.int64)
+
+    return ids
+
+
+def _tokenise(texts: Iterable[str], ids_of: Callable[[str], Tokens], *, enough: float) -> Tokens:
     """Return the ids of the texts, one after the other, of as many as `prepare_tokens` says."""
     parts: list[Tokens] = []
     num_tokens = num_characters = 0
     for text in itertools.chain.from_iterable(map(_pieces, texts)):
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-        parts.append(np.array(encoded["input_ids"], dtype=np.int64))
+        parts.append(ids_of(text))
         num_tokens += len(parts[-1])
         num_characters += len(text)
         if num_tokens >= _MIN_SURPLUS * enough and num_characters >= _MIN_CHARACTERS:
@@ -293,9 +317,8 @@ def _tokenise(texts: Iterable[str], tokenizer: Tokenizer, *, enough: float) -> T
 def _pieces(text: str) -> Iterator[str]:
     """Return a text in pieces of at most 2 million characters, cut after a line where possible."""
     start = 0
-    while len(text) - start > _MIN_CHARACTERS:
-        limit = start + _MIN_CHARACTERS
-        end = text.rfind("\n", start, limit) + 1 or limit
+    while len(text) - start > MAX_PIECE:
+        end = piece_end(text, start)
         yield text[start:end]
         start = end
     yield text[start:]

@@ -5,28 +5,10 @@ from typing import Any
 
 from planners.errors import ModelError
 from planners.families._base import Family
+from planners.families._config import check_rope, check_settings, flag, positive
 from planners.plan import ModelShape
 
-MAX_DIM = 2**24  # no width or count of a real model comes near it; guards allocation sizes
 MAX_LAYERS = 4096
-
-
-def _positive(config: Mapping[str, Any], key: str, default: object = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DIM:
-        raise ModelError(
-            f"config.json: {key} is {value!r}; it must be an integer from 1 to {MAX_DIM}"
-        )
-    return value
-
-
-def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise ModelError(f"config.json: {key} is {value!r}; it must be true or false")
-    return value
 
 
 def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
@@ -35,11 +17,11 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
     Raises:
         ModelError: a key is missing, of the wrong type or impossible; the message names it.
     """
-    hidden = _positive(config, "hidden_size")
-    num_layers = _positive(config, "num_hidden_layers")
-    num_heads = _positive(config, "num_attention_heads")
-    num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
-    head_dim = _positive(config, "head_dim", max(hidden // num_heads, 1))
+    hidden = positive(config, "hidden_size")
+    num_layers = positive(config, "num_hidden_layers")
+    num_heads = positive(config, "num_attention_heads")
+    num_kv_heads = positive(config, "num_key_value_heads", num_heads)
+    head_dim = positive(config, "head_dim", max(hidden // num_heads, 1))
     if num_layers > MAX_LAYERS:
         raise ModelError(f"config.json: num_hidden_layers {num_layers} is over {MAX_LAYERS}")
     if num_heads % num_kv_heads:
@@ -49,25 +31,24 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
         )
     if head_dim % 2:
         raise ModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs pairs")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "gelu", "gelu_pytorch_tanh", "relu"):
-        raise ModelError(f"config.json: hidden_act {activation!r} is not known; silu is usual")
-    attention_bias = _flag(config, "attention_bias", default=False)
+    check_settings(config)
+    check_rope(config, head_dim=head_dim)
+    attention_bias = flag(config, "attention_bias", default=False)
     model_type = config["model_type"]
     return ModelShape(
         family="llama",
         model_type=model_type,
         num_layers=num_layers,
         hidden=hidden,
-        intermediate=_positive(config, "intermediate_size"),
+        intermediate=positive(config, "intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=_positive(config, "vocab_size"),
-        tied=_flag(config, "tie_word_embeddings", default=False),
+        vocab_size=positive(config, "vocab_size"),
+        tied=flag(config, "tie_word_embeddings", default=False),
         qkv_bias=model_type == "qwen2" or (model_type == "llama" and attention_bias),
         o_bias=model_type == "llama" and attention_bias,
-        mlp_bias=model_type == "llama" and _flag(config, "mlp_bias", default=False),
+        mlp_bias=model_type == "llama" and flag(config, "mlp_bias", default=False),
         dtype=dtype,
     )
 

@@ -1,0 +1,322 @@
+"""MoDeGPT (arXiv:2408.09632): shrink the inner width of each module, from statistics alone.
+
+- ``mlp``: Nystrom with ridge leverage on the gram of down_proj's input; down_proj is refitted by
+  least squares to the units that stay.
+- ``qk``: CR decomposition on rope *pairs*, one set a KV head: the score of a pair is
+  ``sqrt(E[|q|^2] E[|k|^2])`` of its two channels, which rope does not change. The softmax scale and
+  the angles stay those of the original head.
+- ``vo``: SVD of ``R [W_o^1 ... W_o^g]`` where ``R^T R`` is the h x h gram of v and all query heads
+  of the KV group stand side by side. The same product as the paper's d x d square root, without it.
+
+A v bias moves into the o bias exactly, because the rows of a softmax sum to one.
+Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from actors.numerics.linalg import cholesky_psd
+from actors.numerics.nystrom import Nystrom, nystrom
+from planners.allocation import by_influence, marginal, uniform
+from planners.plan import (
+    LayerForm,
+    MethodSpec,
+    ModelForm,
+    ModelShape,
+    Option,
+    OptionSpec,
+    Statistic,
+    Target,
+)
+
+Weights = Mapping[str, Tensor]
+MODULES = ("mlp", "qk", "vo")
+
+
+def kept_pairs(
+    q_energy: Float[Tensor, "heads pairs"], k_energy: Float[Tensor, "kv_heads pairs"], *, keep: int
+) -> Int[Tensor, "kv_heads keep"]:
+    """Return the rope pairs that stay, ascending, one set for each KV head.
+
+    Args:
+        q_energy: sum over tokens of the squares of each pair of channels.
+        k_energy: likewise.
+        keep: pairs to keep.
+    """
+    kv_heads, pairs = k_energy.shape
+    grouped = q_energy.reshape(kv_heads, -1, pairs).sum(dim=1)
+    # sqrt(sum_j E_qj E_k) orders pairs as E_k sum_j E_qj does.
+    scores = grouped * k_energy
+    return scores.topk(keep, dim=1).indices.sort(dim=1).values
+
+
+def value_maps(
+    gram: Float[Tensor, "h h"], outputs: Float[Tensor, "h out"], *, keep: int, where: str
+) -> tuple[Float[Tensor, "h keep"], Float[Tensor, "keep out"], float]:
+    """Return T and W' that minimise ``||v W - v T W'||_F`` over the tokens of the gram of v.
+
+    Args:
+        gram: ``v^T v`` of one KV head, float64.
+        outputs: o_proj's rows of all query heads of the group, side by side, float64.
+        keep: width of the new head.
+        where: names the layer and head in errors.
+
+    Returns:
+        T, W', and the share of the output's energy that is lost, in [0, 1].
+    """
+    factor, _ = cholesky_psd(gram, ridge=1e-10, where=where)
+    upper = factor.T  # gram = upper^T upper
+    left, sizes, right = torch.linalg.svd(upper @ outputs, full_matrices=False)
+    # With fewer output columns than kept dims the rest are zeros: they change nothing.
+    new_values = torch.linalg.solve_triangular(upper, left[:, :keep], upper=True)
+    energy = sizes.square()
+    lost = float(energy[keep:].sum() / energy.sum().clamp_min(1e-300))
+    return new_values, sizes[:keep, None] * right[:keep], lost
+
+
+class MoDeGPT:
+    """The tensor functions of the method; no state."""
+
+    def compress(
+        self,
+        weights: Weights,
+        sums: Mapping[str, Tensor],
+        *,
+        shape: ModelShape,
+        form: LayerForm,
+        options: Mapping[str, Option],
+    ) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Return the tensors of one layer with the widths of ``form``, and the errors of its parts.
+
+        Args:
+            weights: role -> dense tensor.
+            sums: statistic name -> sum, with ``num_tokens``.
+            shape: of the model.
+            form: widths to reach.
+            options: of the method.
+
+        Raises:
+            NumericsError: a gram is not finite, or not positive semi-definite.
+        """
+        new = dict(weights)
+        errors: dict[str, object] = {}
+        if form.intermediate < shape.intermediate:
+            errors["mlp"] = _cut_mlp(new, hidden_factor(weights, sums, options), form.intermediate)
+        if form.qk_head_dim < shape.head_dim:
+            _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
+        if form.vo_head_dim < shape.head_dim:
+            errors["vo"] = _cut_vo(new, sums, shape=shape, keep=form.vo_head_dim)
+        return new, {"errors": errors}
+
+
+def hidden_factor(
+    weights: Weights, sums: Mapping[str, Tensor], options: Mapping[str, Option]
+) -> Nystrom:
+    """Return the factorisation that serves every width of a layer's MLP."""
+    down = weights["down_proj.weight"].to(torch.float64).T  # (intermediate, hidden)
+    gram = sums["mlp_hidden.gram"]
+    gram = (gram + gram.T) / 2
+    return nystrom(gram, down, ridge=float(options["ridge"]), where="tap mlp_hidden")
+
+
+def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
+    kept, outputs = found.refit(keep)
+    for name in ("gate_proj", "up_proj"):
+        new[f"{name}.weight"] = new[f"{name}.weight"][kept]
+        if f"{name}.bias" in new:
+            new[f"{name}.bias"] = new[f"{name}.bias"][kept]
+    down = new["down_proj.weight"]
+    new["down_proj.weight"] = outputs.T.to(down.dtype).contiguous()
+    return found.relative_error(keep)
+
+
+def _cut_qk(
+    new: dict[str, Tensor], sums: Mapping[str, Tensor], *, shape: ModelShape, keep: int
+) -> None:
+    pairs = kept_pairs(sums["q_rope.pair_energy"], sums["k_rope.pair_energy"], keep=keep)
+    half = shape.head_dim // 2
+    channels = torch.cat((pairs, pairs + half), dim=1)  # (kv_heads, 2 keep): rotate_half's order
+    group = shape.num_heads // shape.num_kv_heads
+    for name, index in (
+        ("q_proj", channels.repeat_interleave(group, dim=0)),
+        ("k_proj", channels),
+    ):
+        starts = torch.arange(len(index), device=index.device)[:, None] * shape.head_dim
+        rows = (starts + index).flatten()
+        new[f"{name}.weight"] = new[f"{name}.weight"][rows]
+        if f"{name}.bias" in new:
+            new[f"{name}.bias"] = new[f"{name}.bias"][rows]
+    new["rope_pairs"] = pairs
+
+
+def _cut_vo(
+    new: dict[str, Tensor], sums: Mapping[str, Tensor], *, shape: ModelShape, keep: int
+) -> float:
+    heads, kv_heads, h = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    value, output = new["v_proj.weight"], new["o_proj.weight"]
+    bias = new.pop("v_proj.bias", None)
+    if bias is not None:
+        _move_bias(new, bias, shape)
+    out_dim = output.shape[0]
+    # o_proj by KV head and query head of its group: (kv, group, h, out).
+    rows = output.to(torch.float64).T.reshape(kv_heads, heads // kv_heads, h, out_dim)
+    new_v, new_o, lost = [], [], 0.0
+    for head in range(kv_heads):
+        gram = _value_gram(sums, head, bias, h)
+        side_by_side = rows[head].transpose(0, 1).reshape(h, -1)  # (h, group * out)
+        maps, outputs, share = value_maps(
+            gram, side_by_side, keep=keep, where=f"tap v, KV head {head}"
+        )
+        new_v.append(maps.T @ value[head * h : (head + 1) * h].to(torch.float64))
+        new_o.append(outputs.reshape(len(outputs), -1, out_dim).transpose(0, 1))
+        lost += share / kv_heads
+    new["v_proj.weight"] = torch.cat(new_v).to(value.dtype)
+    merged = torch.cat(new_o).reshape(-1, out_dim)  # (heads * keep, out)
+    new["o_proj.weight"] = merged.T.to(output.dtype).contiguous()
+    return lost**0.5
+
+
+def _value_gram(
+    sums: Mapping[str, Tensor], head: int, bias: Tensor | None, h: int
+) -> Float[Tensor, "h h"]:
+    """Return the gram of v of one KV head, without the bias where that has moved away."""
+    gram = sums["v.head_gram"][head]
+    if bias is not None:
+        own = bias[head * h : (head + 1) * h].to(torch.float64)
+        total = sums["v.sum"][head * h : (head + 1) * h]
+        cross = torch.outer(total, own)
+        gram = gram - cross - cross.T + sums["num_tokens"] * torch.outer(own, own)
+    return (gram + gram.T) / 2
+
+
+def _move_bias(new: dict[str, Tensor], bias: Tensor, shape: ModelShape) -> None:
+    """Fold the v bias into the o bias: the weights of a softmax sum to one."""
+    output = new["o_proj.weight"].to(torch.float64)
+    group = shape.num_heads // shape.num_kv_heads
+    spread = bias.to(torch.float64).reshape(shape.num_kv_heads, -1)
+    moved = output @ spread.repeat_interleave(group, dim=0).flatten()
+    old = new.get("o_proj.bias")
+    total = moved if old is None else moved + old.to(torch.float64)
+    new["o_proj.bias"] = total.to(bias.dtype)
+
+
+def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
+    if options["servable"] == "native":
+        return ("mlp",)  # a stock config has one head width for q, k, v and o, and its own rope
+    return tuple(name.strip() for name in str(options["modules"]).split(","))
+
+
+def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
+    wanted = set()
+    modules = _modules(options)
+    if "mlp" in modules:
+        wanted.add(Statistic("mlp_hidden", "gram"))
+    if "qk" in modules:
+        wanted |= {Statistic("q_rope", "pair_energy"), Statistic("k_rope", "pair_energy")}
+    if "vo" in modules:
+        wanted.add(Statistic("v", "head_gram"))
+    if _measures(options) == "influence":
+        wanted.add(Statistic("resid_out", "cosine"))
+    if _measures(options) == "damage":
+        wanted.add(Statistic("resid_attn", f"probe{options['probe_tokens']}"))
+    return frozenset(wanted)
+
+
+def _measures(options: Mapping[str, Option]) -> str:
+    if options["servable"] == "native":
+        return ""
+    return {"uniform": "", "influence": "influence", "marginal": "damage"}[
+        str(options["allocation"])
+    ]
+
+
+def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
+    del shape
+    unknown = set(_modules(options)) - set(MODULES)
+    if unknown:
+        return f"modules has {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}"
+    return ""
+
+
+def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
+    native = options["servable"] == "native"
+    form = uniform(
+        shape,
+        keep_fraction=target.keep_fraction or 1.0,
+        modules=_modules(options),
+        round_to=int(options["round_to"]),
+    )
+    return replace(form, native=native)
+
+
+def _allocate(
+    shape: ModelShape,
+    target: Target,
+    options: Mapping[str, Option],
+    findings: list[Mapping[str, object]],
+) -> ModelForm:
+    if _measures(options) == "influence":
+        return by_influence(
+            shape,
+            findings,
+            keep_fraction=target.keep_fraction or 1.0,
+            modules=_modules(options),
+            round_to=int(options["round_to"]),
+            temperature=float(options["temperature"]),
+        )
+    return marginal(
+        shape,
+        findings,
+        keep_fraction=target.keep_fraction or 1.0,
+        round_to=int(options["round_to"]),
+    )
+
+
+SPEC = MethodSpec(
+    name="modegpt",
+    revision=1,
+    source="arXiv:2408.09632",
+    modules=MODULES,
+    residual=False,
+    options=(
+        OptionSpec(
+            name="allocation",
+            default="marginal",
+            choices=("uniform", "influence", "marginal"),
+            help="one ratio for all, by Block Influence, or by measured damage per parameter",
+        ),
+        OptionSpec(name="modules", default="mlp,qk,vo", help="which modules take part"),
+        OptionSpec(name="round_to", default=8, minimum=1, help="FFN width is a multiple of this"),
+        OptionSpec(
+            name="ridge", default=1e-3, minimum=0, help="relative to the mean of the gram's diagonal"
+        ),
+        OptionSpec(
+            name="temperature", default=0.2, minimum=1e-6, help="of the softmax over influence"
+        ),
+        OptionSpec(
+            name="grid",
+            default="0.9,0.75,0.6,0.45,0.3,0.15",
+            help="kept fractions at which damage is measured",
+        ),
+        OptionSpec(
+            name="probe_tokens", default=8192, minimum=1, help="tokens on which it is measured"
+        ),
+        OptionSpec(
+            name="servable",
+            default="remote",
+            choices=("remote", "native"),
+            help="any shapes with our modelling file, or only what a stock config expresses",
+        ),
+    ),
+    statistics=_statistics,
+    refuses=_refuses,
+    form=_form,
+    measures=_measures,
+    cuts=_modules,
+    allocate=_allocate,
+)
+METHOD = MoDeGPT()

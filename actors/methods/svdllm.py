@@ -1,0 +1,157 @@
+"""SVD-LLM (arXiv:2403.07378): each linear as two factors, truncated where its outputs are small.
+
+The best rank-r matrix for ``|x W - x W'|_F`` over the calibration tokens is the truncated SVD of
+``S W`` with ``S^T S`` the gram of x. Where the output is the narrower side the same matrix is
+``W U_r U_r^T`` with U_r the principal axes of the outputs, whose gram is ``W^T C W``: no Cholesky
+and no inverse. Where the input is narrower, the whitened input side is decomposed instead. So the
+largest eigendecomposition has the model's width, never the FFN's.
+
+Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actors.numerics.gram import symmetric
+from actors.numerics.linalg import cholesky_psd, eigh_descending
+from planners.allocation import largest_share
+from planners.cost import dense_model_form
+from planners.plan import (
+    LINEARS,
+    LayerForm,
+    MethodSpec,
+    ModelForm,
+    ModelShape,
+    Option,
+    OptionSpec,
+    Statistic,
+    Target,
+)
+
+TAP_OF = {
+    "q_proj": "attn_in",
+    "k_proj": "attn_in",
+    "v_proj": "attn_in",
+    "o_proj": "o_in",
+    "gate_proj": "mlp_in",
+    "up_proj": "mlp_in",
+    "down_proj": "mlp_hidden",
+}
+
+
+def low_rank(
+    weight: Float[Tensor, "out inner"], gram: Float[Tensor, "inner inner"], *, rank: int, where: str
+) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float]:
+    """Return both factors of a linear, and ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram.
+
+    Args:
+        weight: float64.
+        gram: of the linear's input, float64.
+        rank: columns between the factors.
+        where: names the layer and linear in errors.
+
+    Raises:
+        NumericsError: the gram is not finite, or not positive semi-definite.
+    """
+    out_dim, in_dim = weight.shape
+    if out_dim <= in_dim:
+        spectrum = eigh_descending(symmetric(weight @ gram @ weight.T), where=where)
+        axes = spectrum.vectors[:, :rank]  # (out, rank)
+        first, second = axes.T @ weight, axes
+    else:
+        factor, _ = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
+        whitened = weight @ factor  # (out, in)
+        spectrum = eigh_descending(symmetric(whitened.T @ whitened), where=where)
+        axes = spectrum.vectors[:, :rank]  # (in, rank)
+        second = whitened @ axes
+        first = torch.linalg.solve_triangular(factor.T, axes, upper=True).T
+    energy = spectrum.values.clamp_min(0)
+    lost = energy[rank:].sum() / energy.sum().clamp_min(1e-300)
+    return first, second, float(lost.sqrt())
+
+
+class SVDLLM:
+    """The tensor functions of the method; no state."""
+
+    def compress(
+        self,
+        weights: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        *,
+        shape: ModelShape,
+        form: LayerForm,
+        options: Mapping[str, Option],
+    ) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Return the tensors of one layer with the ranks of ``form``, and the error of each linear.
+
+        Raises:
+            NumericsError: a gram is not finite, or not positive semi-definite.
+        """
+        del shape, options
+        new = dict(weights)
+        errors: dict[str, float] = {}
+        for name, rank in form.ranks.items():
+            weight = new.pop(f"{name}.weight")
+            gram = sums[f"{TAP_OF[name]}.gram"]
+            first, second, errors[name] = low_rank(
+                weight.to(torch.float64), gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
+            )
+            new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
+            new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
+            if f"{name}.bias" in new:
+                new[f"{name}.second.bias"] = new.pop(f"{name}.bias")
+        dense = [name for name in LINEARS if name not in form.ranks]
+        return new, {"errors": errors, "left_dense": dense}
+
+
+def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
+    del options
+    return frozenset(Statistic(tap, "gram") for tap in TAP_OF.values())
+
+
+def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
+    """Return one share of the parameters for every linear; a rank that saves nothing is none."""
+    del options
+    dense = dense_model_form(shape)
+
+    def form(share: float) -> ModelForm:
+        ranks = {}
+        for name in LINEARS:
+            out_dim, in_dim = shape.linear_dims(name)
+            rank = max(1, int(share * out_dim * in_dim / (out_dim + in_dim)))
+            if rank * (out_dim + in_dim) < out_dim * in_dim:
+                ranks[name] = rank
+        layer = replace(dense.layers[0], ranks=ranks)
+        return replace(dense, layers=(layer,) * shape.num_layers, native=False)
+
+    return largest_share(shape, form, keep_fraction=target.keep_fraction or 1.0)
+
+
+def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
+    del shape, options
+    return ""
+
+
+SPEC = MethodSpec(
+    name="svdllm",
+    revision=1,
+    source="arXiv:2403.07378",
+    modules=LINEARS,
+    residual=False,
+    options=(
+        OptionSpec(
+            name="allocation",
+            default="uniform",
+            choices=("uniform",),
+            help="one share of the parameters for every linear",
+        ),
+    ),
+    statistics=_statistics,
+    refuses=_refuses,
+    form=_form,
+)
+METHOD = SVDLLM()

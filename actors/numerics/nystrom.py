@@ -1,0 +1,81 @@
+"""Nystrom approximation of a hidden layer from its gram: which units to keep, and their refit.
+
+With the units in the order of their scores and ``C + ridge I = L L^T`` in that order, everything
+for every number of kept units k lies in one factor: the refit of the output weights W to the first
+k units is ``L_kk^-T (L^T W)[:k]``, and the squared error left on the calibration tokens is the
+energy of the rows of ``L^T W`` behind the first k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from actors.numerics.linalg import cholesky_psd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nystrom:
+    """One factorisation that serves every width.
+
+    Attributes:
+        order: units, the most important first, shape (dim,).
+        factor: lower Cholesky factor of the ridged gram in that order, (dim, dim), float64.
+        turned: ``L^T W`` in that order, (dim, out), float64.
+        rung: how the factorisation was reached.
+    """
+
+    order: Int[Tensor, " dim"]
+    factor: Float[Tensor, "dim dim"]
+    turned: Float[Tensor, "dim out"]
+    rung: str
+
+    def refit(self, keep_dim: int) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep out"]]:
+        """Return the kept units, ascending, and the output weights refitted to them."""
+        block = self.factor[:keep_dim, :keep_dim]
+        weights = torch.linalg.solve_triangular(block.T, self.turned[:keep_dim], upper=True)
+        kept, position = self.order[:keep_dim].sort()
+        return kept, weights[position]
+
+    def relative_error(self, keep_dim: int) -> float:
+        """Return ``||Z W - Z_S W'||_F / ||Z W||_F`` over the calibration tokens, ridge included."""
+        energy = self.turned.square().sum(dim=1)
+        return float((energy[keep_dim:].sum() / energy.sum().clamp_min(1e-300)).sqrt())
+
+
+def ridge_leverage(
+    gram: Float[Tensor, "dim dim"], *, ridge: float, where: str
+) -> Float[Tensor, " dim"]:
+    """Return ``diag(C (C + r I)^-1)`` with r relative to the mean of the diagonal, in [0, 1]."""
+    scale = float(gram.diagonal().mean()) * ridge
+    factor, _ = cholesky_psd(gram, ridge=ridge, where=where)
+    inverse = torch.linalg.solve_triangular(
+        factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
+    )
+    return 1 - scale * inverse.square().sum(dim=0)
+
+
+def nystrom(
+    gram: Float[Tensor, "dim dim"],
+    weights: Float[Tensor, "dim out"],
+    *,
+    ridge: float,
+    where: str,
+) -> Nystrom:
+    """Return the factorisation of a hidden layer with output ``Z weights``.
+
+    Args:
+        gram: ``Z^T Z``, float64.
+        weights: output weights, one row a unit.
+        ridge: relative to the mean of the gram's diagonal.
+        where: names the layer in errors.
+
+    Raises:
+        NumericsError: the gram is not finite, or not positive definite on any rung.
+    """
+    scores = ridge_leverage(gram, ridge=ridge, where=where)
+    order = scores.argsort(descending=True, stable=True)
+    factor, rung = cholesky_psd(gram[order][:, order], ridge=ridge, where=where)
+    turned = factor.T @ weights.to(torch.float64)[order]
+    return Nystrom(order=order, factor=factor, turned=turned, rung=rung)

@@ -1,0 +1,98 @@
+"""What is found out about a checkpoint before a worker or a device is held."""
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from actors.storage.checkpoint import COMPRESSED, Checkpoint
+from planners.errors import ModelError
+from planners.families import load as load_family
+
+DOOR_BYTES = 1_000_000_000  # below this all values are looked at; above it workers do as they read
+MAX_CHARACTERS = 300  # of what transformers says
+
+# What transformers raises about a config that it cannot take: it promises no class of its own.
+_REFUSALS = (
+    StrictDataclassError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Do to a dense checkpoint what workers will, as far as that is cheap.
+
+    Raises:
+        ModelError: it is compressed already, transformers does not take its config, a tensor has
+            NaN or infinite entries, or a head that is said to be the embedding is another.
+    """
+    if checkpoint.config.get("model_type") == COMPRESSED:
+        raise ModelError(
+            f"{checkpoint.directory.uri}: is a compressed model already",
+            hint="compress the model that it was made from, to a smaller size",
+        )
+    shape = checkpoint.shape
+    check_classes(checkpoint)
+    family = load_family(shape.family)
+    if shape.tied and family.head in checkpoint.locations:
+        _check_tied(checkpoint, family.embedding, family.head)
+    if checkpoint.total_bytes < DOOR_BYTES:
+        for name in checkpoint.locations:
+            for _ in checkpoint.read_blocks(name):
+                pass
+
+
+def check_classes(checkpoint: Checkpoint) -> None:
+    """Build a model's classes without memory; see that a compressed one has their tensors.
+
+    Raises:
+        ModelError: the config is not one that they can be built from, or a tensor does not fit.
+    """
+    from actors.modeling.build import Skeleton  # seconds, for transformers
+
+    where = checkpoint.directory.path("config.json")
+    try:
+        Skeleton(checkpoint.config, dtype=torch.float32, device="cpu")
+        compressed = checkpoint.config["model_type"] == COMPRESSED
+        expected = _compressed_shapes(checkpoint) if compressed else {}
+    except _REFUSALS as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"{where}: transformers cannot build this model: {said[:MAX_CHARACTERS]}"
+        ) from error
+    stored = {name: place.entry.shape for name, place in checkpoint.locations.items()}
+    wrong = [name for name, dims in expected.items() if stored.get(name) != dims]
+    if wrong:
+        found = list(stored.get(wrong[0], ())) or "missing"
+        raise ModelError(
+            f"{where}: asks for tensor {wrong[0]} of shape {list(expected[wrong[0]])}; "
+            f"in the weights it is {found}"
+        )
+
+
+def _compressed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return tensor -> shape of what a compressed checkpoint must hold."""
+    from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
+
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "auto_map")}
+    with torch.device("meta"):
+        state = CompressedForCausalLM(CompressedConfig(**config)).state_dict()
+    head = load_family(checkpoint.shape.family).head
+    tied = checkpoint.shape.tied and head not in checkpoint.locations
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name != head or not tied}
+
+
+def _check_tied(checkpoint: Checkpoint, embedding: str, head: str) -> None:
+    """Accept a head that was stored although it is the embedding, where it is that."""
+    pairs = zip(checkpoint.read_blocks(embedding), checkpoint.read_blocks(head), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise ModelError(
+            f"{checkpoint.directory.path('config.json')}: tie_word_embeddings is true, but {head} "
+            f"is not {embedding}",
+            hint="set tie_word_embeddings to false, or remove the tensor",
+        )

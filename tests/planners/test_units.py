@@ -1,0 +1,116 @@
+"""The graph of units: what depends on what, and what makes a unit another one."""
+
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors import methods
+from orchestrator.config import resolve_options
+from planners.plan import ModelShape, Statistic, Target
+from planners.units import Identity, compression_units, layer_statistics, statistics_units
+
+SPEC = methods.spec("slicegpt")
+IDENTITY = Identity(
+    model_revision="model", calibration_hash="data", microbatch_sequences=4,
+    compute_dtype="float32", threads=1, device="cpu",
+)  # fmt: skip
+
+
+def shape_of(num_layers):
+    return ModelShape(
+        family="llama", model_type="llama", num_layers=num_layers, hidden=64, intermediate=96,
+        num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=50, tied=False,
+    )  # fmt: skip
+
+
+def units_of(num_layers=3, *, identity=IDENTITY, slice_=0.25, revision=1, **options):
+    """Return the statistics units and those of compression."""
+    options = resolve_options(SPEC, options)
+    form = SPEC.form(shape_of(num_layers), Target(slice=slice_), options)
+    sums = statistics_units(identity, SPEC.statistics(options), num_layers)
+    rest = compression_units(
+        sums, method="slicegpt", revision=revision, options=options, form=form, residual=True
+    )
+    return [*sums, *rest]
+
+
+def fingerprints(units):
+    return {unit.name: unit.fingerprint for unit in units}
+
+
+ROTATIONS = st.sampled_from(("per_site", "shared"))
+
+
+@given(st.integers(1, 40), ROTATIONS)
+def test_a_unit_comes_after_what_it_reads(num_layers, rotation):
+    seen = set()
+    for unit in units_of(num_layers, rotation=rotation):
+        assert set(unit.inputs) <= seen
+        assert unit.name not in seen
+        seen.add(unit.name)
+
+
+@given(st.integers(1, 40))
+def test_a_layer_reads_the_bases_of_its_three_sites_and_a_basis_one_layer(num_layers):
+    units = {unit.name: unit for unit in units_of(num_layers)}
+    for layer in range(num_layers):
+        sites = range(2 * layer, 2 * layer + 3)
+        assert units[f"layer-{layer:05d}"].inputs == tuple(f"basis-site-{s:05d}" for s in sites)
+    for site in range(2 * num_layers + 1):
+        owner = min(site // 2, num_layers - 1)
+        assert units[f"basis-site-{site:05d}"].inputs == (f"statistics-layer-{owner:05d}",)
+    assert units["embedding"].inputs == ("basis-site-00000",)
+    assert units["head"].inputs == (f"basis-site-{2 * num_layers:05d}",)
+
+
+@given(st.integers(1, 40))
+def test_a_shared_rotation_reads_every_layer_and_is_read_by_every_layer(num_layers):
+    units = {unit.name: unit for unit in units_of(num_layers, rotation="shared")}
+    assert len(units["basis-shared"].inputs) == num_layers
+    rest = [u for u in units.values() if u.kind in ("layer", "embedding", "head")]
+    assert {unit.inputs for unit in rest} == {("basis-shared",)}
+
+
+@pytest.mark.parametrize("field", list(Identity.__slots__))
+def test_all_units_are_others_where_the_input_differs(field):
+    old = getattr(IDENTITY, field)
+    other = replace(IDENTITY, **{field: old + 1 if isinstance(old, int) else "other"})
+    one, two = fingerprints(units_of()), fingerprints(units_of(identity=other))
+    assert one.keys() == two.keys()
+    assert not set(one.values()) & set(two.values())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"revision": 2}, {"round_to": 4}, {"slice_head": True}, {"pca_on": "normed"}]
+)
+def test_the_method_and_its_options_make_all_units_of_compression_others(changes):
+    one, two = fingerprints(units_of()), fingerprints(units_of(**changes))
+    assert one.keys() == two.keys()
+    assert [n for n in one if one[n] == two[n] and not n.startswith("statistics")] == []
+
+
+def test_another_slice_needs_no_other_statistics_and_leaves_the_head_as_it_is():
+    one, two = fingerprints(units_of()), fingerprints(units_of(slice_=0.5))
+    assert one.keys() == two.keys()
+    same = {name for name in one if one[name] == two[name]}
+    assert same == {*(n for n in one if n.startswith("statistics")), "basis-site-00006", "head"}
+
+
+@given(st.integers(1, 12))
+def test_every_site_is_observed_by_exactly_one_layer(num_layers):
+    wanted = SPEC.statistics(resolve_options(SPEC, {}))
+    layers = [layer_statistics(wanted, i, num_layers) for i in range(num_layers)]
+    taps = [statistic.tap for statistic in chain.from_iterable(layers)]
+    assert taps == ["resid_attn", "resid_mlp"] * (num_layers - 1) + [
+        "resid_attn",
+        "resid_mlp",
+        "resid_out",
+    ]
+
+
+def test_every_layer_observes_how_much_it_changes_the_residual_stream():
+    cosine = Statistic("resid_out", "cosine")
+    assert [layer_statistics(frozenset({cosine}), i, 3) for i in range(3)] == [[cosine]] * 3
