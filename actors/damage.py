@@ -105,7 +105,9 @@ class _Layer:
 
 def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
     """Return a compressed model's config of one layer with nothing around it worth memory."""
-    kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")}
+    kept = {
+        k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")
+    }
     return {
         **kept,
         "model_type": CompressedConfig.model_type,
@@ -120,5 +122,3 @@ def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, 
         "embedding_dim": shape.hidden,
         "head_input_dim": shape.hidden,
     }
-
-

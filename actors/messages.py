@@ -47,14 +47,12 @@ class WorkerSetup:
     Attributes:
         name: of its slot, e.g. ``worker-0``.
         incarnation: unique to this process.
-        run_uri: the run directory.
         threads: threads of one unit.
         device: ``cpu`` or ``cuda``.
     """
 
     name: str
     incarnation: str
-    run_uri: str
     threads: int
     device: str
 
@@ -64,6 +62,7 @@ class Assignment:
     """The layers of a checkpoint that a stage holds.
 
     Attributes:
+        run_uri: the run directory: tokens, boundaries and statistics.
         checkpoint_uri: a model directory, dense or compressed.
         family: names its tensors.
         first: first layer.
@@ -74,6 +73,7 @@ class Assignment:
         dtype: compute dtype.
     """
 
+    run_uri: str
     checkpoint_uri: str
     family: str
     first: int
@@ -129,6 +129,7 @@ class CompressionJob:
     """What all compression units of a run share.
 
     Attributes:
+        run_uri: the run directory, where units read and write.
         checkpoint_uri: the input model.
         statistics_uri: another run whose statistics are reused, or empty.
         method: a file of ``actors/methods``.
@@ -137,6 +138,7 @@ class CompressionJob:
         form: widths of the result; not final while damage is measured.
     """
 
+    run_uri: str
     checkpoint_uri: str
     statistics_uri: str
     method: str

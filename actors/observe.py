@@ -102,7 +102,7 @@ class LayerStatistics:
         return found
 
     def _keep_probe(self, before: Tensor) -> None:
-        """Keep the inputs of the first sequences, whole, at least one and at most so many tokens."""
+        """Keep the inputs of the first sequences, at least one and at most so many tokens."""
         left = (self._probe_tokens - self.num_tokens) // before.shape[1]
         if self._probe_tokens and (left > 0 or not self._probe):
             self._probe.append(before[: max(left, 1)].cpu())

@@ -41,7 +41,6 @@ class Stage:
         """Take the threads and the device of the setup; no layer is loaded yet."""
         torch.set_num_threads(setup.threads)
         self._setup = setup
-        self._run = Directory(setup.run_uri)
         self._peak = PeakMemory()
         self._layers: dict[int, nn.Module] = {}
         self._statistics: dict[int, LayerStatistics] = {}
@@ -68,6 +67,8 @@ class Stage:
         dtype = getattr(torch, assignment.dtype)
         device = self._setup.device
         self._assignment = assignment
+        self._run = Directory(assignment.run_uri)
+        self._tokens = {}
         self._skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
         family = load_family(assignment.family)
         for index in range(assignment.first, assignment.last):
@@ -154,7 +155,7 @@ class Stage:
             ModelError: a weight is missing or not finite.
         """
         started, begun = time.time(), time.monotonic()
-        files, values = do_unit(task, job, run=self._run, device=self._setup.device)
+        files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,
             worker=self._setup.name,

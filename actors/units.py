@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from actors import methods
+from actors.damage import damage_curves
 from actors.messages import CompressionJob, UnitTask
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import NAME_OF, read_tensors, tensor_bytes, write_rows, write_tensors
-from actors.damage import damage_curves
 from planners.families import load as load_family
 
 Done = tuple[tuple[FileEntry, ...], dict[str, object]]
@@ -157,7 +157,8 @@ def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str
         directory = Directory(uri) if uri else None
         if directory is not None:
             for name in directory.names("stats"):
-                if name.startswith(f"stats/layer-{index:05d}"):
+                # A worker that was killed while it wrote leaves a temporary name behind.
+                if name.startswith(f"stats/layer-{index:05d}") and name.endswith(".safetensors"):
                     found |= read_tensors(directory, name)
     return found
 

@@ -1,8 +1,8 @@
 """What the benchmarks compare with: transformers' own layers in a loop, and plain products."""
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 
 transformers_logging.disable_progress_bar()
+
+Outcome = TypeVar("Outcome")
 
 VOCABULARY = 512  # small: the benchmarks are about layers
 TOKENS = "tokens/calibration.parquet"
@@ -79,22 +81,12 @@ def _product(hidden: Tensor) -> Tensor:
     return x.T @ x
 
 
-def take_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds that each turn reports, round by round, after a round for warmth.
-
-    Whatever else the machine does meets all of them.
-    """
-    for turn in turns.values():
-        turn()
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+def take_turns(
+    turns: Mapping[str, Callable[[], Outcome]], *, rounds: int
+) -> dict[str, list[Outcome]]:
+    """Return what each turn says, round by round: whatever else the machine does meets them all."""
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
-            seconds[name].append(turn())
-    return seconds
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Return the seconds that some work takes."""
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+            outcomes[name].append(turn())
+    return outcomes

@@ -22,7 +22,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,6 +53,7 @@ from planners.plan import Statistic
 GOAL = 0.92
 THREADS = 1
 WORKERS = 2
+WARM = 4  # microbatches of the round for warmth
 STATISTICS = frozenset(Statistic(tap, "gram") for tap in ("resid_attn", "resid_mlp", "resid_out"))
 METHOD = """\
 Speed-up = seconds with one / seconds with two. Ours: Ray actors of one thread each, one stage of
@@ -83,7 +84,7 @@ FULL = Case(
     num_layers=8,
     num_heads=16,
     sequence_length=256,
-    num_microbatches=64,
+    num_microbatches=48,
     rounds=5,
 )
 QUICK = Case(
@@ -126,15 +127,13 @@ class Ours:
         self._case, self._folder = case, folder
         self._executor = LoadedFirst()
         run = str(folder / "run")
-        setup = WorkerSetup(
-            name="pattern", incarnation="", run_uri=run, threads=THREADS, device="cpu"
-        )
+        setup = WorkerSetup(name="pattern", incarnation="", threads=THREADS, device="cpu")
         journal = Journal(Directory(run), _ignore)
         self._pool = Pool(self._executor, setup, num_workers=WORKERS, journal=journal)
         self.busy: dict[int, list[float]] = {}
 
-    def seconds(self, num_stages: int) -> float:
-        """Return how long the microbatches take to stream through so many stages."""
+    def seconds(self, num_stages: int, *, num_microbatches: int) -> float:
+        """Return how long microbatches take to stream through so many stages."""
         steps = [0.0] * num_stages
 
         def on_step(slot: int, microbatch: Microbatch, done: StepDone) -> None:
@@ -149,6 +148,7 @@ class Ours:
             kind="calibrate",
             assignments=[
                 Assignment(
+                    run_uri=str(self._folder / "run"),
                     checkpoint_uri=str(self._folder / "model"),
                     family="llama",
                     first=stage * layers,
@@ -162,7 +162,7 @@ class Ours:
             ],
             microbatches=[
                 Microbatch(index=index, tokens=TOKENS, rows=(index, index + 1), observe=True)
-                for index in range(self._case.num_microbatches)
+                for index in range(num_microbatches)
             ],
             publish=[[] for _ in range(num_stages)],
         )
@@ -181,7 +181,6 @@ class Bare:
 
     def __init__(self, case: Case, folder: Path) -> None:
         """Start the processes and wait until they have loaded the model."""
-        self._case = case
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
         for _ in range(WORKERS):
@@ -193,12 +192,12 @@ class Bare:
             self._processes.append(process)
         self._wait(self._ends)
 
-    def seconds(self, num_processes: int) -> float:
-        """Return how long so many processes take for all microbatches, evenly split."""
+    def seconds(self, num_processes: int, *, num_microbatches: int) -> float:
+        """Return how long so many processes take for microbatches, evenly split."""
         ends = self._ends[:num_processes]
         begun = time.perf_counter()
         for end in ends:
-            end.send(self._case.num_microbatches // num_processes)
+            end.send(num_microbatches // num_processes)
         self._wait(ends)
         return time.perf_counter() - begun
 
@@ -251,6 +250,16 @@ def _subjects(case: Case) -> Iterator[tuple[Ours, Bare]]:
             yield ours, bare
 
 
+def _turns(ours: Ours, bare: Bare, *, num_microbatches: int) -> dict[str, Callable[[], float]]:
+    count = num_microbatches
+    return {
+        "one worker": lambda: ours.seconds(1, num_microbatches=count),
+        "two workers": lambda: ours.seconds(WORKERS, num_microbatches=count),
+        "bare, one process": lambda: bare.seconds(1, num_microbatches=count),
+        "bare, two processes": lambda: bare.seconds(WORKERS, num_microbatches=count),
+    }
+
+
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -260,16 +269,11 @@ def main() -> None:
     case, rounds = (QUICK, QUICK.rounds) if given.quick else (FULL, given.rounds)
     load = load_average()
     with _subjects(case) as (ours, bare):
-        seconds = take_turns(
-            {
-                "one worker": lambda: ours.seconds(1),
-                "two workers": lambda: ours.seconds(WORKERS),
-                "bare, one process": lambda: bare.seconds(1),
-                "bare, two processes": lambda: bare.seconds(WORKERS),
-            },
-            rounds=rounds,
-        )
-        busy = {n: statistics.median(shares[1:]) for n, shares in ours.busy.items()}
+        take_turns(_turns(ours, bare, num_microbatches=WARM), rounds=1)
+        ours.busy.clear()
+        turns = _turns(ours, bare, num_microbatches=case.num_microbatches)
+        seconds = take_turns(turns, rounds=rounds)
+        busy = {n: statistics.median(shares) for n, shares in ours.busy.items()}
     median = {name: statistics.median(times) for name, times in seconds.items()}
     speedup = median["one worker"] / median["two workers"]
     bare_speedup = median["bare, one process"] / median["bare, two processes"]
@@ -293,7 +297,7 @@ def main() -> None:
                 "statistics": ", ".join(sorted(map(str, STATISTICS))),
                 "threads a process": THREADS,
                 "dtype": "float32",
-                "rounds": f"{rounds}, after one for warmth",
+                "rounds": f"{rounds}, after one of {WARM} microbatches for warmth",
             },
             tables={
                 "Seconds to stream the pass:": table(("", "median", "by round"), rounds_table),

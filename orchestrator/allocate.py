@@ -21,20 +21,18 @@ def allocate(context: RunContext) -> ModelForm:
     spec, options = prepared.spec, prepared.options
     if spec.allocate is None or not spec.measures(options):
         return prepared.plan.form
-    findings = [context.ledger.record(unit).values for unit in _measured(context)]
-    form = spec.allocate(
-        prepared.plan.shape, prepared.config.target, options, list(findings)
-    )
+    findings = [context.ledger.record(unit).values for unit in measured(context)]
+    form = spec.allocate(prepared.plan.shape, prepared.config.target, options, list(findings))
     said = {"measured": spec.measures(options), "findings": _small(findings), "form": to_json(form)}
     context.run.write("allocation.json", json.dumps(said, indent=1, sort_keys=True).encode())
     return form
 
 
-def _measured(context: RunContext) -> list[Unit]:
+def measured(context: RunContext) -> list[Unit]:
     """Return the units whose records hold what was asked for, doing those that are not done."""
     prepared = context.prepared
     wanted = prepared.spec.measures(prepared.options)
-    if wanted == "influence":
+    if wanted in ("", "influence"):
         return context.sums
     if wanted != "damage":
         raise PlanError(f"{prepared.spec.name}: nobody measures {wanted!r}")

@@ -1,6 +1,7 @@
 """Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
 
 from collections.abc import Sequence
+
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
 from orchestrator.context import RunContext
@@ -24,12 +25,18 @@ def boundary_name(stream: str, layer: int, index: int) -> str:
 
 
 def assignments(
-    wave: Sequence[StagePlan], *, checkpoint_uri: str, family: str, dtype: str,
+    wave: Sequence[StagePlan],
+    *,
+    run_uri: str,
+    checkpoint_uri: str,
+    family: str,
+    dtype: str,
     statistics: frozenset[Statistic] = frozenset(),
-) -> list[Assignment]:  # fmt: skip
+) -> list[Assignment]:
     """Return what each stage of a wave loads."""
     return [
         Assignment(
+            run_uri=run_uri,
             checkpoint_uri=checkpoint_uri,
             family=family,
             first=stage.first,
@@ -96,6 +103,7 @@ def _calibrate_wave(
         kind="calibrate",
         assignments=assignments(
             wave,
+            run_uri=context.run.uri,
             checkpoint_uri=prepared.model_uri,
             family=prepared.plan.shape.family,
             dtype=prepared.identity.compute_dtype,

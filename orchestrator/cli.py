@@ -136,6 +136,39 @@ def status(run_uri: str, json_: bool) -> None:
 
 
 @cli.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--method", required=True, metavar="NAME,NAME", help="Methods to compare.")
+@click.option("--keep-fraction", required=True, metavar="F,F,...", help="True fractions to keep.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the methods.")
+@click.option("--workers", type=int, help="Ray actors. [as in the run]")
+@click.option("--address", help="Ray cluster. [as in the run]")
+@as_json
+def sweep(run_uri: str, json_: bool, **given: Any) -> None:
+    """Make and measure every METHOD at every size from one calibration of the model of RUN."""
+    from orchestrator import screens
+
+    screens.sweep(
+        run_uri,
+        names=given["method"].split(","),
+        fractions=_numbers(given["keep_fraction"]),
+        options=_pairs(given["options"]),
+        placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
+        json_=json_,
+    )
+
+
+@cli.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--point", required=True, metavar="P", help="A name of the sweep's table.")
+@as_json
+def export(run_uri: str, point: str, json_: bool) -> None:
+    """Verify one POINT of the sweep of RUN, time it and mark it READY."""
+    from orchestrator import screens
+
+    screens.export(run_uri, point, json_=json_)
+
+
+@cli.command()
 @as_json
 def methods(json_: bool) -> None:
     """List the methods, their options and defaults."""
@@ -167,15 +200,24 @@ def main(arguments: list[str] | None = None) -> None:
 def _config(model: str | None, given: dict[str, Any]) -> Any:
     from orchestrator.config import load_config
 
-    options = {}
-    for pair in given.pop("options"):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
-        options[f"options.{key}"] = value
+    options = {f"options.{key}": value for key, value in _pairs(given.pop("options")).items()}
     recipe = given.pop("recipe")
     values = {KEYS.get(name, name): value for name, value in given.items()}
     return load_config(recipe, {"model": model, **values, **options})
+
+
+def _pairs(options: tuple[str, ...]) -> dict[str, str]:
+    for pair in options:
+        if "=" not in pair:
+            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in options)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--keep-fraction {text}: must be numbers with commas") from error
 
 
 def _complain(kind: str, message: str, hint: str, *, json_: bool) -> None:

@@ -74,6 +74,7 @@ class RunContext(WorkContext):
         """What the compression units share."""
         prepared = self.prepared
         return CompressionJob(
+            run_uri=self.run.uri,
             checkpoint_uri=prepared.model_uri,
             statistics_uri=prepared.statistics_uri,
             method=prepared.spec.name,

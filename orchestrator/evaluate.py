@@ -99,7 +99,11 @@ def _evaluate_wave(
     passing = PassPlan(
         kind="evaluate",
         assignments=assignments(
-            wave, checkpoint_uri=subject.uri, family=plan.family, dtype=plan.dtype
+            wave,
+            run_uri=context.run.uri,
+            checkpoint_uri=subject.uri,
+            family=plan.family,
+            dtype=plan.dtype,
         ),
         microbatches=[
             Microbatch(

@@ -76,7 +76,6 @@ class Pool:
         return WorkerSetup(
             name=f"worker-{slot}",
             incarnation=uuid4().hex[:12],
-            run_uri=pattern.run_uri,
             threads=pattern.threads,
             device=pattern.device,
         )

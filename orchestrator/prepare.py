@@ -51,6 +51,7 @@ class Prepared:
         evaluation_hash: sha256 of the latter.
         source_bytes: bytes of the input's tensors.
         statistics_uri: another run whose statistics are reused, or empty.
+        extra_statistics: summed too, because others will want them.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class Prepared:
     evaluation_hash: str
     source_bytes: int
     statistics_uri: str = ""
+    extra_statistics: frozenset[Statistic] = frozenset()
 
     @property
     def run(self) -> Directory:
@@ -76,7 +78,7 @@ class Prepared:
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What the calibration pass sums."""
-        return self.spec.statistics(self.options)
+        return self.spec.statistics(self.options) | self.extra_statistics
 
     @property
     def title(self) -> str:

@@ -11,7 +11,7 @@ from orchestrator.allocate import allocate
 from orchestrator.calibrate import calibrate
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
-from orchestrator.evaluate import evaluate, evaluation_plan, throughput
+from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
 from orchestrator.executors import Executor, RayExecutor
 from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
@@ -51,15 +51,7 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
     """Do an opened run on an executor; every phase skips the units that have a record."""
     run = prepared.run
     journal = Journal(run, listener)
-    setup = WorkerSetup(
-        name="pattern",
-        incarnation="",
-        run_uri=prepared.config.out,
-        threads=prepared.config.threads,
-        device=prepared.config.device,
-    )
-    num_workers = max(map(len, prepared.plan.waves))
-    pool = Pool(executor, setup, num_workers=num_workers, journal=journal)
+    pool = new_pool(prepared, executor, journal)
     reuse = Directory(prepared.statistics_uri) if prepared.statistics_uri else None
     context = RunContext(
         prepared=prepared,
@@ -69,23 +61,44 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
         journal=journal,
         pool=pool,
     )
-    dense = Subject(name="dense", uri=prepared.model_uri, identity=prepared.revision)
-    measuring = evaluation_plan(prepared)
     try:
         with context.phase("run", total=0):
-            calibrate(context)
-            losses = {"dense": evaluate(context, measuring, dense)}
-            context = replace(context, form=allocate(context))
-            compress(context)
-            stitch(context)
-            compressed = stitched(context)
-            losses["compressed"] = evaluate(context, measuring, compressed)
+            context, losses = compress_and_evaluate(context)
             pool.close()  # what follows loads whole models
-            checks = verify(context, compressed)
-            speeds = throughput(context, [dense, compressed])
+            checks = verify(context, stitched(context))
+            speeds = throughput(context, [dense_subject(prepared), stitched(context)])
     finally:
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
     finish(context, report)
     return report
+
+
+def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Loss]]:
+    """Return the context with its final widths, and the losses of both models."""
+    measuring = evaluation_plan(context.prepared)
+    calibrate(context)
+    losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
+    context = replace(context, form=allocate(context))
+    compress(context)
+    stitch(context)
+    losses["compressed"] = evaluate(context, measuring, stitched(context))
+    return context, losses
+
+
+def dense_subject(prepared: Prepared) -> Subject:
+    """Return the input model as something to be evaluated."""
+    return Subject(name="dense", uri=prepared.model_uri, identity=prepared.revision)
+
+
+def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
+    """Start the workers of a run: as many as its widest wave has stages."""
+    setup = WorkerSetup(
+        name="pattern",
+        incarnation="",
+        threads=prepared.config.threads,
+        device=prepared.config.device,
+    )
+    num_workers = max(map(len, prepared.plan.waves))
+    return Pool(executor, setup, num_workers=num_workers, journal=journal)

@@ -4,10 +4,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator.calibrate import CALIBRATION_TOKENS
-from orchestrator.config import to_yaml
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.context import RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
 from orchestrator.outcome import environment
@@ -29,20 +32,34 @@ def open_run(prepared: Prepared) -> None:
     """
     run = prepared.run
     facts = to_json(prepared.facts())
-    if run.size("plan.json") is not None:
-        _refuse_other_run(run, facts)
-    elif run.size("run.yaml") is None and run.size("model/config.json") is not None:
+    known = _is_this_run(run, facts)
+    if not known and run.size("run.yaml") is None and run.size("model/config.json") is not None:
         raise StorageError(f"{run.uri}: holds a model that is not of a run; use another --out")
-    plan = {"identity": facts, "plan": to_json(prepared.plan)}
+    # First: from here on, whatever else lies here is of this run.
+    run.write("plan.json", _json({"identity": facts, "plan": to_json(prepared.plan)}))
     for name, tokens, source in (
         (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
         (EVALUATION_TOKENS, prepared.evaluation, prepared.config.evaluation.source),
     ):
-        if run.size(name) is None:
+        if not known or run.size(name) is None:
             run.write(name, tokens_to_parquet(tokens, {"source": source}))
     run.write("run.yaml", to_yaml(prepared.config, prepared.given).encode())
     run.write("environment.json", _json(environment()))
-    run.write("plan.json", _json(plan))
+
+
+def recipe_of(run: Directory) -> RunConfig:
+    """Return the recipe of an existing run, as it was resolved.
+
+    Raises:
+        StorageError: there is no run, or its recipe is broken.
+    """
+    if run.size("run.yaml") is None:
+        raise StorageError(f"{run.uri}: there is no run here", hint="give the --out of a run")
+    try:
+        config = RunConfig.model_validate(yaml.safe_load(run.read("run.yaml")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise StorageError(f"{run.path('run.yaml')}: is not a recipe of ours: {error}") from error
+    return config.model_copy(update={"out": run.uri})
 
 
 def finished_report(run: Directory) -> dict[str, Any] | None:
@@ -54,22 +71,33 @@ def finished_report(run: Directory) -> dict[str, Any] | None:
 
 
 def finish(context: RunContext, report: Mapping[str, Any]) -> None:
-    """Write the report, drop what only the work needed, and mark the run READY."""
+    """Write the report, mark the run READY, and drop what only the work needed."""
     run = context.run
     run.write(REPORT, _json(report))
     run.write("report.html", render_page(report).encode())
-    if not context.prepared.config.keep_statistics:
-        for name in (*run.names("stats"), *run.names("basis"), *run.names("boundary")):
-            run.delete(name)
     facts = to_json(context.prepared.facts())
     run.write(READY, _json({"identity": facts, "created": report["created"]}))
+    # Last: a driver that dies before READY finds everything that its successor needs.
+    for name in _spent(run, keep_statistics=context.prepared.config.keep_statistics):
+        run.delete(name)
 
 
-def _refuse_other_run(run: Directory, facts: Mapping[str, Any]) -> None:
+def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
+    """Return the files that served only the work, and what killed workers left half-written."""
+    sums = [*run.names("stats"), *run.names("basis")]
+    written = [*sums, *run.names("model"), *run.names("records")]
+    halves = {name for name in written if name.endswith(".tmp")}
+    return sorted({*run.names("boundary"), *halves, *(() if keep_statistics else sums)})
+
+
+def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
+    """Return whether the directory holds this run, and not none yet."""
+    if run.size("plan.json") is None:
+        return False
     try:
         old = json.loads(run.read("plan.json"))["identity"]
     except (ValueError, KeyError, TypeError):
-        return  # torn by a crash before anything else was written; written again below
+        return False  # torn by a crash before anything else was written
     differ = [key for key in facts if old.get(key) != facts[key]]
     if differ:
         said = "; ".join(
@@ -79,6 +107,7 @@ def _refuse_other_run(run: Directory, facts: Mapping[str, Any]) -> None:
             f"{run.uri} holds another run: {said}",
             hint="use another --out, or the options of the run that is there",
         )
+    return True
 
 
 def _short(value: object) -> str:

@@ -27,8 +27,11 @@ from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
 from orchestrator.report import render_page, render_terminal
 from orchestrator.run import run as do_run
-from orchestrator.rundir import READY, REPORT, finished_report
+from orchestrator.rundir import READY, REPORT, finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
+from orchestrator.sweep import PARETO, points_of
+from orchestrator.sweep import export as do_export
+from orchestrator.sweep import sweep as do_sweep
 from planners.errors import StorageError
 from planners.plan import to_json
 
@@ -127,6 +130,49 @@ def status(run_uri: str, *, json_: bool) -> None:
         _out.print("nobody works on it; the command that began it goes on with it")
 
 
+def sweep(
+    run_uri: str,
+    *,
+    names: list[str],
+    fractions: list[float],
+    options: dict[str, str],
+    placement: dict[str, Any],
+    json_: bool,
+) -> None:
+    """Do a sweep and print its table."""
+    config = recipe_of(Directory(run_uri))
+    base = prepare(config.model_copy(update=placement))
+    points = points_of(base, names, fractions, options)
+    with ProgressScreen(_err, num_workers=max(map(len, base.plan.waves))) as listener:
+        found = do_sweep(base, points, listener=listener)
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+        return
+    dense = found["dense"]["perplexity"]
+    table = Table(title=f"{found['model']}: dense perplexity {dense:.4g}", title_justify="left")
+    for column in ("point", "kept", "predicted error", "perplexity", "over dense", "front"):
+        table.add_column(column, justify="left" if column == "point" else "right")
+    for point in found["points"]:
+        table.add_row(
+            point["name"],
+            f"{point['keep_fraction']:.4f}",
+            f"{point['predicted_error']:.4f}",
+            f"{point['perplexity']:.4g}",
+            f"{point['perplexity'] / dense - 1:+.1%}",
+            "*" if point["on_front"] else "",
+        )
+    _out.print(table)
+    _out.print(f"{run_uri}/{PARETO}; compress-cluster export {run_uri} --point NAME")
+
+
+def export(run_uri: str, point: str, *, json_: bool) -> None:
+    """Finish one point of a sweep and print its report."""
+    base = prepare(recipe_of(Directory(run_uri)))
+    with ProgressScreen(_err, num_workers=base.config.workers) as listener:
+        found = do_export(base, point, listener=listener)
+    _print_report(found, json_=json_)
+
+
 def methods(*, json_: bool) -> None:
     """Print every method with its options and defaults."""
     specs = [registry.spec(name) for name in registry.available()]
@@ -151,8 +197,7 @@ def methods(*, json_: bool) -> None:
 
 def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener: Any) -> Any:
     journal = Journal(run_, listener)
-    setup = WorkerSetup(name="pattern", incarnation="", run_uri=run_.uri,
-                        threads=plan_.threads, device=plan_.device)  # fmt: skip
+    setup = WorkerSetup(name="pattern", incarnation="", threads=plan_.threads, device=plan_.device)
     workers = max(map(len, plan_.waves))
     pool = Pool(RayExecutor(), setup, num_workers=workers, journal=journal)
     try:

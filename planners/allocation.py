@@ -58,7 +58,9 @@ def form_of(shape: ModelShape, widths: Sequence[Mapping[str, int]]) -> ModelForm
         layers.append(
             replace(
                 dense_form(shape),
-                **{FIELD[module]: width for module, width in layer.items()},
+                intermediate=layer["mlp"],
+                qk_head_dim=layer["qk"],
+                vo_head_dim=layer["vo"],
                 v_bias=shape.qkv_bias and not moved,
                 o_bias=shape.o_bias or moved,
             )
@@ -147,8 +149,8 @@ def marginal(
 ) -> ModelForm:
     """Return widths that spend the budget where a parameter costs the least measured damage.
 
-    Each module of each layer has a curve from parameters removed to damage. Its lower convex hull is
-    walked one step at a time, always the segment with the least damage per parameter next, until
+    Each module of each layer has a curve from parameters removed to damage. Its lower convex hull
+    is walked one step at a time, always the segment with the least damage per parameter next, until
     the budget is met; steps that turn out not to be needed are handed back.
 
     Args:
@@ -194,9 +196,7 @@ def marginal(
     )
 
 
-def levels(
-    shape: ModelShape, module: str, shares: Sequence[float], *, round_to: int
-) -> list[int]:
+def levels(shape: ModelShape, module: str, shares: Sequence[float], *, round_to: int) -> list[int]:
     """Return the widths at which the damage of a module is measured, descending, each once."""
     full = full_widths(shape)[module]
     found = {rounded(shape, module, share * full, round_to=round_to) for share in shares}

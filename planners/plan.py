@@ -221,9 +221,7 @@ class MethodSpec:
     measures: Callable[[Mapping[str, Option]], str] = lambda _: ""
     cuts: Callable[[Mapping[str, Option]], tuple[str, ...]] = lambda _: ()
     allocate: (
-        Callable[
-            [ModelShape, Target, Mapping[str, Option], list[Mapping[str, object]]], ModelForm
-        ]
+        Callable[[ModelShape, Target, Mapping[str, Option], list[Mapping[str, object]]], ModelForm]
         | None
     ) = None
 

@@ -67,9 +67,7 @@ def layer_statistics(
 ) -> list[Statistic]:
     """Return what one layer accumulates; only the last observes what leaves it."""
     last = layer == num_layers - 1
-    return sorted(
-        s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last
-    )
+    return sorted(s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last)
 
 
 def compression_units(

@@ -118,14 +118,14 @@ def compress_local(model: Path, out: Path, **how: Any) -> dict[str, float]:
     def die_before_verifying(event: Event) -> None:
         listener(event)
         if event["kind"] == "phase begins" and event["unit"] == "verify":
-            raise DriverDied
+            raise DeadDriverError
 
-    with contextlib.suppress(DriverDied):
+    with contextlib.suppress(DeadDriverError):
         run_on(prepared, executor, listener=die_before_verifying)
     return {name: perplexity(out, name) for name in ("dense", "compressed")}
 
 
-class DriverDied(Exception):
+class DeadDriverError(Exception):
     """A driver that is gone in the middle of its work."""
 
 

@@ -3,11 +3,14 @@
 import atexit
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from orchestrator import cluster
 
 _remote_code = tempfile.TemporaryDirectory(prefix="compress-cluster-tests-")
 atexit.register(_remote_code.cleanup)
@@ -36,3 +39,10 @@ def shared() -> Path:
     if not (path / "models").is_dir():
         pytest.skip("needs ../shared/models, which a fresh clone has not")
     return path
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Start one small Ray cluster for all tests that need one."""
+    with cluster.connected("local", num_cpus=4, num_gpus=0, store_bytes=0):
+        yield

@@ -12,6 +12,7 @@ A v bias moves into the o bias exactly, because the rows of a softmax sum to one
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -177,7 +178,7 @@ def _cut_vo(
     new["v_proj.weight"] = torch.cat(new_v).to(value.dtype)
     merged = torch.cat(new_o).reshape(-1, out_dim)  # (heads * keep, out)
     new["o_proj.weight"] = merged.T.to(output.dtype).contiguous()
-    return lost**0.5
+    return math.sqrt(lost)
 
 
 def _value_gram(
@@ -292,7 +293,10 @@ SPEC = MethodSpec(
         OptionSpec(name="modules", default="mlp,qk,vo", help="which modules take part"),
         OptionSpec(name="round_to", default=8, minimum=1, help="FFN width is a multiple of this"),
         OptionSpec(
-            name="ridge", default=1e-3, minimum=0, help="relative to the mean of the gram's diagonal"
+            name="ridge",
+            default=1e-3,
+            minimum=0,
+            help="relative to the mean of the gram's diagonal",
         ),
         OptionSpec(
             name="temperature", default=0.2, minimum=1e-6, help="of the softmax over influence"

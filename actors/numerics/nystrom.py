@@ -53,7 +53,8 @@ def ridge_leverage(
     inverse = torch.linalg.solve_triangular(
         factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
     )
-    return 1 - scale * inverse.square().sum(dim=0)
+    left: Tensor = inverse.square().sum(dim=0)
+    return 1 - scale * left
 
 
 def nystrom(

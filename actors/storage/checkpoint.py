@@ -26,7 +26,8 @@ INDEX = "model.safetensors.index.json"
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SAMPLED_BLOCKS = 64
 SAMPLE_BYTES = 4096
-MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors; JSON takes up to 40 times that once parsed
+MAX_JSON_BYTES = 10**7  # an index of 90,000 tensors; JSON takes up to 40 times that once parsed
+MAX_NAME = 255  # characters
 COMPRESSED = "compress_cluster"  # model_type of our own results
 BLOCK_BYTES = 2**25  # of a tensor that is read in blocks
 # Tables that older programs stored; they follow from the config.
@@ -248,7 +249,8 @@ def _check_name(file: object, *, where: str) -> None:
     """Refuse what is no plain name of a file beside the index."""
     if not isinstance(file, str) or not file.endswith(".safetensors"):
         raise ModelError(f"{where} is in {shown(file)}; only .safetensors files are read")
-    if "/" in file or "\\" in file or file.startswith(".") or not file.isprintable():
+    plain = file.isprintable() and not file.startswith(".") and len(file) <= MAX_NAME
+    if "/" in file or "\\" in file or not plain:
         raise ModelError(f"{where} is in {shown(file)}; a file of the directory is needed")
 
 

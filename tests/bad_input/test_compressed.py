@@ -1,0 +1,106 @@
+"""A compressed checkpoint that comes back: as broken as any other input."""
+
+import json
+import shutil
+
+import pytest
+
+from orchestrator.config import load_config
+from orchestrator.prepare import prepare_evaluation
+from planners.errors import ModelError
+from tests.bad_input.refusals import attempt, refusal
+from tests.builders import run_local
+
+
+@pytest.fixture(scope="session")
+def compressed(sound, tmp_path_factory):
+    """The result of a run on the sound model."""
+    out = tmp_path_factory.mktemp("compressed") / "run"
+    run_local(sound, out)
+    return out / "model"
+
+
+@pytest.fixture
+def model(compressed, tmp_path):
+    """A copy of the compressed model."""
+    return shutil.copytree(compressed, tmp_path / "model")
+
+
+@pytest.fixture
+def refused(model, sound):
+    """Return a function that evaluates the model, and returns why that is refused."""
+    tokens = f"tokens:{sound}/tokens/evaluation.safetensors"
+
+    def call(error_class, *words):
+        def evaluate():
+            overrides = {"model": str(model), "device": "cpu", "evaluation.source": tokens}
+            return prepare_evaluation(load_config(None, overrides))
+
+        return refusal(error_class, evaluate, *words) if error_class else evaluate()
+
+    return call
+
+
+@pytest.fixture
+def form(model, edit):
+    """Return a function that changes the form of the first layer."""
+
+    def change(**keys):
+        forms = json.loads((model / "config.json").read_text())["layer_forms"]
+        edit("config.json", layer_forms=[{**forms[0], **keys}, *forms[1:]])
+
+    return change
+
+
+def test_a_sound_result_is_evaluated(refused):
+    assert len(refused(None).ids) == 7
+
+
+def test_a_compressed_model_is_not_compressed_again(model, sound, tmp_path):
+    tokens = f"tokens:{sound}/tokens/calibration.safetensors"
+    data = {"calibration__source": tokens, "evaluation__source": tokens}
+    refusal(
+        ModelError,
+        lambda: attempt(model, tmp_path / "run", **data),
+        "is a compressed model already",
+    )
+
+
+@pytest.mark.parametrize("forms", [None, 3, [], [1, 2, 3], [{}, {}, {}], "forms", {"a": 1}])
+def test_layers_without_forms_are_refused(refused, edit, forms):
+    edit("config.json", layer_forms=forms)
+    refused(ModelError, "config.json: transformers cannot build this model")
+
+
+@pytest.mark.parametrize("width", [-8, "8", None, 1.5, []])
+def test_a_form_of_impossible_widths_is_refused(refused, form, width):
+    form(residual_in=width)
+    refused(ModelError, "config.json: ")
+
+
+@pytest.mark.parametrize("key", ["residual_in", "residual_mid", "intermediate", "qk_head_dim"])
+def test_a_form_of_other_widths_is_refused_by_the_tensor(refused, form, key):
+    form(**{key: 2**24})
+    refused(ModelError, "config.json: asks for tensor model.layers.0.", "in the weights it is ")
+
+
+def test_a_missing_layer_file_is_refused_by_name(refused, model):
+    (model / "layer-00001.safetensors").unlink()
+    refused(ModelError, "names layer-00001.safetensors, which does not exist")
+
+
+def test_a_layer_file_in_the_place_of_another_is_refused(refused, model):
+    shutil.copy(model / "layer-00000.safetensors", model / "layer-00001.safetensors")
+    refused(ModelError, "'model.layers.0.", "is in layer-00000.safetensors and in layer-00001.")
+
+
+def test_the_model_it_was_made_from_must_be_supported(refused, edit):
+    edit("config.json", compressed_from="bert")
+    refused(ModelError, "model_type 'bert' is not supported")
+    edit("config.json", compressed_from=["llama"])
+    refused(ModelError, "is not supported")
+
+
+def test_code_in_its_directory_is_not_run(refused, model, canary):
+    (model / "modeling_compressed.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    assert refused(None).subject.uri == str(model)

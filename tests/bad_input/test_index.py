@@ -1,0 +1,223 @@
+"""Which file holds which tensor, as a stranger says it: nothing outside the model is ever read."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from actors.storage.checkpoint import MAX_JSON_BYTES
+from planners.errors import ModelError
+from tests.bad_input.refusals import attempt, refusal
+from tests.builders import save_model
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    """A random model in several files."""
+    folder = save_model(tmp_path_factory.mktemp("sound") / "model", max_shard_size="20KB")
+    attempt(folder, folder / "run")
+    return folder
+
+
+@pytest.fixture
+def place(model):
+    """Return a function that sets where the index says that the final norm is."""
+
+    def change(file):
+        index = json.loads((model / "model.safetensors.index.json").read_text())
+        index["weight_map"][NORM] = file
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+@pytest.fixture
+def norm_file(model):
+    """The file that holds the final norm."""
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    return model / index["weight_map"][NORM]
+
+
+def test_the_model_is_in_several_files(model):
+    assert len(list(model.glob("model-*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../secret.safetensors",
+        "../model/model-00001-of-00009.safetensors",
+        "/etc/secret.safetensors",
+        "..\\secret.safetensors",
+        "C:\\secret.safetensors",
+        "sub/model.safetensors",
+        "./model.safetensors",
+        ".safetensors",
+        "..safetensors",
+        "a\0b.safetensors",
+        "a\nb.safetensors",
+        "a\x1b[2Jb.safetensors",
+        "\ud800.safetensors",
+    ],
+)
+def test_a_file_elsewhere_is_refused(refused, place, file):
+    place(file)
+    refused(ModelError, NORM, repr(file), "a file of the directory is needed")
+
+
+@pytest.mark.parametrize(
+    "file", ["pytorch_model.bin", "safetensors", "model.safetensors.bin", "", None, 1, [], {}]
+)
+def test_what_is_no_safetensors_file_is_refused(refused, place, file):
+    place(file)
+    refused(ModelError, NORM, repr(file), "only .safetensors files are read")
+
+
+def test_a_file_that_does_not_exist_is_refused(refused, place):
+    place("missing.safetensors")
+    refused(ModelError, "missing.safetensors", "does not exist")
+
+
+def test_a_name_too_long_for_a_file_is_refused(refused, place):
+    place("x" * 300 + ".safetensors")
+    refused(ModelError, NORM, "xxx", "a file of the directory is needed")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(refused, place, model):
+    (model / "folder.safetensors").mkdir()
+    place("folder.safetensors")
+    refused(ModelError, "folder.safetensors", "does not exist")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(refused, place, model):
+    os.mkfifo(model / "pipe.safetensors")  # opened, it would be waited for
+    place("pipe.safetensors")
+    refused(ModelError, "pipe.safetensors", "does not exist")
+
+
+def test_a_tensor_that_is_not_in_the_file_named_is_refused(refused, place, model, norm_file):
+    other = next(f for f in sorted(model.glob("model-*.safetensors")) if f != norm_file)
+    place(other.name)
+    refused(ModelError, NORM, f"is not in {other.name} as it says")
+
+
+def test_a_tensor_that_is_nowhere_is_refused(refused, model):
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.more.weight"] = index["weight_map"][NORM]
+    path.write_text(json.dumps(index))
+    refused(ModelError, "'model.more.weight' is not in model-")
+
+
+def test_a_tensor_in_two_files_is_refused(refused, place, model, norm_file):
+    shutil.copy(norm_file, model / "copy.safetensors")
+    place("copy.safetensors")
+    refused(ModelError, "is in copy.safetensors and in model-")
+
+
+@pytest.mark.parametrize("weight_map", [{}, [], None, "model.safetensors", 3])
+def test_an_index_without_a_map_is_refused(refused, edit, weight_map):
+    edit("model.safetensors.index.json", weight_map=weight_map)
+    refused(ModelError, "model.safetensors.index.json", "weight_map is missing or empty")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not valid JSON"),
+        (b"{'weight_map'}", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[1, 2]", "not a JSON object"),
+        (b'"' + b"x" * MAX_JSON_BYTES, "are too many for a JSON file"),
+        (b'{"weight_map":[' + b"[]," * (MAX_JSON_BYTES // 3 - 10) + b"[]]}", "missing or empty"),
+    ],
+    ids=["empty", "not JSON", "not text", "nested", "array", "too large", "full of lists"],
+)
+def test_a_broken_index_is_refused(refused, model, data, words):
+    (model / "model.safetensors.index.json").write_bytes(data)
+    refused(ModelError, "model.safetensors.index.json", words)
+
+
+def test_a_truncated_file_is_refused_by_name(refused, norm_file):
+    norm_file.write_bytes(norm_file.read_bytes()[:-1])
+    refused(ModelError, norm_file.name, "truncated")
+
+
+def test_a_missing_file_is_refused_by_name(refused, norm_file):
+    norm_file.unlink()
+    refused(ModelError, norm_file.name, "does not exist")
+
+
+def test_a_link_out_of_the_model_is_refused(refused, norm_file, tmp_path):
+    target = norm_file.rename(tmp_path / "elsewhere.safetensors")
+    norm_file.symlink_to(target)
+    refused(ModelError, str(norm_file), "is a link that leaves the model's directory")
+
+
+def test_a_link_out_by_way_of_a_link_is_refused(refused, norm_file, tmp_path):
+    target = norm_file.rename(tmp_path / "elsewhere.safetensors")
+    (norm_file.parent / "inner").symlink_to(target)
+    norm_file.symlink_to("inner")
+    refused(ModelError, str(norm_file), "is a link that leaves the model's directory")
+
+
+def test_a_link_in_a_circle_is_refused(refused, norm_file):
+    norm_file.unlink()
+    norm_file.symlink_to(norm_file.name)
+    refused(ModelError, str(norm_file), "is a link to nothing")
+
+
+def test_a_link_to_nothing_is_refused(refused, norm_file):
+    norm_file.unlink()
+    norm_file.symlink_to("nothing.safetensors")
+    refused(ModelError, str(norm_file), "is a link to nothing")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json"]
+)
+def test_a_link_to_a_secret_is_refused_before_it_is_copied_into_a_result(
+    refused, model, tmp_path, name
+):
+    secret = tmp_path / "credentials"
+    secret.write_text('{"key": "AKIA"}')
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(secret)
+    assert "AKIA" not in refused(ModelError, str(model / name), "is a link that leaves")
+
+
+def test_links_inside_the_model_are_followed(model, norm_file, tmp_path):
+    target = norm_file.rename(model / "renamed.safetensors")
+    norm_file.symlink_to(target.name)
+    assert attempt(model, tmp_path / "run").source_bytes > 0
+
+
+def test_the_links_of_a_hub_cache_are_followed(model, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    blobs = tmp_path / "models--org--name" / "blobs"
+    shutil.copytree(model, snapshot)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(snapshot.glob("*.*"))):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    assert attempt(snapshot, tmp_path / "run").source_bytes > 0
+
+
+def test_a_cache_link_out_of_the_cache_is_refused(model, tmp_path):
+    snapshot = shutil.copytree(model, tmp_path / "cache" / "snapshots" / "0123")
+    target = (snapshot / "config.json").rename(tmp_path / "config.json")
+    (snapshot / "config.json").symlink_to(target)
+    refusal(ModelError, lambda: attempt(snapshot, tmp_path / "run"), "is a link that leaves")
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(model, sound, tmp_path):
+    whole = save_model(tmp_path / "whole", seed=1)
+    shutil.copy(whole / "model.safetensors", model)
+    (model / "model.safetensors.index.json").write_text("not read")
+    found = attempt(model, tmp_path / "run").revision
+    assert found == attempt(whole, tmp_path / "run").revision
+    assert found != attempt(sound, tmp_path / "run").revision
