@@ -70,7 +70,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     named = {f"{prefix}.{_below_layer(family, role)}": t.cpu() for role, t in new.items()}
     name = f"model/layer-{task.index:05d}.safetensors"
     entry = write_tensors(run, name, named, metadata={"format": "pt"})
-    return (entry,), {**values, "tensors": {k: _described(t) for k, t in named.items()}}
+    return (entry,), {**values, "tensors": {k: described(t) for k, t in named.items()}}
 
 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -116,7 +116,7 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
         scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
         tensors = {family.final_norm: scale.cpu()}
         norm_file = write_tensors(run, "model/norm.safetensors", tensors, metadata={"format": "pt"})
-        described = {k: _described(t) for k, t in tensors.items()}
+        described = {k: described(t) for k, t in tensors.items()}
         known = values.get("tensors", {})
         assert isinstance(known, dict)  # ours, written by _table
         files, values = (*files, norm_file), {"tensors": {**known, **described}}
@@ -178,7 +178,7 @@ def _below_layer(family: object, role: str) -> str:
     return f"{names.get(part, part)}.{rest}"
 
 
-def _described(tensor: Tensor) -> dict[str, object]:
+def described(tensor: Tensor) -> dict[str, object]:
     """Return what a reader can compare: the hash of the bytes as they were computed."""
     return {
         "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),

@@ -169,6 +169,31 @@ def export(run_uri: str, point: str, json_: bool) -> None:
 
 
 @cli.command()
+@click.argument("directory")
+@as_json
+def verify(directory: str, json_: bool) -> None:
+    """Check a run or a model: bytes against records, reload, generate with and without cache."""
+    from orchestrator import screens
+
+    screens.verify(directory, json_=json_)
+
+
+@cli.command()
+@click.argument("directories", nargs=-1, required=True)
+@click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--batch", "batches", type=int, multiple=True, help="Batch sizes. [1 and 8]")
+@click.option("--new-tokens", default=32, show_default=True, help="Tokens generated for each.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@as_json
+def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
+    """Time DIRECTORIES, dense and compressed side by side: prefill, decode, memory."""
+    from orchestrator import screens
+
+    given["batches"] = given["batches"] or (1, 8)
+    screens.bench(list(directories), json_=json_, **given)
+
+
+@cli.command()
 @as_json
 def methods(json_: bool) -> None:
     """List the methods, their options and defaults."""

@@ -10,7 +10,7 @@ from actors.evaluator import Evaluator
 from actors.messages import Microbatch, StepDone, ThroughputRequest, UnitDone, UnitTask
 from orchestrator.calibrate import assignments, boundary_name, cut
 from orchestrator.context import RunContext, WorkContext
-from orchestrator.executors import Resources
+from orchestrator.executors import Executor, Resources
 from orchestrator.pipeline import Pass, PassPlan
 from orchestrator.prepare import Prepared
 from orchestrator.subjects import EvaluationPlan, Subject
@@ -20,6 +20,15 @@ from planners.units import Unit
 
 EVALUATION_TOKENS = "tokens/evaluation.parquet"
 PROMPT_TOKENS, BATCH, NEW_TOKENS, ROUNDS = 128, 4, 32, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshProcess:
+    """A process for one unit, with its threads and device."""
+
+    unit: str
+    threads: int
+    device: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,31 +146,41 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
         rounds=ROUNDS,
     )
     with context.phase("throughput", total=1):
-        done = in_fresh_process(context, unit, "throughput", request)
+        done = run_in_fresh_process(context, unit, "throughput", request)
         context.ledger.commit(unit, done, attempt=1)
     return done.values
 
 
-def in_fresh_process(context: RunContext, unit: Unit, method: str, request: object) -> UnitDone:
+def in_fresh_process(
+    executor: Executor, fresh: FreshProcess, method: str, request: object
+) -> UnitDone:
     """Return what an evaluator in a process of its own says to a request."""
-    config, executor = context.prepared.config, context.pool.executor
-    gpus = 1.0 if config.device == "cuda" else 0.0
+    gpus = 1.0 if fresh.device == "cuda" else 0.0
     handle = executor.spawn(
         Evaluator,
-        config.threads,
-        config.device,
-        resources=Resources(num_cpus=config.threads, num_gpus=gpus),
-        name=f"evaluator-{unit.name}-{uuid4().hex[:8]}",
+        fresh.threads,
+        fresh.device,
+        resources=Resources(num_cpus=fresh.threads, num_gpus=gpus),
+        name=f"evaluator-{fresh.unit}-{uuid4().hex[:8]}",
     )
     try:
-        ticket = executor.call(handle, method, unit.name, request, label=unit.name)
+        ticket = executor.call(handle, method, fresh.unit, request, label=fresh.unit)
         while not executor.ready([ticket], seconds=1.0):
             pass
         done: UnitDone = executor.result(ticket)
     finally:
         executor.kill(handle)
-    context.journal.tell(unit.kind, unit=unit.name, worker=done.worker, start=done.started,
-                         seconds=done.seconds)  # fmt: skip
+    return done
+
+
+def run_in_fresh_process(context: RunContext, unit: Unit, method: str, request: object) -> UnitDone:
+    """Return what an evaluator says to a request, telling the journal; nothing is recorded yet."""
+    config = context.prepared.config
+    fresh = FreshProcess(unit=unit.name, threads=config.threads, device=config.device)
+    done = in_fresh_process(context.pool.executor, fresh, method, request)
+    context.journal.tell(
+        unit.kind, unit=unit.name, worker=done.worker, start=done.started, seconds=done.seconds
+    )
     return done
 
 

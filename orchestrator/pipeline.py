@@ -41,8 +41,8 @@ class _StageState:
 
     next: int = 0
     done: int = 0
-    inflight: dict[Any, int] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
+    inflight: dict[Any, tuple[int, Any]] = field(default_factory=dict)  # ticket -> index, output
+    outputs: dict[int, Any] = field(default_factory=dict)  # computed, and waiting for the next
     publishing: dict[Any, UnitTask] = field(default_factory=dict)
     to_publish: list[UnitTask] = field(default_factory=list)
     loading: Any = None
@@ -127,9 +127,7 @@ class Pass:
         packed = self._stages[slot - 1].outputs[index] if slot > 0 else None
         label = f"{self._plan.kind}[layers {assignment.first}-{assignment.last - 1}] mb {index}"
         done, output = self._pool.call(slot, "step", here, packed, num_returns=2, label=label)
-        stage.inflight[done] = index
-        if not last and index >= self._stages[slot + 1].next:
-            stage.outputs[index] = output  # else only passed again on its way to a lost stage
+        stage.inflight[done] = (index, output)
 
     def _take(self, ticket: Any) -> None:
         slot = next((s for s, g in enumerate(self._stages) if ticket in self._tickets(g)), None)
@@ -141,7 +139,7 @@ class Pass:
         except WorkerLost as lost:
             self._restart(slot, lost)
         except InputLost:
-            self._feed_again(slot, stage.inflight[ticket])
+            self._feed_again(slot, stage.inflight[ticket][0])
         else:
             self._accept(slot, ticket, answer)
 
@@ -153,8 +151,11 @@ class Pass:
             self._pool.saw([answer])
             self._on_published(stage.publishing.pop(ticket), answer)
         else:
-            index = stage.inflight.pop(ticket)
-            stage.done = max(stage.done, index + 1)
+            index, output = stage.inflight.pop(ticket)
+            stage.done += int(index == stage.done)  # else passed on again, or out of its turn
+            # Not before: a call that waits for the output of a lost worker would fail with it.
+            if slot < len(self._stages) - 1 and index >= self._stages[slot + 1].next:
+                stage.outputs[index] = output  # else only passed again on its way to a lost stage
             self._pool.saw([answer])
             if slot > 0:  # consumed: the object store may have its memory back
                 self._stages[slot - 1].outputs.pop(index, None)
@@ -174,7 +175,7 @@ class Pass:
     def _feed_again(self, slot: int, index: int) -> None:
         """Bring microbatches from ``index`` on to a stage again, from the source if need be."""
         stage = self._stages[slot]
-        stage.inflight = {t: i for t, i in stage.inflight.items() if i < index}
+        stage.inflight = {t: call for t, call in stage.inflight.items() if call[0] < index}
         stage.next = index
         for upstream in self._stages[:slot]:
             upstream.next = min(upstream.next, index)

@@ -14,7 +14,7 @@ from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator import cluster, lease
+from orchestrator import cluster, examine, lease
 from orchestrator.config import RunConfig
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
@@ -32,7 +32,7 @@ from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PARETO, points_of
 from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
-from planners.errors import StorageError
+from planners.errors import NumericsError, StorageError
 from planners.plan import to_json
 
 _err = Console(stderr=True, highlight=False)
@@ -171,6 +171,46 @@ def export(run_uri: str, point: str, *, json_: bool) -> None:
     with ProgressScreen(_err, num_workers=base.config.workers) as listener:
         found = do_export(base, point, listener=listener)
     _print_report(found, json_=json_)
+
+
+def verify(directory: str, *, json_: bool) -> None:
+    """Print what was checked of a run or a model.
+
+    Raises:
+        NumericsError: a check did not hold.
+    """
+    checks = examine.verify(directory)
+    failed = [check["name"] for check in checks if not check["passed"]]
+    if json_:
+        print(json.dumps({"directory": directory, "passed": not failed, "checks": checks}))  # noqa: T201 the one document
+    else:
+        table = Table(title=directory, title_justify="left", show_header=False)
+        for check in checks:
+            mark = "[green]held[/]" if check["passed"] else "[red]failed[/]"
+            table.add_row(mark, check["name"], check["detail"])
+        _out.print(table)
+    if failed:
+        raise NumericsError(f"{directory}: {', '.join(failed)}: did not hold")
+
+
+def bench(directories: list[str], *, json_: bool, **how: Any) -> None:
+    """Print prefill and decode rates of several models side by side."""
+    rows = examine.bench(directories, **how)
+    if json_:
+        print(json.dumps({"rows": rows}))  # noqa: T201 the one document
+        return
+    table = Table(title=f"prompt {how['prompt']}, {how['new_tokens']} new", title_justify="left")
+    for column in ("model", "batch", "prefill tok/s", "decode tok/s", "peak MiB"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            str(row["batch"]),
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.0f}",
+            f"{row['peak_bytes'] / 2**20:,.1f}",
+        )
+    _out.print(table)
 
 
 def methods(*, json_: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from actors.messages import VerifyRequest
 from orchestrator.context import RunContext
-from orchestrator.evaluate import in_fresh_process
+from orchestrator.evaluate import run_in_fresh_process
 from orchestrator.subjects import Subject
 from planners.errors import NumericsError
 from planners.plan import SCHEMA_VERSION, fingerprint
@@ -35,7 +35,7 @@ def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
         whole=context.parameters_after * 4 < FITS * memory,
     )
     with context.phase("verify", total=1):
-        done = in_fresh_process(context, unit, "verify", request)
+        done = run_in_fresh_process(context, unit, "verify", request)
         checks = done.values["checks"]
         assert isinstance(checks, list)  # written by our own evaluator
         failed = [c for c in checks if not c["passed"]]

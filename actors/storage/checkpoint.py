@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from actors.storage.files import Directory
-from actors.storage.headers import TensorEntry, shown
+from actors.storage.headers import TensorEntry
+from actors.storage.quoting import shown
 from actors.storage.tensors import NAME_OF, read_header, read_tensor
 from planners.errors import ModelError, StorageError
 from planners.families import family_of

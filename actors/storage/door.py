@@ -4,11 +4,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from actors.storage.checkpoint import COMPRESSED, Checkpoint
+from actors.storage.quoting import said
 from planners.errors import ModelError
 from planners.families import load as load_family
 
 DOOR_BYTES = 1_000_000_000  # below this all values are looked at; above it workers do as they read
-MAX_CHARACTERS = 300  # of what transformers says
 
 # What transformers raises about a config that it cannot take: it promises no class of its own.
 _REFUSALS = (
@@ -61,10 +61,7 @@ def check_classes(checkpoint: Checkpoint) -> None:
         compressed = checkpoint.config["model_type"] == COMPRESSED
         expected = _compressed_shapes(checkpoint) if compressed else {}
     except _REFUSALS as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"{where}: transformers cannot build this model: {said[:MAX_CHARACTERS]}"
-        ) from error
+        raise ModelError(f"{where}: transformers cannot build this model: {said(error)}") from error
     stored = {name: place.entry.shape for name, place in checkpoint.locations.items()}
     wrong = [name for name, dims in expected.items() if stored.get(name) != dims]
     if wrong:

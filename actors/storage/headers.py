@@ -5,12 +5,12 @@ then the data. Nothing is allocated or read on the word of a header before it ha
 """
 
 import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from actors.storage.quoting import shown
 from planners.errors import ModelError
 
 # Room for some 75,000 tensors. JSON takes up to 40 times its bytes once it is parsed, so this is
@@ -22,9 +22,6 @@ DTYPE_BYTES = {
 }  # fmt: skip
 MAX_DIMS = 8
 MAX_BYTES = 2**62  # of a tensor, dims of 0 counted as 1: what a reader's integers can hold
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 200
-_SHORT.maxlist = 2 * MAX_DIMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +100,6 @@ def parse_header(data: bytes | bytearray, *, file_bytes: int, where: str) -> dic
             f"the file has {file_bytes}"
         )
     return entries
-
-
-def shown(value: object) -> str:
-    """Return a value of a stranger as it may stand in a message: one line, cut where it is long."""
-    return _SHORT.repr(value)
 
 
 def _check_metadata(metadata: object, *, where: str) -> None:

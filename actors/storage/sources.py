@@ -105,7 +105,9 @@ def embedded_model() -> Path:
 def _local_model(name: str) -> ModelSource:
     try:
         path = Path(name).expanduser().resolve()
-        exists = path.exists()
+        exists, is_folder = path.exists(), path.is_dir()
+        has_config, inner = (path / "config.json").is_file(), path / "model"
+        holds_model = (inner / "config.json").is_file()  # as a run directory does its result
     except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a loop of links, a NUL.
         raise ModelError(f"model {name!r}: {error}") from error
     if not exists:
@@ -113,16 +115,15 @@ def _local_model(name: str) -> ModelSource:
             f"model {name!r}: no such directory",
             hint=f"a directory with a config.json, or one of: {', '.join(ALIASES)}",
         )
-    if not path.is_dir():
+    if not is_folder:
         raise ModelError(
             f"model {name!r}: is a file", hint="give the directory with its config.json"
         )
-    if not (path / "config.json").is_file():
-        inner = path / "model"  # Where a run directory holds its result.
+    if not has_config:
         raise ModelError(
             f"model {name!r}: the directory has no config.json",
             hint=f"did you mean {inner}?"
-            if (inner / "config.json").is_file()
+            if holds_model
             else "give the directory that save_pretrained wrote, or that was downloaded",
         )
     return ModelSource(name=path.name or "model", uri=str(path))

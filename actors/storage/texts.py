@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import itertools
 import json
-import reprlib
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.storage.quoting import said, shown
 from planners.errors import DataError
 
 SPLITS = ("train", "calibration", "evaluation")
@@ -79,11 +80,26 @@ def _open_source(source: str, split: str) -> Iterator[str]:
             f"unknown text source {source!r}",
             hint=f"stdlib, wikitext2, or the path of a file ending in {', '.join(_FILE_READERS)}",
         )
-    if not path.exists():
-        raise DataError(f"{path}: no such file", hint="give the path of an existing local file")
-    if not path.is_file():
-        raise DataError(f"{path}: is not a file", hint="give the path of a file")
+    require_file(path, hint="give the path of an existing local file")
     return reader(path)
+
+
+def require_file(path: Path, *, hint: str) -> None:
+    """See that a path is that of a file.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)  # a pipe would be waited for
+        if is_file:
+            path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{path}: no such file", hint=hint) from error
+    except (OSError, ValueError) as error:  # not allowed, too long, or with a NUL in it
+        raise DataError(f"{path}: cannot be read: {said(error)}", hint=hint) from error
+    if not is_file:
+        raise DataError(f"{path}: is not a file", hint=hint)
 
 
 def _read_stdlib(split: str) -> Iterator[str]:
@@ -194,17 +210,21 @@ def _text_of_line(line: bytes, *, where: str) -> str:
     except UnicodeDecodeError as error:
         raise _not_utf8(error, where=where) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON: {error}", hint=expected) from error
+        raise DataError(f"{where}: is not JSON: {said(error)}", hint=expected) from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: is a {type(value).__name__}, not an object", hint=expected)
     if "text" not in value:
-        keys = reprlib.repr(list(value)).strip("[]") or "none"
+        keys = shown(list(value)).strip("[]") or "none"
         raise DataError(f"{where}: has no key 'text'; its keys: {keys}", hint=expected)
     text = value["text"]
     if not isinstance(text, str):
         raise DataError(
             f"{where}: key 'text' is a {type(text).__name__}, not a string", hint=expected
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: key 'text' is no text: {said(error)}", hint=expected) from error
     return text
 
 
@@ -223,14 +243,17 @@ def _read_parquet(path: Path) -> Iterator[str]:
         raise _not_utf8(error, where=str(path)) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: is not a readable parquet file: {error}", hint=expected
+            f"{path}: is not a readable parquet file: {said(error)}", hint=expected
         ) from error
 
 
 def _check_text_column(schema: pa.Schema, *, path: Path, expected: str) -> None:
-    if "text" not in schema.names:
-        columns = ", ".join(map(repr, schema.names)) or "none"
-        raise DataError(f"{path}: has no column 'text'; its columns: {columns}", hint=expected)
+    count = schema.names.count("text")
+    if count != 1:
+        columns = shown(schema.names).strip("[]") or "none"
+        raise DataError(
+            f"{path}: has {count or 'no'} column 'text'; its columns: {columns}", hint=expected
+        )
     column = schema.field("text").type
     if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
         raise DataError(f"{path}: column 'text' is of type {column}, not string", hint=expected)

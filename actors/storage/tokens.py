@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from actors.storage.quoting import said, shown
 from actors.storage.sources import embedded_model
-from actors.storage.texts import MAX_PIECE, piece_end, read_texts
+from actors.storage.texts import MAX_PIECE, piece_end, read_texts, require_file
 from planners.errors import DataError
 
 Tokens = NDArray[np.int64]
@@ -268,7 +269,15 @@ class _Broken:
     for that would hide every mistake of ours as well.
     """
 
-    _KINDS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+    _KINDS = (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+    )
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -282,10 +291,9 @@ class _Broken:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is Exception or isinstance(error, self._KINDS):
-            reason = str(error).strip().partition("\n")[0]
+        if error is not None and (kind is Exception or isinstance(error, self._KINDS)):
             raise DataError(
-                f"{self._directory}: has no tokenizer that can be loaded: {reason}",
+                f"{self._directory}: has no tokenizer that can be loaded: {said(error)}",
                 hint="put its tokenizer.json there, or give tokens:FILE.safetensors",
             ) from error
 
@@ -326,9 +334,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _read_tokens(path: Path, *, num_sequences: int | None) -> Tokens:
     """Return the first sequences of a file of tokens, or all."""
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {what}", hint=f"a .safetensors file with {_PACKED}")
+    require_file(path, hint=f"a .safetensors file with {_PACKED}")
     try:
         with safe_open(path, framework="numpy") as file:
             available, length = _checked_shape(file, path)
@@ -337,7 +343,8 @@ def _read_tokens(path: Path, *, num_sequences: int | None) -> Tokens:
             return tokens
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{path}: is not a readable .safetensors file: {error}", hint=f"it must hold {_PACKED}"
+            f"{path}: is not a readable .safetensors file: {said(error)}",
+            hint=f"it must hold {_PACKED}",
         ) from error
 
 
@@ -346,7 +353,7 @@ def _checked_shape(file: Any, path: Path) -> tuple[int, int]:
     names = sorted(file.keys())
     if names != [_TENSOR]:
         raise DataError(
-            f"{path}: holds the tensors {', '.join(names) or '(none)'}",
+            f"{path}: holds the tensors {shown(', '.join(names))[1:-1] or '(none)'}",
             hint=f"it must hold {_PACKED}, and nothing else",
         )
     rows = file.get_slice(_TENSOR)
@@ -390,6 +397,7 @@ def _cut(tokens: Tokens, sequence_length: int | None) -> Tokens:
 
 def _check_embedded_fits(directory: Path) -> None:
     """Refuse a model whose tokenizer gives other ids; one without a tokenizer may be meant so."""
+    _check_size(directory)
     path = directory / "tokenizer.json"
     if path.is_file() and _vocabulary(path) != _vocabulary(embedded_model() / "tokenizer.json"):
         raise DataError(
@@ -401,5 +409,5 @@ def _check_embedded_fits(directory: Path) -> None:
 def _vocabulary(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())["model"]["vocab"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{path}: is not a tokenizer: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: is not a tokenizer: {said(error)}") from error
