@@ -94,13 +94,18 @@ def run(
 @cli.command()
 @click.argument("model", required=False)
 @recipe_options
+@click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
 @as_json
-def plan(model: str | None, json_: bool, **given: Any) -> None:
-    """Print what a run would do: stages, waves, widths, bytes, operations. Nothing is started."""
+def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> None:
+    """Print what a run would do: stages, waves, widths, bytes, operations. Nothing is started.
+
+    The short names of Llama models, and any directory with a config.json and --cluster, need no
+    weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
+    """
     config = _config(model, given)
     from orchestrator import screens
 
-    screens.plan(config, json_=json_)
+    screens.plan(config, cluster_text=cluster, json_=json_)
 
 
 @cli.command("eval")

@@ -1,4 +1,4 @@
-"""Looking at results from outside a run: is every byte as recorded, does it load, how fast is it."""
+"""Looking at results from outside: is every byte as recorded, does it load, how fast is it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

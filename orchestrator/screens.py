@@ -20,6 +20,7 @@ from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
 from orchestrator.evaluate import evaluate as measure
 from orchestrator.executors import RayExecutor
+from orchestrator.forecast import forecast, parse_cluster
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
@@ -32,8 +33,9 @@ from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PARETO, points_of
 from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
+from planners.catalogue import CONFIGS
 from planners.errors import NumericsError, StorageError
-from planners.plan import to_json
+from planners.plan import RunPlan, StagePlan, to_json
 
 _err = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
@@ -43,7 +45,7 @@ def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> No
     """Do a run, showing how it goes on stderr, and print its report."""
     prepared = prepare(config)
     if dry_run:
-        _print_plan(prepared, json_=json_)
+        _print_prepared(prepared, json_=json_)
         return
     _err.print(f"[bold]{prepared.title}[/] -> {prepared.config.out}")
     num_workers = max(map(len, prepared.plan.waves))
@@ -52,9 +54,27 @@ def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> No
     _print_report(report, json_=json_)
 
 
-def plan(config: RunConfig, *, json_: bool) -> None:
-    """Print the plan of a run."""
-    _print_plan(prepare(config), json_=json_)
+def plan(config: RunConfig, *, cluster_text: str | None, json_: bool) -> None:
+    """Print the plan of a run; for a model whose weights are not here, from its config alone."""
+    if cluster_text is None and config.model not in CONFIGS:
+        _print_prepared(prepare(config), json_=json_)
+        return
+    devices = parse_cluster(cluster_text) if cluster_text else None
+    found = forecast(config, devices)
+    where = cluster_text or f"{config.workers} worker" + ("s" if config.workers > 1 else "")
+    facts = {"model": config.model, "method": config.method, "cluster": where}
+    title = f"{config.model} · {config.method} · {where}"
+    _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
+
+
+def _print_prepared(prepared: Prepared, *, json_: bool) -> None:
+    _print_plan(
+        prepared.plan,
+        title=prepared.title,
+        out=prepared.config.out,
+        facts=prepared.facts(),
+        json_=json_,
+    )
 
 
 def evaluate(config: RunConfig, *, json_: bool) -> None:
@@ -271,16 +291,17 @@ def _print_report(found: dict[str, Any], *, json_: bool) -> None:
         _out.print(render_terminal(found))
 
 
-def _print_plan(prepared: Prepared, *, json_: bool) -> None:
-    plan_ = prepared.plan
+def _print_plan(
+    plan_: RunPlan, *, title: str, out: str, facts: dict[str, Any], json_: bool
+) -> None:
     if json_:
-        print(json.dumps({"identity": to_json(prepared.facts()), "plan": to_json(plan_)}))  # noqa: T201 the one document
+        print(json.dumps({"identity": to_json(facts), "plan": to_json(plan_)}))  # noqa: T201 the one document
         return
-    table = Table(title=prepared.title, title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("how much")
     shape, form = plan_.shape, plan_.form
-    stages = plan_.waves[0][0].bytes
+    largest = max((stage for wave in plan_.waves for stage in wave), key=_stage_bytes)
     rows = {
         "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
         f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
@@ -290,19 +311,38 @@ def _print_plan(prepared: Prepared, *, json_: bool) -> None:
         "widths": _widths(plan_),
         "result": "a stock model" if form.native else "needs trust_remote_code=True",
         "calibration": f"{plan_.calibration_tokens:,} tokens, "
-        f"{plan_.calibration_flops / 1e12:.3g} TFLOP",
-        "stages": " | ".join(
-            ", ".join(f"layers {s.first}-{s.last - 1}" for s in wave) for wave in plan_.waves
-        ),
-        "worker memory": f"{plan_.worker_bytes / 2**20:,.0f} MiB ("
-        + ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in stages.items())
+        f"{plan_.calibration_flops / 1e12:,.3g} TFLOP",
+        "waves": f"{len(plan_.waves)} of {max(map(len, plan_.waves))} stages: "
+        + _layers_of(plan_.waves),
+        "worker memory": f"{_size(plan_.worker_bytes)} ("
+        + ", ".join(f"{kind} {_size(size)}" for kind, size in largest.bytes.items())
         + ")",
-        "disk": f"{plan_.disk_bytes / 2**20:,.0f} MiB",
-        "run directory": prepared.config.out,
+        "disk": _size(plan_.disk_bytes),
+        "run directory": out,
     }
     for what, how_much in rows.items():
         table.add_row(what, how_much)
     _out.print(table)
+
+
+def _stage_bytes(stage: StagePlan) -> int:
+    return sum(stage.bytes.values())
+
+
+def _layers_of(waves: tuple[tuple[StagePlan, ...], ...]) -> str:
+    """Return which layers go together; of many waves the first two and the last."""
+    said = [", ".join(f"{s.first}-{s.last - 1}" for s in wave) for wave in waves]
+    shown = said if len(said) <= 3 else [*said[:2], "...", said[-1]]  # noqa: PLR2004 a table cell
+    return "layers " + " | ".join(shown)
+
+
+def _size(count: float) -> str:
+    """Return bytes as people read them, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:  # noqa: PLR2004 binary units
+            return f"{count:,.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"  # noqa: PLR2004
+        count /= 1024
+    return f"{count:,.1f} TiB"
 
 
 def _widths(plan_: Any) -> str:
@@ -317,6 +357,9 @@ def _widths(plan_: Any) -> str:
         low, high = min(values), max(values)
         if low < before:
             said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
+    ranks = ", ".join(f"{name} {rank}" for name, rank in layers[0].ranks.items())
+    if ranks:
+        said.append(f"ranks: {ranks}")
     return "; ".join(said) or "unchanged"
 
 

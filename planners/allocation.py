@@ -1,15 +1,22 @@
 """A budget and what each cut costs -> how much of what to keep."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from planners.cost import dense_model_form, dense_parameters, model_parameters
+from planners.cost import (
+    dense_model_form,
+    dense_parameters,
+    layer_parameters,
+    model_parameters,
+)
 from planners.errors import PlanError
 from planners.plan import ModelForm, ModelShape, dense_form
 
 BISECTIONS = 60  # of a share in [0, 1]: finer than any width
+LOG_NOTHING = 40.0  # e^-40 of a width is less than rounding
 
 
 def largest_width(
@@ -105,8 +112,8 @@ def by_influence(
 ) -> ModelForm:
     """Return widths by Block Influence: layer i loses ``c * softmax(-s_i / temperature)``.
 
-    MoDeGPT eq. 10-11 (arXiv:2408.09632); c is chosen so that the true budget is met, and what
-    rounding leaves is handed back one step at a time.
+    MoDeGPT eq. 10-11 (arXiv:2408.09632); c is chosen so that the true budget is met. Where several
+    widths take their next step at the same c, only as many take it as the budget demands.
 
     Args:
         shape: of the model.
@@ -120,24 +127,31 @@ def by_influence(
         PlanError: the budget cannot be met; the message says how small it can get.
     """
     scores = [_number(finding["influence"]) for finding in findings]
-    least = min(scores)
-    weights = [math.exp((least - score) / temperature) for score in scores]
-    mean = sum(weights) / len(weights)
+    least, most = min(scores), max(scores)
     full = full_widths(shape)
-
-    def wanted(share: float) -> list[dict[str, float]]:
-        # From nothing removed at share 1 to everything at 0, each layer in its proportion.
-        removed = [min(1.0, (1 / max(share, 1e-9) - 1) * w / mean) for w in weights]
-        return [{m: (1 - r) * full[m] for m in modules} for r in removed]
+    # c on a logarithmic scale: from where no width loses anything to where all lose everything.
+    span = (most - least) / temperature + LOG_NOTHING
 
     def form(share: float) -> ModelForm:
-        return form_of(shape, [
-            full | {m: rounded(shape, m, w, round_to=round_to) for m, w in layer.items()}
-            for layer in wanted(share)
-        ])  # fmt: skip
+        removed = [
+            math.exp(min(0.0, (1 - share) * span - LOG_NOTHING - (score - least) / temperature))
+            for score in scores
+        ]
+        cut = [
+            {m: rounded(shape, m, (1 - r) * full[m], round_to=round_to) for m in modules}
+            for r in removed
+        ]
+        return form_of(shape, [full | layer for layer in cut])
 
-    found = largest_share(shape, form, keep_fraction=keep_fraction)
-    return _hand_back(shape, found, keep_fraction=keep_fraction, modules=modules, round_to=round_to)
+    within, over = _bracket(shape, form, keep_fraction=keep_fraction)
+    small, large = (_widths(shape, form(share)) for share in (within, over))
+    path = [
+        (layer, module, small[layer][module])
+        for layer in range(len(large))
+        for module in modules
+        if small[layer][module] < large[layer][module]
+    ]
+    return _walked(shape, large, path, keep_fraction=keep_fraction, round_to=round_to)
 
 
 def marginal(
@@ -151,7 +165,7 @@ def marginal(
 
     Each module of each layer has a curve from parameters removed to damage. Its lower convex hull
     is walked one step at a time, always the segment with the least damage per parameter next, until
-    the budget is met; steps that turn out not to be needed are handed back.
+    the budget is met. So a larger budget never makes any width smaller.
 
     Args:
         shape: of the model.
@@ -163,37 +177,36 @@ def marginal(
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
     """
-    budget = _budget(shape, keep_fraction)
-    full = full_widths(shape)
-    widths = [dict(full) for _ in findings]
     segments = sorted(
         (slope, layer, module, low)
         for layer, finding in enumerate(findings)
         for module, curve in _curves(finding).items()
         for slope, low in _hull(shape, module, curve)
     )
-    count = model_parameters(shape, form_of(shape, widths))
-    for _, layer, module, low in segments:
-        if count <= budget:
-            break
-        step = QUANTUM.get(module, round_to)
-        price = _price(shape, module)
-        left = widths[layer][module] - low
-        # Enough steps to meet the budget, or the whole segment.
-        needed = math.ceil((count - budget) / (price * step)) * step
-        width = widths[layer][module] - min(left, needed)
-        widths[layer][module] = max(low, rounded(shape, module, width, round_to=round_to))
-        count = model_parameters(shape, form_of(shape, widths))
-    if count > budget:
-        _refuse(count / dense_parameters(shape), keep_fraction)
-    last = [module for _, _, module, _ in segments]
-    return _hand_back(
-        shape,
-        form_of(shape, widths),
-        keep_fraction=keep_fraction,
-        modules=tuple(dict.fromkeys(last)),
-        round_to=round_to,
-    )
+    path = [(layer, module, low) for _, layer, module, low in segments]
+    whole = [full_widths(shape)] * len(findings)
+    return _walked(shape, whole, path, keep_fraction=keep_fraction, round_to=round_to)
+
+
+def require_levels(
+    shape: ModelShape,
+    *,
+    keep_fraction: float,
+    modules: Sequence[str],
+    shares: Sequence[float],
+    round_to: int,
+) -> None:
+    """See that `marginal` can meet a budget, before anything is measured.
+
+    Raises:
+        PlanError: it is below the lowest levels of all modules; the message says how small it can
+            get.
+    """
+    full = full_widths(shape)
+    lowest = {m: min(levels(shape, m, shares, round_to=round_to), default=full[m]) for m in modules}
+    smallest = model_parameters(shape, form_of(shape, [full | lowest] * shape.num_layers))
+    if smallest > _budget(shape, keep_fraction):
+        _refuse(smallest / dense_parameters(shape), keep_fraction)
 
 
 def levels(shape: ModelShape, module: str, shares: Sequence[float], *, round_to: int) -> list[int]:
@@ -241,50 +254,78 @@ def _curves(finding: Mapping[str, object]) -> dict[str, list[tuple[int, float]]]
     }
 
 
-def _hand_back(
+def _walked(
     shape: ModelShape,
-    form: ModelForm,
+    widths: Sequence[Mapping[str, int]],
+    path: Sequence[tuple[int, str, int]],
     *,
     keep_fraction: float,
-    modules: Sequence[str],
     round_to: int,
 ) -> ModelForm:
-    """Widen modules one step at a time while the budget allows, the most cut ones first."""
-    full = full_widths(shape)
-    widths = [{m: getattr(layer, FIELD[m]) for m in full} for layer in form.layers]
-    room = _budget(shape, keep_fraction) - model_parameters(shape, form)
-    cut = [
-        (widths[i][m] / full[m], i, m)
-        for i in range(len(widths))
-        for m in modules
-        if widths[i][m] < full[m]
-    ]
-    for _, layer, module in sorted(cut):
-        step = min(QUANTUM.get(module, round_to), full[module] - widths[layer][module])
-        if _price(shape, module) * step <= room:
-            widths[layer][module] += step
-            room -= _price(shape, module) * step
-    return replace(form_of(shape, widths), native=form.native)
+    """Return the largest model within the budget on a path of cuts (layer, module, width).
+
+    Each cut is taken in whole steps, and only as far as the budget demands.
+
+    Raises:
+        PlanError: the end of the path is over the budget; the message says how small it can get.
+    """
+    budget = _budget(shape, keep_fraction)
+    found = [dict(layer) for layer in widths]
+    count = model_parameters(shape, form_of(shape, found))
+    for layer, module, low in path:
+        if count <= budget:
+            break
+        step = QUANTUM.get(module, round_to)
+        rest = count - _layer_count(shape, found[layer])
+        # What is between two steps, as a full width may be, is the first to go.
+        steps = [low, *range((low // step + 1) * step, found[layer][module], step)]
+
+        def fits(width: int, layer: int = layer, module: str = module, rest: int = rest) -> bool:
+            return rest + _layer_count(shape, found[layer] | {module: width}) <= budget
+
+        # Parameters grow with the width, so those that fit come first.
+        found[layer][module] = steps[
+            max(0, bisect_left(steps, True, key=lambda w: not fits(w)) - 1)
+        ]
+        count = rest + _layer_count(shape, found[layer])
+    if count > budget:
+        _refuse(count / dense_parameters(shape), keep_fraction)
+    return form_of(shape, found)
+
+
+def _layer_count(shape: ModelShape, widths: Mapping[str, int]) -> int:
+    return layer_parameters(shape, form_of(shape, [widths]).layers[0])
+
+
+def _widths(shape: ModelShape, form: ModelForm) -> list[Widths]:
+    return [{m: getattr(layer, FIELD[m]) for m in full_widths(shape)} for layer in form.layers]
 
 
 def largest_share(
     shape: ModelShape, form: Callable[[float], ModelForm], *, keep_fraction: float
 ) -> ModelForm:
     """Return the largest of a family of forms, growing with a share in [0, 1], in the budget."""
+    return form(_bracket(shape, form, keep_fraction=keep_fraction)[0])
+
+
+def _bracket(
+    shape: ModelShape, form: Callable[[float], ModelForm], *, keep_fraction: float
+) -> tuple[float, float]:
+    """Return a share within the budget and the next one over it; twice 1.0 where all is within."""
     budget = _budget(shape, keep_fraction)
     smallest = model_parameters(shape, form(0.0))
     if smallest > budget:
         _refuse(smallest / dense_parameters(shape), keep_fraction)
     low, high = 0.0, 1.0
     if model_parameters(shape, form(high)) <= budget:
-        return form(high)
+        return high, high
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if model_parameters(shape, form(middle)) <= budget:
             low = middle
         else:
             high = middle
-    return form(low)
+    return low, high
 
 
 def _budget(shape: ModelShape, keep_fraction: float) -> int:

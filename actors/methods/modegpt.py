@@ -22,7 +22,7 @@ from torch import Tensor
 
 from actors.numerics.linalg import cholesky_psd
 from actors.numerics.nystrom import Nystrom, nystrom
-from planners.allocation import by_influence, marginal, uniform
+from planners.allocation import by_influence, marginal, require_levels, uniform
 from planners.plan import (
     LayerForm,
     MethodSpec,
@@ -245,6 +245,14 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
 
 def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
     native = options["servable"] == "native"
+    if _measures(options) == "damage":
+        require_levels(
+            shape,
+            keep_fraction=target.keep_fraction or 1.0,
+            modules=_modules(options),
+            shares=[float(share) for share in str(options["grid"]).split(",")],
+            round_to=int(options["round_to"]),
+        )
     form = uniform(
         shape,
         keep_fraction=target.keep_fraction or 1.0,

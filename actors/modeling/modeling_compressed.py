@@ -6,8 +6,8 @@ with ``trust_remote_code=True``. It needs torch and public names of transformers
 Each layer is built from its entry of ``config.layer_forms``: widths of the residual stream before,
 between and after its two blocks (with *shortcut* matrices on the residual where they differ in
 basis), inner width of the MLP, head widths of q/k and of v/o, and ranks of the linears that are
-stored as two factors. Three things stay those of the original model whatever was cut: the norm's denominator
-(``hidden_size``), the rotary tables and the softmax scale (``head_dim``).
+stored as two factors. Three things stay those of the original model whatever was cut: the norm's
+denominator (``hidden_size``), the rotary tables and the softmax scale (``head_dim``).
 """
 
 from typing import Any

@@ -46,7 +46,9 @@ def refusal(error_class, call, *words):
         call()
     assert type(caught.value) is error_class
     message = str(caught.value)
-    assert message.isprintable(), "one line, and nothing that a terminal would obey"
+    lines = message.splitlines()
+    assert len(lines) <= 2
+    assert all(line.isprintable() for line in lines), "a terminal would obey it"
     assert len(message) < 1000
     said = f"{message}; {caught.value.hint}"
     for word in words:
