@@ -5,19 +5,20 @@ leaves the dense layer and y' the one that leaves the layer with one module cut.
 and what follows it in the layer is recomputed.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors import methods
 from actors.messages import CompressionJob
-from actors.modeling.build import Skeleton
-from actors.modeling.modeling_compressed import CompressedConfig
+from actors.modeling.halves import HalvedLayer
 from planners.allocation import form_of, full_widths, levels
+from planners.errors import NumericsError
 from planners.families import load as load_family
-from planners.plan import LayerForm, ModelShape, to_json
+from planners.plan import LayerForm, ModelShape
 
 Curves = dict[str, list[list[float]]]
 
@@ -39,10 +40,13 @@ def damage_curves(
         config: the input model's ``config.json``.
         job: method, options and shape.
         device: where to compute.
+
+    Raises:
+        NumericsError: a cut gives no finite output.
     """
     shape = job.shape
     probe = sums["probe"].to(device)
-    dense = _Layer(weights, form_of(shape, [full_widths(shape)]).layers[0], config, shape, probe)
+    dense = _halved(weights, form_of(shape, [full_widths(shape)]).layers[0], config, shape, probe)
     middle, output = dense.after_attention(probe), dense.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     shares = [float(share) for share in str(job.options["grid"]).split(",")]
@@ -55,70 +59,27 @@ def damage_curves(
             new, _ = methods.load(job.method).compress(
                 weights, sums, shape=shape, form=form, options=job.options
             )
-            cut = _Layer(new, form, config, shape, probe)
+            cut = _halved(new, form, config, shape, probe)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
             after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
             lost = (after.float() - output.float()).square().sum(-1) / energy
-            curves[module].append([width, float(lost.double().mean())])
+            mean = float(lost.double().mean())
+            if not math.isfinite(mean):
+                raise NumericsError(f"{module} cut to {width}: the damage is not finite")
+            curves[module].append([width, mean])
     return curves
 
 
-class _Layer:
-    """One compressed layer that can be run in halves."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        form: LayerForm,
-        config: Mapping[str, Any],
-        shape: ModelShape,
-        probe: Tensor,
-    ) -> None:
-        family = load_family(shape.family)
-        names = {**family.linears, **family.norms, "rope_pairs": "self_attn.rope_pairs"}
-        tensors = {}
-        for role, tensor in weights.items():
-            part, dot, rest = role.partition(".")
-            tensors[f"{names[part]}{dot}{rest}"] = tensor
-        alone = {**one_layer_config(config, shape), "layer_forms": [to_json(form)]}
-        skeleton = Skeleton(alone, dtype=probe.dtype, device=str(probe.device))
-        self._layer: nn.Module = skeleton.layer(0, tensors)
-        self._angles = skeleton.angles(probe)
-
-    def after_attention(self, hidden: Tensor) -> Tensor:
-        """Return the residual stream between attention and MLP."""
-        layer: Any = self._layer
-        normed = layer.input_layernorm(hidden)
-        attended: Tensor = layer.self_attn(normed, position_embeddings=self._angles)
-        return hidden + attended
-
-    def after_mlp(self, middle: Tensor) -> Tensor:
-        """Return the residual stream that leaves."""
-        layer: Any = self._layer
-        inner: Tensor = layer.mlp(layer.post_attention_layernorm(middle))
-        return middle + inner
-
-    def output(self, hidden: Tensor) -> Tensor:
-        """Return the residual stream that leaves, from the one that enters."""
-        return self.after_mlp(self.after_attention(hidden))
-
-
-def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Return a compressed model's config of one layer with nothing around it worth memory."""
-    kept = {
-        k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")
-    }
-    return {
-        **kept,
-        "model_type": CompressedConfig.model_type,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "sliding_window": None,  # the probe is not longer than any window
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
-        "vocab_size": 1,
-        "pad_token_id": None,
-        "embedding_dim": shape.hidden,
-        "head_input_dim": shape.hidden,
-    }
+def _halved(
+    weights: Mapping[str, Tensor],
+    form: LayerForm,
+    config: Mapping[str, Any],
+    shape: ModelShape,
+    probe: Tensor,
+) -> HalvedLayer:
+    """Return the layer of these tensors, which are named by their roles."""
+    family = load_family(shape.family)
+    tensors = {family.below_layer(role): tensor for role, tensor in weights.items()}
+    return HalvedLayer(
+        tensors, form, config, shape=shape, dtype=probe.dtype, device=str(probe.device)
+    )

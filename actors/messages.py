@@ -125,6 +125,23 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStream:
+    """Calibration tokens for units that stream them through layers themselves.
+
+    Attributes:
+        tokens: file in the run directory that holds the token ids.
+        num_sequences: rows.
+        microbatch_sequences: rows that go through a layer in one call.
+        dtype: compute dtype.
+    """
+
+    tokens: str = ""
+    num_sequences: int = 0
+    microbatch_sequences: int = 1
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionJob:
     """What all compression units of a run share.
 
@@ -136,6 +153,7 @@ class CompressionJob:
         options: of the method, complete.
         shape: of the input model.
         form: widths of the result; not final while damage is measured.
+        stream: the calibration tokens, where units stream them.
     """
 
     run_uri: str
@@ -145,6 +163,7 @@ class CompressionJob:
     options: Mapping[str, Option]
     shape: ModelShape
     form: ModelForm
+    stream: TokenStream = TokenStream()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +183,9 @@ class UnitTask:
     index: int
     inputs: tuple[str, ...]
     suffix: str = ""
+
+
+Done = tuple[tuple[FileEntry, ...], dict[str, object]]  # the files of a unit, and its values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from actors.messages import (
     unpack,
 )
 from actors.modeling.build import Skeleton
-from actors.numerics.loss import summed_nll
+from actors.numerics.loss import next_token_nll
 from actors.observe import LayerStatistics
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
@@ -197,12 +197,5 @@ class Stage:
         return hidden
 
     def _loss(self, hidden: Tensor, ids: Tensor) -> tuple[float, int]:
-        """Return the summed nats of the next tokens and their number; logits come in blocks."""
         assert self._norm is not None and self._head is not None  # the assignment has the head  # noqa: PT018
-        normed = self._norm(hidden)[:, :-1].flatten(0, 1)  # (predicted, width)
-        targets = ids[:, 1:].flatten().to(hidden.device)
-        nats = 0.0
-        for start in range(0, len(targets), LOGIT_TOKENS):
-            block = slice(start, start + LOGIT_TOKENS)
-            nats += summed_nll(normed[block] @ self._head.T, targets[block])
-        return nats, len(targets)
+        return next_token_nll(self._norm(hidden), self._head, ids, block=LOGIT_TOKENS)

@@ -6,15 +6,24 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from actors import methods
+from actors import methods, refit
 from actors.damage import damage_curves
-from actors.messages import CompressionJob, UnitTask
+from actors.messages import CompressionJob, Done, UnitTask
+from actors.sequential import site_gram
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
-from actors.storage.tensors import NAME_OF, read_tensors, tensor_bytes, write_rows, write_tensors
+from actors.storage.records import read_record
+from actors.storage.tensors import (
+    NAME_OF,
+    described,
+    read_tensors,
+    tensor_bytes,
+    write_rows,
+    write_tensors,
+)
+from planners.errors import NumericsError
 from planners.families import load as load_family
 
-Done = tuple[tuple[FileEntry, ...], dict[str, object]]
 ROWS = 8192  # vocabulary rows that are in memory at one time
 SPECTRUM_SAMPLES = 256  # eigenvalues of a site that travel into its record
 
@@ -26,14 +35,26 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
         NumericsError: statistics gave no usable numbers.
         ModelError: a weight is missing or not finite.
     """
-    return KINDS[task.kind](task, job, run, device)
+    try:
+        return KINDS[task.kind](task, job, run, device)
+    except NumericsError as error:
+        raise NumericsError(f"{task.unit}: {error}", hint=error.hint) from error
 
 
 def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Factor the statistics of one site of the residual stream, or of all sites into one basis."""
     last = 2 * job.shape.num_layers
     sites = range(last + 1) if task.index < 0 else [task.index]
-    grams = [_site_gram(site, job, run).to(device) for site in sites]
+    return _factored([_site_gram(site, job, run).to(device) for site in sites], task, job, run)
+
+
+def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Factor one site of the residual stream behind a prefix that is sliced already."""
+    gram = site_gram(task.index, task.inputs, job=job, run=run, device=device)
+    return _factored([gram], task, job, run)
+
+
+def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Directory) -> Done:
     where = f"site {task.index}" if task.index >= 0 else "all sites"
     keep_dim = _site_dims(job)[max(task.index, 0)]
     found = methods.load(job.method).factor(grams, keep_dim=keep_dim, where=where)
@@ -67,10 +88,25 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
         )
     family = load_family(job.shape.family)
     prefix = family.layer.format(i=task.index)
-    named = {f"{prefix}.{_below_layer(family, role)}": t.cpu() for role, t in new.items()}
-    name = f"model/layer-{task.index:05d}.safetensors"
+    named = {f"{prefix}.{family.below_layer(role)}": t.cpu() for role, t in new.items()}
+    folder = "draft" if task.kind == "draft" else "model"
+    name = f"{folder}/layer-{task.index:05d}.safetensors"
     entry = write_tensors(run, name, named, metadata={"format": "pt"})
     return (entry,), {**values, "tensors": {k: described(t) for k, t in named.items()}}
+
+
+def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Make a layer part of the result: refitted if that is the better model, else as drafted."""
+    del job, device
+    draft, refitted, losses = (read_record(run, name).values for name in task.inputs)
+    folder, tensors = "draft", draft["tensors"]
+    if losses["used"]:
+        folder, tensors = "refit", refitted["tensors"]
+    file = f"layer-{task.index:05d}.safetensors"
+    named = read_tensors(run, f"{folder}/{file}")
+    entry = write_tensors(run, f"model/{file}", named, metadata={"format": "pt"})
+    said = {"used": losses["used"], "linears": refitted["linears"]}
+    return (entry,), {**draft, "tensors": tensors, "refit": said}
 
 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -116,18 +152,22 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
         scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
         tensors = {family.final_norm: scale.cpu()}
         norm_file = write_tensors(run, "model/norm.safetensors", tensors, metadata={"format": "pt"})
-        described = {k: described(t) for k, t in tensors.items()}
+        facts = {k: described(t) for k, t in tensors.items()}
         known = values.get("tensors", {})
         assert isinstance(known, dict)  # ours, written by _table
-        files, values = (*files, norm_file), {"tensors": {**known, **described}}
+        files, values = (*files, norm_file), {"tensors": {**known, **facts}}
     return files, values
 
 
 KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
     "basis": basis,
     "basis_shared": basis,
+    "basis_sequential": basis_sequential,
     "damage": damage,
     "layer": layer,
+    "draft": layer,
+    "chosen": chosen,
+    **refit.KINDS,
     "embedding": embedding,
     "head": head,
 }
@@ -169,24 +209,6 @@ def _bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor,
     )
 
 
-def _below_layer(family: object, role: str) -> str:
-    """Return the name below its layer of a role such as ``q_proj.weight`` or ``rope_pairs``."""
-    part, _, rest = role.partition(".")
-    names = {**family.linears, **family.norms}  # type: ignore[attr-defined]
-    if part == "rope_pairs":
-        return "self_attn.rope_pairs"
-    return f"{names.get(part, part)}.{rest}"
-
-
-def described(tensor: Tensor) -> dict[str, object]:
-    """Return what a reader can compare: the hash of the bytes as they were computed."""
-    return {
-        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
-        "shape": list(tensor.shape),
-        "dtype": NAME_OF[tensor.dtype],
-    }
-
-
 def _table(
     source: str,
     target: str,
@@ -211,5 +233,5 @@ def _table(
 
     name = "model/embedding.safetensors" if "embed" in target else "model/head.safetensors"
     entry = write_rows(run, name, target, blocks(), shape=(num_rows, width))
-    described = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
-    return (entry,), {"tensors": {target: described}}
+    facts = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
+    return (entry,), {"tensors": {target: facts}}

@@ -1,8 +1,6 @@
 """What the benchmarks compare with: transformers' own layers in a loop, and plain products."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +12,6 @@ from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 
 transformers_logging.disable_progress_bar()
-
-Outcome = TypeVar("Outcome")
 
 VOCABULARY = 512  # small: the benchmarks are about layers
 TOKENS = "tokens/calibration.parquet"
@@ -79,14 +75,3 @@ def bare_forward(model: LlamaModel, ids: Tensor, *, grams: bool) -> Tensor:
 def _product(hidden: Tensor) -> Tensor:
     x = hidden.flatten(0, 1)  # (tokens, hidden)
     return x.T @ x
-
-
-def take_turns(
-    turns: Mapping[str, Callable[[], Outcome]], *, rounds: int
-) -> dict[str, list[Outcome]]:
-    """Return what each turn says, round by round: whatever else the machine does meets them all."""
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            outcomes[name].append(turn())
-    return outcomes

@@ -6,7 +6,7 @@ through transformers' own decoder layers in a plain loop without hooks, plus one
 for each site. The rest is overhead: hooks, sums of x, float64 accumulation, bookkeeping.
 
 Method: both in this process, one thread, float32, random weights, on the same tokens; they take
-turns, and the ratio is that of the medians on the clock. Three sizes: where compute dominates, with
+turns, and the ratio is that of the medians. Three sizes: where compute dominates, with
 the default microbatch and with a single sequence; and a model of toy size, where nothing hides the
 overhead.
 
@@ -14,10 +14,9 @@ overhead.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,11 @@ from bare import (
     bare_forward,
     llama,
     load_bare,
-    take_turns,
     write_random_model,
     write_random_tokens,
 )
 from result_file import Goal, Result, load_average, report, table
+from turns import Timings, take_turns
 
 from actors.messages import Assignment, Microbatch, Packed, UnitTask, WorkerSetup, unpack
 from actors.stage import Stage
@@ -39,13 +38,23 @@ from planners.plan import Statistic
 
 GOAL = 1.3
 THREADS = 1
+COLUMNS = (
+    "case",
+    "bare, s",
+    "bare + grams, s",
+    "calibration, s",
+    "ratio of medians",
+    "ratio by round",
+    "ratio in processor time",
+    "writing the sums once, s",
+)
 STATISTICS = frozenset(Statistic(tap, "gram") for tap in ("resid_attn", "resid_mlp", "resid_out"))
 METHOD = """\
 In one process, one thread, float32, on the same tokens, in turns: `Stage.step` with the statistics
 of SliceGPT; transformers' own decoder layers in a loop without hooks; the same loop with one
 float32 `x.T @ x` at each of the 2L + 1 sites. The outputs are compared first and are the same bits.
-The ratio is calibration over forward + grams, each the median of all rounds on the clock; beside it
-the same in processor time, which does not count what other processes took meanwhile."""
+The ratio is calibration over bare + grams, each the median on the clock of the rounds that count:
+those in which other processes left the machine alone. Beside it the same in processor time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,47 +134,6 @@ QUICK = (
         num_microbatches=2,
     ),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seconds:
-    """What one repetition took: on the clock, and of this process's own processor time."""
-
-    wall: float
-    cpu: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """Every repetition of one case, and the seconds of writing the sums once."""
-
-    ours: list[Seconds]
-    forward: list[Seconds]
-    bare: list[Seconds]
-    publish: float
-
-    @property
-    def ratio(self) -> float:
-        """Ours over bare forward and products, of the medians on the clock."""
-        return wall(self.ours) / wall(self.bare)
-
-    @property
-    def cpu_ratio(self) -> float:
-        """The same in processor time, which does not count what other processes took."""
-        ours, bare = (statistics.median(s.cpu for s in side) for side in (self.ours, self.bare))
-        return ours / bare
-
-
-def wall(repetitions: list[Seconds]) -> float:
-    """Return the median on the clock."""
-    return statistics.median(s.wall for s in repetitions)
-
-
-def timed(work: Callable[[], None]) -> Seconds:
-    """Return the seconds that some work takes."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Seconds(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
 
 
 class Subject:
@@ -251,79 +219,84 @@ class Subject:
         return self._stage.step(microbatch, None)[1]
 
 
-def measure(case: Case, *, rounds: int) -> Timing:
-    """Return the times of one case."""
+def measure(case: Case, effort: Mapping[str, float]) -> tuple[Timings, float]:
+    """Return the times of one case, and the seconds of writing the sums once."""
     with tempfile.TemporaryDirectory(prefix="calibration-overhead-") as folder:
         subject = Subject(case, Path(folder))
         subject.require_same_output()
         turns = {
-            "ours": lambda: timed(subject.calibrate),
-            "forward": lambda: timed(subject.forward),
-            "bare": lambda: timed(subject.forward_and_grams),
+            "bare": lambda: timed(subject.forward),
+            "bare + grams": lambda: timed(subject.forward_and_grams),
+            "calibration": lambda: timed(subject.calibrate),
         }
-        take_turns(turns, rounds=1)  # for warmth
-        return Timing(**take_turns(turns, rounds=rounds), publish=timed(subject.publish).wall)
+        for turn in turns.values():  # for warmth
+            turn()
+        return take_turns(turns, **effort), timed(subject.publish)
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Return the seconds that some work takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 def main() -> None:
     """Measure every case and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="repetitions of each [%(default)s]")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=600,
+        help="seconds to wait for a quiet machine [%(default)s]",
+    )
     parser.add_argument("--quick", action="store_true", help="a toy run that writes nothing")
     given = parser.parse_args()
     rounds, cases = (2, QUICK) if given.quick else (given.rounds, CASES)
+    effort = {
+        "rounds": rounds,
+        "max_rounds": rounds if given.quick else 3 * rounds,
+        "patience_seconds": 0 if given.quick else given.patience / len(cases),
+    }
     load = load_average()
-    timings = {case: measure(case, rounds=rounds) for case in cases}
-    rows = [
-        (
-            case.name,
-            *(f"{wall(side):.3f}" for side in (timing.forward, timing.bare, timing.ours)),
-            f"{timing.ratio:.3f}",
-            f"{timing.cpu_ratio:.3f}",
-            _spread(timing),
-            f"{timing.publish:.3f}",
+    found = {case: measure(case, effort) for case in cases}
+    rows, goals, notes = [], [], []
+    for case, (timings, publish) in found.items():
+        ratio = timings.median("calibration") / timings.median("bare + grams")
+        cpu_ratio = timings.median_cpu("calibration") / timings.median_cpu("bare + grams")
+        ratios = timings.ratios("calibration", "bare + grams")
+        rows.append(
+            (
+                case.name,
+                *(f"{timings.median(n):.3f}" for n in ("bare", "bare + grams", "calibration")),
+                f"{ratio:.3f}",
+                f"{ratios[0]:.3f} to {ratios[-1]:.3f}",
+                f"{cpu_ratio:.3f}",
+                f"{publish:.3f}",
+            )
         )
-        for case, timing in timings.items()
-    ]
-    columns = (
-        "case",
-        "bare forward, s",
-        "forward + grams, s",
-        "calibration, s",
-        "ratio of medians",
-        "in processor time",
-        "ratio by round",
-        "writing the sums once, s",
-    )
+        text = f"{case.name}: calibration within {GOAL} x of bare + grams"
+        goals.append(Goal(text=text, measured=f"{ratio:.3f}", met=ratio <= GOAL))
+        notes.append(f"{case.name}: {timings.say()}")
     report(
         Result(
             claim="calibration_overhead",
             method=METHOD,
             configuration={
                 **{case.name: case for case in cases},
-                "rounds": f"{rounds}, after one for warmth; medians",
+                "rounds": f"{rounds} quiet ones, after one for warmth; medians",
                 "threads": THREADS,
                 "dtype": "float32",
                 "statistics": ", ".join(sorted(map(str, STATISTICS))),
             },
-            tables={"Seconds a repetition:": table(columns, rows)},
-            goals=[
-                Goal(
-                    text=f"{case.name}: calibration within {GOAL} x of forward + grams",
-                    measured=f"{timing.ratio:.3f}",
-                    met=timing.ratio <= GOAL,
-                )
-                for case, timing in timings.items()
-            ],
+            tables={"Seconds a repetition:": table(COLUMNS, rows)},
+            goals=goals,
+            notes=notes,
             load=load,
         ),
         keep=not given.quick,
     )
-
-
-def _spread(timing: Timing) -> str:
-    ratios = sorted(a.wall / b.wall for a, b in zip(timing.ours, timing.bare, strict=True))
-    return f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
 
 
 if __name__ == "__main__":

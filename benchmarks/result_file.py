@@ -83,9 +83,9 @@ def _markdown(result: Result) -> str:
     tables = [f"{title}\n\n{rows}\n" for title, rows in result.tables.items()]
     facts = {
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "load average (1, 5, 15 min) before and after": f"{result.load} / {load_average()}",
-        "versions": _versions(),
+        "versions": versions(),
         "commit": _commit(),
     }
     sections = [
@@ -104,7 +104,7 @@ def _markdown(result: Result) -> str:
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
-def _hardware() -> str:
+def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{_cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
@@ -122,7 +122,7 @@ def _hardware_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{_cpu()} {os.cpu_count()}-core".lower()).strip("-")
 
 
-def _versions() -> str:
+def versions() -> str:
     libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
     return f"Python {platform.python_version()}, {libraries}"
 

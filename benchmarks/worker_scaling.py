@@ -35,11 +35,11 @@ from bare import (
     bare_forward,
     llama,
     load_bare,
-    take_turns,
     write_random_model,
     write_random_tokens,
 )
 from result_file import Goal, Result, load_average, report, table
+from turns import take_turns
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask, WorkerSetup
 from actors.storage.files import Directory
@@ -60,9 +60,10 @@ Speed-up = seconds with one / seconds with two. Ours: Ray actors of one thread e
 all layers or two stages of half of them, driven by the orchestrator's own pool and pass. Bare:
 processes of one thread each, transformers' own layers in a loop without hooks and one float32
 `x.T @ x` at each of the 2L + 1 sites; two of them do half of the microbatches each. The four take
-turns in every round, all processes alive throughout; medians of the rounds. Timed is the streaming
-of the pass: all layers are loaded before the clock starts. With n microbatches two stages cannot
-reach more than n / (n + 1) of an even split: the second waits for the first microbatch."""
+turns in every round, all processes alive throughout; medians of the rounds that count: those in
+which other processes left the machine alone. Timed is the streaming of the pass: all layers are
+loaded before the clock starts. With n microbatches two stages cannot reach more than n / (n + 1) of
+an even split: the second waits for the first microbatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,6 @@ class Case:
     num_heads: int
     sequence_length: int
     num_microbatches: int
-    rounds: int
 
 
 FULL = Case(
@@ -84,8 +84,7 @@ FULL = Case(
     num_layers=8,
     num_heads=16,
     sequence_length=256,
-    num_microbatches=48,
-    rounds=5,
+    num_microbatches=32,
 )
 QUICK = Case(
     hidden=256,
@@ -94,7 +93,6 @@ QUICK = Case(
     num_heads=4,
     sequence_length=128,
     num_microbatches=8,
-    rounds=1,
 )
 
 
@@ -263,29 +261,44 @@ def _turns(ours: Ours, bare: Bare, *, num_microbatches: int) -> dict[str, Callab
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=FULL.rounds, help="[%(default)s]")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each [%(default)s]")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=600,
+        help="seconds to wait for a quiet machine [%(default)s]",
+    )
     parser.add_argument("--quick", action="store_true", help="a toy run that writes nothing")
     given = parser.parse_args()
-    case, rounds = (QUICK, QUICK.rounds) if given.quick else (FULL, given.rounds)
+    case, rounds = (QUICK, 1) if given.quick else (FULL, given.rounds)
     load = load_average()
     with _subjects(case) as (ours, bare):
-        take_turns(_turns(ours, bare, num_microbatches=WARM), rounds=1)
+        for turn in _turns(ours, bare, num_microbatches=WARM).values():
+            turn()
         ours.busy.clear()
-        turns = _turns(ours, bare, num_microbatches=case.num_microbatches)
-        seconds = take_turns(turns, rounds=rounds)
+        timings = take_turns(
+            _turns(ours, bare, num_microbatches=case.num_microbatches),
+            rounds=rounds,
+            max_rounds=rounds if given.quick else 3 * rounds,
+            patience_seconds=0 if given.quick else given.patience,
+        )
         busy = {n: statistics.median(shares) for n, shares in ours.busy.items()}
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    speedup = median["one worker"] / median["two workers"]
-    bare_speedup = median["bare, one process"] / median["bare, two processes"]
-    rounds_table = [
-        (name, f"{median[name]:.2f}", " ".join(f"{s:.2f}" for s in times))
-        for name, times in seconds.items()
+    speedup = timings.median("one worker") / timings.median("two workers")
+    bare_speedup = timings.median("bare, one process") / timings.median("bare, two processes")
+    by_round = [
+        (
+            name,
+            f"{timings.median(name):.2f}",
+            " ".join(f"{r[name].seconds:.2f}" for r in timings.quiet),
+        )
+        for name in timings.rounds[0]
     ]
     speedups = [
         ("ours", f"{speedup:.3f}"),
         ("bare", f"{bare_speedup:.3f}"),
         ("ours / bare", f"{speedup / bare_speedup:.3f}"),
     ]
+    alone = timings.median("one worker") / timings.median("bare, one process")
     report(
         Result(
             claim="worker_scaling",
@@ -297,10 +310,10 @@ def main() -> None:
                 "statistics": ", ".join(sorted(map(str, STATISTICS))),
                 "threads a process": THREADS,
                 "dtype": "float32",
-                "rounds": f"{rounds}, after one of {WARM} microbatches for warmth",
+                "rounds": f"{rounds} quiet ones, after one of {WARM} microbatches for warmth",
             },
             tables={
-                "Seconds to stream the pass:": table(("", "median", "by round"), rounds_table),
+                "Seconds to stream the pass:": table(("", "median", "by round"), by_round),
                 "Speed-up, two over one:": table(("", "of medians"), speedups),
             },
             goals=[
@@ -311,10 +324,10 @@ def main() -> None:
                 )
             ],
             notes=[
+                timings.say(),
                 f"Inside their steps: the one worker {busy[1]:.1%} of the time, "
                 f"the busier of two {busy[WORKERS]:.1%}.",
-                f"One worker takes {median['one worker'] / median['bare, one process']:.3f} times "
-                "as long as one bare process.",
+                f"One worker takes {alone:.3f} times as long as one bare process.",
             ],
             load=load,
         ),

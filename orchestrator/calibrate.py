@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
-from orchestrator.context import RunContext
+from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.pipeline import Pass, PassPlan
 from planners.errors import NumericsError
 from planners.plan import SCHEMA_VERSION, StagePlan, Statistic, fingerprint
 from planners.units import Unit
-
-CALIBRATION_TOKENS = "tokens/calibration.parquet"
 
 
 def cut(num_sequences: int, *, size: int) -> list[tuple[int, int]]:
@@ -56,7 +54,7 @@ def calibrate(context: RunContext) -> None:
     Raises:
         CompressionError: a weight is broken, or too many workers were lost.
     """
-    todo = {unit.index for unit in context.ledger.todo(context.sums)}
+    todo = {unit.index for unit in context.ledger.todo([u for u in context.sums if u.taps])}
     waves = context.prepared.plan.waves
     wanted = _wanted_waves(context, todo)
     rows = cut(len(context.prepared.calibration), size=_size(context))

@@ -1,55 +1,16 @@
 """The command line: parse, call, print. Everything heavy is imported inside the commands."""
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from orchestrator.options import KEYS, RecipeCommand, evaluation_options, recipe_options
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
-Command = Callable[..., None]
-
-
-def recipe_options(command: Command) -> Command:
-    """Add the options that make a recipe; their names are the recipe's keys."""
-    for option in reversed(RECIPE_OPTIONS):
-        command = option(command)
-    return command
-
-
-RECIPE_OPTIONS = [
-    click.option("--method", help="slicegpt, ...; see --help-methods."),
-    click.option("--keep-fraction", type=float, help="True parameters kept, 0 to 1. [0.8]"),
-    click.option("--slice", "slice_", type=float, help="SliceGPT's nominal fraction to remove."),
-    click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method."),
-    click.option("--calibration", metavar="SRC", help="stdlib, wikitext2, FILE, tokens:FILE."),
-    click.option("--calibration-sequences", type=int, metavar="N"),
-    click.option("--sequence-length", type=int, metavar="T"),
-    click.option("--evaluation", metavar="SRC", help="As for --calibration."),
-    click.option("--evaluation-sequences", type=int, metavar="N"),
-    click.option("--calibration-dtype", help="float32, bfloat16 or float16. [float32 on a CPU]"),
-    click.option("--microbatch-tokens", type=int, help="Tokens a stage takes at a time. [4096]"),
-    click.option("--workers", type=int, help="Ray actors. [1]"),
-    click.option("--threads", type=int, help="CPU threads of each. [1]"),
-    click.option("--device", help="cpu or cuda. [cuda where there is one]"),
-    click.option("--worker-gib", type=float, help="Memory of a worker. [what the machine has]"),
-    click.option("--address", help="Ray cluster; local starts one for this command. [local]"),
-    click.option("--seed", type=int, help="Of the choice of sequences. [0]"),
-    click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
-    click.option("-r", "--recipe", metavar="RECIPE.yaml", help="All of this from a file."),
-]
-KEYS = {
-    "slice_": "slice",
-    "calibration": "calibration.source",
-    "calibration_sequences": "calibration.sequences",
-    "sequence_length": "calibration.sequence_length",
-    "microbatch_tokens": "calibration.microbatch_tokens",
-    "evaluation": "evaluation.source",
-    "evaluation_sequences": "evaluation.sequences",
-}
 as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
 
 
@@ -59,45 +20,46 @@ def cli() -> None:
     """Make a large language model smaller, without training, on a laptop or a cluster.
 
     \b
-    compress-cluster run                                the embedded model, a minute on a laptop
-    compress-cluster run DIR --keep-fraction 0.8        any Llama, Mistral or Qwen2 checkpoint
-    compress-cluster run llama-2-7b --slice 0.25 --address auto --workers 8
+    compress-cluster run                            the model that comes with the package
+    compress-cluster run DIR --keep-fraction 0.8    a Llama, Mistral or Qwen2 checkpoint
+    compress-cluster run llama-2-7b --address auto --workers 8
     The same command again goes on where it stopped.
     """  # noqa: D301 click's mark for lines to leave as they are
 
 
-@cli.command()
+@cli.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @click.option("--stats", metavar="URI", help="Reuse the statistics that another run kept.")
 @click.option(
-    "--keep-statistics", is_flag=True, default=None, help="Do not drop stats/ at the end."
+    "--keep-statistics", is_flag=True, default=None, help="Keep stats/ at the end, for --stats."
 )
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask before a cluster that costs money.")
+@click.option("--yes", is_flag=True, help="Answer every question with yes.")
 @as_json
 def run(
     model: str | None, dashboard: bool, dry_run: bool, yes: bool, json_: bool, **given: Any
 ) -> None:  # fmt: skip
-    """Compress MODEL: a directory, a Hub id or an alias; none is the embedded tiny model.
+    """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
 
-    Method options and their defaults are printed by `compress-cluster methods`.
+    The result is RUN/model. The same command again goes on where this one stopped.
     """
-    del yes  # nothing here costs money unless --address names a cluster that is already running
+    del yes  # nothing is asked: no command of ours rents a machine
     config = _config(model, given)
+    click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
     from orchestrator import screens
 
     screens.run(config, dashboard=dashboard, dry_run=dry_run, json_=json_)
 
 
-@cli.command()
+@cli.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
 @as_json
 def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> None:
-    """Print what a run would do: stages, waves, widths, bytes, operations. Nothing is started.
+    """Print what `run` would do with the same options; start nothing.
 
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
@@ -110,10 +72,10 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
 
 @cli.command("eval")
 @click.argument("directory")
-@recipe_options
+@evaluation_options
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
-    """Measure the perplexity of the checkpoint in DIRECTORY, dense or compressed."""
+    """Measure the perplexity of a checkpoint, dense or compressed."""
     config = _config(directory, given)
     from orchestrator import screens
 
@@ -124,7 +86,7 @@ def eval_(directory: str, json_: bool, **given: Any) -> None:
 @click.argument("run_uri", metavar="RUN")
 @as_json
 def report(run_uri: str, json_: bool) -> None:
-    """Show the report of a finished RUN, and write its page again."""
+    """Print the report of a RUN, and write its page again."""
     from orchestrator import screens
 
     screens.report(run_uri, json_=json_)
@@ -149,7 +111,7 @@ def status(run_uri: str, json_: bool) -> None:
 @click.option("--address", help="Ray cluster. [as in the run]")
 @as_json
 def sweep(run_uri: str, json_: bool, **given: Any) -> None:
-    """Make and measure every METHOD at every size from one calibration of the model of RUN."""
+    """Try methods and sizes on the model of RUN, calibrating once."""
     from orchestrator import screens
 
     screens.sweep(
@@ -167,7 +129,7 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
 @click.option("--point", required=True, metavar="P", help="A name of the sweep's table.")
 @as_json
 def export(run_uri: str, point: str, json_: bool) -> None:
-    """Verify one POINT of the sweep of RUN, time it and mark it READY."""
+    """Finish one point of the sweep of RUN: verify, time, mark READY."""
     from orchestrator import screens
 
     screens.export(run_uri, point, json_=json_)
@@ -177,7 +139,7 @@ def export(run_uri: str, point: str, json_: bool) -> None:
 @click.argument("directory")
 @as_json
 def verify(directory: str, json_: bool) -> None:
-    """Check a run or a model: bytes against records, reload, generate with and without cache."""
+    """Check a run or a model: bytes, loading, generation."""
     from orchestrator import screens
 
     screens.verify(directory, json_=json_)
@@ -191,11 +153,43 @@ def verify(directory: str, json_: bool) -> None:
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
-    """Time DIRECTORIES, dense and compressed side by side: prefill, decode, memory."""
+    """Time models side by side: prefill, decode, memory."""
     from orchestrator import screens
 
     given["batches"] = given["batches"] or (1, 8)
     screens.bench(list(directories), json_=json_, **given)
+
+
+@cli.group()
+def stats() -> None:
+    """Look at the statistics that a run kept.
+
+    `run --keep-statistics` keeps them; `run --stats RUN` uses them for another run.
+    """
+
+
+@stats.command("ls")
+@click.argument("run_uri", metavar="RUN")
+@as_json
+def stats_ls(run_uri: str, json_: bool) -> None:
+    """List the layers: taps, tokens, bytes."""
+    _statistics("ls", run_uri, json_=json_)
+
+
+@stats.command("show")
+@click.argument("run_uri", metavar="RUN")
+@as_json
+def stats_show(run_uri: str, json_: bool) -> None:
+    """Say what they are of: model revision, data, sequence length, dtype, taps."""
+    _statistics("show", run_uri, json_=json_)
+
+
+@stats.command("verify")
+@click.argument("run_uri", metavar="RUN")
+@as_json
+def stats_verify(run_uri: str, json_: bool) -> None:
+    """Compare every file with its record, and see that its sums can be sums."""
+    _statistics("verify", run_uri, json_=json_)
 
 
 @cli.command()
@@ -209,7 +203,7 @@ def methods(json_: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of what happened."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     json_ = "--json" in arguments
     try:
         cli.main(arguments, prog_name="compress-cluster", standalone_mode=False)
@@ -217,20 +211,26 @@ def main(arguments: list[str] | None = None) -> None:
         _complain(type(error).__name__, str(error), error.hint, json_=json_)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        hint = "compress-cluster --help lists what there is"
+        asked = getattr(error, "ctx", None)
+        hint = f"see {asked.command_path if asked else 'compress-cluster'} --help"
         _complain("ConfigError", error.format_message(), hint, json_=json_)
         sys.exit(ConfigError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        words = "interrupted; what is done is kept"
-        resume = "to go on, run the same command again: compress-cluster " + " ".join(arguments)
-        _complain("Interrupted", words, resume, json_=json_)
+        resume = f"to go on: {shlex.join(['compress-cluster', *arguments])}"
+        _complain("Interrupted", "what is done is kept", resume, json_=json_)
         sys.exit(INTERRUPTED)
+
+
+def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
+    from orchestrator import screens
+
+    screens.statistics(action, run_uri, json_=json_)
 
 
 def _config(model: str | None, given: dict[str, Any]) -> Any:
     from orchestrator.config import load_config
 
-    options = {f"options.{key}": value for key, value in _pairs(given.pop("options")).items()}
+    options = {f"options.{key}": value for key, value in _pairs(given.pop("options", ())).items()}
     recipe = given.pop("recipe")
     values = {KEYS.get(name, name): value for name, value in given.items()}
     return load_config(recipe, {"model": model, **values, **options})

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from actors.messages import CompressionJob
+from actors.messages import CompressionJob, TokenStream
 from actors.storage.files import Directory
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
@@ -13,7 +13,9 @@ from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from planners.cost import model_parameters
 from planners.plan import ModelForm
-from planners.units import Unit, compression_units, statistics_units
+from planners.units import Unit, compression_units, refit_units, statistics_units
+
+CALIBRATION_TOKENS = "tokens/calibration.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +54,8 @@ class RunContext(WorkContext):
         return statistics_units(prepared.identity, prepared.statistics, num_layers)
 
     @property
-    def units(self) -> list[Unit]:
-        """The basis, layer, embedding and head units."""
+    def made(self) -> list[Unit]:
+        """The basis, layer, embedding and head units of the method."""
         prepared = self.prepared
         return compression_units(
             self.sums,
@@ -63,6 +65,18 @@ class RunContext(WorkContext):
             form=self.form,
             residual=prepared.spec.residual,
         )
+
+    @property
+    def refitting(self) -> tuple[list[Unit], list[Unit]]:
+        """The second pass and the layers that come of it; nothing where there is none."""
+        drafts = [unit for unit in self.made if unit.kind == "draft"]
+        return refit_units(drafts) if drafts else ([], [])
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units whose files or bases are in the result."""
+        made = [unit for unit in self.made if unit.kind != "draft"]
+        return [*self.refitting[1], *made]
 
     @property
     def parameters_after(self) -> int:
@@ -81,4 +95,10 @@ class RunContext(WorkContext):
             options=prepared.options,
             shape=prepared.plan.shape,
             form=self.form,
+            stream=TokenStream(
+                tokens=CALIBRATION_TOKENS,
+                num_sequences=len(prepared.calibration),
+                microbatch_sequences=prepared.identity.microbatch_sequences,
+                dtype=prepared.identity.compute_dtype,
+            ),
         )

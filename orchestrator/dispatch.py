@@ -58,7 +58,7 @@ def compress(context: RunContext) -> None:
     Raises:
         CompressionError: see `run_units`.
     """
-    units = context.units
+    units = context.made
     num_left = len(context.ledger.todo(units))
     if not num_left:
         return

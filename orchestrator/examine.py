@@ -103,6 +103,6 @@ def _tensors_of(records: Mapping[str, Record]) -> dict[str, Any]:
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the files hold, to be compared with what a loaded model holds."""
-    from actors.units import described  # torch: needed here only
+    from actors.storage.tensors import described  # torch: needed here only
 
     return {name: described(checkpoint.read(name)) for name in checkpoint.locations}

@@ -60,6 +60,10 @@ class Ledger:
         self.num_resumed += len(units) - len(left)
         return left
 
+    def forget(self, unit: Unit) -> None:
+        """Count a unit as not done: what it left besides its files is gone."""
+        self._records.pop(unit.name, None)
+
     def commit(self, unit: Unit, done: UnitDone, *, attempt: int) -> Record:
         """Write the record of a unit whose files are in place."""
         files, values = done.files, dict(done.values)

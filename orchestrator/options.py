@@ -2,12 +2,12 @@
 
 import ast
 from collections.abc import Callable, Sequence
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any
 
 import click
 
-from planners.plan import Option
+from planners.plan import Option, OptionSpec
 
 Decorator = Callable[[Any], Any]
 
@@ -20,30 +20,30 @@ KEYS = {
     "evaluation": "evaluation.source",
     "evaluation_sequences": "evaluation.sequences",
 }
-SOURCES = "stdlib, wikitext2, a .txt, .jsonl or .parquet file, or tokens:FILE.safetensors."
+SOURCES = "stdlib, wikitext2, embedded, FILE.txt, .jsonl or .parquet, or tokens:FILE.safetensors."
 
 _COMPRESSION = (
     click.option("--method", metavar="NAME", help="How layers shrink. [slicegpt]"),
     click.option("--keep-fraction", type=float, metavar="F",
                  help="Parameters after / before, true counts, embeddings included. [0.8]"),
     click.option("--slice", "slice_", type=float, metavar="F",
-                 help="In place of --keep-fraction: SliceGPT's nominal fraction of the width to "
-                 "remove; removes fewer parameters than it says."),
+                 help="In its place: SliceGPT's nominal fraction of the width to remove; fewer "
+                 "parameters go than it says."),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
-                 help="Of the method; those there are stand below. May be repeated."),
+                 help="An option of the method, see below; may be repeated."),
     click.option("--calibration", metavar="SRC",
-                 help=f"{SOURCES} [the tokens that come with tiny; stdlib for other models]"),
+                 help=f"{SOURCES} [embedded for tiny, else stdlib]"),
     click.option("--calibration-sequences", type=int, metavar="N",
-                 help="[all of a token file, 128 of text]"),
+                 help="How many. [all of a token file, 128 of text]"),
     click.option("--calibration-dtype", metavar="DTYPE",
                  help="float32, bfloat16 or float16. [float32 on a CPU, else the model's own]"),
     click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
 )  # fmt: skip
 _MEASURING = (
     click.option("--evaluation", metavar="SRC",
-                 help="As for --calibration; text that has no split for it needs its own file."),
+                 help=f"{SOURCES} [the evaluation split of embedded, stdlib or wikitext2]"),
     click.option("--evaluation-sequences", type=int, metavar="N",
-                 help="[all of a token file, all of wikitext2, 128 of other text]"),
+                 help="How many. [all of a token file, all of wikitext2, 128 of other text]"),
     click.option("--sequence-length", type=int, metavar="T",
                  help="Tokens of each. [that of a token file; the model's longest, up to 2048]"),
     click.option("--seed", type=int, metavar="S", help="Of the choice of sequences. [0]"),
@@ -84,32 +84,39 @@ class RecipeCommand(click.Command):
         super().format_epilog(ctx, formatter)
         with formatter.section("Options of methods, for --option, with their defaults"):
             formatter.write_dl([
-                (method, " ".join(f"{name}={_typed(value)}" for name, value in options.items()))
+                (method, " ".join(f"{o.name}={_typed(o.default)}" for o in options))
                 for method, options in method_options().items()
             ])  # fmt: skip
 
 
-def method_options() -> dict[str, dict[str, Option]]:
-    """Return method -> option -> default, as they stand in the sources.
+def method_options() -> dict[str, tuple[OptionSpec, ...]]:
+    """Return method -> options, as they stand in the sources.
 
     Importing a method takes seconds, for torch; help is there at once.
     """
-    folder = resources.files("actors.methods")
-    sources = {f.name.removesuffix(".py"): f for f in folder.iterdir() if f.name.endswith(".py")}
+    files = resources.files("actors.methods").iterdir()
+    sources = {f.name.removesuffix(".py"): f for f in files if f.name.endswith(".py")}
     return {
-        name: dict(
-            _name_and_default(node)
-            for node in ast.walk(ast.parse(sources[name].read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "OptionSpec"
-        )
+        name: _options_in(sources[name].read_text(encoding="utf-8"))
         for name in sorted(sources)
         if not name.startswith("_")
     }
 
 
-def _name_and_default(call: ast.Call) -> tuple[str, Option]:
-    given = {k.arg: k.value for k in call.keywords}
-    return ast.literal_eval(given["name"]), ast.literal_eval(given["default"])
+def _options_in(source: str) -> tuple[OptionSpec, ...]:
+    """Return the ``options`` of a method's SPEC; they may name what it imports from planners."""
+    tree = ast.parse(source)
+    names = {
+        alias.asname or alias.name: getattr(import_module(node.module), alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("planners.")
+        for alias in node.names
+    }
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    spec: Any = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "SPEC")
+    options = next(k.value for k in spec.keywords if k.arg == "options")
+    found: tuple[OptionSpec, ...] = eval(compile(ast.Expression(options), "SPEC", "eval"), names)
+    return found
 
 
 def _typed(value: Option) -> str:

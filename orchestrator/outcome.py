@@ -1,5 +1,6 @@
 """Records and measurements -> the report's one document, as ``report.json`` holds it."""
 
+import math
 import platform
 import resource
 import sys
@@ -12,10 +13,20 @@ from typing import Any
 from orchestrator.context import RunContext
 from orchestrator.evaluate import Loss
 from orchestrator.journal import read_events
+from orchestrator.refit import refit_losses
 from planners.cost import layer_parameters
 from planners.plan import dense_form, to_json
 
-PHASES = ("calibrate", "allocate", "compress", "stitch", "verify", "evaluate", "throughput")
+PHASES = (
+    "calibrate",
+    "allocate",
+    "compress",
+    "refit",
+    "stitch",
+    "verify",
+    "evaluate",
+    "throughput",
+)
 LIBRARIES = ("ray", "torch", "transformers", "safetensors", "numpy", "pyarrow")
 LOSSES = ("worker lost", "preempted", "out of memory")
 
@@ -89,6 +100,7 @@ def outcome(
         },
         "sites": _sites(context),
         "layers": _layers(context),
+        "refit": _refit(context),
         "timeline": _timeline(events, begun),
         "events": [
             {"at": event["at"] - begun, "what": event["kind"], "detail": event["detail"]}
@@ -136,7 +148,7 @@ def _sites(context: RunContext) -> list[dict[str, Any]]:
     sites = []
     last = context.prepared.plan.shape.num_sites - 1
     for unit in context.units:
-        if unit.kind == "basis":
+        if unit.kind in ("basis", "basis_sequential"):
             where = "head" if unit.index == last else ("attention", "mlp")[unit.index % 2]
             values = context.ledger.record(unit).values
             sites.append({"site": unit.index, "layer": unit.index // 2, "where": where, **values})
@@ -151,7 +163,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
     before = layer_parameters(plan.shape, dense_form(plan.shape))
     layers = []
     for unit in context.units:
-        if unit.kind != "layer":
+        if unit.kind not in ("layer", "chosen"):
             continue
         form = context.form.layers[unit.index]
         values = context.ledger.record(unit).values
@@ -174,8 +186,20 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
             },
             "error": values.get("error"),
             "errors": values.get("errors", {}),
+            "refit": values.get("refit"),
         })  # fmt: skip
     return layers
+
+
+def _refit(context: RunContext) -> dict[str, Any] | None:
+    """Return what the second pass found on the held-out sequences, where there was one."""
+    if not context.refitting[0]:
+        return None
+    losses, used = refit_losses(context)
+    said = {name: loss.perplexity for name, loss in losses.items()}
+    perplexities = {name: each if math.isfinite(each) else None for name, each in said.items()}
+    num_tokens = losses["refitted"].num_tokens
+    return {"used": used, "num_tokens": num_tokens, "held_out_perplexity": perplexities}
 
 
 def _timeline(events: list[dict[str, Any]], begun: float) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """A pass: microbatches stream through the stages of a wave, in order, and survive lost workers.
 
-One thread feeds bounded queues. A stage sees microbatches in order whatever happens: when a worker
-is lost, its replacement loads the same layers and all microbatches are fed again from the nearest
-place that still has them, through stages that pass on what they have already summed without
-summing it twice. So the sums are the same bits as if nothing had happened.
+One thread feeds bounded queues. A stage sums microbatches in order whatever happens: when a worker
+is lost, its replacement loads the same layers and starts again, and whatever is lacking anywhere is
+passed once more by the stages before, back to the nearest one that still has it. A stage passes on
+what it has already summed without summing it twice, so the sums are the same bits as if nothing had
+happened.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,15 +38,34 @@ class PassPlan:
 
 @dataclass(slots=True)
 class _StageState:
-    """Where one stage is; everything here can be rebuilt by feeding it again."""
+    """Where one stage is.
+
+    Attributes:
+        next: first microbatch that it has not been given yet.
+        done: microbatches that it has summed.
+        lacking: what the stage behind is to be given next; of interest where it has passed here.
+        inflight: ticket -> microbatch and its output to be.
+        outputs: what is computed and not yet consumed by the stage behind.
+        publishing: ticket -> what is being published.
+        to_publish: what is to be published once everything is summed.
+        loading: ticket, while layers are being loaded.
+    """
 
     next: int = 0
     done: int = 0
-    inflight: dict[Any, tuple[int, Any]] = field(default_factory=dict)  # ticket -> index, output
-    outputs: dict[int, Any] = field(default_factory=dict)  # computed, and waiting for the next
+    lacking: int = 0
+    inflight: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
     publishing: dict[Any, UnitTask] = field(default_factory=dict)
     to_publish: list[UnitTask] = field(default_factory=list)
     loading: Any = None
+
+    @property
+    def wanted(self) -> int:
+        """The microbatch to give it next: one it has to pass once more, or a new one."""
+        given = {index for index, _ in self.inflight.values()}
+        passed = self.lacking < self.next and self.lacking not in self.outputs.keys() | given
+        return self.lacking if passed else self.next
 
 
 class Pass:
@@ -95,24 +115,26 @@ class Pass:
         self._stages[slot].loading = self._pool.call(slot, "load", assignment, label=label)
 
     def _feed(self) -> None:
-        total = len(self._plan.microbatches)
-        for slot, stage in enumerate(self._stages):
-            while stage.next < total and len(stage.inflight) < MAX_INFLIGHT and self._may(slot):
-                self._submit(slot, stage.next)
-                stage.next += 1
-            if stage.done == total:
+        for slot in reversed(range(len(self._stages))):
+            stage = self._stages[slot]
+            if slot < len(self._stages) - 1:
+                stage.lacking = self._stages[slot + 1].wanted
+            while len(stage.inflight) < MAX_INFLIGHT and self._may(slot, stage.wanted):
+                self._submit(slot, stage.wanted)
+            if stage.done == len(self._plan.microbatches):
                 for unit in stage.to_publish:
                     ticket = self._pool.call(slot, "publish", unit, label=unit.unit)
                     stage.publishing[ticket] = unit
                 stage.to_publish = []
 
-    def _may(self, slot: int) -> bool:
-        """Return whether a stage's next input is at hand and its output has a place to wait."""
-        stage = self._stages[slot]
-        if slot > 0 and stage.next not in self._stages[slot - 1].outputs:
+    def _may(self, slot: int, index: int) -> bool:
+        """Return whether the input of a stage is at hand and its output has a place to wait."""
+        if index == len(self._plan.microbatches):
+            return False
+        if slot > 0 and index not in self._stages[slot - 1].outputs:
             return False
         last = slot == len(self._stages) - 1
-        return last or stage.next - self._stages[slot + 1].next < WINDOW
+        return last or index - self._stages[slot + 1].next < WINDOW
 
     def _submit(self, slot: int, index: int) -> None:
         stage, assignment = self._stages[slot], self._plan.assignments[slot]
@@ -128,18 +150,18 @@ class Pass:
         label = f"{self._plan.kind}[layers {assignment.first}-{assignment.last - 1}] mb {index}"
         done, output = self._pool.call(slot, "step", here, packed, num_returns=2, label=label)
         stage.inflight[done] = (index, output)
+        stage.next += int(index == stage.next)
 
     def _take(self, ticket: Any) -> None:
         slot = next((s for s, g in enumerate(self._stages) if ticket in self._tickets(g)), None)
         if slot is None:  # of a worker that was given up in this very round
             return
-        stage = self._stages[slot]
         try:
             answer = self._pool.executor.result(ticket)
         except WorkerLost as lost:
             self._restart(slot, lost)
         except InputLost:
-            self._feed_again(slot, stage.inflight[ticket][0])
+            self._lose_input(slot, ticket)
         else:
             self._accept(slot, ticket, answer)
 
@@ -152,10 +174,11 @@ class Pass:
             self._on_published(stage.publishing.pop(ticket), answer)
         else:
             index, output = stage.inflight.pop(ticket)
-            stage.done += int(index == stage.done)  # else passed on again, or out of its turn
-            # Not before: a call that waits for the output of a lost worker would fail with it.
-            if slot < len(self._stages) - 1 and index >= self._stages[slot + 1].next:
-                stage.outputs[index] = output  # else only passed again on its way to a lost stage
+            stage.done += int(index == stage.done)  # else passed once more, or out of its turn
+            last = slot == len(self._stages) - 1
+            # Only now: a call that waits for the output of a lost worker would fail with it.
+            if not last and (index >= self._stages[slot + 1].next or index == stage.lacking):
+                stage.outputs[index] = output
             self._pool.saw([answer])
             if slot > 0:  # consumed: the object store may have its memory back
                 self._stages[slot - 1].outputs.pop(index, None)
@@ -168,15 +191,16 @@ class Pass:
         self._pool.replace(slot, lost)
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
         stage.inflight, stage.publishing, stage.outputs = {}, {}, {}
-        stage.done = 0
+        if stage.to_publish:  # sums went with the worker; what is published or told stays done
+            stage.done = 0
+        stage.next = stage.done
         self._load(slot)
-        self._feed_again(slot, 0)
 
-    def _feed_again(self, slot: int, index: int) -> None:
-        """Bring microbatches from ``index`` on to a stage again, from the source if need be."""
+    def _lose_input(self, slot: int, ticket: Any) -> None:
+        """Have a microbatch computed again whose activations went with their node."""
         stage = self._stages[slot]
-        stage.inflight = {t: call for t, call in stage.inflight.items() if call[0] < index}
-        stage.next = index
-        for upstream in self._stages[:slot]:
-            upstream.next = min(upstream.next, index)
-            upstream.outputs = {}
+        index, _ = stage.inflight.pop(ticket)
+        self._stages[slot - 1].outputs.pop(index, None)
+        if index >= stage.done:  # those behind it were not summed either: it was not their turn
+            stage.inflight = {t: call for t, call in stage.inflight.items() if call[0] < index}
+            stage.next = index

@@ -113,9 +113,12 @@ def prepare(given: RunConfig) -> Prepared:
         ConfigError: an option is wrong, or the target is out of reach.
         ModelError: the model is missing, broken or not supported.
         DataError: there is too little text, or it cannot be read.
+        StorageError: the run directory is none that can be named.
     """
     spec = methods.spec(given.method)
     options = resolve_options(spec, given.options)
+    if given.out:
+        Directory(given.out)  # before it is shown to anybody
     source = resolve_model(given.model)
     checkpoint = Checkpoint(source.uri)
     shape = checkpoint.shape

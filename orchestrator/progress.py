@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from orchestrator.journal import Event
 
@@ -22,12 +23,27 @@ UNITS_OF = {
     "calibrate": ("calibrate",),
     "evaluate": ("evaluate",),
     "allocate": ("damage",),
-    "compress": ("basis", "basis_shared", "layer", "embedding", "head"),
+    "compress": (
+        "basis",
+        "basis_shared",
+        "basis_sequential",
+        "layer",
+        "draft",
+        "embedding",
+        "head",
+    ),
+    "refit": ("refit_start", "refit_layer", "refit_losses", "chosen"),
     "stitch": ("stitch",),
     "verify": ("verify",),
     "throughput": ("throughput",),
 }
 TROUBLE = ("worker lost", "preempted", "out of memory")
+LAYERS = ("layer", "draft", "chosen", "damage")  # units that are a layer each
+FIRST_WORDS = {  # until the first unit of a phase is done
+    "calibrate": "loading layers",
+    "verify": "in a fresh process",
+    "throughput": "in a fresh process",
+}
 
 
 class ProgressScreen:
@@ -36,15 +52,16 @@ class ProgressScreen:
     def __init__(self, console: Console, *, num_workers: int) -> None:
         self._console = console
         self._num_workers = num_workers
-        self._phase, self._total, self._done, self._tokens = "", 0, 0, 0
+        self._phase, self._name = "", ""
+        self._total, self._done, self._tokens, self._layers = 0, 0, 0, 0
         self._begun, self._last_line = time.monotonic(), 0.0
         self._task: TaskID | None = None
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=28),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -54,10 +71,13 @@ class ProgressScreen:
     def __enter__(self) -> "ProgressScreen":
         """Start the live display."""
         self._progress.start()
+        self._task = self._progress.add_task("start", total=None, rate="starting Ray")
         return self
 
     def __exit__(self, *error: object) -> None:
         """Take the live display down."""
+        if not self._phase and self._task is not None:
+            self._progress.remove_task(self._task)  # nothing began: all was done before
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -69,34 +89,57 @@ class ProgressScreen:
             self._end(event)
         elif kind in UNITS_OF.get(self._phase, ()):
             self._advance(event)
+        elif kind == "statistics missing":
+            self._console.print(f"calibrating what is not there: {event['detail']}")
         elif kind in TROUBLE:
-            self._console.print(f"[yellow]{kind}[/]: {event['detail']}; its work goes on elsewhere")
+            detail = event["detail"].removeprefix(f"{kind}: ")
+            words = f" {event['worker']}: {detail} Its work goes on elsewhere."
+            self._console.print(Text.assemble((kind, "yellow"), words))
 
     def _begin(self, event: Event) -> None:
         if event["unit"] == "run" or not event["tokens"]:
             return
-        self._phase, self._total = event["unit"], event["tokens"]
-        self._done, self._tokens, self._begun = 0, 0, time.monotonic()
-        self._task = self._progress.add_task(self._phase, total=self._total, rate="")
+        if not self._phase and self._task is not None:
+            self._progress.remove_task(self._task)  # that of the start
+        self._phase = self._name = event["unit"]
+        self._total = event["tokens"]
+        self._done, self._tokens, self._layers, self._begun = 0, 0, 0, time.monotonic()
+        words = FIRST_WORDS.get(self._phase, "")
+        self._task = self._progress.add_task(self._phase, total=self._total, rate=words)
 
     def _advance(self, event: Event) -> None:
         self._done += 1
         self._tokens += event["tokens"]
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        workers = f"{self._num_workers} worker" + ("s" if self._num_workers > 1 else "")
-        rate = f"{self._tokens / seconds:,.0f} tok/s · {workers}" if self._tokens else workers
+        self._layers += int(event["kind"] in LAYERS)
+        if self._phase == "evaluate":
+            self._name = f"evaluate {event['unit'].split('-')[1]}"  # evaluation-dense-part-00000
+        rate = self._rate(seconds)
         if self._task is not None:
-            self._progress.update(self._task, completed=self._done, rate=rate)
-        if not self._console.is_terminal and time.monotonic() - self._last_line > LOG_SECONDS:
+            self._progress.update(
+                self._task, completed=self._done, description=self._name, rate=rate
+            )
+        late = time.monotonic() - self._last_line > LOG_SECONDS
+        if not self._console.is_terminal and late and self._done < self._total:
             self._last_line = time.monotonic()
             left = seconds / self._done * (self._total - self._done)
-            self._console.print(
-                f"{self._phase}: {self._done}/{self._total}, {rate}, about {left:.0f} s left"
-            )
+            done = f"{self._done} of {self._total} steps"
+            self._console.print(f"{self._name}: {done}, {rate}, about {left:.0f} s left")
+
+    def _rate(self, seconds: float) -> str:
+        """Return how fast it goes, on what, and who does it."""
+        said = []
+        if self._tokens:
+            said.append(f"{self._tokens / seconds:,.0f} tok/s")
+        if self._layers:
+            said.append(f"{self._layers} layer" + ("s" if self._layers > 1 else ""))
+        if self._phase not in ("stitch", "verify", "throughput"):
+            said.append(f"{self._num_workers} worker" + ("s" if self._num_workers > 1 else ""))
+        return " · ".join(said)
 
     def _end(self, event: Event) -> None:
         if event["unit"] == self._phase and not self._console.is_terminal:
-            self._console.print(f"{self._phase}: done in {event['seconds']:.1f} s")
+            self._console.print(f"{self._name}: done in {event['seconds']:.1f} s")
         if event["unit"] == self._phase:
             self._phase, self._task = "", None
 

@@ -8,6 +8,7 @@ from actors.storage.files import Directory
 from actors.storage.records import require_directory
 from orchestrator import cluster, lease
 from orchestrator.allocate import allocate
+from orchestrator.artefact import tell_missing
 from orchestrator.calibrate import calibrate
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
@@ -18,6 +19,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.outcome import outcome
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
+from orchestrator.refit import refit
 from orchestrator.rundir import finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
@@ -63,6 +65,7 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
     )
     try:
         with context.phase("run", total=0):
+            tell_missing(context)
             context, losses = compress_and_evaluate(context)
             pool.close()  # what follows loads whole models
             checks = verify(context, stitched(context))
@@ -82,6 +85,7 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
     context = replace(context, form=allocate(context))
     compress(context)
+    refit(context)
     stitch(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))
     return context, losses

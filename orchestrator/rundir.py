@@ -9,10 +9,11 @@ from pydantic import ValidationError
 
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator.calibrate import CALIBRATION_TOKENS
+from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
-from orchestrator.context import RunContext
+from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
+from orchestrator.lease import NAME as LEASE
 from orchestrator.outcome import environment
 from orchestrator.prepare import Prepared
 from orchestrator.report import render_page
@@ -27,14 +28,16 @@ def open_run(prepared: Prepared) -> None:
     """Write the recipe, plan, environment and tokens, or see that they are those of this run.
 
     Raises:
-        ConfigError: the directory holds another run; the message says what differs.
+        ConfigError: the directory holds another run, or the statistics to reuse are of another
+            model or data; the message says what differs.
         StorageError: it holds something that is no run, or cannot be written.
     """
     run = prepared.run
+    require_same(prepared)
     facts = to_json(prepared.facts())
     known = _is_this_run(run, facts)
-    if not known and run.size("run.yaml") is None and run.size("model/config.json") is not None:
-        raise StorageError(f"{run.uri}: holds a model that is not of a run; use another --out")
+    if not known:
+        _refuse_what_is_no_run(run)
     # First: from here on, whatever else lies here is of this run.
     run.write("plan.json", _json({"identity": facts, "plan": to_json(prepared.plan)}))
     for name, tokens, source in (
@@ -66,8 +69,11 @@ def finished_report(run: Directory) -> dict[str, Any] | None:
     """Return the report of a run that is READY, or None where work is left."""
     if run.size(READY) is None or run.size(REPORT) is None:
         return None
-    report: dict[str, Any] = json.loads(run.read(REPORT))
-    return report
+    try:
+        report = json.loads(run.read(REPORT))
+    except ValueError:
+        return None  # torn; it follows from the records, and is written again
+    return report if isinstance(report, dict) else None
 
 
 def finish(context: RunContext, report: Mapping[str, Any]) -> None:
@@ -84,10 +90,27 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
 
 def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
     """Return the files that served only the work, and what killed workers left half-written."""
+    passing = [name for folder in ("boundary", "draft", "refit") for name in run.names(folder)]
     sums = [*run.names("stats"), *run.names("basis")]
     written = [*sums, *run.names("model"), *run.names("records")]
     halves = {name for name in written if name.endswith(".tmp")}
-    return sorted({*run.names("boundary"), *halves, *(() if keep_statistics else sums)})
+    return sorted({*passing, *halves, *(() if keep_statistics else sums)})
+
+
+def _refuse_what_is_no_run(run: Directory) -> None:
+    """Refuse to spread a run among files that are not of one, such as a model's or a home's."""
+    if run.size("run.yaml") is not None or run.size("plan.json") is not None:
+        return  # of a run whose plan was torn or lost
+    strange = [
+        name
+        for name in run.entries()
+        if not name.startswith((".", LEASE)) and not name.endswith(".tmp")
+    ]
+    if strange:
+        raise StorageError(
+            f"{run.uri}: holds {strange[0]!r} and is no run directory",
+            hint="use another --out: a new or an empty directory",
+        )
 
 
 def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
@@ -96,9 +119,9 @@ def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
         return False
     try:
         old = json.loads(run.read("plan.json"))["identity"]
-    except (ValueError, KeyError, TypeError):
+        differ = [key for key in facts if old.get(key) != facts[key]]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False  # torn by a crash before anything else was written
-    differ = [key for key in facts if old.get(key) != facts[key]]
     if differ:
         said = "; ".join(
             f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ

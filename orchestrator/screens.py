@@ -1,6 +1,7 @@
 """What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
 
 import json
+import shlex
 import tempfile
 import time
 from collections import Counter
@@ -8,13 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from actors import methods as registry
 from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator import cluster, examine, lease
+from orchestrator import artefact, cluster, examine, lease
 from orchestrator.config import RunConfig
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
@@ -30,27 +32,32 @@ from orchestrator.report import render_page, render_terminal
 from orchestrator.run import run as do_run
 from orchestrator.rundir import READY, REPORT, finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
-from orchestrator.sweep import PARETO, points_of
+from orchestrator.sweep import PAGE, points_of
 from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
 from planners.catalogue import CONFIGS
 from planners.errors import NumericsError, StorageError
 from planners.plan import RunPlan, StagePlan, to_json
 
-_err = Console(stderr=True, highlight=False)
-_out = Console(highlight=False)
+# Paths and messages are printed as they are: a "[" or ":" in them has no meaning here.
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+_out = Console(highlight=False, markup=False, emoji=False)
 
 
 def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> None:
     """Do a run, showing how it goes on stderr, and print its report."""
     prepared = prepare(config)
     if dry_run:
+        artefact.require_same(prepared)
         _print_prepared(prepared, json_=json_)
         return
-    _err.print(f"[bold]{prepared.title}[/] -> {prepared.config.out}")
+    _err.print(Text(prepared.title, style="bold"), "->", prepared.config.out, soft_wrap=True)
+    was_ready = finished_report(prepared.run) is not None
     num_workers = max(map(len, prepared.plan.waves))
     with ProgressScreen(_err, num_workers=num_workers) as listener:
         report = do_run(prepared, listener=listener, dashboard=dashboard)
+    if was_ready:
+        _err.print("it was READY before; this is its report")
     _print_report(report, json_=json_)
 
 
@@ -85,13 +92,13 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
         run_ = Directory(folder)
         run_.write(EVALUATION_TOKENS, tokens_to_parquet(ids, {"source": prepared.source}))
         with (
+            ProgressScreen(_err, num_workers=config.workers) as listener,
             cluster.connected(
                 config.address,
                 num_cpus=config.workers * config.threads,
                 num_gpus=config.workers if plan_.device == "cuda" else 0,
                 store_bytes=0,
             ),
-            ProgressScreen(_err, num_workers=config.workers) as listener,
         ):
             loss = _measure(run_, plan_, subject, listener)
     found = {
@@ -107,8 +114,9 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
         print(json.dumps(found))  # noqa: T201 the one document
     else:
         _out.print(
-            f"perplexity [bold]{loss.perplexity:.4f}[/] over {loss.num_tokens:,} predicted tokens, "
-            f"sequences of {ids.shape[1]}, {prepared.source}"
+            Text.assemble("perplexity ", (f"{loss.perplexity:.4f}", "bold")),
+            f"over {loss.num_tokens:,} predicted tokens in sequences of {ids.shape[1]}, "
+            f"source {prepared.source}",
         )
 
 
@@ -125,28 +133,38 @@ def status(run_uri: str, *, json_: bool) -> None:
     run_ = Directory(run_uri)
     if run_.size("plan.json") is None:
         raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    kinds = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
+    num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
+    done = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
-    found = {
-        "run": run_uri,
-        "verdict": "READY" if run_.size(READY) is not None else "running" if alive else "stopped",
-        "done": dict(sorted(kinds.items())),
-        "holder": holder if alive else None,
-    }
+    verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
     if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
+        print(  # noqa: T201 the one document
+            json.dumps(
+                {
+                    "run": run_uri,
+                    "verdict": verdict,
+                    "done": dict(sorted(done.items())),
+                    "holder": holder if alive else None,
+                }
+            )
+        )
         return
-    table = Table(title=f"{run_uri}: {found['verdict']}", title_justify="left")
+    _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("units")
     table.add_column("done", justify="right")
-    for kind, count in sorted(kinds.items()):
-        table.add_row(kind, str(count))
-    _out.print(table)
+    for kind, count in sorted(done.items()):
+        of = f" of {num_layers}" if kind in ("damage", "layer", "statistics") else ""
+        table.add_row(kind, f"{count}{of}")
+    _out.print(table if done else "no unit of work is done")
     if alive and holder is not None:
         since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
         _out.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
-    elif found["verdict"] != "READY":
+    elif verdict != "READY" and run_.is_local:
+        resume = shlex.join(["compress-cluster", "run", "-r", run_.path("run.yaml")])
+        _out.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
+    elif verdict != "READY":
         _out.print("nobody works on it; the command that began it goes on with it")
 
 
@@ -182,7 +200,7 @@ def sweep(
             "*" if point["on_front"] else "",
         )
     _out.print(table)
-    _out.print(f"{run_uri}/{PARETO}; compress-cluster export {run_uri} --point NAME")
+    _out.print(f"{run_uri}/{PAGE}; compress-cluster export {run_uri} --point NAME", soft_wrap=True)
 
 
 def export(run_uri: str, point: str, *, json_: bool) -> None:
@@ -206,7 +224,8 @@ def verify(directory: str, *, json_: bool) -> None:
     else:
         table = Table(title=directory, title_justify="left", show_header=False)
         for check in checks:
-            mark = "[green]held[/]" if check["passed"] else "[red]failed[/]"
+            held = check["passed"]
+            mark = Text("held" if held else "failed", style="green" if held else "red")
             table.add_row(mark, check["name"], check["detail"])
         _out.print(table)
     if failed:
@@ -233,6 +252,41 @@ def bench(directories: list[str], *, json_: bool, **how: Any) -> None:
     _out.print(table)
 
 
+def statistics(action: str, run_uri: str, *, json_: bool) -> None:
+    """List, show or verify the statistics that a run kept."""
+    run_ = Directory(run_uri)
+    if action == "ls":
+        rows = artefact.listed(run_)
+        if json_:
+            print(json.dumps({"run": run_uri, "layers": rows}))  # noqa: T201 the one document
+            return
+        table = Table(title=run_uri, title_justify="left")
+        for column in ("layer", "tokens", "bytes", "taps"):
+            table.add_column(column, justify="left" if column == "taps" else "right")
+        for row in rows:
+            table.add_row(
+                str(row["layer"]), f"{row['num_tokens']:,}", _size(row["bytes"]),
+                ", ".join(row["taps"]),
+            )  # fmt: skip
+        _out.print(table)
+        return
+    found = artefact.shown(run_) if action == "show" else artefact.verified(run_)
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+    elif action == "show":
+        table = Table(title=run_uri, title_justify="left", show_header=False)
+        for key, value in found.items():
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            table.add_row(key.replace("_", " "), text)
+        _out.print(table)
+    else:
+        _out.print(
+            f"{found['files']} files of {found['layers']} layers, {_size(found['bytes'])}: as "
+            "recorded; every sum finite, every gram symmetric",
+            soft_wrap=True,
+        )
+
+
 def methods(*, json_: bool) -> None:
     """Print every method with its options and defaults."""
     specs = [registry.spec(name) for name in registry.available()]
@@ -243,16 +297,18 @@ def methods(*, json_: bool) -> None:
         ]
         print(json.dumps(to_json(plain)))  # noqa: T201 the one document
         return
-    table = Table(title="methods", title_justify="left")
-    for column in ("method", "option", "default", "choices", "what it does"):
-        table.add_column(column)
     for spec in specs:
-        table.add_section()
-        table.add_row(f"[bold]{spec.name}[/]", "", "", "", spec.source)
+        _out.print(
+            Text(spec.name, style="bold"), f"{spec.source}, shrinks {', '.join(spec.modules)}"
+        )
+        table = Table(box=None, show_header=False, padding=(0, 2))
         for option in spec.options:
-            choices = ", ".join(_word(c) for c in option.choices)
-            table.add_row("", option.name, _word(option.default), choices, option.help)
-    _out.print(table)
+            words = option.help
+            if option.choices:
+                words += f" (one of: {', '.join(_word(c) for c in option.choices)})"
+            table.add_row(f"{option.name}={_word(option.default)}", words)
+        _out.print(table)
+    _out.print("set one with --option KEY=VALUE; shown are the defaults")
 
 
 def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener: Any) -> Any:
@@ -272,7 +328,7 @@ def _finished(run_: Directory) -> dict[str, Any]:
     if found is None:
         raise StorageError(
             f"{run_.uri}: has no finished run ({READY} and {REPORT})",
-            hint="compress-cluster status RUN says how far it is",
+            hint=f"compress-cluster status {run_.uri} says how far it is",
         )
     return found
 

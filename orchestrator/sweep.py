@@ -18,6 +18,7 @@ from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
 from orchestrator.prepare import GIB, Prepared
+from orchestrator.report import render_pareto
 from orchestrator.run import compress_and_evaluate, dense_subject, new_pool, run
 from orchestrator.rundir import open_run
 from planners.errors import ConfigError, PlanError
@@ -25,6 +26,7 @@ from planners.plan import Target
 from planners.planning import Workload, make_plan
 
 PARETO = "pareto.json"
+PAGE = "pareto.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,7 @@ def sweep_on(
         "points": [_plain(point) for point in with_front(found)],
     }
     base.run.write(PARETO, json.dumps(document, indent=1, sort_keys=True).encode())
+    base.run.write(PAGE, render_pareto(document).encode())
     return document
 
 

@@ -12,7 +12,7 @@ from planners.cost import (
     layer_parameters,
     model_parameters,
 )
-from planners.errors import PlanError
+from planners.errors import NumericsError, PlanError
 from planners.plan import ModelForm, ModelShape, dense_form
 
 BISECTIONS = 60  # of a share in [0, 1]: finer than any width
@@ -85,20 +85,30 @@ def rounded(shape: ModelShape, module: str, width: float, *, round_to: int) -> i
 
 
 def uniform(
-    shape: ModelShape, *, keep_fraction: float, modules: Sequence[str], round_to: int
+    shape: ModelShape,
+    *,
+    keep_fraction: float,
+    modules: Sequence[str],
+    round_to: int,
+    alike: bool = False,
 ) -> ModelForm:
     """Return the largest model within the budget whose layers all keep one share of each width.
+
+    Where all take their next step at the same share, only as many take it as the budget demands,
+    unless they must be ``alike``.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
     """
+    full = full_widths(shape)
 
     def form(share: float) -> ModelForm:
-        full = full_widths(shape)
         cut = {m: rounded(shape, m, share * full[m], round_to=round_to) for m in modules}
         return form_of(shape, [full | cut] * shape.num_layers)
 
-    return largest_share(shape, form, keep_fraction=keep_fraction)
+    if alike:
+        return largest_share(shape, form, keep_fraction=keep_fraction)
+    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to)
 
 
 def by_influence(
@@ -124,9 +134,10 @@ def by_influence(
         temperature: of the softmax; influence is between 0 and 2.
 
     Raises:
+        NumericsError: an influence is not finite.
         PlanError: the budget cannot be met; the message says how small it can get.
     """
-    scores = [_number(finding["influence"]) for finding in findings]
+    scores = [_influence(i, finding["influence"]) for i, finding in enumerate(findings)]
     least, most = min(scores), max(scores)
     full = full_widths(shape)
     # c on a logarithmic scale: from where no width loses anything to where all lose everything.
@@ -143,15 +154,7 @@ def by_influence(
         ]
         return form_of(shape, [full | layer for layer in cut])
 
-    within, over = _bracket(shape, form, keep_fraction=keep_fraction)
-    small, large = (_widths(shape, form(share)) for share in (within, over))
-    path = [
-        (layer, module, small[layer][module])
-        for layer in range(len(large))
-        for module in modules
-        if small[layer][module] < large[layer][module]
-    ]
-    return _walked(shape, large, path, keep_fraction=keep_fraction, round_to=round_to)
+    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to)
 
 
 def marginal(
@@ -254,6 +257,29 @@ def _curves(finding: Mapping[str, object]) -> dict[str, list[tuple[int, float]]]
     }
 
 
+def _between(
+    shape: ModelShape,
+    form: Callable[[float], ModelForm],
+    *,
+    keep_fraction: float,
+    round_to: int,
+) -> ModelForm:
+    """Return the largest form of a family in the budget, with what the next larger one has more.
+
+    The widths that differ between the two are cut one by one, the last layer first, only as far as
+    the budget demands.
+    """
+    within, over = _bracket(shape, form, keep_fraction=keep_fraction)
+    small, large = (_widths(shape, form(share)) for share in (within, over))
+    path = [
+        (layer, module, small[layer][module])
+        for layer in reversed(range(len(large)))
+        for module in large[layer]
+        if small[layer][module] < large[layer][module]
+    ]
+    return _walked(shape, large, path, keep_fraction=keep_fraction, round_to=round_to)
+
+
 def _walked(
     shape: ModelShape,
     widths: Sequence[Mapping[str, int]],
@@ -341,7 +367,7 @@ def _refuse(smallest: float, keep_fraction: float) -> None:
     )
 
 
-def _number(value: object) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
+def _influence(layer: int, value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise NumericsError(f"layer {layer}: its influence is {value!r}, which is no number")
     return float(value)

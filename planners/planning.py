@@ -1,8 +1,9 @@
 """Model, method, target and workers -> the plan of a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from planners import refit
 from planners.cost import (
     BYTES_OF,
     dense_parameters,
@@ -63,11 +64,26 @@ def make_plan(
         microbatch_tokens=work.microbatch_sequences * work.sequence_length,
         compute_dtype=work.compute_dtype,
     )
+    refitted = bool(options.get("refit"))
+    if refitted:
+        if work.sequences < refit.MIN_SEQUENCES:
+            raise PlanError(
+                f"refit: {work.sequences} calibration sequence is too few; some are held out",
+                hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
+            )
+        more = refit.workspace_bytes(shape, layer_bytes=load.layer)
+        load = replace(load, workspace=load.workspace + more)
     waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
     before, after = dense_parameters(shape), model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers
-    boundaries = tokens * shape.hidden * BYTES_OF[work.compute_dtype] if len(waves) > 1 else 0
+    # A chain of sites keeps the stream it reads and the one it writes.
+    streams = 2 if options.get("schedule") == "sequential" else int(len(waves) > 1)
+    boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
+    drafts = 0
+    if refitted:
+        stream = tokens * shape.hidden * BYTES_OF[work.compute_dtype]
+        drafts = refit.disk_bytes(after * width, stream_bytes=stream)
     bases = 0
     if spec.residual:
         dims = [d for layer in form.layers for d in (layer.residual_in, layer.residual_mid)]
@@ -84,5 +100,5 @@ def make_plan(
         calibration_flops=forward_flops(shape, tokens=tokens, sequence_length=work.sequence_length)
         + gram_flops(shape, statistics, tokens=tokens),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
-        disk_bytes=after * width + sums + boundaries + bases,
+        disk_bytes=after * width + sums + boundaries + bases + drafts,
     )

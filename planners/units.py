@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planners import refit
 from planners.plan import SCHEMA_VERSION, ModelForm, Option, Statistic, fingerprint, to_json
 
 
@@ -79,7 +80,10 @@ def compression_units(
     form: ModelForm,
     residual: bool,
 ) -> list[Unit]:
-    """Return the basis, layer, embedding and head units of one method."""
+    """Return the basis, layer, embedding and head units of one method.
+
+    Layers that are to be refitted are drafts: `refit_units` says what comes of them.
+    """
     common = {
         "schema": SCHEMA_VERSION,
         "method": method,
@@ -87,18 +91,19 @@ def compression_units(
         "options": to_json(options),
     }
     num_layers = len(form.layers)
-    bases = _basis_units(sums, common, form, shared=options.get("rotation") == "shared")
-    bases = bases if residual else []
+    bases = _basis_units(sums, common, form) if residual else []
 
     def basis(site: int) -> tuple[Unit, ...]:
         return (bases[site if len(bases) > 1 else 0],) if bases else ()
 
     units = list(bases)
+    refitted = bool(options.get("refit"))
+    kind, name = ("draft", "draft-layer-{:05d}") if refitted else ("layer", "layer-{:05d}")
     for layer in range(num_layers):
         inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
         parts = tuple(inputs.values()) or (sums[layer],)
         key = {**common, "layer": layer, "form": to_json(form.layers[layer])}
-        units.append(_unit("layer", layer, "layer-{:05d}", parts, key))
+        units.append(_unit(kind, layer, name, parts, key))
     edges = {"embedding": (form.embedding_dim, 0), "head": (form.head_dim, 2 * num_layers)}
     for kind, (dim, site) in edges.items():
         parts = basis(site) or (sums[0],)
@@ -115,24 +120,59 @@ def damage_units(
         "schema": SCHEMA_VERSION,
         "method": method,
         "revision": revision,
-        "options": to_json({k: v for k, v in options.items() if k != "allocation"}),
+        "options": to_json({k: v for k, v in options.items() if k not in ("allocation", "refit")}),
     }
     return [_unit("damage", u.index, "damage-layer-{:05d}", (u,), key) for u in sums]
 
 
-def _basis_units(
-    sums: Sequence[Unit], common: Mapping[str, Any], form: ModelForm, *, shared: bool
-) -> list[Unit]:
-    if shared:
+def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """Return the chain of the second pass, and one unit a layer that is the result of both.
+
+    The chain embeds the tokens, refits layer by layer, and ends with the losses of the drafts and
+    of the refitted layers, of which the layers of the result are the better ones.
+    """
+    key = {
+        "schema": SCHEMA_VERSION,
+        "revision": refit.REVISION,
+        "held_out": refit.HELD_OUT,
+        "dampings": to_json(refit.DAMPINGS),
+    }
+    # The sums of a draft carry the identity of the tokens, as all that follows from them does.
+    chain = [_unit("refit_start", -1, "refit-start", drafts[:1], key)]
+    for draft in drafts:
+        inputs = (chain[-1], draft)
+        chain.append(_unit("refit_layer", draft.index, "refit-layer-{:05d}", inputs, key))
+    chain.append(_unit("refit_losses", len(drafts), "refit-losses", chain[-1:], key))
+    chosen = [
+        _unit("chosen", u.index, "layer-{:05d}", (u, refitted, chain[-1]), key)
+        for u, refitted in zip(drafts, chain[1:-1], strict=True)
+    ]
+    return chain, chosen
+
+
+def _basis_units(sums: Sequence[Unit], common: Mapping[str, Any], form: ModelForm) -> list[Unit]:
+    if common["options"].get("rotation") == "shared":
         key = {**common, "dim": form.embedding_dim}
         return [_unit("basis_shared", -1, "basis-shared", tuple(sums), key)]
     dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
     dims.append(form.layers[-1].residual_out)
+    if common["options"].get("schedule") == "sequential":
+        return _chain(sums[0], common, dims)
     return [
         _unit("basis", s, "basis-site-{:05d}", (sums[min(s // 2, len(sums) - 1)],),
               {**common, "site": s, "dim": dim})
         for s, dim in enumerate(dims)
     ]  # fmt: skip
+
+
+def _chain(tokens: Unit, common: Mapping[str, Any], dims: Sequence[int]) -> list[Unit]:
+    """Return one basis unit a site, each behind all before it; the first reads tokens alone."""
+    units: list[Unit] = []
+    for site, dim in enumerate(dims):
+        # All before it: streams between sites are no unit's files, and may have to be made again.
+        key = {**common, "site": site, "dim": dim, "tokens": tokens.fingerprint}
+        units.append(_unit("basis_sequential", site, "basis-site-{:05d}", tuple(units), key))
+    return units
 
 
 def _unit(

@@ -98,6 +98,15 @@ def prepared_run(model: Path, out: Path, **recipe: Any) -> Prepared:
     return prepare(load_config(None, given))
 
 
+def worker_gib(model: Path, *, num_layers: int) -> float:
+    """Return the memory of a worker that holds so many layers of a model and not one more."""
+    stage = prepared_run(model, model / "unused").plan.waves[0][0]
+    fixed = stage.bytes["boundaries"] + stage.bytes["workspace"]
+    of_layers = stage.bytes["weights"] + stage.bytes["statistics"]
+    needed = fixed + of_layers * num_layers // (stage.last - stage.first)
+    return (needed + 0.5) / 2**30  # whole bytes again, once it is rounded down
+
+
 def run_local(model: Path, out: Path, **how: Any) -> dict[str, Any]:
     """Do a whole run and return its report.
 

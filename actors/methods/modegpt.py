@@ -14,15 +14,17 @@ Rows are tokens in the formulas; weights are in torch's (out, in) orientation in
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actors.numerics.linalg import cholesky_psd
+from actors.numerics.gram import symmetric
+from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
 from planners.allocation import by_influence, marginal, require_levels, uniform
+from planners.errors import NumericsError
 from planners.plan import (
     LayerForm,
     MethodSpec,
@@ -33,6 +35,7 @@ from planners.plan import (
     Statistic,
     Target,
 )
+from planners.refit import OPTION as REFIT
 
 Weights = Mapping[str, Tensor]
 MODULES = ("mlp", "qk", "vo")
@@ -55,9 +58,28 @@ def kept_pairs(
     return scores.topk(keep, dim=1).indices.sort(dim=1).values
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueMaps:
+    """What replaces v and the output weights of one KV head.
+
+    Attributes:
+        values: T, from v to its kept directions.
+        outputs: W', from those to the outputs of all query heads.
+        lost: ``||v W - v T W'||_F^2`` over the tokens.
+        energy: ``||v W||_F^2`` over the tokens.
+        rung: how the gram was factored.
+    """
+
+    values: Float[Tensor, "h keep"]
+    outputs: Float[Tensor, "keep out"]
+    lost: float
+    energy: float
+    rung: str
+
+
 def value_maps(
     gram: Float[Tensor, "h h"], outputs: Float[Tensor, "h out"], *, keep: int, where: str
-) -> tuple[Float[Tensor, "h keep"], Float[Tensor, "keep out"], float]:
+) -> ValueMaps:
     """Return T and W' that minimise ``||v W - v T W'||_F`` over the tokens of the gram of v.
 
     Args:
@@ -65,18 +87,21 @@ def value_maps(
         outputs: o_proj's rows of all query heads of the group, side by side, float64.
         keep: width of the new head.
         where: names the layer and head in errors.
-
-    Returns:
-        T, W', and the share of the output's energy that is lost, in [0, 1].
     """
-    factor, _ = cholesky_psd(gram, ridge=1e-10, where=where)
+    factor, rung = cholesky_psd(gram, ridge=1e-10, where=where)
     upper = factor.T  # gram = upper^T upper
-    left, sizes, right = torch.linalg.svd(upper @ outputs, full_matrices=False)
-    # With fewer output columns than kept dims the rest are zeros: they change nothing.
-    new_values = torch.linalg.solve_triangular(upper, left[:, :keep], upper=True)
-    energy = sizes.square()
-    lost = float(energy[keep:].sum() / energy.sum().clamp_min(1e-300))
-    return new_values, sizes[:keep, None] * right[:keep], lost
+    weighed = upper @ outputs  # (h, out)
+    # Its left singular vectors, from h x h alone: the SVD of what is wide costs far more.
+    spectrum = eigh_descending(symmetric(weighed @ weighed.T), where=where)
+    left = spectrum.vectors[:, :keep]
+    energy = spectrum.values.clamp_min(0)
+    return ValueMaps(
+        values=torch.linalg.solve_triangular(upper, left, upper=True),
+        outputs=left.T @ weighed,
+        lost=float(energy[keep:].sum()),
+        energy=float(energy.sum()),
+        rung=rung,
+    )
 
 
 class MoDeGPT:
@@ -105,13 +130,16 @@ class MoDeGPT:
         """
         new = dict(weights)
         errors: dict[str, object] = {}
+        rungs: dict[str, str] = {}
         if form.intermediate < shape.intermediate:
-            errors["mlp"] = _cut_mlp(new, hidden_factor(weights, sums, options), form.intermediate)
+            factor = hidden_factor(weights, sums, options)
+            errors["mlp"] = _cut_mlp(new, factor, form.intermediate)
+            rungs["mlp"] = factor.rung
         if form.qk_head_dim < shape.head_dim:
             _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
         if form.vo_head_dim < shape.head_dim:
-            errors["vo"] = _cut_vo(new, sums, shape=shape, keep=form.vo_head_dim)
-        return new, {"errors": errors}
+            errors["vo"], rungs["vo"] = _cut_vo(new, sums, shape=shape, keep=form.vo_head_dim)
+        return new, {"errors": errors, "rungs": rungs}
 
 
 def hidden_factor(
@@ -138,7 +166,11 @@ def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
 def _cut_qk(
     new: dict[str, Tensor], sums: Mapping[str, Tensor], *, shape: ModelShape, keep: int
 ) -> None:
-    pairs = kept_pairs(sums["q_rope.pair_energy"], sums["k_rope.pair_energy"], keep=keep)
+    energies = [sums[f"{tap}.pair_energy"] for tap in ("q_rope", "k_rope")]
+    for tap, energy in zip(("q_rope", "k_rope"), energies, strict=True):
+        if not torch.isfinite(energy).all():
+            raise NumericsError(f"tap {tap}: the energies have entries that are NaN or infinite")
+    pairs = kept_pairs(*energies, keep=keep)
     half = shape.head_dim // 2
     channels = torch.cat((pairs, pairs + half), dim=1)  # (kv_heads, 2 keep): rotate_half's order
     group = shape.num_heads // shape.num_kv_heads
@@ -156,7 +188,7 @@ def _cut_qk(
 
 def _cut_vo(
     new: dict[str, Tensor], sums: Mapping[str, Tensor], *, shape: ModelShape, keep: int
-) -> float:
+) -> tuple[float, str]:
     heads, kv_heads, h = shape.num_heads, shape.num_kv_heads, shape.head_dim
     value, output = new["v_proj.weight"], new["o_proj.weight"]
     bias = new.pop("v_proj.bias", None)
@@ -165,20 +197,20 @@ def _cut_vo(
     out_dim = output.shape[0]
     # o_proj by KV head and query head of its group: (kv, group, h, out).
     rows = output.to(torch.float64).T.reshape(kv_heads, heads // kv_heads, h, out_dim)
-    new_v, new_o, lost = [], [], 0.0
+    new_v, new_o, found = [], [], []
     for head in range(kv_heads):
         gram = _value_gram(sums, head, bias, h)
         side_by_side = rows[head].transpose(0, 1).reshape(h, -1)  # (h, group * out)
-        maps, outputs, share = value_maps(
-            gram, side_by_side, keep=keep, where=f"tap v, KV head {head}"
-        )
-        new_v.append(maps.T @ value[head * h : (head + 1) * h].to(torch.float64))
-        new_o.append(outputs.reshape(len(outputs), -1, out_dim).transpose(0, 1))
-        lost += share / kv_heads
+        maps = value_maps(gram, side_by_side, keep=keep, where=f"tap v, KV head {head}")
+        new_v.append(maps.values.T @ value[head * h : (head + 1) * h].to(torch.float64))
+        new_o.append(maps.outputs.reshape(keep, -1, out_dim).transpose(0, 1))
+        found.append(maps)
     new["v_proj.weight"] = torch.cat(new_v).to(value.dtype)
     merged = torch.cat(new_o).reshape(-1, out_dim)  # (heads * keep, out)
     new["o_proj.weight"] = merged.T.to(output.dtype).contiguous()
-    return math.sqrt(lost)
+    lost, energy = (sum(getattr(maps, name) for maps in found) for name in ("lost", "energy"))
+    # The rung of the head that had to climb highest.
+    return math.sqrt(lost / max(energy, 1e-300)), max((maps.rung for maps in found), key=len)
 
 
 def _value_gram(
@@ -240,7 +272,17 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     unknown = set(_modules(options)) - set(MODULES)
     if unknown:
         return f"modules has {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}"
+    try:
+        shares = _grid(options)
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares):
+        return f"grid is {options['grid']}; it must be fractions between 0 and 1, with commas"
     return ""
+
+
+def _grid(options: Mapping[str, Option]) -> list[float]:
+    return [float(share) for share in str(options["grid"]).split(",")]
 
 
 def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
@@ -250,7 +292,7 @@ def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> M
             shape,
             keep_fraction=target.keep_fraction or 1.0,
             modules=_modules(options),
-            shares=[float(share) for share in str(options["grid"]).split(",")],
+            shares=_grid(options),
             round_to=int(options["round_to"]),
         )
     form = uniform(
@@ -258,6 +300,7 @@ def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> M
         keep_fraction=target.keep_fraction or 1.0,
         modules=_modules(options),
         round_to=int(options["round_to"]),
+        alike=native,  # a stock config has one width for all layers
     )
     return replace(form, native=native)
 
@@ -317,6 +360,7 @@ SPEC = MethodSpec(
         OptionSpec(
             name="probe_tokens", default=8192, minimum=1, help="tokens on which it is measured"
         ),
+        REFIT,
         OptionSpec(
             name="servable",
             default="remote",

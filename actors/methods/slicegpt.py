@@ -3,8 +3,9 @@
 ``RMSNorm(x Q) Q^T = RMSNorm(x)`` for orthogonal Q once the norm's scale is folded into the next
 weights, so every site of the residual stream may have its own basis, at the price of one
 *shortcut* matrix ``Q_a^T Q_b`` a step. All bases come from the dense model's activations, hence all
-layers are independent. ``rotation=shared`` uses one basis for all sites: no shortcuts, and the
-result is a stock narrower model.
+layers are independent; with ``schedule=sequential`` each comes from the activations behind the
+sites that are sliced already, as in the published program. ``rotation=shared`` uses one basis for
+all sites: no shortcuts, and the result is a stock narrower model.
 
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
@@ -146,14 +147,24 @@ def turned_rows(
     return (rows64 @ basis).to(rows.dtype)
 
 
+def _site_kind(options: Mapping[str, Option]) -> str:
+    return "normed_gram" if options["pca_on"] == "normed" else "gram"
+
+
 def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
-    kind = "normed_gram" if options["pca_on"] == "normed" else "gram"
+    if options["schedule"] == "sequential":
+        return frozenset()  # the dense model's activations say nothing of a sliced prefix
     taps = ("resid_attn", "resid_mlp", "resid_out")
-    return frozenset(Statistic(tap, kind) for tap in taps)
+    return frozenset(Statistic(tap, _site_kind(options)) for tap in taps)
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    del shape, options  # every family so far has its norms before the blocks
+    del shape  # every family so far has its norms before the blocks
+    if options["schedule"] == "sequential" and options["rotation"] == "shared":
+        return (
+            "schedule=sequential slices each site before it knows the next, and rotation=shared "
+            "has one basis that needs all sites first; choose schedule=dense or rotation=per_site"
+        )
     return ""
 
 
@@ -232,6 +243,13 @@ SPEC = MethodSpec(
             choices=(False, True),
             help="slice the last site and the head too (the published program does not)",
         ),
+        OptionSpec(
+            name="schedule",
+            default="dense",
+            choices=("dense", "sequential"),
+            help="all sites at once from the dense model, or one after the other, each behind the "
+            "sites that are sliced already: slower, and usually a little better",
+        ),
     ),
     statistics=_statistics,
     refuses=_refuses,
@@ -241,6 +259,10 @@ SPEC = MethodSpec(
 
 class SliceGPT:
     """The tensor functions of the method; no state."""
+
+    def site_kind(self, options: Mapping[str, Option]) -> str:
+        """Return the kind of statistic whose axes a site keeps."""
+        return _site_kind(options)
 
     def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
         """Return the basis of one site, or of all sites where several grams are given.

@@ -31,6 +31,7 @@ from planners.plan import (
     Statistic,
     Target,
 )
+from planners.refit import OPTION as REFIT
 
 TAP_OF = {
     "q_proj": "attn_in",
@@ -45,8 +46,8 @@ TAP_OF = {
 
 def low_rank(
     weight: Float[Tensor, "out inner"], gram: Float[Tensor, "inner inner"], *, rank: int, where: str
-) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float]:
-    """Return both factors of a linear, and ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram.
+) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float, str]:
+    """Return both factors, ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram, and the rung.
 
     Args:
         weight: float64.
@@ -61,9 +62,9 @@ def low_rank(
     if out_dim <= in_dim:
         spectrum = eigh_descending(symmetric(weight @ gram @ weight.T), where=where)
         axes = spectrum.vectors[:, :rank]  # (out, rank)
-        first, second = axes.T @ weight, axes
+        first, second, rung = axes.T @ weight, axes, spectrum.rung
     else:
-        factor, _ = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
+        factor, rung = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
         whitened = weight @ factor  # (out, in)
         spectrum = eigh_descending(symmetric(whitened.T @ whitened), where=where)
         axes = spectrum.vectors[:, :rank]  # (in, rank)
@@ -71,7 +72,7 @@ def low_rank(
         first = torch.linalg.solve_triangular(factor.T, axes, upper=True).T
     energy = spectrum.values.clamp_min(0)
     lost = energy[rank:].sum() / energy.sum().clamp_min(1e-300)
-    return first, second, float(lost.sqrt())
+    return first, second, float(lost.sqrt()), rung
 
 
 class SVDLLM:
@@ -94,10 +95,11 @@ class SVDLLM:
         del shape, options
         new = dict(weights)
         errors: dict[str, float] = {}
+        rungs: dict[str, str] = {}
         for name, rank in form.ranks.items():
             weight = new.pop(f"{name}.weight")
             gram = sums[f"{TAP_OF[name]}.gram"]
-            first, second, errors[name] = low_rank(
+            first, second, errors[name], rungs[name] = low_rank(
                 weight.to(torch.float64), gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
             )
             new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
@@ -105,7 +107,7 @@ class SVDLLM:
             if f"{name}.bias" in new:
                 new[f"{name}.second.bias"] = new.pop(f"{name}.bias")
         dense = [name for name in LINEARS if name not in form.ranks]
-        return new, {"errors": errors, "left_dense": dense}
+        return new, {"errors": errors, "rungs": rungs, "left_dense": dense}
 
 
 def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
@@ -119,6 +121,8 @@ def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> M
     dense = dense_model_form(shape)
 
     def form(share: float) -> ModelForm:
+        if share >= 1:
+            return replace(dense, native=False)  # a matrix of full rank saves nothing
         ranks = {}
         for name in LINEARS:
             out_dim, in_dim = shape.linear_dims(name)
@@ -149,6 +153,7 @@ SPEC = MethodSpec(
             choices=("uniform",),
             help="one share of the parameters for every linear",
         ),
+        REFIT,
     ),
     statistics=_statistics,
     refuses=_refuses,

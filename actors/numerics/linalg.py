@@ -9,6 +9,7 @@ from torch import Tensor
 from planners.errors import NumericsError
 
 DAMPINGS = (0.0, 1e-12, 1e-8, 1e-4)  # relative to the mean of the diagonal
+SINGULAR = 1e-9  # a pivot below this much of the mean of the diagonal, times the width, is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,8 @@ def cholesky_psd(
 
     Args:
         matrix: symmetric, positive semi-definite up to rounding.
-        ridge: relative to the mean of the diagonal; raised step by step where it is too small.
+        ridge: relative to the mean of the diagonal (to 1 where that is zero: nothing was ever
+            active); raised step by step where it is too small.
         where: names the layer and tap in the error.
 
     Raises:
@@ -78,11 +80,15 @@ def cholesky_psd(
     """
     if not torch.isfinite(matrix).all():
         raise NumericsError(f"{where}: the gram has entries that are NaN or infinite")
-    scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    mean = matrix.diagonal().mean()
+    scale = mean if mean > 0 else torch.ones_like(mean)
     for damping in DAMPINGS:
         shifted = matrix.to(torch.float64, copy=True)
         shifted.diagonal().add_((ridge + damping) * scale)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed and torch.isfinite(factor).all():
-            return factor, "cholesky" if damping == 0.0 else f"cholesky damped {damping:g}"
+            pivot = float(factor.diagonal().min().square() / scale)
+            named = "cholesky" if damping == 0.0 else f"cholesky damped {damping:g}"
+            # A singular matrix may pass: then the ridge, or rounding, is all its last pivots have.
+            return factor, f"{named}, singular" if pivot < SINGULAR * len(factor) else named
     raise NumericsError(f"{where}: a {tuple(matrix.shape)} gram is not positive semi-definite")

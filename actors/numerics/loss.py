@@ -9,3 +9,20 @@ def summed_nll(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tok
     """Return the sum of -log p(target) in nats, each token in float32, summed in float64."""
     each = torch.nn.functional.cross_entropy(logits.to(torch.float32), targets, reduction="none")
     return float(each.to(torch.float64).sum())
+
+
+def next_token_nll(
+    normed: Float[Tensor, "batch tokens width"],
+    head: Float[Tensor, "vocab width"],
+    ids: Int[Tensor, "batch tokens"],
+    *,
+    block: int,
+) -> tuple[float, int]:
+    """Return the summed nats of the next tokens and their number; logits come in blocks."""
+    inputs = normed[:, :-1].flatten(0, 1)  # (predicted, width)
+    targets = ids[:, 1:].flatten().to(normed.device)
+    nats = 0.0
+    for start in range(0, len(targets), block):
+        part = slice(start, start + block)
+        nats += summed_nll(inputs[part] @ head.T, targets[part])
+    return nats, len(targets)

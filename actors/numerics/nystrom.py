@@ -49,12 +49,18 @@ def ridge_leverage(
 ) -> Float[Tensor, " dim"]:
     """Return ``diag(C (C + r I)^-1)`` with r relative to the mean of the diagonal, in [0, 1]."""
     scale = float(gram.diagonal().mean()) * ridge
+    return 1 - scale * _inverse_diagonal(gram, ridge=ridge, where=where)
+
+
+def _inverse_diagonal(
+    gram: Float[Tensor, "dim dim"], *, ridge: float, where: str
+) -> Float[Tensor, " dim"]:
     factor, _ = cholesky_psd(gram, ridge=ridge, where=where)
     inverse = torch.linalg.solve_triangular(
         factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
     )
-    left: Tensor = inverse.square().sum(dim=0)
-    return 1 - scale * left
+    found: Tensor = inverse.square().sum(dim=0)
+    return found
 
 
 def nystrom(
@@ -75,8 +81,8 @@ def nystrom(
     Raises:
         NumericsError: the gram is not finite, or not positive definite on any rung.
     """
-    scores = ridge_leverage(gram, ridge=ridge, where=where)
-    order = scores.argsort(descending=True, stable=True)
+    # The order of the leverages, also where a small ridge rounds them all to 1.
+    order = _inverse_diagonal(gram, ridge=ridge, where=where).argsort(stable=True)
     factor, rung = cholesky_psd(gram[order][:, order], ridge=ridge, where=where)
     turned = factor.T @ weights.to(torch.float64)[order]
     return Nystrom(order=order, factor=factor, turned=turned, rung=rung)

@@ -3,12 +3,15 @@
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from actors.storage.checkpoint import COMPRESSED, Checkpoint
-from actors.storage.quoting import said
+from actors.storage.checkpoint import COMPRESSED, Checkpoint, read_json
+from actors.storage.quoting import said, shown
 from planners.errors import ModelError
 from planners.families import load as load_family
 
 DOOR_BYTES = 1_000_000_000  # below this all values are looked at; above it workers do as they read
+
+CODE = "modeling_compressed.py"  # what our own results bring along
+GENERATION = "generation_config.json"
 
 # What transformers raises about a config that it cannot take: it promises no class of its own.
 _REFUSALS = (
@@ -28,16 +31,23 @@ def check(checkpoint: Checkpoint) -> None:
     """Do to a dense checkpoint what workers will, as far as that is cheap.
 
     Raises:
-        ModelError: it is compressed already, transformers does not take its config, a tensor has
-            NaN or infinite entries, or a head that is said to be the embedding is another.
+        ModelError: it is compressed already or brings code of its own, transformers does not take
+            its config, a tensor has NaN or infinite entries, or a head that is said to be the
+            embedding is another.
     """
     if checkpoint.config.get("model_type") == COMPRESSED:
         raise ModelError(
             f"{checkpoint.directory.uri}: is a compressed model already",
             hint="compress the model that it was made from, to a smaller size",
         )
+    if checkpoint.directory.size(CODE) is not None:
+        raise ModelError(
+            f"{checkpoint.directory.path(CODE)}: code that comes with a model is not run",
+            hint="remove the file: a model that is not compressed has no use for it",
+        )
     shape = checkpoint.shape
     check_classes(checkpoint)
+    _check_generation(checkpoint)
     family = load_family(shape.family)
     if shape.tied and family.head in checkpoint.locations:
         _check_tied(checkpoint, family.embedding, family.head)
@@ -70,6 +80,17 @@ def check_classes(checkpoint: Checkpoint) -> None:
             f"{where}: asks for tensor {wrong[0]} of shape {list(expected[wrong[0]])}; "
             f"in the weights it is {found}"
         )
+
+
+def _check_generation(checkpoint: Checkpoint) -> None:
+    """Refuse ids that generation would trip over once all the work is done."""
+    if checkpoint.directory.size(GENERATION) is None:
+        return
+    where = checkpoint.directory.path(GENERATION)
+    for key, value in read_json(checkpoint.directory, GENERATION).items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if key.endswith("_token_id") and not all(type(i) is int for i in ids):
+            raise ModelError(f"{where}: {key} is {shown(value)}; it must be a whole number")
 
 
 def _compressed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from pyarrow import fs
 
+from actors.storage.quoting import shown
 from planners.errors import StorageError
 
 
@@ -60,16 +61,19 @@ class Directory:
             StorageError: the URI is not one that can be opened, or it holds a password.
         """
         _refuse_password(uri)
-        self.uri = uri
         try:
             if "://" in uri:
                 self._fs, root = fs.FileSystem.from_uri(uri)
+                self.uri = uri
             else:
                 self._fs, root = fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+                self.uri = root  # a process elsewhere has another working directory
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop.
-            raise StorageError(f"{uri}: {_reason(error)}") from error
+            raise StorageError(f"{shown(uri)[1:-1]}: {_reason(error)}") from error
         self.root = root.rstrip("/")
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
+        if not self.is_local and not self.root:
+            raise StorageError(f"{uri}: names no bucket", hint="such as s3://bucket/folder")
 
     def __reduce__(self) -> tuple[type["Directory"], tuple[str]]:
         """Return what another process needs to name the same directory."""
@@ -81,6 +85,8 @@ class Directory:
 
     def below(self, folder: str) -> str:
         """Return the URI of a folder inside this directory; a URI's query stays at its end."""
+        if "://" not in self.uri:
+            return f"{self.root}/{folder}"
         base, mark, query = self.uri.partition("?")
         return f"{base.rstrip('/')}/{folder}{mark}{query}"
 
@@ -160,6 +166,12 @@ class Directory:
             infos = self._fs.get_file_info(selector)
         start = len(self.root) + 1
         return sorted(i.path[start:] for i in infos if i.type == fs.FileType.File)
+
+    def entries(self) -> list[str]:
+        """Return the names of the files and folders that lie directly in the root, sorted."""
+        selector = fs.FileSelector(self.root, recursive=False, allow_not_found=True)
+        with _as_storage_error(self.path("")):
+            return sorted(info.base_name for info in self._fs.get_file_info(selector))
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""

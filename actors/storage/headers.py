@@ -13,9 +13,9 @@ from typing import Any
 from actors.storage.quoting import shown
 from planners.errors import ModelError
 
-# Room for some 75,000 tensors. JSON takes up to 40 times its bytes once it is parsed, so this is
+# Room for some 35,000 tensors. JSON takes up to 40 times its bytes once it is parsed, so this is
 # also what keeps a hostile header below 1 GB; the reference reader allows 100 MB.
-MAX_HEADER_BYTES = 2**23
+MAX_HEADER_BYTES = 2**22
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,

@@ -7,11 +7,12 @@ MAX_CHARACTERS = 300
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 200
 _SHORT.maxlist = 16
+_SHORT.maxlevel = 2  # lists in lists would come to a million values otherwise
 
 
 def shown(value: object) -> str:
     """Return a value as Python writes it, cut where it is long."""
-    return _SHORT.repr(value)
+    return _SHORT.repr(value)[:MAX_CHARACTERS]
 
 
 def said(error: BaseException) -> str:

@@ -56,6 +56,18 @@ def read_records(run: Directory) -> dict[str, Record]:
     return records
 
 
+def read_record(run: Directory, unit: str) -> Record:
+    """Return the record of a unit that is done.
+
+    Raises:
+        StorageError: there is none, or it is torn.
+    """
+    record = _parsed(run.read(_path(unit)))
+    if record is None:
+        raise StorageError(f"{run.path(_path(unit))}: is torn")
+    return record
+
+
 def is_intact(run: Directory, record: Record, *, hashes: bool) -> bool:
     """Return whether all files of a record are there with their sizes, and hashes where asked."""
     for file in record.files:

@@ -1,5 +1,6 @@
 """Tensors in safetensors files: read by byte range, written as a stream."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -57,6 +58,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order, without a copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def described(tensor: Tensor) -> dict[str, object]:
+    """Return what a reader can compare: the hash of the bytes as they were computed."""
+    return {
+        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
+        "shape": list(tensor.shape),
+        "dtype": NAME_OF[tensor.dtype],
+    }
 
 
 def write_tensors(

@@ -66,7 +66,8 @@ def parameters(layers: Sequence[Layer]) -> Plot | None:
 
 def widths(layers: Sequence[Layer]) -> Plot | None:
     """Return the kept widths of every layer, one panel a module."""
-    names = sorted({name for layer in layers for name in layer.widths})[:_MAX_WIDTHS]
+    names = sorted({name for layer in layers for name in layer.widths if _cut(layer, name)})
+    names = names[:_MAX_WIDTHS]
     if not names:
         return None
     dense = any(layer.widths_before for layer in layers)
@@ -74,7 +75,7 @@ def widths(layers: Sequence[Layer]) -> Plot | None:
         key="widths",
         title="Kept width per layer",
         description="; ".join(_width_told(layers, name) for name in names) + ".",
-        caption="One panel a width; every axis starts at 0.",
+        caption="One panel for each width that was cut; every axis starts at 0.",
         legend=(*((("before", BEFORE, "box"),) if dense else ()), ("kept", KEPT, "box")),
     )
 
@@ -134,6 +135,10 @@ def errors(layers: Sequence[Layer]) -> Plot | None:
         axes.set_xlabel("layer")
 
     return draw(words, paint, height=lambda narrow: 1.9 if narrow else 2.0)
+
+
+def _cut(layer: Layer, name: str) -> bool:
+    return layer.widths[name] != layer.widths_before.get(name)
 
 
 def _width_told(layers: Sequence[Layer], name: str) -> str:

@@ -17,7 +17,7 @@ from orchestrator.report.document import layers as read_layers
 from orchestrator.report.document import sites as read_sites
 from orchestrator.report.document import spans as read_spans
 
-_PHASES = ("calibrate", "compress", "stitch", "verify", "evaluate", "throughput")
+_PHASES = ("calibrate", "allocate", "compress", "stitch", "verify", "evaluate", "throughput")
 _PLAN_ROWS = (
     ("Disk for the run", "disk_bytes", numbers.bytes_text),
     ("Calibration", "calibration_flops", numbers.flops_text),
@@ -138,7 +138,7 @@ def _phases(report: Document) -> list[Bar]:
             note=numbers.percent(numbers.quotient(value, total), digits=0) if total else "",
         )
         for key, value in known.items()
-        if value is not None
+        if value  # a phase that had nothing to do is no phase
     ]
 
 

@@ -138,7 +138,7 @@ def asked(report: Document) -> str:
     if number(target.get("nominal")) is not None and number(target.get("slice")) is None:
         said.append(f"a nominal slice of {percent(target['nominal'])}")
     text = "; ".join(said)
-    return text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] + ("." if said else "")
 
 
 def measured_on(report: Document) -> str:
@@ -147,11 +147,12 @@ def measured_on(report: Document) -> str:
     said = []
     if number(evaluation.get("num_tokens")):
         said.append(f"{count(evaluation['num_tokens'])} predicted tokens")
-    if evaluation.get("source"):
-        said.append(f"of {evaluation['source']}")
     if number(evaluation.get("sequence_length")):
-        said.append(f"in sequences of {count(evaluation['sequence_length'])}")
-    return f"Perplexity over {' '.join(said)}, not overlapping." if said else ""
+        said.append(f"in sequences of {count(evaluation['sequence_length'])}, not overlapping")
+    if not said:
+        return ""
+    source = evaluation.get("source")
+    return f"Perplexity over {' '.join(said)}" + (f"; source {source}." if source else ".")
 
 
 def throughput_note(report: Document) -> str:

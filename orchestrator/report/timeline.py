@@ -16,8 +16,8 @@ MAX_BARS = 1500
 _KINDS = (
     ("calibrate",),
     ("statistics",),
-    ("basis",),
-    ("layer",),
+    ("basis", "basis_shared", "basis_sequential"),
+    ("layer", "draft", "refit_start", "refit_layer", "refit_losses", "chosen"),
     ("embedding", "head"),
     ("stitch",),
     ("verify",),

@@ -51,6 +51,12 @@ class Family:
             tensors[f"{role}.weight"] = (f"{prefix}.{name}.weight", (shape.hidden,))
         return tensors
 
+    def below_layer(self, role: str) -> str:
+        """Return the name below its layer of a role, also of one that only compression makes."""
+        part, dot, rest = role.partition(".")
+        names = {**self.linears, **self.norms, "rope_pairs": "self_attn.rope_pairs"}
+        return f"{names.get(part, part)}{dot}{rest}"
+
     def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return role -> (tensor name, shape) of the tensors outside the layers."""
         table = (shape.vocab_size, shape.hidden)

@@ -13,6 +13,7 @@ from planners.errors import ModelError
 Config = Mapping[str, Any]
 
 MAX_DIM = 2**24  # no width or count of a real model comes near it; guards allocation sizes
+MAX_CHARACTERS = 200  # of a value in a message
 MAX_NUMBER = 1e30  # a setting above it is a slip, and overflows in float32
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -89,7 +90,8 @@ def check_settings(config: Config) -> None:
         raise ModelError(
             f"config.json: rms_norm_eps is {_short(eps)}; it must be a small number such as 1e-05"
         )
-    positive(config, "max_position_embeddings", 2048)
+    if "max_position_embeddings" in config:
+        positive(config, "max_position_embeddings")
     positive(config, "sliding_window", 1)  # null in most models
 
 
@@ -134,4 +136,4 @@ def _are_positive(values: object, count: int) -> bool:
 
 def _short(value: object) -> str:
     """Return a value as it may stand in a message: one line, cut where it is long."""
-    return "missing" if value is None else reprlib.repr(value)
+    return "missing" if value is None else reprlib.repr(value)[:MAX_CHARACTERS]

@@ -1,22 +1,25 @@
 """A compressed checkpoint that comes back: as broken as any other input."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
 
+from actors.evaluator import Evaluator
+from actors.messages import VerifyRequest
 from orchestrator.config import load_config
 from orchestrator.prepare import prepare_evaluation
-from planners.errors import ModelError
+from planners.errors import CompressionError, ModelError
 from tests.bad_input.refusals import attempt, refusal
-from tests.builders import run_local
+from tests.builders import compress_local
 
 
 @pytest.fixture(scope="session")
 def compressed(sound, tmp_path_factory):
     """The result of a run on the sound model."""
     out = tmp_path_factory.mktemp("compressed") / "run"
-    run_local(sound, out)
+    compress_local(sound, out)
     return out / "model"
 
 
@@ -104,3 +107,16 @@ def test_the_model_it_was_made_from_must_be_supported(refused, edit):
 def test_code_in_its_directory_is_not_run(refused, model, canary):
     (model / "modeling_compressed.py").write_text(f"open({str(canary)!r}, 'w')\n")
     assert refused(None).subject.uri == str(model)
+
+
+@pytest.mark.xfail(strict=True, reason="the evaluator trusts any file of that name")
+def test_code_in_its_directory_is_not_run_where_it_is_loaded_as_users_do(model, tmp_path):
+    # No canary here: this is known to be executed.
+    ran = tmp_path / "ran"
+    code = model / "modeling_compressed.py"
+    code.write_text(f"open({str(ran)!r}, 'w').close()\n{code.read_text()}")
+    ids = [[1, 2, 3, 4, 5, 6, 7, 8]] * 2
+    request = VerifyRequest(uri=str(model), family="llama", tensors={}, ids=ids, whole=True)
+    with contextlib.suppress(CompressionError):
+        Evaluator(1, "cpu").verify("verify", request)
+    assert not ran.exists()

@@ -76,6 +76,7 @@ WRONG = {
     "activation a list": ({"hidden_act": ["silu"]}, "hidden_act is ['silu']"),
     "activation null": ({"hidden_act": None}, "hidden_act"),
     "positions zero": ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    "positions null": ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
     "positions text": ({"max_position_embeddings": "40"}, "max_position_embeddings is '40'"),
     "positions infinite": ({"max_position_embeddings": math.inf}, "max_position_embeddings is inf"),
     "window negative": ({"sliding_window": -1}, "sliding_window is -1"),
@@ -227,6 +228,28 @@ def test_code_that_comes_with_a_model_is_not_run(model, edit, tmp_path, canary):
         architectures=["EvilForCausalLM"],
     )
     assert attempt(model, tmp_path / "run").plan.keep_fraction < 1
+
+
+def test_code_under_the_name_of_ours_is_refused_and_not_run(refused, model, edit, canary):
+    (model / "modeling_compressed.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    edit("config.json", auto_map={"AutoModelForCausalLM": "modeling_compressed.Model"})
+    refused(ModelError, "modeling_compressed.py: code that comes with a model is not run")
+
+
+GENERATION = {
+    "not JSON": (b"{", "not valid JSON"),
+    "a list": (b"[1]", "not a JSON object"),
+    "an id in words": (b'{"eos_token_id": "</s>"}', "eos_token_id is '</s>'; it must be a whole"),
+    "ids in words": (b'{"eos_token_id": [1, "2"]}', "eos_token_id is [1, '2']; it must be"),
+    "an id that is true": (b'{"pad_token_id": true}', "pad_token_id is True; it must be"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATION)
+def test_a_broken_generation_config_is_refused(refused, model, case):
+    data, words = GENERATION[case]
+    (model / "generation_config.json").write_bytes(data)
+    refused(ModelError, str(model / "generation_config.json"), words)
 
 
 def test_the_message_of_a_long_value_is_short(refused, edit):

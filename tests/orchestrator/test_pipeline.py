@@ -14,6 +14,8 @@ from orchestrator.pool import MAX_LOSSES
 from planners.errors import ClusterError
 from tests.builders import compress_local, perplexity, result_files, save_model
 
+EVERYTHING = ("load", "step", "publish", "work", "input")
+
 
 class UnreliableExecutor(LocalExecutor):
     """Runs calls in this process, answers in any order, and loses workers and what they made.
@@ -22,7 +24,7 @@ class UnreliableExecutor(LocalExecutor):
     gone fails all its calls; the driver learns of it only when it asks.
     """
 
-    def __init__(self, seed, *, max_losses, loss=0.05, during=("load", "step", "publish", "work")):
+    def __init__(self, seed, *, max_losses, loss=0.05, during=EVERYTHING):
         self._random = random.Random(seed)
         self._loss, self._left, self._during = loss, max_losses, during
         self._order = itertools.count()
@@ -32,7 +34,7 @@ class UnreliableExecutor(LocalExecutor):
         return Process(super().spawn(actor_class, *args, resources=resources, name=name))
 
     def call(self, handle, method, *args, num_returns=1, label):
-        if method in self._during and self._happens():
+        if handle.actor is not None and self._happens(method):
             handle.actor = None
             # Its node went with it, and what it had made and nobody had fetched: or it did not.
             handle.node_is_gone = self._random.random() < 0.5
@@ -65,10 +67,10 @@ class UnreliableExecutor(LocalExecutor):
         return ticket.value
 
     def _is_lost(self, ticket):
-        return ticket.process.node_is_gone or self._happens()
+        return ticket.process.node_is_gone or self._happens("input")
 
-    def _happens(self):
-        if self._left and self._random.random() < self._loss:
+    def _happens(self, what):
+        if what in self._during and self._left and self._random.random() < self._loss:
             self._left -= 1
             return True
         return False
@@ -134,14 +136,14 @@ def test_a_unit_whose_worker_was_lost_is_tried_again_and_its_record_says_so(mode
 
 def test_a_unit_that_loses_every_worker_ends_the_run_and_is_named(model, tmp_path):
     executor = UnreliableExecutor(0, max_losses=10_000, loss=1.0, during=("work",))
-    with pytest.raises(ClusterError, match="basis-site-.* lost its worker 4 times") as caught:
+    with pytest.raises(ClusterError, match=r"basis-site-\d+ lost its worker 4 times") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
     assert "what is done is kept" in caught.value.hint
     compress_local(model, tmp_path)  # and the same command goes on
 
 
 def test_a_pass_that_loses_every_worker_ends_the_run(model, tmp_path):
-    executor = UnreliableExecutor(0, max_losses=10_000, loss=0.7)
+    executor = UnreliableExecutor(0, max_losses=10_000, loss=0.7, during=("load", "step"))
     with pytest.raises(ClusterError, match="workers were lost") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
     assert "what is done is kept" in caught.value.hint

@@ -74,6 +74,26 @@ def test_a_shared_rotation_reads_every_layer_and_is_read_by_every_layer(num_laye
     assert {unit.inputs for unit in rest} == {("basis-shared",)}
 
 
+@given(st.integers(1, 40))
+def test_sequential_sites_form_a_chain_that_reads_no_statistics(num_layers):
+    units = {unit.name: unit for unit in units_of(num_layers, schedule="sequential")}
+    sites = [f"basis-site-{s:05d}" for s in range(2 * num_layers + 1)]
+    for site, name in enumerate(sites):
+        assert units[name].inputs == tuple(sites[:site])
+    for layer in range(num_layers):
+        assert units[f"layer-{layer:05d}"].inputs == tuple(sites[2 * layer : 2 * layer + 3])
+    assert not any(unit.taps for unit in units.values())
+
+
+@pytest.mark.parametrize("field", list(Identity.__slots__))
+def test_sequential_units_are_others_where_the_input_differs(field):
+    old = getattr(IDENTITY, field)
+    other = replace(IDENTITY, **{field: old + 1 if isinstance(old, int) else "other"})
+    one = fingerprints(units_of(schedule="sequential"))
+    two = fingerprints(units_of(schedule="sequential", identity=other))
+    assert not set(one.values()) & set(two.values())
+
+
 @pytest.mark.parametrize("field", list(Identity.__slots__))
 def test_all_units_are_others_where_the_input_differs(field):
     old = getattr(IDENTITY, field)

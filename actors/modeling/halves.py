@@ -1,0 +1,82 @@
+"""One compressed layer alone, run in halves: attention, then MLP."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.modeling.build import Skeleton
+from actors.modeling.modeling_compressed import CompressedConfig
+from planners.plan import LayerForm, ModelShape, to_json
+
+
+class HalvedLayer:
+    """A layer whose residual stream keeps its basis; a dense one is one of full width.
+
+    Attributes:
+        module: the layer itself.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        form: LayerForm,
+        config: Mapping[str, Any],
+        *,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        """Build the layer of these tensors, which are named as below the layer."""
+        alone = {**one_layer_config(config, shape), "layer_forms": [to_json(form)]}
+        self._skeleton = Skeleton(alone, dtype=dtype, device=device)
+        self.module: nn.Module = self._skeleton.layer(0, tensors)
+
+    def attention(self, hidden: Tensor) -> Tensor:
+        """Return what attention adds to the residual stream."""
+        layer: Any = self.module
+        angles = self._skeleton.angles(hidden)
+        attended: Tensor = layer.self_attn(
+            layer.input_layernorm(hidden), position_embeddings=angles
+        )
+        return attended
+
+    def mlp(self, middle: Tensor) -> Tensor:
+        """Return what the MLP adds to the residual stream."""
+        layer: Any = self.module
+        inner: Tensor = layer.mlp(layer.post_attention_layernorm(middle))
+        return inner
+
+    def after_attention(self, hidden: Tensor) -> Tensor:
+        """Return the residual stream between attention and MLP."""
+        return hidden + self.attention(hidden)
+
+    def after_mlp(self, middle: Tensor) -> Tensor:
+        """Return the residual stream that leaves."""
+        return middle + self.mlp(middle)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Return the residual stream that leaves, from the one that enters."""
+        return self.after_mlp(self.after_attention(hidden))
+
+
+def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+    """Return a compressed model's config of one layer with nothing around it worth memory."""
+    kept = {
+        k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")
+    }
+    return {
+        **kept,
+        "model_type": CompressedConfig.model_type,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "sliding_window": None,  # calibration sequences are not longer than any window
+        "qkv_bias": shape.qkv_bias,
+        "mlp_bias": shape.mlp_bias,
+        "vocab_size": 1,
+        "pad_token_id": None,
+        "embedding_dim": shape.hidden,
+        "head_input_dim": shape.hidden,
+    }

@@ -1,0 +1,215 @@
+"""Statistics that a run kept: looked at, checked, given to other runs of the same data only."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from actors.storage import sums
+from actors.storage.files import Directory
+from actors.storage.records import read_records, write_record
+from actors.storage.tensors import read_tensors, write_tensors
+from orchestrator import artefact, cli
+from orchestrator.executors import LocalExecutor
+from orchestrator.run import run_on
+from orchestrator.rundir import open_run
+from planners.errors import ConfigError, StorageError
+from tests.builders import (
+    LENGTH,
+    DeadDriverError,
+    compress_local,
+    prepared_run,
+    save_model,
+    save_tokens,
+)
+
+UNIFORM = {"method": "modegpt", "keep_fraction": 0.8, "options": {"allocation": "uniform"}}
+TAPS = ["k_rope.pair_energy", "mlp_hidden.gram", "q_rope.pair_energy", "v.head_gram"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def first(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("first")
+    compress_local(model, out, **UNIFORM)
+    return out
+
+
+@pytest.fixture
+def kept(first, tmp_path):
+    """Return a copy that may be damaged."""
+    return shutil.copytree(first, tmp_path / "kept")
+
+
+def command(*arguments):
+    result = CliRunner().invoke(cli.cli, ["stats", *map(str, arguments), "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return json.loads(result.stdout)
+
+
+def test_ls_names_what_every_layer_holds(first):
+    rows = command("ls", first)["layers"]
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["taps"] == TAPS
+        assert row["num_tokens"] == 20 * LENGTH
+        assert row["bytes"] == sum((first / name).stat().st_size for name in row["files"])
+
+
+def test_show_says_what_the_sums_are_of(first, model):
+    found = command("show", first)
+    facts = prepared_run(model, first, **UNIFORM).facts()
+    assert {key: found[key] for key in artefact.IDENTITY} == {
+        key: facts[key] for key in artefact.IDENTITY
+    }
+    assert (found["sequences"], found["sequence_length"]) == (20, LENGTH)
+    assert found["taps"] == TAPS
+
+
+@pytest.mark.parametrize("block_bytes", [1, 3000, 2**30])
+def test_verify_passes_what_a_run_wrote(first, monkeypatch, block_bytes):
+    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)  # a gram in one block, or in many
+    found = command("verify", first)
+    assert found["passed"]
+    assert found["layers"] == found["files"] == 3
+
+
+def test_verify_names_a_file_with_another_byte(kept):
+    path = kept / "stats" / "layer-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match=r"layer-00001.*record"):
+        artefact.verified(Directory(str(kept)))
+
+
+def test_verify_names_a_file_that_is_gone(kept):
+    (kept / "stats" / "layer-00002.safetensors").unlink()
+    with pytest.raises(StorageError, match=r"layer-00002.*no such file"):
+        artefact.verified(Directory(str(kept)))
+
+
+def rewritten(run, change):
+    """Change the sums of a layer and its record with them, as a fault before the record would."""
+    name = "stats/layer-00001.safetensors"
+    tensors = read_tensors(run, name)
+    change(tensors)
+    entry = write_tensors(run, name, tensors)
+    record = read_records(run)["statistics-layer-00001"]
+    write_record(run, type(record)(**{**_fields(record), "files": (entry,)}))
+
+
+def _fields(record):
+    return {name: getattr(record, name) for name in record.__slots__}
+
+
+def broken(tensors, key, index, value):
+    tensors[key][index] = value
+
+
+FAULTS = {
+    "NaN or infinite": ("mlp_hidden.gram", (40, 3), torch.nan),
+    "not symmetric": ("mlp_hidden.gram", (40, 3), 1e6),
+    "negative": ("mlp_hidden.gram", (50, 50), -1.0),
+    "v.head_gram is not symmetric": ("v.head_gram", (1, 2, 3), 1e6),
+    "v.head_gram has a negative": ("v.head_gram", (1, 2, 2), -1.0),
+    "q_rope.pair_energy has entries": ("q_rope.pair_energy", (0, 0), torch.inf),
+    "num_tokens is 7": ("num_tokens", (0,), 7),
+}
+
+
+@pytest.mark.parametrize("block_bytes", [3000, 2**30])
+@pytest.mark.parametrize("words", FAULTS)
+def test_verify_refuses_sums_that_can_be_none(kept, monkeypatch, words, block_bytes):
+    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)
+    run = Directory(str(kept))
+    rewritten(run, lambda tensors: broken(tensors, *FAULTS[words]))
+    with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
+        artefact.verified(run)
+
+
+@pytest.mark.parametrize("action", ["ls", "show", "verify"])
+def test_a_run_without_statistics_is_told_from_no_run(kept, tmp_path, action):
+    shutil.rmtree(kept / "stats")
+    with pytest.raises(StorageError, match="kept no statistics"):
+        command(action, kept)
+    with pytest.raises(StorageError, match="no run here"):
+        command(action, tmp_path / "nothing")
+
+
+def compressed(model, out, **recipe):
+    """Do a run up to its verification, and return what listeners were told."""
+    prepared, events = prepared_run(model, out, **recipe), []
+
+    def listen(event):
+        events.append(event)
+        if event["kind"] == "phase begins" and event["unit"] == "verify":
+            raise DeadDriverError
+
+    open_run(prepared)
+    with pytest.raises(DeadDriverError):
+        run_on(prepared, LocalExecutor(), listener=listen)
+    return events
+
+
+def test_statistics_of_the_same_model_and_data_serve_another_size(first, model, tmp_path):
+    events = compressed(model, tmp_path, **{**UNIFORM, "keep_fraction": 0.7}, stats=str(first))
+    assert not {e["kind"] for e in events} & {"statistics missing", "statistics"}
+    assert not (tmp_path / "stats").exists()
+
+
+def test_what_the_statistics_lack_is_said_and_only_that_is_calibrated(first, model, tmp_path):
+    recipe = {**UNIFORM, "options": {"allocation": "influence"}}
+    events = compressed(model, tmp_path / "more", **recipe, stats=str(first))
+    (said,) = [e["detail"] for e in events if e["kind"] == "statistics missing"]
+    assert said.startswith("resid_out.cosine in ")
+    run = Directory(str(tmp_path / "more"))
+    held = {key for name in run.names("stats") for key in read_tensors(run, name)}
+    assert held == {"resid_out.cosine", "num_tokens"}
+    compressed(model, tmp_path / "own", **recipe)
+    assert files_of(tmp_path / "more") == files_of(tmp_path / "own")
+
+
+def files_of(out):
+    return {p.name: p.read_bytes() for p in (out / "model").glob("layer-*")}
+
+
+def test_statistics_of_another_model_are_refused(first, tmp_path):
+    other = save_model(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match="model revision"):
+        compress_local(other, tmp_path / "out", **UNIFORM, stats=str(first))
+    assert not (tmp_path / "out").exists()
+
+
+OTHERS = {
+    "calibration_dtype": {"calibration_dtype": "bfloat16"},
+    "threads": {"threads": 2},
+    "microbatch sequences": {"calibration": {"microbatch_tokens": LENGTH}},
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_statistics_made_otherwise_are_refused(first, model, tmp_path, key):
+    with pytest.raises(ConfigError, match=key):
+        compress_local(model, tmp_path / "out", **UNIFORM, **OTHERS[key], stats=str(first))
+
+
+def test_statistics_of_other_data_are_refused(first, model, tmp_path):
+    path = save_tokens(tmp_path / "other.safetensors", 20, seed=5)
+    with pytest.raises(ConfigError, match="calibration data"):
+        compress_local(
+            model, tmp_path / "out", **UNIFORM, calibration={"source": f"tokens:{path}"},
+            stats=str(first),
+        )  # fmt: skip
+
+
+def test_what_is_no_run_has_no_statistics(model, tmp_path):
+    with pytest.raises(StorageError, match="no run here"):
+        compress_local(model, tmp_path / "out", **UNIFORM, stats=str(tmp_path / "nothing"))
