@@ -103,11 +103,12 @@ def _commands() -> str:
 
 def _exit_codes() -> str:
     """Return the table of exit codes, from the tree of errors."""
-    rows = {0: ["done, and READY"]}
+    rows = {0: ["done; of a run, READY"]}
     for _, found in inspect.getmembers(errors, inspect.isclass):
         if found is not errors.CompressionError:
             words = (found.__doc__ or "").partition("\n")[0].rstrip(".")
-            rows.setdefault(found.exit_code, []).append(f"`{found.__name__}`: {words}")
+            said = f"`{found.__name__}`: {words[:1].lower()}{words[1:]}"
+            rows.setdefault(found.exit_code, []).append(said)
     rows[INTERRUPTED] = ["interrupted; it says how to go on"]
     return table(("code", "means"), [(code, "; ".join(rows[code])) for code in sorted(rows)])
 
@@ -155,8 +156,9 @@ def _models() -> str:
         "- a Hub id, `org/name` or `org/name@revision`;\n"
         "- a directory that holds `config.json` and safetensors;\n"
         "- an `s3://` or `gs://` URI of such a directory.\n\n"
-        f"Its `model_type` is one of {', '.join(f'`{t}`' for t in types)}; its weights are float32,\n"
-        "bfloat16 or float16 in safetensors. Pickles are refused, and no code of a model is run."
+        f"Its `model_type` is one of {', '.join(f'`{t}`' for t in types)}; its weights are\n"
+        "float32, bfloat16 or float16 in safetensors. Pickles are refused, and no code that comes\n"
+        "with a model is run."
     )
 
 

@@ -56,7 +56,7 @@ CASE = Case(
     intermediate=704,
     num_layers=4,
     num_heads=4,
-    calibration=256,
+    calibration=128,
     evaluation=4,
     sequence_length=512,
 )

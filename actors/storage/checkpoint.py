@@ -16,7 +16,7 @@ from torch import Tensor
 from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.quoting import shown
-from actors.storage.tensors import NAME_OF, read_header, read_tensor
+from actors.storage.tensors import read_header, read_tensor
 from planners.errors import ModelError, StorageError
 from planners.families import family_of
 from planners.families import load as load_family
@@ -203,11 +203,6 @@ def read_json(directory: Directory, name: str) -> dict[str, Any]:
     return data
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Return the safetensors name of a tensor's dtype."""
-    return NAME_OF[tensor.dtype]
-
-
 def _locations(directory: Directory) -> dict[str, Location]:
     """Return tensor -> file and byte range of all tensors, after the index was compared with it."""
     weight_map = _weight_map(directory)
@@ -275,13 +270,13 @@ def _refuse_links_out(directory: Directory) -> None:
 
     What is read goes into the result, so such a link could carry any file of this machine along.
     """
-    root = Path(directory.root)
-    if not directory.is_local or not root.is_dir():
+    if not directory.is_local:
         return
+    root = Path(directory.root)
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
-    for path in sorted(root.iterdir()):
+    for path in (root / name for name in directory.entries()):
         if path.is_symlink() and path.suffix in READ_SUFFIXES:
             real = Path(os.path.realpath(path))  # unlike resolve(), does not raise on a loop
             if not any(real.is_relative_to(home) for home in homes):

@@ -7,7 +7,6 @@ import pytest
 
 from actors.storage.sources import embedded_model
 from tests.bad_input.refusals import attempt, refusal
-from tests.bad_input.warm import WarmCommandLine
 from tests.builders import save_model
 
 
@@ -50,12 +49,6 @@ def edit(model):
 
 
 ABSENT = object()
-
-
-@pytest.fixture(scope="session")
-def command_line():
-    """The command line, in processes that start fast."""
-    return WarmCommandLine()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bad_input.test_headers import PAIR, Payload, file_of
+from tests.bad_input.warm import command_line
 
 NAMES = {2: {"ConfigError", "PlanError"}, 3: {"ModelError", "DataError"}, 6: {"StorageError"}}
 
@@ -35,7 +36,7 @@ def given(model, tmp_path):
 
 
 @pytest.fixture
-def refused(command_line, tmp_path):
+def refused(tmp_path):
     """Return a function that gives the command line arguments, and returns its complaint."""
 
     def call(arguments, exit_code, *words):
@@ -59,7 +60,7 @@ def refused(command_line, tmp_path):
     return call
 
 
-def test_a_sound_model_passes(command_line, given, tmp_path):
+def test_a_sound_model_passes(given, tmp_path):
     done = command_line([*given(), "--dry-run", "--json"], folder=tmp_path)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["plan"]["parameters_after"] > 0
@@ -165,7 +166,7 @@ def test_a_run_that_was_only_opened_has_no_report(refused, tmp_path):
 
 
 @pytest.mark.xfail(strict=True, reason="status takes the plan to be whole")
-def test_a_run_whose_plan_is_torn_has_a_status(command_line, tmp_path):
+def test_a_run_whose_plan_is_torn_has_a_status(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "plan.json").write_text("{")
     done = command_line(["status", tmp_path / "out", "--json"], folder=tmp_path)

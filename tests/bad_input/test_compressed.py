@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 
-from actors.evaluator import Evaluator
-from actors.messages import VerifyRequest
 from orchestrator.config import load_config
 from orchestrator.prepare import prepare_evaluation
 from planners.errors import CompressionError, ModelError
 from tests.bad_input.refusals import attempt, refusal
+from tests.bad_input.warm import in_new_process
 from tests.builders import compress_local
 
 
@@ -115,8 +114,15 @@ def test_code_in_its_directory_is_not_run_where_it_is_loaded_as_users_do(model, 
     ran = tmp_path / "ran"
     code = model / "modeling_compressed.py"
     code.write_text(f"open({str(ran)!r}, 'w').close()\n{code.read_text()}")
+    in_new_process(load_as_users_do, str(model))
+    assert not ran.exists()
+
+
+def load_as_users_do(uri):
+    from actors.evaluator import Evaluator
+    from actors.messages import VerifyRequest
+
     ids = [[1, 2, 3, 4, 5, 6, 7, 8]] * 2
-    request = VerifyRequest(uri=str(model), family="llama", tensors={}, ids=ids, whole=True)
+    request = VerifyRequest(uri=uri, family="llama", tensors={}, ids=ids, whole=True)
     with contextlib.suppress(CompressionError):
         Evaluator(1, "cpu").verify("verify", request)
-    assert not ran.exists()

@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from tests.bad_input.warm import command_line
 from tests.builders import run_local
 
 SECRETS = {
@@ -48,7 +49,7 @@ def test_a_run_writes_and_says_no_secret(sound, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("json_", [[], ["--json"]])
-def test_the_command_line_says_no_secret(command_line, model, tmp_path, json_):
+def test_the_command_line_says_no_secret(model, tmp_path, json_):
     (model / "config.json").write_text("{}")
     (tmp_path / "recipe.yaml").write_text("seed: ${AWS_SECRET_ACCESS_KEY}")
     for arguments in (
@@ -63,7 +64,7 @@ def test_the_command_line_says_no_secret(command_line, model, tmp_path, json_):
 
 
 @pytest.mark.parametrize("option", ["model", "out"])
-def test_keys_in_an_address_are_not_repeated(command_line, model, tmp_path, option):
+def test_keys_in_an_address_are_not_repeated(model, tmp_path, option):
     address = f"s3://{SECRETS['AWS_ACCESS_KEY_ID']}:{SECRETS['MY_PASSWORD']}@bucket/x"
     arguments = [address] if option == "model" else [model, "--out", address]
     done = command_line(["run", *arguments, "--json"], folder=tmp_path)

@@ -1,4 +1,4 @@
-"""The command line in a process of its own, without the seconds that its imports take."""
+"""Processes of their own, without the seconds that their imports take."""
 
 import contextlib
 import multiprocessing
@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+PRINTED = ("stdout.txt", "stderr.txt")
 _SECONDS = 60
 
 
@@ -19,30 +20,33 @@ class Finished:
     stderr: str
 
 
-class WarmCommandLine:
-    """Forks a process for each call from one that has imported everything already."""
+def in_new_process(function, *arguments):
+    """Call a function in a process forked from one that has imported everything; return its code.
 
-    def __init__(self):
-        self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["orchestrator.cli", "orchestrator.screens"])
-
-    def __call__(self, arguments, *, folder, environment=()):
-        """Run ``compress-cluster`` in a folder, where what it prints is kept too."""
-        out, err = folder / "stdout.txt", folder / "stderr.txt"
-        process = self._processes.Process(
-            target=_invoke, args=([str(a) for a in arguments], folder, out, err, dict(environment))
-        )
-        process.start()
-        process.join(_SECONDS)
-        process.kill()
-        return Finished(process.exitcode, out.read_text(), err.read_text())
+    What transformers registers as it loads code of a model stays for the life of a process.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["orchestrator.cli", "orchestrator.screens"])
+    process = processes.Process(target=function, args=arguments)
+    process.start()
+    process.join(_SECONDS)
+    process.kill()
+    return process.exitcode
 
 
-def _invoke(arguments, folder, out, err, environment):
+def command_line(arguments, *, folder, environment=()):
+    """Run ``compress-cluster`` in a folder, where what it prints is kept too."""
+    words = [str(argument) for argument in arguments]
+    exit_code = in_new_process(_invoke, words, folder, dict(environment))
+    stdout, stderr = ((folder / name).read_text() for name in PRINTED)
+    return Finished(exit_code, stdout, stderr)
+
+
+def _invoke(arguments, folder, environment):
     os.environ.update(environment)
     os.chdir(folder)
-    for path, descriptor in ((out, 1), (err, 2)):
-        with Path(path).open("wb") as file:
+    for descriptor, name in enumerate(PRINTED, start=1):
+        with Path(name).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
