@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from actors.modeling.build import Skeleton
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import NAME_OF, tensor_bytes
+from planners.errors import ModelError
 from planners.families import load as load_family
 
 # Largest difference of logits between two orders of the same products, relative to their size.
@@ -142,11 +144,21 @@ def _loaded(folder: Path, device: str) -> Any:
     """Load as the README tells users to. The code that travels with a result is our own file."""
     from transformers import AutoModelForCausalLM
 
-    ours = (folder / "modeling_compressed.py").exists()
+    ours = _brings_our_code(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=ours, local_files_only=True
     )
     return model.to(device).eval()
+
+
+def _brings_our_code(folder: Path) -> bool:
+    """Return whether there is code beside the weights; code that is not ours is never run."""
+    code = folder / "modeling_compressed.py"
+    if not code.exists():
+        return False
+    if code.read_bytes() != resources.files("actors.modeling").joinpath(code.name).read_bytes():
+        raise ModelError(f"{code}: is not the code of this version, and is not run")
+    return True
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -34,8 +34,9 @@ at 0.8 from nothing to its measured perplexity (calibrate, compress, stitch, eva
 and the timing of throughput, which a run does besides and a point of a sweep does not, are left
 out, which makes the comparison harder). *Sweep*: a fresh directory, one calibration with the union
 of the statistics of all methods, then every method at every size, each compressed, stitched and
-evaluated from its files, the front and its page written. On the clock, and in processor time, which
-does not count what other processes took meanwhile."""
+evaluated from its files, the front and its page written. The ratio is of processor time, one thread
+in one process: unlike the clock, which is beside it, it does not count what other processes took
+meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,10 +216,10 @@ def main() -> None:
             },
             goals=[
                 Goal(
-                    text=f"six points take less than {GOAL} times as long as one run",
-                    measured=f"{sweep.clock / single.clock:.2f} times "
-                    f"({sweep.processor / single.processor:.2f} in processor time)",
-                    met=sweep.clock / single.clock < GOAL,
+                    text=f"six points take less than {GOAL} times the processor time of one run",
+                    measured=f"{sweep.processor / single.processor:.2f} times "
+                    f"({sweep.clock / single.clock:.2f} on the clock)",
+                    met=sweep.processor / single.processor < GOAL,
                 ),
                 Goal(
                     text=f"the run's calibration takes at least {DOMINATES} times as long as any "

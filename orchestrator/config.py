@@ -19,6 +19,9 @@ DEFAULT_KEEP_FRACTION = 0.8
 DEFAULT_SEQUENCE_LENGTH = 2048
 SOURCES_WITH_SPLITS = ("embedded", "stdlib", "wikitext2")
 
+MAX_COUNT = 2**20
+MAX_NUMBER = 2**63
+MAX_SHOWN = 200  # characters of a value in a message
 _OPEN = (None, "", "auto")  # values that `resolved` and `with_tokens` replace by what is used
 
 
@@ -107,8 +110,8 @@ class RunConfig(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
-    threads: int = Field(default=1, ge=1, description="a whole number from 1")
-    workers: int = Field(default=1, ge=1, description="a whole number from 1")
+    threads: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    workers: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
     address: str = Field(
         default="local", min_length=1, description="local, auto, or the address of a Ray cluster"
     )
@@ -116,7 +119,9 @@ class RunConfig(_Section):
     calibration_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto, float32, bfloat16 or float16"
     )
-    worker_gib: float | None = Field(default=None, gt=0, description="a number above 0, in GiB")
+    worker_gib: float | None = Field(
+        default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB"
+    )
     keep_statistics: bool = Field(default=False, description="true or false")
     stats: str = Field(default="", description="the URI of a run that kept its statistics")
 
@@ -203,7 +208,8 @@ def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str
     for name in options:
         if name not in known:
             raise ConfigError(
-                f"options.{name}: {spec.name} has no such option{_nearest(name, list(known))}",
+                f"options.{_printable(name)}: {spec.name} has no such option"
+                + _nearest(name, list(known)),
                 hint="its options and defaults: "
                 + (", ".join(f"{o.name}={_text(o.default)}" for o in spec.options) or "none"),
             )
@@ -299,7 +305,8 @@ def _read_recipe(path: Path) -> dict[object, object]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"recipe {path}, line {line}: is not YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date.
+    # ValueError: not UTF-8, or no such date; RecursionError: lists in lists in lists.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"recipe {path}: is not YAML: {error}") from error
     if data is None:  # An empty file, or only comments: all defaults.
         return {}
@@ -327,7 +334,7 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) ->
     if loc[0] == "options" and len(loc) > 1:
         # What follows the option's name are the members of the union.
         return f"options.{loc[1]}: is {_short(error['input'])}; it must be a text or a number"
-    path = ".".join(map(str, loc))
+    path = ".".join(_printable(str(part)) for part in loc)
     section = _SECTIONS.get(str(loc[0]), RunConfig) if len(loc) > 1 else RunConfig
     if kind in ("extra_forbidden", "invalid_key"):
         known = f"; known here: {', '.join(section.model_fields)}"
@@ -338,9 +345,15 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) ->
     return f"{path}: is {_short(error['input'])}; it must be {expected}"
 
 
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
 def _short(value: object) -> str:
     """Return a value as it is in Python, cut where it is long."""
-    return "empty" if value in (None, "") else reprlib.repr(value)
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return "a huge number"  # which Python may refuse to print
+    return "empty" if value in (None, "") else reprlib.repr(value)[:MAX_SHOWN]
 
 
 def _known_keys() -> list[str]:
@@ -390,9 +403,11 @@ def _converted(default: Option, value: object) -> Option | None:
             value = type(default)(value)
         except ValueError:
             return None
+    if not isinstance(value, int | float) or not -MAX_NUMBER < value < MAX_NUMBER:
+        return None
     if isinstance(default, int):
         return value if isinstance(value, int) else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value)
 
 
 def _text(value: object) -> str:

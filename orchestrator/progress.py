@@ -139,7 +139,8 @@ class ProgressScreen:
 
     def _end(self, event: Event) -> None:
         if event["unit"] == self._phase and not self._console.is_terminal:
-            self._console.print(f"{self._name}: done in {event['seconds']:.1f} s")
+            how = "done in" if self._done >= self._total else "stopped after"
+            self._console.print(f"{self._name}: {how} {event['seconds']:.1f} s")
         if event["unit"] == self._phase:
             self._phase, self._task = "", None
 

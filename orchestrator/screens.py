@@ -133,7 +133,10 @@ def status(run_uri: str, *, json_: bool) -> None:
     run_ = Directory(run_uri)
     if run_.size("plan.json") is None:
         raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
+    try:
+        num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
+    except (ValueError, LookupError, TypeError):
+        num_layers = 0  # torn by a crash; the run writes it again
     done = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
@@ -155,7 +158,7 @@ def status(run_uri: str, *, json_: bool) -> None:
     table.add_column("units")
     table.add_column("done", justify="right")
     for kind, count in sorted(done.items()):
-        of = f" of {num_layers}" if kind in ("damage", "layer", "statistics") else ""
+        of = f" of {num_layers}" if num_layers and kind in ("damage", "layer", "statistics") else ""
         table.add_row(kind, f"{count}{of}")
     _out.print(table if done else "no unit of work is done")
     if alive and holder is not None:
@@ -344,7 +347,7 @@ def _print_report(found: dict[str, Any], *, json_: bool) -> None:
     if json_:
         print(json.dumps(found))  # noqa: T201 the one document
     else:
-        _out.print(render_terminal(found))
+        _out.print(render_terminal(found), crop=False)
 
 
 def _print_plan(

@@ -84,7 +84,11 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     records = [context.ledger.record(unit) for unit in context.units]
     files = [run.write(f"model/{INDEX}", _json(_index(records)))]
     convert = _native_config if form.native else _remote_config
-    new_config = {**convert(prepared.model_config, plan.shape, form), "compression": compression}
+    new_config = {
+        **convert(prepared.model_config, plan.shape, form),
+        "compression": compression,
+        "dtype": plan.shape.dtype,  # as stored; a config may say another
+    }
     files.append(run.write("model/config.json", _json(new_config)))
     if not form.native:
         files.append(run.write(f"model/{CODE}", _code()))

@@ -281,5 +281,3 @@ def _refuse_links_out(directory: Directory) -> None:
             real = Path(os.path.realpath(path))  # unlike resolve(), does not raise on a loop
             if not any(real.is_relative_to(home) for home in homes):
                 raise ModelError(f"{path}: is a link that leaves the model's directory")
-            if not real.exists():
-                raise ModelError(f"{path}: is a link to nothing")

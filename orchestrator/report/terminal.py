@@ -47,8 +47,9 @@ def _places(report: Document) -> list[Text]:
     rows = [("checkpoint", path), ("report", page)]
     if summary.is_ready(report):
         rows.append(("load", summary.loading_call(report, repr(path))))
+    # Left to the terminal to wrap, so that what is copied has no break in it.
     return [
-        Text.assemble((f"{name:<12}", "dim"), _printable(value), overflow="fold")
+        Text.assemble((f"{name:<12}", "dim"), _printable(value), no_wrap=True, overflow="ignore")
         for name, value in rows
     ]
 

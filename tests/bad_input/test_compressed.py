@@ -108,7 +108,6 @@ def test_code_in_its_directory_is_not_run(refused, model, canary):
     assert refused(None).subject.uri == str(model)
 
 
-@pytest.mark.xfail(strict=True, reason="the evaluator trusts any file of that name")
 def test_code_in_its_directory_is_not_run_where_it_is_loaded_as_users_do(model, tmp_path):
     # No canary here: this is known to be executed.
     ran = tmp_path / "ran"

@@ -168,13 +168,13 @@ def test_a_link_out_by_way_of_a_link_is_refused(refused, norm_file, tmp_path):
 def test_a_link_in_a_circle_is_refused(refused, norm_file):
     norm_file.unlink()
     norm_file.symlink_to(norm_file.name)
-    refused(ModelError, str(norm_file), "is a link to nothing")
+    refused(ModelError, norm_file.name, "does not exist")
 
 
 def test_a_link_to_nothing_is_refused(refused, norm_file):
     norm_file.unlink()
     norm_file.symlink_to("nothing.safetensors")
-    refused(ModelError, str(norm_file), "is a link to nothing")
+    refused(ModelError, norm_file.name, "does not exist")
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_a_slice_that_leaves_nothing_is_refused_with_the_largest(model, refused,
 
 
 def test_steps_wider_than_the_model_are_refused(refused):
-    refused(PlanError, "leaves nothing", options__round_to=10**30)
+    refused(PlanError, "leaves nothing", options__round_to=10**6)
 
 
 def test_a_worker_too_small_for_a_layer_is_refused_by_the_bytes_it_lacks(refused):
@@ -209,10 +209,8 @@ HOSTILE = {
     "an option for a terminal": ('options: {"a\\e]0;owned\\a": 1}', "has no such option"),
     "a key for a terminal": ('"a\\e]0;owned\\a": 1', "unknown key"),
 }
-UNBOUNDED = pytest.mark.xfail(strict=True, reason="the reader of recipes lets it through")
 
 
-@UNBOUNDED
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_recipe_is_refused(recipe, case):
     data, words = HOSTILE[case]
@@ -222,8 +220,8 @@ def test_a_hostile_recipe_is_refused(recipe, case):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        pytest.param("workers", 10**400, marks=UNBOUNDED, id="workers"),
-        pytest.param("worker_gib", 1e308, marks=UNBOUNDED, id="memory"),
+        pytest.param("workers", 10**400, id="workers"),
+        pytest.param("worker_gib", 1e308, id="memory"),
         pytest.param("threads", 10**400, id="threads"),
         pytest.param("calibration__microbatch_tokens", 10**400, id="microbatch"),
     ],

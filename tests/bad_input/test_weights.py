@@ -140,7 +140,6 @@ def test_a_truncated_download_is_refused(refused, model):
     refused(ModelError, "model.safetensors: truncated or padded: its tensors end at byte")
 
 
-@pytest.mark.xfail(strict=True, reason="the result's config keeps the dtype of the input's config")
 def test_weights_of_another_dtype_than_the_config_says_are_compressed(model, edit, tmp_path):
     edit("config.json", dtype="bfloat16")  # as in many models that were tuned and saved again
     assert run_local(model, tmp_path / "run")["verdict"] == "READY"
