@@ -105,6 +105,7 @@ def _markdown(result: Result) -> str:
 
 
 def hardware() -> str:
+    """Return processor, cores and memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{_cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
@@ -123,6 +124,7 @@ def _hardware_slug() -> str:
 
 
 def versions() -> str:
+    """Return the versions that matter."""
     libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
     return f"Python {platform.python_version()}, {libraries}"
 

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from actors.storage.files import Directory
+from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
@@ -66,14 +67,25 @@ def recipe_of(run: Directory) -> RunConfig:
 
 
 def finished_report(run: Directory) -> dict[str, Any] | None:
-    """Return the report of a run that is READY, or None where work is left."""
+    """Return the report of a run that is READY, or None where work is left.
+
+    A result whose files are no longer those of the records is not READY: the mark is taken away.
+    """
     if run.size(READY) is None or run.size(REPORT) is None:
+        return None
+    if not _result_is_whole(run):
+        run.delete(READY)
         return None
     try:
         report = json.loads(run.read(REPORT))
     except ValueError:
         return None  # torn; it follows from the records, and is written again
     return report if isinstance(report, dict) else None
+
+
+def _result_is_whole(run: Directory) -> bool:
+    files = [file for record in read_records(run).values() for file in record.files]
+    return all(run.size(f.path) == f.bytes for f in files if f.path.startswith("model/"))
 
 
 def finish(context: RunContext, report: Mapping[str, Any]) -> None:
