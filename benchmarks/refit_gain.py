@@ -1,7 +1,7 @@
 """Refitting the output projections takes at least a fifth of MoDeGPT's excess perplexity away.
 
-Claim, on ``babyllama105``, with uniform allocation at true keep_fraction 0.8 and 0.7: ``refit=true``
-lowers the excess perplexity over dense by at least 20 %, and never raises the held-out loss.
+Claim, on ``babyllama105`` with uniform allocation at true keep_fraction 0.8 and 0.7: a refit lowers
+the excess perplexity over dense by at least 20 %, and never raises the held-out loss.
 
 Method: four whole runs in this process on the stored tokens, the refitted ones on the statistics
 of the others.

@@ -50,7 +50,7 @@ def outcome(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "version": metadata.version("compress-cluster"),
         "verdict": "READY",
-        "out": context.run.uri,
+        "out": prepared.config.out,
         "model": {
             "source": prepared.config.model,
             "family": plan.shape.family,
