@@ -231,7 +231,7 @@ def _result(reports: Mapping[str, Report]) -> str:
         f"Perplexity over the {evaluation['num_tokens']:,} predicted tokens of the embedded "
         f"evaluation text,\nin sequences of {evaluation['sequence_length']}. {hardware()}, one "
         f"worker of one thread, {time.strftime('%Y-%m-%d')};\ntime from the first worker's start "
-        f"to the last check. {versions()}."
+        f"to the last check.\n{versions()}."
     )
 
 

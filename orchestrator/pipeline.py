@@ -115,12 +115,12 @@ class Pass:
         self._stages[slot].loading = self._pool.call(slot, "load", assignment, label=label)
 
     def _feed(self) -> None:
-        for slot in reversed(range(len(self._stages))):
-            stage = self._stages[slot]
-            if slot < len(self._stages) - 1:
-                stage.lacking = self._stages[slot + 1].wanted
+        lacking = len(self._plan.microbatches)  # nothing is behind the last stage
+        for slot, stage in reversed(list(enumerate(self._stages))):
+            stage.lacking = lacking
             while len(stage.inflight) < MAX_INFLIGHT and self._may(slot, stage.wanted):
                 self._submit(slot, stage.wanted)
+            lacking = stage.wanted
             if stage.done == len(self._plan.microbatches):
                 for unit in stage.to_publish:
                     ticket = self._pool.call(slot, "publish", unit, label=unit.unit)

@@ -163,7 +163,8 @@ def throughput_note(report: Document) -> str:
 
 def checkpoint_path(report: Document) -> str:
     """Return where the compressed checkpoint lies."""
-    return f"{str(report.get('out') or 'RUN').rstrip('/')}/model"
+    folder = str(report.get("out") or "RUN").partition("?")[0]  # a store's address stays out of it
+    return f"{folder.rstrip('/')}/model"
 
 
 def loading_call(report: Document, path: str) -> str:

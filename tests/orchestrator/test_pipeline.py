@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -87,6 +88,17 @@ class UnreliableExecutor(LocalExecutor):
         return False
 
 
+class CountingExecutor(LocalExecutor):
+    """Counts the calls that were made, by method."""
+
+    def __init__(self):
+        self.num_calls = Counter()
+
+    def call(self, handle, method, *args, num_returns=1, label):
+        self.num_calls[method] += 1
+        return super().call(handle, method, *args, num_returns=num_returns, label=label)
+
+
 class Process:
     def __init__(self, actor):
         self.actor = actor
@@ -120,6 +132,19 @@ def assert_same(out, expected):
         assert found == wanted
     for name in ("dense", "compressed"):
         assert perplexity(out, name) == perplexity(expected, name)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_nothing_is_computed_twice_while_nothing_is_lost(model, tmp_path, workers):
+    executor = CountingExecutor()
+    compress_local(model, tmp_path, executor=executor, workers=workers)
+    # 20 sequences of calibration and 7 of evaluation, dense and compressed, by 4.
+    assert executor.num_calls == {
+        "load": 3 * workers,
+        "step": (5 + 2 + 2) * workers,
+        "publish": 4,
+        "work": 9 + 4 + 2,  # sites, layers, embedding and head
+    }
 
 
 SEEDS, WORKERS = st.integers(0, 2**32), st.integers(1, 4)
