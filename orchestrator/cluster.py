@@ -76,7 +76,7 @@ def connected(
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ClusterError(
             f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}",
-            hint="start one with `ray up cluster.yaml`, or use --address local",
+            hint="start one with `ray start --head`, or use --address local",
         ) from error
     _protect_token()
     try:
@@ -104,7 +104,8 @@ def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
         raise ClusterError(
             f"the cluster at {facts.address!r} has {facts.cpus:g} cores and {facts.gpus:g} GPUs; "
             f"this run needs {num_cpus} and {num_gpus}",
-            hint="use fewer --workers or --threads, or a larger cluster",
+            hint="use fewer --workers or --threads, or a larger cluster"
+            + (", or --device cpu" if num_gpus > facts.gpus else ""),
         )
 
 

@@ -20,7 +20,7 @@ from orchestrator.outcome import outcome
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from orchestrator.refit import refit
-from orchestrator.rundir import finish, finished_report, open_run
+from orchestrator.rundir import check_run, finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
 from orchestrator.verify import verify
@@ -35,8 +35,7 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
     config = prepared.config
     require_directory(prepared.run)
     with lease.held(prepared.run):
-        open_run(prepared)
-        report = finished_report(prepared.run)
+        report = finished_report(prepared.run) if check_run(prepared) else None
         if report is not None:
             return report
         with cluster.connected(
@@ -46,6 +45,7 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
             store_bytes=4 * prepared.plan.waves[0][0].bytes["boundaries"] * config.workers,
             dashboard=dashboard,
         ):
+            open_run(prepared)  # not before: a first try without a cluster leaves no mark
             return run_on(prepared, RayExecutor(), listener=listener)
 
 

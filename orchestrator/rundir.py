@@ -25,21 +25,32 @@ READY = "READY"
 REPORT = "report.json"
 
 
-def open_run(prepared: Prepared) -> None:
-    """Write the recipe, plan, environment and tokens, or see that they are those of this run.
+def check_run(prepared: Prepared) -> bool:
+    """Return whether the directory holds this run already; nothing is written.
 
     Raises:
         ConfigError: the directory holds another run, or the statistics to reuse are of another
             model or data; the message says what differs.
-        StorageError: it holds something that is no run, or cannot be written.
+        StorageError: it holds something that is no run.
+    """
+    require_same(prepared)
+    known = _is_this_run(prepared.run, to_json(prepared.facts()))
+    if not known:
+        _refuse_what_is_no_run(prepared.run)
+    return known
+
+
+def open_run(prepared: Prepared) -> None:
+    """Write the recipe, plan, environment and tokens, or see that they are those of this run.
+
+    Raises:
+        ConfigError: see `check_run`.
+        StorageError: see `check_run`, or the directory cannot be written.
     """
     run = prepared.run
-    require_same(prepared)
-    facts = to_json(prepared.facts())
-    known = _is_this_run(run, facts)
-    if not known:
-        _refuse_what_is_no_run(run)
+    known = check_run(prepared)
     # First: from here on, whatever else lies here is of this run.
+    facts = to_json(prepared.facts())
     run.write("plan.json", _json({"identity": facts, "plan": to_json(prepared.plan)}))
     for name, tokens, source in (
         (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),

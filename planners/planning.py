@@ -55,6 +55,11 @@ def make_plan(
     reason = spec.refuses(shape, options)
     if reason:
         raise PlanError(f"{spec.name} cannot take this model: {reason}")
+    if target.slice is not None and not spec.residual:
+        raise PlanError(
+            f"slice: is {target.slice}, a fraction of the residual width, which {spec.name} keeps",
+            hint="use --keep-fraction, the true fraction of the parameters",
+        )
     form = spec.form(shape, target, options)
     statistics = spec.statistics(options)
     tokens = work.sequences * work.sequence_length

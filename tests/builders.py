@@ -118,9 +118,10 @@ def run_local(model: Path, out: Path, **how: Any) -> dict[str, Any]:
 
 
 def compress_local(model: Path, out: Path, **how: Any) -> dict[str, float]:
-    """Do a run whose driver dies before it verifies; return name -> perplexity of the models.
+    """Do a run whose driver dies before it verifies; return name -> perplexity.
 
     What takes the longest for a small model is thereby left out: verification, timing, the report.
+    A dense model whose losses another run knows has none here.
     """
     prepared, executor, listener = _opened(model, out, **how)
 
@@ -131,7 +132,7 @@ def compress_local(model: Path, out: Path, **how: Any) -> dict[str, float]:
 
     with contextlib.suppress(DeadDriverError):
         run_on(prepared, executor, listener=die_before_verifying)
-    return {name: perplexity(out, name) for name in ("dense", "compressed")}
+    return {name: perplexity(out, name) for name in ("dense", "compressed") if _parts(out, name)}
 
 
 class DeadDriverError(Exception):
@@ -157,9 +158,13 @@ def _ignore(event: Event) -> None:
 
 def perplexity(out: Path, name: str) -> float:
     """Return the perplexity of a model by the records of its evaluation alone."""
-    records = read_records(Directory(str(out)))
-    parts = [r.values for unit, r in records.items() if unit.startswith(f"evaluation-{name}-")]
+    parts = _parts(out, name)
     return math.exp(math.fsum(p["nats"] for p in parts) / sum(p["num_tokens"] for p in parts))
+
+
+def _parts(out: Path, name: str) -> list[Any]:
+    records = read_records(Directory(str(out)))
+    return [r.values for unit, r in records.items() if unit.startswith(f"evaluation-{name}-")]
 
 
 def result_files(out: Path) -> dict[str, bytes]:

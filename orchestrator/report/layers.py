@@ -28,6 +28,7 @@ from orchestrator.report.numbers import (
 )
 
 _BAR = 0.72
+_SHORTCUTS = " A shortcut matrix counts as what it is: stored parameters."
 _MAX_WIDTHS = 8
 _MANY = 24
 _BY_FOUR = (4, 7, 8)
@@ -40,13 +41,13 @@ def parameters(layers: Sequence[Layer]) -> Plot | None:
     fractions = [quotient(layer.after, layer.before) or 0.0 for layer in layers]
     before, after = sum(x.before for x in layers), sum(x.after for x in layers)
     told = f"{between(percent(min(fractions)), percent(max(fractions)))} of their parameters"
+    turned = any("residual" in layer.widths and _cut(layer, "residual") for layer in layers)
     words = Words(
         key="parameters",
         title="Parameters per layer",
         description=f"{counted(len(layers), 'layer')}: {told} stay; together {count(after)} of "
         f"{count(before)}.",
-        caption=f"Layers keep {told}, without embedding and head. A shortcut matrix counts as "
-        "what it is: stored parameters.",
+        caption=f"Layers keep {told}, without embedding and head." + _SHORTCUTS * turned,
         legend=(("before", BEFORE, "box"), ("after", KEPT, "box")),
     )
 

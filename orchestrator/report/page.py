@@ -17,7 +17,9 @@ from orchestrator.report.document import layers as read_layers
 from orchestrator.report.document import sites as read_sites
 from orchestrator.report.document import spans as read_spans
 
-_PHASES = ("calibrate", "allocate", "compress", "stitch", "verify", "evaluate", "throughput")
+_PHASES = (
+    "calibrate", "allocate", "compress", "refit", "stitch", "evaluate", "verify", "throughput",
+)  # fmt: skip
 _PLAN_ROWS = (
     ("Disk for the run", "disk_bytes", numbers.bytes_text),
     ("Calibration", "calibration_flops", numbers.flops_text),
@@ -147,7 +149,8 @@ def _memory(report: Document) -> list[Bar]:
     planned = numbers.number(memory.get("planned_worker_bytes"))
     if planned is None:
         planned = numbers.number(section(report, "plan").get("worker_bytes"))
-    worker = numbers.number(memory.get("worker_peak_bytes"))
+    # Zero is what a driver reports that found all of it done by an earlier one.
+    worker = numbers.number(memory.get("worker_peak_bytes")) or None
     ratio = numbers.quotient(worker, planned)
     found = (
         ("Worker, planned", planned, ""),

@@ -1,0 +1,94 @@
+"""Real processes, some of which really die: the bits are those of a run in one process."""
+
+import os
+import signal
+from collections import Counter
+
+import pytest
+import ray
+
+from actors.storage.files import Directory
+from orchestrator.executors import RayExecutor
+from orchestrator.journal import read_events
+from tests.builders import compress_local, result_files, run_local, save_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+class WatchedExecutor(RayExecutor):
+    """Remembers which process is which worker."""
+
+    def __init__(self):
+        super().__init__()
+        self.workers = {}
+
+    def spawn(self, actor_class, *args, resources, name):
+        handle = super().spawn(actor_class, *args, resources=resources, name=name)
+        self.workers[name.rpartition("-")[0]] = handle
+        return handle
+
+    def kill_process(self, worker):
+        pid = ray.get(self.workers[worker].__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+
+class Murderer:
+    """Kills a worker's process when so many events of some kind have been seen."""
+
+    def __init__(self, executor, *plans):
+        self._executor = executor
+        self._plans = {(kind, count): worker for worker, kind, count in plans}
+        self._seen = Counter()
+        self.killed = []
+
+    def __call__(self, event):
+        self._seen[event["kind"]] += 1
+        worker = self._plans.pop((event["kind"], self._seen[event["kind"]]), None)
+        if worker is not None:
+            self._executor.kill_process(worker)
+            self.killed.append(worker)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    compress_local(model, out)
+    return result_files(out)
+
+
+@pytest.mark.slow
+def test_workers_killed_in_calibration_and_compression_change_no_bit(model, undisturbed, tmp_path):
+    executor = WatchedExecutor()
+    murderer = Murderer(
+        executor,
+        # In the middle of its microbatches, with the stage behind it waiting for more.
+        ("worker-0", "calibrate", 7),
+        # In the middle of its units; the other worker goes on.
+        ("worker-1", "basis", 3),
+    )
+    compress_local(model, tmp_path, executor=executor, listener=murderer, workers=2)
+    assert murderer.killed == ["worker-0", "worker-1"]
+    assert result_files(tmp_path) == undisturbed
+    lost = [e for e in read_events(Directory(str(tmp_path))) if e["kind"] == "worker lost"]
+    assert [event["worker"] for event in lost] == murderer.killed
+
+
+@pytest.mark.slow
+def test_four_workers_write_the_bytes_that_this_process_writes(model, undisturbed, tmp_path):
+    compress_local(model, tmp_path, executor=RayExecutor(), workers=4)
+    assert result_files(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_one_worker_is_ready_and_writes_the_same_bytes(model, undisturbed, tmp_path):
+    report = run_local(model, tmp_path, executor=RayExecutor(), workers=1)
+    assert report["verdict"] == "READY"
+    assert report["verify"]["passed"]
+    assert (tmp_path / "READY").exists()
+    assert result_files(tmp_path) == undisturbed
