@@ -47,7 +47,8 @@ def held(run: Directory) -> Iterator[str]:
     finally:
         stop.set()
         beating.join()
-        run.delete(NAME)
+        if not _is_of_another(run, me):
+            run.delete(NAME)
 
 
 def holder(run: Directory) -> dict[str, Any] | None:
@@ -94,7 +95,15 @@ def _beat(run: Directory, me: dict[str, Any], stop: threading.Event) -> None:
         me["beat"] += 1
         # A store that is away for a moment must not end the run; the next beat tries again.
         with contextlib.suppress(StorageError):
+            if _is_of_another(run, me):
+                return
             _write(run, me)
+
+
+def _is_of_another(run: Directory, me: dict[str, Any]) -> bool:
+    """Return whether another driver took over from one that was taken for dead."""
+    now = holder(run)
+    return now is not None and now["nonce"] != me["nonce"]
 
 
 def _write(run: Directory, lease: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ subtracts the mean of each embedding row), they are what to beat.
 """
 
 import pytest
-import torch
 
 from tests.builders import compress_local, prepared_run
 
@@ -36,7 +35,6 @@ def sliced(shared, tmp_path_factory):
 
     A model is calibrated once: later slices reuse the sums and the dense losses of the first.
     """
-    threads = torch.get_num_threads()
     done = {}
 
     def at(name, slice_):
@@ -50,8 +48,7 @@ def sliced(shared, tmp_path_factory):
             done[name, slice_] = (first or out, found)
         return done[name, slice_][1]
 
-    yield at
-    torch.set_num_threads(threads)
+    return at
 
 
 def recipe(shared, name, slice_):
@@ -60,7 +57,7 @@ def recipe(shared, name, slice_):
         for split in ("calibration", "evaluation")
     }
     sources["calibration"]["microbatch_tokens"] = 4096
-    return {"slice": slice_, "threads": 2, **sources}
+    return {"slice": slice_, **sources}
 
 
 @pytest.mark.parametrize("name", DENSE)

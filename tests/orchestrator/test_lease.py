@@ -93,8 +93,8 @@ def lease_of(**changes):
 
 @pytest.fixture
 def short_expiry(monkeypatch):
-    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.6)
 
 
 @pytest.mark.usefixtures("short_expiry")
@@ -103,7 +103,7 @@ def test_a_holder_on_another_host_is_replaced_when_its_heart_stands_still(direct
     begun = time.monotonic()
     with lease.held(directory):
         assert lease.holder(directory)["host"] == socket.gethostname()
-    assert time.monotonic() - begun >= 0.5
+    assert time.monotonic() - begun >= 0.6
 
 
 @pytest.mark.usefixtures("short_expiry")
@@ -136,3 +136,13 @@ def test_the_heart_of_a_holder_beats(directory):
         while lease.holder(directory)["beat"] < first + 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("short_expiry")
+def test_a_driver_that_was_taken_for_dead_leaves_the_lease_to_its_successor(directory):
+    successor = lease_of(host="elsewhere")
+    with lease.held(directory):
+        directory.write(lease.NAME, json.dumps(successor).encode())
+        time.sleep(3 * lease.HEARTBEAT_SECONDS)
+        assert lease.holder(directory) == successor
+    assert lease.holder(directory) == successor

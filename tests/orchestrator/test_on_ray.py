@@ -30,7 +30,6 @@ class WatchedExecutor(RayExecutor):
     def kill_process(self, worker):
         pid = ray.get(self.workers[worker].__ray_call__.remote(lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)
-        return pid
 
 
 class Murderer:

@@ -153,6 +153,7 @@ def test_what_a_killed_worker_left_half_written_disturbs_nobody(model, undisturb
 
 def test_a_finished_run_gives_its_report_at_once(model, tmp_path):
     report = run_local(model, tmp_path)
+    assert Directory(str(tmp_path)).names("stats") == []
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "model").iterdir()}
     events = []
     again = run(prepared_run(model, tmp_path), listener=events.append)
@@ -161,11 +162,9 @@ def test_a_finished_run_gives_its_report_at_once(model, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "model").iterdir()} == before
 
 
-def test_a_finished_run_keeps_statistics_only_where_asked(model, tmp_path):
-    run_local(model, tmp_path / "dropped")
-    run_local(model, tmp_path / "kept", keep_statistics=True)
-    assert not Directory(str(tmp_path / "dropped")).names("stats")
-    assert len(Directory(str(tmp_path / "kept")).names("stats")) == 4
+def test_a_finished_run_keeps_statistics_where_asked(model, tmp_path):
+    run_local(model, tmp_path, keep_statistics=True)
+    assert len(Directory(str(tmp_path)).names("stats")) == 4
 
 
 @pytest.mark.parametrize(
