@@ -10,11 +10,11 @@ from actors.evaluator import Evaluator
 from actors.messages import Microbatch, StepDone, ThroughputRequest, UnitDone, UnitTask
 from orchestrator.calibrate import assignments, boundary_name, cut
 from orchestrator.context import RunContext, WorkContext
-from orchestrator.executors import Executor, Resources
+from orchestrator.executors import Executor, Resources, WorkerLost
 from orchestrator.pipeline import Pass, PassPlan
 from orchestrator.prepare import Prepared
 from orchestrator.subjects import EvaluationPlan, Subject
-from planners.errors import NumericsError
+from planners.errors import ClusterError, NumericsError
 from planners.plan import SCHEMA_VERSION, fingerprint
 from planners.units import Unit
 
@@ -99,8 +99,6 @@ def _evaluate_wave(
                              tokens=done.num_tokens)  # fmt: skip
         if last and slot == len(wave) - 1:
             context.ledger.commit(unit, _part_done(unit, done), attempt=1)
-        if into and slot == 0:
-            context.run.delete(microbatch.read_boundary)
 
     def on_published(task: UnitTask, done: UnitDone) -> None:
         raise AssertionError(f"{task.unit}: an evaluation publishes nothing, not {done}")
@@ -128,6 +126,9 @@ def _evaluate_wave(
         publish=[[] for _ in wave],
     )
     Pass(context.pool, passing, on_step=on_step, on_published=on_published).run()
+    if into:  # not before: a replaced worker begins with them again
+        for microbatch in passing.microbatches:
+            context.run.delete(microbatch.read_boundary)
 
 
 def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any]:
@@ -168,6 +169,11 @@ def in_fresh_process(
         while not executor.ready([ticket], seconds=1.0):
             pass
         done: UnitDone = executor.result(ticket)
+    except WorkerLost as lost:
+        raise ClusterError(
+            f"{fresh.unit}: its process was lost: {lost}",
+            hint="what is done is kept; run the same command again",
+        ) from lost
     finally:
         executor.kill(handle)
     return done

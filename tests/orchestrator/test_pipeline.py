@@ -12,7 +12,7 @@ from actors.storage.files import Directory
 from actors.storage.records import read_records
 from orchestrator.executors import InputLost, LocalExecutor, WorkerLost
 from orchestrator.pool import MAX_LOSSES
-from planners.errors import ClusterError, ModelError
+from planners.errors import ClusterError
 from tests.builders import compress_local, perplexity, save_model, worker_gib
 
 EVERYTHING = ("load", "step", "publish", "work", "input")
@@ -173,11 +173,6 @@ def test_nor_do_losses_in_any_wave(model, undisturbed, tmp_path_factory, seed, w
     assert_same(out, undisturbed)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ModelError,
-    reason="an evaluation deletes the activations before a wave before the wave is through",
-)
 def test_nor_does_an_input_that_is_lost_in_the_second_wave_of_an_evaluation(
     model, undisturbed, tmp_path
 ):
