@@ -1,8 +1,8 @@
 """What a cut costs, measured on its layer alone: the probe's dense inputs go through both layers.
 
 The damage of a cut is the mean over tokens of ``|y' - y|^2 / |y|^2``, y the residual stream that
-leaves the dense layer and y' the one that leaves the layer with one module cut. Only the cut module
-and what follows it in the layer is recomputed.
+leaves the layer as the step found it and y' the one that leaves the layer with one module cut. Only
+the cut module and what follows it in the layer is recomputed.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor
 from actors import methods
 from actors.messages import CompressionJob
 from actors.modeling.halves import HalvedLayer
-from planners.allocation import form_of, full_widths, levels
+from actors.storage.checkpoint import Checkpoint
+from planners.allocation import cut_layer, layer_widths, levels
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.plan import LayerForm, ModelShape
@@ -27,18 +28,20 @@ Curves = dict[str, list[list[float]]]
 def damage_curves(
     weights: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
     *,
     job: CompressionJob,
+    index: int,
     device: str,
 ) -> Curves:
     """Return module -> [[width, damage], ...], the full width first, for one layer.
 
     Args:
-        weights: role -> dense tensor of the layer.
-        sums: its statistics and its probe, (sequences, tokens, hidden).
-        config: the input model's ``config.json``.
+        weights: role -> tensor of the layer.
+        sums: its statistics and its probe, (sequences, tokens, width of the residual stream).
+        checkpoint: the step's input model.
         job: method, options and shape.
+        index: of the layer.
         device: where to compute.
 
     Raises:
@@ -46,16 +49,17 @@ def damage_curves(
     """
     shape = job.shape
     probe = sums["probe"].to(device)
-    dense = _halved(weights, form_of(shape, [full_widths(shape)]).layers[0], config, shape, probe)
-    middle, output = dense.after_attention(probe), dense.output(probe)
+    start, config = checkpoint.form.layers[index], checkpoint.config
+    whole = _halved(weights, start, config, shape, probe)
+    middle, output = whole.after_attention(probe), whole.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     shares = [float(share) for share in str(job.options["grid"]).split(",")]
     curves: Curves = {}
     for module in methods.spec(job.method).cuts(job.options):
-        full = full_widths(shape)
+        full = layer_widths(start)
         curves[module] = [[full[module], 0.0]]
-        for width in levels(shape, module, shares, round_to=int(job.options["round_to"])):
-            form = form_of(shape, [full | {module: width}]).layers[0]
+        for width in levels(full[module], module, shares, round_to=int(job.options["round_to"])):
+            form = cut_layer(start, full | {module: width})
             new, _ = methods.load(job.method).compress(
                 weights, sums, shape=shape, form=form, options=job.options
             )

@@ -154,6 +154,7 @@ class CompressionJob:
         shape: of the input model.
         form: widths of the result; not final while damage is measured.
         stream: the calibration tokens, where units stream them.
+        former: the step before, where its statistics are turned into those of this one.
     """
 
     run_uri: str
@@ -164,6 +165,7 @@ class CompressionJob:
     shape: ModelShape
     form: ModelForm
     stream: TokenStream = TokenStream()
+    former: "CompressionJob | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from actors.numerics.gram import accumulate, rms_normed
 from planners.cost import tap_dim
 from planners.families._base import Family
-from planners.plan import ModelShape, Statistic
+from planners.plan import LayerForm, ModelShape, Statistic, dense_form
 
 # Where a tap is seen. q and k are seen before rope: rope turns each pair by an angle, so the energy
 # of a pair, the only statistic taken there, is the same before and after.
@@ -35,9 +35,20 @@ class LayerStatistics:
     """
 
     def __init__(
-        self, statistics: Iterable[Statistic], shape: ModelShape, family: Family, *, device: str
+        self,
+        statistics: Iterable[Statistic],
+        shape: ModelShape,
+        family: Family,
+        *,
+        device: str,
+        form: LayerForm | None = None,
     ) -> None:
-        """Make room for the sums; nothing is observed before `attach`."""
+        """Make room for the sums; nothing is observed before `attach`.
+
+        ``form`` has the widths of a layer that is compressed already.
+        """
+        self._form = form or dense_form(shape)
+        self._layer: nn.Module | None = None
         self._statistics = tuple(statistics)
         self._shape, self._family, self._device = shape, family, device
         self.sums: dict[str, Tensor] = {}
@@ -48,14 +59,16 @@ class LayerStatistics:
             if statistic.kind.startswith("probe"):
                 self._probe_tokens = int(statistic.kind.removeprefix("probe"))
                 continue
-            dims = _dims(shape, statistic)
+            dims = _dims(shape, statistic, self._form)
             self.sums[str(statistic)] = self._zeros(*dims)
             if statistic.kind in ("gram", "head_gram"):
-                self.sums[f"{statistic.tap}.sum"] = self._zeros(tap_dim(shape, statistic.tap))
+                dim = tap_dim(shape, statistic.tap, self._form)
+                self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self, layer: nn.Module) -> None:
         """Observe a layer's forward passes until `detach`."""
+        self._layer = layer
         for tap in dict.fromkeys(statistic.tap for statistic in self._statistics):
             adders = self._adders(tap)
             if tap in INPUT_OF:
@@ -125,16 +138,20 @@ class LayerStatistics:
         return adders
 
     def _add_cosine(self, before: Tensor, after: Tensor) -> None:
+        for name in ("attn_shortcut", "mlp_shortcut"):  # what enters, in the axes of what leaves
+            shortcut = getattr(self._layer, name, None)
+            before = before if shortcut is None else shortcut(before)
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
         self.sums["resid_out.cosine"][0] += cosine.to(torch.float64).sum()
 
 
-def _dims(shape: ModelShape, statistic: Statistic) -> tuple[int, ...]:
-    dim = tap_dim(shape, statistic.tap)
+def _dims(shape: ModelShape, statistic: Statistic, form: LayerForm) -> tuple[int, ...]:
+    dim = tap_dim(shape, statistic.tap, form)
     if statistic.kind == "head_gram":
-        return (dim // shape.head_dim, shape.head_dim, shape.head_dim)
+        width = form.vo_head_dim
+        return (dim // width, width, width)
     if statistic.kind == "pair_energy":
-        return (dim // shape.head_dim, shape.head_dim // 2)
+        return (dim // form.qk_head_dim, form.qk_head_dim // 2)
     return (1,) if statistic.kind == "cosine" else (dim, dim)
 
 

@@ -1,6 +1,7 @@
 """Refit: o_proj and down_proj of compressed layers, on the compressed layers before them.
 
-Two streams pass the model layer by layer, the dense one X and the compressed one Y. A linear that
+Two streams pass the model layer by layer, X through the step's input model, which is the dense one
+unless other steps came before, and Y through the compressed one. A linear that
 writes into the residual stream is refitted so that Y, after it, comes as near to X as it can: first
 o_proj, then, behind the refitted attention, down_proj. All microbatches pass a half-layer before
 the next, and the sums over them are all that a solve needs. The last sequences take no part in the
@@ -26,14 +27,14 @@ from actors.storage.tensors import described, read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
 from planners.placement import LOGIT_TOKENS
-from planners.plan import LayerForm, dense_form
+from planners.plan import LayerForm
 from planners.refit import DAMPINGS, cuts
 
 DENSE, REFITTED, DRAFTED = "dense", "refitted", "drafted"
-# What each half-layer ends with, and what it adds to the residual stream.
-HALVES: Mapping[str, Callable[[HalvedLayer, Tensor], Tensor]] = {
-    "o_proj": HalvedLayer.attention,
-    "down_proj": HalvedLayer.mlp,
+# What each half-layer ends with; what it adds to the residual stream, and what it does to the rest.
+HALVES: Mapping[str, tuple[Callable[[HalvedLayer, Tensor], Tensor], ...]] = {
+    "o_proj": (HalvedLayer.attention, HalvedLayer.past_attention),
+    "down_proj": (HalvedLayer.mlp, HalvedLayer.past_mlp),
 }
 Streams = dict[str, Tensor]
 
@@ -141,7 +142,7 @@ def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     boundary = _boundary(2 * task.index, job, run, device)
     checkpoint, family = Checkpoint(job.checkpoint_uri), load_family(job.shape.family)
     dtype = _dtype(job.stream)
-    table = family.embedding if job.shape.tied else family.head
+    table = family.embedding if checkpoint.form.tied else family.head
     head = checkpoint.read(table).to(device, dtype)
     skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
     norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
@@ -163,14 +164,15 @@ def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 
 class _Builder:
-    """Builds one layer of a model, dense and compressed."""
+    """Builds one layer of a model, as the step found it and as it leaves it."""
 
     def __init__(self, job: CompressionJob, index: int, device: str) -> None:
         self._job, self._index, self._device = job, index, device
         self._checkpoint = Checkpoint(job.checkpoint_uri)
 
     def dense(self, prefix: str) -> HalvedLayer:
-        return self._built(self._checkpoint.read_prefix(prefix), dense_form(self._job.shape))
+        form = self._checkpoint.form.layers[self._index]
+        return self._built(self._checkpoint.read_prefix(prefix), form)
 
     def compressed(self, tensors: Mapping[str, Tensor]) -> HalvedLayer:
         return self._built(tensors, self._job.form.layers[self._index])
@@ -201,8 +203,10 @@ def _sums(
     sums = no_sums(weight.shape[1], weight.shape[0], device=str(weight.device))
     handle = linear.register_forward_pre_hook(keep)
     for streams in microbatches:
+        add, carry = HALVES[half]
         x, y = streams[DENSE], streams[REFITTED]
-        added, got = HALVES[half](layers[DENSE], x), HALVES[half](layers[REFITTED], y)
+        added, got = add(layers[DENSE], x), add(layers[REFITTED], y)
+        x, y = carry(layers[DENSE], x), carry(layers[REFITTED], y)
         # Differences first: what is equal cancels exactly, whatever the size of the stream.
         rest = (x.float() - y.float()) + (added.float() - got.float())
         sums.add(inputs.pop().flatten(0, -2), rest.flatten(0, -2))
@@ -214,8 +218,9 @@ def _passed(
     half: str, layers: Mapping[str, HalvedLayer], microbatches: Iterator[Streams]
 ) -> Iterator[Streams]:
     """Yield the streams after a half-layer."""
+    add, carry = HALVES[half]
     for streams in microbatches:
-        yield {name: x + HALVES[half](layers[name], x) for name, x in streams.items()}
+        yield {n: carry(layers[n], x) + add(layers[n], x) for n, x in streams.items()}
 
 
 def _weight_name(linear: str, tensors: Mapping[str, Tensor]) -> str:

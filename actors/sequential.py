@@ -12,7 +12,6 @@ Cutting what an uncut half wrote, ``(x Q_a^T + f(x Q_a)) Q_b``, is what the ship
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,12 +135,7 @@ class _Prefix:
 
 def _through_half(half: HalvedLayer, cut: Tensor, site: int) -> Tensor:
     """Return the stream of a site from the cut stream of the site before it."""
-    layer: Any = half.module
-    if site % 2:
-        attended: Tensor = layer.attn_shortcut(cut) + half.attention(cut)
-        return attended
-    inner: Tensor = layer.mlp_shortcut(cut) + half.mlp(cut)
-    return inner
+    return half.after_attention(cut) if site % 2 else half.after_mlp(cut)
 
 
 def _name(site: int, index: int) -> str:

@@ -76,8 +76,9 @@ class Stage:
             self._layers[index] = self._skeleton.layer(index, checkpoint.read_prefix(prefix))
             if assignment.statistics:
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
+                form = checkpoint.form.layers[index]
                 self._statistics[index] = LayerStatistics(
-                    wanted, checkpoint.shape, family, device=device
+                    wanted, checkpoint.shape, family, device=device, form=form
                 )
         if assignment.embedding:
             self._embedding = checkpoint.read(family.embedding).to(device, dtype)

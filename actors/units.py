@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actors import methods, refit
+from actors.carry import turned_sums
 from actors.damage import damage_curves
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.sequential import site_gram
@@ -114,8 +115,37 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     checkpoint = Checkpoint(job.checkpoint_uri)
     weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
     sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
-    curves = damage_curves(weights, sums, checkpoint.config, job=job, device=device)
+    curves = damage_curves(weights, sums, checkpoint, job=job, index=task.index, device=device)
     return (), {"curves": curves}
+
+
+def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
+    weights = {
+        k: v.to(device) for k, v in Checkpoint(job.checkpoint_uri).read_layer(task.index).items()
+    }
+    sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
+    form = job.form.layers[task.index]
+    return (), {
+        "losses": methods.load(job.method).losses(weights, sums, form=form, options=job.options)
+    }
+
+
+def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Turn the statistics of the step before, which only turned the residual stream, into ours."""
+    former = job.former
+    assert former is not None  # the driver plans such a unit behind a step only
+    where = Directory(former.run_uri)
+    statistics, *bases = task.inputs
+    sums = {k: v.to(device) for k, v in read_statistics(where, former, task.index).items()}
+    found = _bases(tuple(bases), where, device)
+    weights = Checkpoint(former.checkpoint_uri).read_layer(task.index)
+    scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
+    new = turned_sums(sums, (found[0], found[len(found) // 2], found[-1]), scales=scales)
+    name = f"stats/layer-{task.index:05d}.safetensors"
+    entry = write_tensors(run, name, {k: v.cpu() for k, v in new.items()})
+    values = read_record(where, statistics).values
+    return (entry,), {k: values[k] for k in ("num_tokens", "taps", "influence") if k in values}
 
 
 def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -132,12 +162,15 @@ def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) 
 def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Write the head in blocks of rows, unless it is the embedding's tensor, and the final norm."""
     family = load_family(job.shape.family)
-    norm_weight = Checkpoint(job.checkpoint_uri).read(family.final_norm).to(device)
+    checkpoint = Checkpoint(job.checkpoint_uri)
+    norm_weight = None  # folded into the head by a step before
+    if checkpoint.form.head_norm_weight:
+        norm_weight = checkpoint.read(family.final_norm).to(device)
     bases = _bases(task.inputs, run, device) if _is_residual(job) else ()
     files: tuple[FileEntry, ...] = ()
     values: dict[str, object] = {}
     if not job.form.tied:
-        source = family.embedding if job.shape.tied else family.head
+        source = family.embedding if checkpoint.form.tied else family.head
 
         def turn(rows: Tensor) -> Tensor:
             if not bases:
@@ -148,7 +181,7 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
             return turned
 
         files, values = _table(source, family.head, job, run, (device, turn))
-    if job.form.head_norm_weight:
+    if norm_weight is not None and job.form.head_norm_weight:
         scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
         tensors = {family.final_norm: scale.cpu()}
         norm_file = write_tensors(run, "model/norm.safetensors", tensors, metadata={"format": "pt"})
@@ -164,6 +197,8 @@ KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] 
     "basis_shared": basis,
     "basis_sequential": basis_sequential,
     "damage": damage,
+    "losses": losses,
+    "carried": carried,
     "layer": layer,
     "draft": layer,
     "chosen": chosen,

@@ -37,7 +37,7 @@ from orchestrator.config import resolve_options
 from orchestrator.report.numbers import bytes_text, decimal, percent, seconds_text
 from planners import errors
 from planners.catalogue import CONFIGS, shape_of
-from planners.cost import dense_parameters, model_parameters
+from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.families import available, load
 from planners.plan import Target
 
@@ -131,7 +131,10 @@ def _slicing() -> str:
     options = resolve_options(spec, {})
     removed = {
         (name, part): 1
-        - model_parameters(shape_of(name), spec.form(shape_of(name), Target(slice=part), options))
+        - model_parameters(
+            shape_of(name),
+            spec.form(shape_of(name), dense_start(shape_of(name)), Target(slice=part), options),
+        )
         / dense_parameters(shape_of(name))
         for name in SLICED
         for part in SLICES

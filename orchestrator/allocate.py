@@ -7,7 +7,7 @@ from orchestrator.context import RunContext
 from orchestrator.dispatch import run_units
 from planners.errors import PlanError
 from planners.plan import ModelForm, to_json
-from planners.units import Unit, damage_units
+from planners.units import Unit, damage_units, losses_units
 
 
 def allocate(context: RunContext) -> ModelForm:
@@ -22,7 +22,9 @@ def allocate(context: RunContext) -> ModelForm:
     if spec.allocate is None or not spec.measures(options):
         return prepared.plan.form
     findings = [context.ledger.record(unit).values for unit in measured(context)]
-    form = spec.allocate(prepared.plan.shape, prepared.config.target, options, list(findings))
+    form = spec.allocate(
+        prepared.plan.shape, prepared.start, prepared.config.target, options, list(findings)
+    )
     said = {"measured": spec.measures(options), "findings": _small(findings), "form": to_json(form)}
     context.run.write("allocation.json", json.dumps(said, indent=1, sort_keys=True).encode())
     return form
@@ -34,14 +36,21 @@ def measured(context: RunContext) -> list[Unit]:
     wanted = prepared.spec.measures(prepared.options)
     if wanted in ("", "influence"):
         return context.sums
-    if wanted != "damage":
+    spec, options = prepared.spec, prepared.options
+    if wanted == "damage":
+        units = damage_units(
+            context.sums, method=spec.name, revision=spec.revision, options=options
+        )
+    elif wanted == "losses":
+        units = losses_units(
+            context.sums,
+            method=spec.name,
+            revision=spec.revision,
+            modules=spec.shrinks(options),
+            form=prepared.plan.form,
+        )
+    else:
         raise PlanError(f"{prepared.spec.name}: nobody measures {wanted!r}")
-    units = damage_units(
-        context.sums,
-        method=prepared.spec.name,
-        revision=prepared.spec.revision,
-        options=prepared.options,
-    )
     left = context.ledger.todo(units)
     if left:
         with context.phase("allocate", total=len(left)):
@@ -52,5 +61,5 @@ def measured(context: RunContext) -> list[Unit]:
 
 
 def _small(findings: list[Mapping[str, object]]) -> list[dict[str, object]]:
-    names = ("influence", "curves")
+    names = ("influence", "curves", "losses")
     return [{name: f[name] for name in names if name in f} for f in findings]

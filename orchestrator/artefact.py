@@ -102,6 +102,11 @@ def require_same(prepared: Prepared) -> None:
         return
     run, facts = Directory(prepared.statistics_uri), prepared.facts()
     theirs = _plan(run)["identity"]
+    if "steps" in theirs:
+        raise ConfigError(
+            f"stats: {run.uri} is a run of several steps; what it kept is of the model between two",
+            hint=f"give its first step: {run.below('steps/1-' + theirs['steps'][0]['method'])}",
+        )
     differ = [key for key in IDENTITY if theirs.get(key) != facts[key]]
     if differ:
         said = "; ".join(

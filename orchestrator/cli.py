@@ -232,8 +232,26 @@ def _config(model: str | None, given: dict[str, Any]) -> Any:
 
     options = {f"options.{key}": value for key, value in _pairs(given.pop("options", ())).items()}
     recipe = given.pop("recipe")
+    given["steps"] = [_step(text) for text in given.pop("steps", ())] or None
     values = {KEYS.get(name, name): value for name, value in given.items()}
     return load_config(recipe, {"model": model, **values, **options})
+
+
+def _step(text: str) -> dict[str, Any]:
+    """Return the step that ``METHOD:F[:KEY=VALUE...]`` says; a colon is in no name and no value."""
+    method, *parts = text.split(":")
+    pairs = dict(part.partition("=")[::2] if "=" in part else ("keep_fraction", part)
+                 for part in parts)  # fmt: skip
+    sizes = {key: pairs.pop(key) for key in ("keep_fraction", "slice") if key in pairs}
+    if not method or not sizes:
+        raise ConfigError(
+            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with more of the last",
+            hint="such as --step modegpt:0.9:modules=mlp,vo, or --step slicegpt:slice=0.2",
+        )
+    try:
+        return {"method": method, **{k: float(v) for k, v in sizes.items()}, "options": pairs}
+    except ValueError as error:
+        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is no number") from error
 
 
 def _pairs(options: tuple[str, ...]) -> dict[str, str]:

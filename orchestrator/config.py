@@ -4,8 +4,9 @@ import difflib
 import math
 import reprlib
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -69,6 +70,45 @@ class EvaluationConfig(_Section):
     sequences: int | None = Field(default=None, ge=1, description="a whole number from 1")
 
 
+class StepConfig(_Section):
+    """One of several methods, applied one after the other.
+
+    Attributes:
+        method: a file of ``actors/methods``.
+        keep_fraction: true fraction of the *input model's* parameters that is left after this step.
+        slice: nominal fraction of the residual width to remove. One of the two is given.
+        options: of the method; what is not given has the method's default.
+    """
+
+    method: str = Field(min_length=1, description="the name of a method")
+    keep_fraction: float | None = Field(
+        default=None, gt=0, le=1, description="a number above 0 and up to 1, such as 0.8"
+    )
+    slice: float | None = Field(
+        default=None, ge=0, lt=1, description="a number from 0 and below 1, such as 0.25"
+    )
+    options: dict[str, str | int | float | bool] = Field(
+        default={}, description="a mapping from option to value"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.keep_fraction is None) == (self.slice is None):
+            raise ValueError(
+                "keep_fraction, slice: give one of them; each step says how much of the input "
+                "model is left after it"
+            )
+        return self
+
+    @property
+    def target(self) -> Target:
+        """How small the model is to be after this step."""
+        return Target(keep_fraction=self.keep_fraction, slice=self.slice)
+
+
+SINGLE = ("method", "options", "keep_fraction", "slice")  # keys of a recipe of one method
+
+
 class RunConfig(_Section):
     """One run: model, method, how small, on which data, with which machines.
 
@@ -80,6 +120,7 @@ class RunConfig(_Section):
         keep_fraction: true parameters kept over parameters before, in (0, 1].
         slice: nominal fraction of the residual width to remove, in [0, 1). At most one of the two
             is given; neither is ``keep_fraction`` 0.8.
+        steps: several methods in the place of method, options, keep_fraction and slice.
         calibration: what the statistics are summed over.
         evaluation: what the perplexities are measured on.
         seed: of the choice of sequences.
@@ -106,6 +147,11 @@ class RunConfig(_Section):
     )
     slice: float | None = Field(
         default=None, ge=0, lt=1, description="a number from 0 and below 1, such as 0.25"
+    )
+    steps: list[StepConfig] = Field(
+        default=[],
+        min_length=1,
+        description="a list of steps, each a mapping with method, keep_fraction or slice, options",
     )
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -134,6 +180,36 @@ class RunConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _steps_or_one_method(self) -> Self:
+        both = [key for key in SINGLE if self.steps and key in self.model_fields_set]
+        if both:
+            raise ValueError(
+                f"{both[0]}: is given beside steps; each step has its own, so leave it out here"
+            )
+        for index, (step, later) in enumerate(pairwise(self.steps)):
+            if later.keep_fraction and later.keep_fraction > (step.keep_fraction or 1):
+                raise ValueError(
+                    f"steps[{index + 1}].keep_fraction: is {later.keep_fraction}, more than "
+                    f"the {step.keep_fraction} that steps[{index}] leaves; both are fractions of "
+                    "the input model"
+                )
+        return self
+
+    @property
+    def chain(self) -> list[StepConfig]:
+        """The steps, also where there is only one method."""
+        if self.steps:
+            return self.steps
+        target = self.target
+        only = StepConfig(
+            method=self.method,
+            options=self.options,
+            keep_fraction=target.keep_fraction,
+            slice=target.slice,
+        )
+        return [only]
+
     @property
     def target(self) -> Target:
         """How small the result is to be, the default included."""
@@ -155,7 +231,7 @@ class Facts:
     Attributes:
         model_name: short name of the model, as in `actors.storage.sources.ModelSource`.
         max_position_embeddings: longest sequence the model takes.
-        options: of the method, as `resolve_options` returns them.
+        options: of each step, as `resolve_options` returns them.
         device: where ``device: auto`` computes.
         calibration_dtype: what ``calibration_dtype: auto`` is.
         worker_gib: memory that a worker has when the recipe sets no bound.
@@ -163,7 +239,7 @@ class Facts:
 
     model_name: str
     max_position_embeddings: int
-    options: Mapping[str, Option]
+    options: Sequence[Mapping[str, Option]]
     device: Literal["cpu", "cuda"]
     calibration_dtype: Literal["float32", "bfloat16", "float16"]
     worker_gib: float
@@ -193,6 +269,22 @@ def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> Run
         # A wrong value of a union gives one error for each member; one line a key is enough.
         lines = dict.fromkeys(_explain(e["type"], e["loc"], e) for e in error.errors())
         raise ConfigError("\n".join(lines)) from error
+
+
+def resolve_steps(config: RunConfig, specs: Sequence[MethodSpec]) -> list[dict[str, Option]]:
+    """Return the options of every step.
+
+    Raises:
+        ConfigError: a method has no such option, or not with this value; the message has the path.
+    """
+    found = []
+    for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
+        try:
+            found.append(resolve_options(spec, step.options))
+        except ConfigError as error:
+            where = f"steps[{index}]." if config.steps else ""
+            raise ConfigError(f"{where}{error}", hint=error.hint) from error
+    return found
 
 
 def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str, Option]:
@@ -240,12 +332,20 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
     if length is not None:
         where = "calibration.sequence_length: is"
         _check_length(length, facts.max_position_embeddings, where=where)
-    target = config.target
+    chain = [
+        step.model_copy(update={"options": dict(options)})
+        for step, options in zip(config.chain, facts.options, strict=True)
+    ]
+    sizes = "-".join(f"{step.method}-{_size(step.target)}" for step in chain)
+    last = chain[-1]
     return config.model_copy(
         update={
-            "out": config.out or f"runs/{facts.model_name}-{config.method}-{_size(target)}",
-            "options": dict(facts.options),
-            "keep_fraction": target.keep_fraction,
+            "out": config.out or f"runs/{facts.model_name}-{sizes}",
+            "steps": chain if config.steps else [],
+            "method": last.method,
+            "options": dict(last.options),
+            "keep_fraction": last.keep_fraction,
+            "slice": last.slice,
             "calibration": config.calibration.model_copy(
                 update={"source": source, "sequence_length": length}
             ),
@@ -291,8 +391,20 @@ def with_tokens(
 
 def to_yaml(config: RunConfig, given: RunConfig) -> str:
     """Return ``config`` as a recipe; what ``given`` did not set is marked ``# default``."""
-    lines = _yaml_lines(config.model_dump(), given.model_dump(exclude_unset=True))
+    lines = _yaml_lines(recipe_values(config), given.model_dump(exclude_unset=True))
     return "\n".join(lines) + "\n"
+
+
+def recipe_values(config: RunConfig) -> dict[str, Any]:
+    """Return the keys of a recipe with their values: one method, or steps, never both."""
+    values = config.model_dump()
+    if not config.steps:
+        del values["steps"]
+        return values
+    values["steps"] = [
+        {key: value for key, value in step.items() if value is not None} for step in values["steps"]
+    ]
+    return {key: value for key, value in values.items() if key not in SINGLE}
 
 
 def _read_recipe(path: Path) -> dict[object, object]:
@@ -329,20 +441,37 @@ def _with_override(recipe: dict[object, object], key: str, value: object) -> dic
 
 def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) -> str:
     """Return one line: the key's path, what is wrong with it, and what would be right."""
+    step, loc = _step_of(loc)
+    if kind == "value_error":
+        return f"{step}{error['ctx']['error']}"
     if not loc:
-        return str(error["ctx"]["error"])
+        known = ", ".join(StepConfig.model_fields)
+        said = _short(error["input"])
+        return f"{step.rstrip('.')}: is {said}; it must be a mapping with keys of: {known}"
     if loc[0] == "options" and len(loc) > 1:
         # What follows the option's name are the members of the union.
-        return f"options.{loc[1]}: is {_short(error['input'])}; it must be a text or a number"
-    path = ".".join(_printable(str(part)) for part in loc)
+        said = _short(error["input"])
+        return f"{step}options.{loc[1]}: is {said}; it must be a text or a number"
+    path = step + ".".join(_printable(str(part)) for part in loc)
     section = _SECTIONS.get(str(loc[0]), RunConfig) if len(loc) > 1 else RunConfig
+    section = StepConfig if step else section
+    if kind == "missing":
+        return f"{path}: is missing; it must be {section.model_fields[str(loc[-1])].description}"
     if kind in ("extra_forbidden", "invalid_key"):
         known = f"; known here: {', '.join(section.model_fields)}"
-        return f"{path}: unknown key" + (_nearest(path, _known_keys()) or known)
+        keys = [f"{step}{key}" for key in StepConfig.model_fields] if step else _known_keys()
+        return f"{path}: unknown key" + (_nearest(path, keys) or known)
     expected = section.model_fields[str(loc[-1])].description
     if path in _SECTIONS:
         expected = f"a mapping with keys of: {', '.join(_SECTIONS[path].model_fields)}"
     return f"{path}: is {_short(error['input'])}; it must be {expected}"
+
+
+def _step_of(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
+    """Return ``steps[1].`` and the rest of a path, or nothing and the path."""
+    if loc[:1] == ("steps",) and len(loc) > 1:
+        return f"steps[{loc[1]}].", loc[2:]
+    return "", loc
 
 
 def _printable(name: str) -> str:

@@ -2,8 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from actors.messages import CompressionJob, TokenStream
 from actors.storage.files import Directory
@@ -13,7 +14,13 @@ from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from planners.cost import model_parameters
 from planners.plan import ModelForm
-from planners.units import Unit, compression_units, refit_units, statistics_units
+from planners.units import (
+    Unit,
+    carried_units,
+    compression_units,
+    refit_units,
+    statistics_units,
+)
 
 CALIBRATION_TOKENS = "tokens/calibration.parquet"
 
@@ -41,15 +48,27 @@ class WorkContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext(WorkContext):
-    """A run under way: what is to be done, what is done, and who does it."""
+    """A run under way, or one step of it: what is to be done, what is done, and who does it.
+
+    Attributes:
+        prepared: what is to be done.
+        form: widths of the result; not final before they are allocated.
+        turned: the step before, where its statistics are turned and not measured again.
+        steps: what the steps before were, as a report says it.
+    """
 
     prepared: Prepared
     form: ModelForm
+    turned: "RunContext | None" = None
+    steps: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def sums(self) -> list[Unit]:
         """The statistics units, one a layer."""
         prepared = self.prepared
+        if self.turned is not None:
+            layers = [unit for unit in self.turned.made if unit.kind == "layer"]
+            return carried_units(prepared.identity, prepared.statistics, self.turned.sums, layers)
         num_layers = prepared.plan.shape.num_layers
         return statistics_units(prepared.identity, prepared.statistics, num_layers)
 
@@ -101,4 +120,5 @@ class RunContext(WorkContext):
                 microbatch_sequences=prepared.identity.microbatch_sequences,
                 dtype=prepared.identity.compute_dtype,
             ),
+            former=None if self.turned is None else self.turned.job,
         )

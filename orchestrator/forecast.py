@@ -7,12 +7,15 @@ from typing import Any
 from actors import methods
 from actors.storage.checkpoint import read_json
 from actors.storage.files import Directory
-from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, resolve_options
+from orchestrator.chain import StepInput, planned
+from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, resolve_steps
 from planners.catalogue import CONFIGS
+from planners.compose import require_disjoint
+from planners.cost import dense_start
 from planners.errors import ConfigError, ModelError
 from planners.families import family_of
 from planners.plan import RunPlan
-from planners.planning import Workload, make_plan
+from planners.planning import Workload
 
 SEQUENCES = 128  # of calibration, where the recipe does not say
 GB = 10**9  # vendors count device memory in these
@@ -56,8 +59,8 @@ def config_of(model: str) -> dict[str, Any] | None:
     return None
 
 
-def forecast(config: RunConfig, devices: Devices | None) -> RunPlan:
-    """Return the plan of a recipe for a model of which only the config is known.
+def forecast(config: RunConfig, devices: Devices | None) -> list[RunPlan]:
+    """Return the plans of a recipe's steps for a model of which only the config is known.
 
     Raises:
         ConfigError: an option is wrong, or the target is out of reach.
@@ -72,24 +75,26 @@ def forecast(config: RunConfig, devices: Devices | None) -> RunPlan:
         )
     dtype = str(found.get("dtype") or found.get("torch_dtype") or "float32")
     shape = family_of(str(found.get("model_type"))).shape_of(found, dtype)
-    spec = methods.spec(config.method)
-    options = resolve_options(spec, config.options)
+    specs = [methods.spec(step.method) for step in config.chain]
+    steps = list(zip(specs, resolve_steps(config, specs), strict=True))
+    require_disjoint(steps)
     longest = min(DEFAULT_SEQUENCE_LENGTH, int(found.get("max_position_embeddings", 2048)))
     length = config.calibration.sequence_length or longest
     sequences = config.calibration.sequences or SEQUENCES
     workers = devices.count if devices else config.workers
     memory = devices.bytes if devices else int((config.worker_gib or 1e6) * 2**30)
-    return make_plan(
-        shape,
-        spec,
-        options,
-        target=config.target,
-        work=Workload(
-            sequences=sequences,
-            sequence_length=length,
-            microbatch_sequences=max(1, config.calibration.microbatch_tokens // length),
-            compute_dtype=dtype if devices else "float32",
-            num_workers=workers,
-            worker_bytes=memory,
-        ),
+    work = Workload(
+        sequences=sequences,
+        sequence_length=length,
+        microbatch_sequences=max(1, config.calibration.microbatch_tokens // length),
+        compute_dtype=dtype if devices else "float32",
+        num_workers=workers,
+        worker_bytes=memory,
     )
+    source = StepInput(config=found, shape=shape, start=dense_start(shape))
+    plans = []
+    for index, step in enumerate(steps):
+        path = f"steps[{index}]" if config.steps else ""
+        plans.append(planned(step, config.chain[index].target, source, work, path=path))
+        source = source.after(plans[-1].form)
+    return plans

@@ -29,6 +29,11 @@ _COMPRESSION = (
     click.option("--slice", "slice_", type=float, metavar="F",
                  help="In its place: SliceGPT's nominal fraction of the width to remove; fewer "
                  "parameters go than it says."),
+    click.option("--step", "steps", multiple=True, metavar="METHOD:F[:KEY=VALUE...]",
+                 help="One of several methods, in order, in place of the three above and --option: "
+                 "F of the input model's parameters is left after it; slice=F for a nominal "
+                 "slice. Options follow, a colon before each: --step modegpt:0.9:modules=mlp,vo "
+                 "--step slicegpt:0.8"),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
                  help="An option of the method, see below; may be repeated."),
     click.option("--calibration", metavar="SRC",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from orchestrator.config import recipe_values
 from orchestrator.context import RunContext
 from orchestrator.evaluate import Loss
 from orchestrator.journal import read_events
@@ -54,16 +55,10 @@ def outcome(
         "model": {
             "source": prepared.config.model,
             "family": plan.shape.family,
-            "revision": prepared.revision,
+            "revision": prepared.origin.revision,
         },
         "method": {
-            "steps": [
-                {
-                    "name": prepared.spec.name,
-                    "options": dict(prepared.options),
-                    "modules": list(prepared.spec.modules),
-                }
-            ],
+            "steps": _steps(context),
             "native": context.form.native,
         },
         "parameters": {
@@ -98,7 +93,7 @@ def outcome(
             "num_stages": max(map(len, plan.waves)),
             "num_waves": len(plan.waves),
         },
-        "sites": _sites(context),
+        "sites": [*_former(context, "sites"), *_sites(context)],
         "layers": _layers(context),
         "refit": _refit(context),
         "timeline": _timeline(events, begun),
@@ -108,9 +103,9 @@ def outcome(
             if event["kind"] in LOSSES
         ],
         "verify": {"passed": True, **checks},
-        "recipe": to_json(prepared.config.model_dump()),
+        "recipe": to_json(recipe_values(prepared.config)),
         "recipe_defaults": _defaults(
-            prepared.config.model_dump(), prepared.given.model_dump(exclude_unset=True)
+            recipe_values(prepared.config), prepared.given.model_dump(exclude_unset=True)
         ),
         "environment": environment(),
         "resumed_units": context.ledger.num_resumed,
@@ -159,8 +154,8 @@ def _sites(context: RunContext) -> list[dict[str, Any]]:
 
 
 def _layers(context: RunContext) -> list[dict[str, Any]]:
-    plan = context.prepared.plan
-    before = layer_parameters(plan.shape, dense_form(plan.shape))
+    plan, dense = context.prepared.plan, context.prepared.origin.plan.shape
+    before = layer_parameters(dense, dense_form(dense))
     layers = []
     for unit in context.units:
         if unit.kind not in ("layer", "chosen"):
@@ -179,16 +174,57 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
             "after": layer_parameters(plan.shape, form),
             "widths": widths,
             "widths_before": {
-                "residual": plan.shape.hidden,
-                "intermediate": plan.shape.intermediate,
-                "qk head": plan.shape.head_dim,
-                "vo head": plan.shape.head_dim,
+                "residual": dense.hidden,
+                "intermediate": dense.intermediate,
+                "qk head": dense.head_dim,
+                "vo head": dense.head_dim,
             },
             "error": values.get("error"),
-            "errors": values.get("errors", {}),
+            "errors": _errors(context)[unit.index],
             "refit": values.get("refit"),
         })  # fmt: skip
     return layers
+
+
+def step_facts(context: RunContext) -> dict[str, Any]:
+    """Return what a report says of one of several steps once its files are gone."""
+    after, before = context.parameters_after, context.prepared.plan.parameters_before
+    return {
+        "parameters": after,
+        "keep_fraction": after / before,
+        "sites": _sites(context),
+        "errors": _errors(context),
+    }
+
+
+def _steps(context: RunContext) -> list[dict[str, Any]]:
+    prepared = context.prepared
+    if not context.steps:
+        only = {"name": prepared.spec.name, "options": dict(prepared.options)}
+        return [{**only, "modules": list(prepared.spec.modules)}]
+    *before, last = context.steps
+    return [
+        {key: value for key, value in step.items() if key not in ("sites", "errors")}
+        for step in (*before, {**last, **step_facts(context)})
+    ]
+
+
+def _former(context: RunContext, key: str) -> list[Any]:
+    return [row for step in context.steps for row in step.get(key, ())]
+
+
+def _errors(context: RunContext) -> list[dict[str, Any]]:
+    """Return the relative errors of the parts of each layer, of all steps so far."""
+    found: list[dict[str, Any]] = [{} for _ in context.form.layers]
+    for step in context.steps:
+        for errors, own in zip(found, step.get("errors", ()), strict=False):
+            errors.update(own)
+    for unit in context.units:
+        if unit.kind in ("layer", "chosen"):
+            own = context.ledger.record(unit).values.get("errors", {})
+            assert isinstance(own, Mapping)  # written by our own units
+            found[unit.index].update(own)
+    return found
 
 
 def _refit(context: RunContext) -> dict[str, Any] | None:

@@ -13,19 +13,22 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.sources import resolve_model
 from actors.storage.tokens import prepare_tokens, tokens_hash
+from orchestrator.chain import StepInput, chained, planned
 from orchestrator.config import (
     DEFAULT_SEQUENCE_LENGTH,
     Facts,
     RunConfig,
-    resolve_options,
+    resolve_steps,
     resolved,
     with_tokens,
 )
 from orchestrator.subjects import EvaluationPlan, Subject
-from planners.errors import ModelError
+from planners.compose import require_disjoint
+from planners.cost import dense_start
+from planners.errors import ConfigError, ModelError
 from planners.placement import load_of, place
-from planners.plan import MethodSpec, Option, RunPlan, Statistic
-from planners.planning import Workload, make_plan
+from planners.plan import MethodSpec, Option, RunPlan, Start, Statistic
+from planners.planning import Workload
 from planners.units import Identity
 
 GIB = 2**30
@@ -52,6 +55,11 @@ class Prepared:
         source_bytes: bytes of the input's tensors.
         statistics_uri: another run whose statistics are reused, or empty.
         extra_statistics: summed too, because others will want them.
+        start: widths of the input model, and what budgets are fractions of.
+        work: how much data passes the model.
+        former: the steps before this one, where several methods are applied in turn. What only
+            their work will tell, such as the content hash of this one's input, is not known yet.
+        carries: the next step's statistics follow from this one's, and are not measured again.
     """
 
     config: RunConfig
@@ -67,8 +75,12 @@ class Prepared:
     evaluation: np.ndarray
     evaluation_hash: str
     source_bytes: int
+    start: Start
+    work: Workload
     statistics_uri: str = ""
     extra_statistics: frozenset[Statistic] = frozenset()
+    former: tuple["Prepared", ...] = ()
+    carries: bool = False
 
     @property
     def run(self) -> Directory:
@@ -82,23 +94,50 @@ class Prepared:
 
     @property
     def title(self) -> str:
-        """Model, method and target in a line."""
+        """Model, methods and targets in a line."""
+        said = [self.config.model]
+        for step in (*self.former, self):
+            target = step.config.target
+            size = f"slice {target.slice}" if target.slice is not None else ""
+            said += [step.spec.name, size or f"keep {target.keep_fraction}"]
+        return " · ".join(said)
+
+    @property
+    def origin(self) -> "Prepared":
+        """The first step, whose input is the model that the run began with."""
+        return self.former[0] if self.former else self
+
+    def asked(self) -> dict[str, Any]:
+        """Return the method of this step and how small its result is to be."""
         target = self.config.target
-        size = f"slice {target.slice}" if target.slice is not None else ""
-        return f"{self.config.model} · {self.spec.name} · {size or f'keep {target.keep_fraction}'}"
+        sizes = {"keep_fraction": target.keep_fraction, "slice": target.slice}
+        return {"method": self.spec.name, **{k: v for k, v in sizes.items() if v is not None}}
 
     def facts(self) -> dict[str, Any]:
         """Return what makes this run this run: another value of any is another run."""
         target = self.config.target
-        return {
-            "model revision": self.revision,
-            "calibration data": self.identity.calibration_hash,
-            "evaluation data": self.evaluation_hash,
+        steps = {
+            "steps": [
+                {
+                    **step.asked(),
+                    "method revision": step.spec.revision,
+                    "options": dict(step.options),
+                }
+                for step in (*self.former, self)
+            ]
+        }
+        only = {
             "method": self.spec.name,
             "method revision": self.spec.revision,
             "options": dict(self.options),
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,
+        }
+        return {
+            "model revision": self.origin.revision,
+            "calibration data": self.identity.calibration_hash,
+            "evaluation data": self.evaluation_hash,
+            **(steps if self.former else only),
             "microbatch sequences": self.identity.microbatch_sequences,
             "calibration_dtype": self.identity.compute_dtype,
             "threads": self.identity.threads,
@@ -115,8 +154,9 @@ def prepare(given: RunConfig) -> Prepared:
         DataError: there is too little text, or it cannot be read.
         StorageError: the run directory is none that can be named.
     """
-    spec = methods.spec(given.method)
-    options = resolve_options(spec, given.options)
+    specs = [_spec(given, index) for index in range(len(given.chain))]
+    options = resolve_steps(given, specs)
+    require_disjoint(list(zip(specs, options, strict=True)))
     if given.out:
         Directory(given.out)  # before it is shown to anybody
     source = resolve_model(given.model)
@@ -137,29 +177,27 @@ def prepare(given: RunConfig) -> Prepared:
     config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
     sequences, length = calibration.shape
     microbatch = max(1, config.calibration.microbatch_tokens // length)
-    plan = make_plan(
-        shape,
-        spec,
-        options,
-        target=config.target,
-        work=Workload(
-            sequences=sequences,
-            sequence_length=length,
-            microbatch_sequences=min(microbatch, sequences),
-            compute_dtype=config.calibration_dtype,
-            num_workers=config.workers,
-            worker_bytes=int((config.worker_gib or 0) * GIB),
-        ),
+    work = Workload(
+        sequences=sequences,
+        sequence_length=length,
+        microbatch_sequences=min(microbatch, sequences),
+        compute_dtype=config.calibration_dtype,
+        num_workers=config.workers,
+        worker_bytes=int((config.worker_gib or 0) * GIB),
     )
-    return Prepared(
+    start = dense_start(shape)
+    steps = list(zip(specs, options, strict=True))
+    dense = StepInput(config=checkpoint.config, shape=shape, start=start)
+    path = "steps[0]" if config.steps else ""
+    first = Prepared(
         config=config,
         given=given,
         model_uri=source.uri,
         model_config=checkpoint.config,
         revision=checkpoint.revision,
-        spec=spec,
-        options=options,
-        plan=plan,
+        spec=specs[0],
+        options=options[0],
+        plan=planned(steps[0], config.chain[0].target, dense, work, path=path),
         identity=Identity(
             model_revision=checkpoint.revision,
             calibration_hash=tokens_hash(calibration),
@@ -173,7 +211,18 @@ def prepare(given: RunConfig) -> Prepared:
         evaluation_hash=tokens_hash(evaluation),
         source_bytes=checkpoint.total_bytes,
         statistics_uri=config.stats,
+        start=start,
+        work=work,
     )
+    return chained(first, steps, checkpoint)
+
+
+def _spec(given: RunConfig, index: int) -> MethodSpec:
+    try:
+        return methods.spec(given.chain[index].method)
+    except ConfigError as error:
+        where = f"steps[{index}].method: " if given.steps else ""
+        raise ConfigError(f"{where}{error}", hint=error.hint) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

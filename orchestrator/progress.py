@@ -22,7 +22,8 @@ LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
 UNITS_OF = {
     "calibrate": ("calibrate",),
     "evaluate": ("evaluate",),
-    "allocate": ("damage",),
+    "allocate": ("damage", "losses"),
+    "carry": ("carried",),
     "compress": (
         "basis",
         "basis_shared",
@@ -38,7 +39,7 @@ UNITS_OF = {
     "throughput": ("throughput",),
 }
 TROUBLE = ("worker lost", "preempted", "out of memory")
-LAYERS = ("layer", "draft", "chosen", "damage")  # units that are a layer each
+LAYERS = ("layer", "draft", "chosen", "damage", "losses", "carried")  # units that are a layer each
 FIRST_WORDS = {  # until the first unit of a phase is done
     "calibrate": "loading layers",
     "verify": "in a fresh process",
@@ -91,6 +92,8 @@ class ProgressScreen:
             self._advance(event)
         elif kind == "statistics missing":
             self._console.print(f"calibrating what is not there: {event['detail']}")
+        elif kind == "step":
+            self._console.print(Text.assemble((event["unit"], "bold"), f": {event['detail']}"))
         elif kind in TROUBLE:
             detail = event["detail"].removeprefix(f"{kind}: ")
             words = f" {event['worker']}: {detail} Its work goes on elsewhere."

@@ -10,6 +10,7 @@ from orchestrator import cluster, lease
 from orchestrator.allocate import allocate
 from orchestrator.artefact import tell_missing
 from orchestrator.calibrate import calibrate
+from orchestrator.compose import reach_last_step, settle
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
@@ -54,7 +55,9 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
-    reuse = Directory(prepared.statistics_uri) if prepared.statistics_uri else None
+    # Of several steps the first alone takes another run's statistics; dense losses serve all.
+    known = prepared.statistics_uri or prepared.config.stats
+    reuse = Directory(known) if known else None
     context = RunContext(
         prepared=prepared,
         form=prepared.plan.form,
@@ -69,7 +72,7 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
             context, losses = compress_and_evaluate(context)
             pool.close()  # what follows loads whole models
             checks = verify(context, stitched(context))
-            speeds = throughput(context, [dense_subject(prepared), stitched(context)])
+            speeds = throughput(context, [dense_subject(context.prepared), stitched(context)])
     finally:
         pool.close()
         journal.flush()
@@ -80,6 +83,7 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
 
 def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Loss]]:
     """Return the context with its final widths, and the losses of both models."""
+    context = reach_last_step(context)
     measuring = evaluation_plan(context.prepared)
     calibrate(context)
     losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
@@ -87,22 +91,25 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     compress(context)
     refit(context)
     stitch(context)
+    settle(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))
     return context, losses
 
 
 def dense_subject(prepared: Prepared) -> Subject:
     """Return the input model as something to be evaluated."""
-    return Subject(name="dense", uri=prepared.model_uri, identity=prepared.revision)
+    origin = prepared.origin
+    return Subject(name="dense", uri=origin.model_uri, identity=origin.revision)
 
 
 def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
-    """Start the workers of a run: as many as its widest wave has stages."""
+    """Start the workers of a run: as many as the widest wave of any of its steps has stages."""
     setup = WorkerSetup(
         name="pattern",
         incarnation="",
         threads=prepared.config.threads,
         device=prepared.config.device,
     )
-    num_workers = max(map(len, prepared.plan.waves))
+    waves = [wave for step in (*prepared.former, prepared) for wave in step.plan.waves]
+    num_workers = max(map(len, waves))
     return Pool(executor, setup, num_workers=num_workers, journal=journal)

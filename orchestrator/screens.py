@@ -5,6 +5,7 @@ import shlex
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -53,7 +54,7 @@ def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> No
         return
     _err.print(Text(prepared.title, style="bold"), "->", prepared.config.out, soft_wrap=True)
     was_ready = finished_report(prepared.run) is not None
-    num_workers = max(map(len, prepared.plan.waves))
+    num_workers = max(len(w) for s in (*prepared.former, prepared) for w in s.plan.waves)
     with ProgressScreen(_err, num_workers=num_workers) as listener:
         report = do_run(prepared, listener=listener, dashboard=dashboard)
     if was_ready:
@@ -67,16 +68,18 @@ def plan(config: RunConfig, *, cluster_text: str | None, json_: bool) -> None:
         _print_prepared(prepare(config), json_=json_)
         return
     devices = parse_cluster(cluster_text) if cluster_text else None
-    found = forecast(config, devices)
+    plans = forecast(config, devices)
     where = cluster_text or f"{config.workers} worker" + ("s" if config.workers > 1 else "")
-    facts = {"model": config.model, "method": config.method, "cluster": where}
-    title = f"{config.model} · {config.method} · {where}"
-    _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
+    method = " + ".join(step.method for step in config.chain)
+    facts = {"model": config.model, "method": method, "cluster": where}
+    title = f"{config.model} · {method} · {where}"
+    steps = [(s.method, p) for s, p in zip(config.chain, plans, strict=True)]
+    _print_plan(steps, title=title, out="not started", facts=facts, json_=json_)
 
 
 def _print_prepared(prepared: Prepared, *, json_: bool) -> None:
     _print_plan(
-        prepared.plan,
+        [(step.spec.name, step.plan) for step in (*prepared.former, prepared)],
         title=prepared.title,
         out=prepared.config.out,
         facts=prepared.facts(),
@@ -137,7 +140,8 @@ def status(run_uri: str, *, json_: bool) -> None:
         num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
     except (ValueError, LookupError, TypeError):
         num_layers = 0  # torn by a crash; the run writes it again
-    done = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
+    done = _units_done(run_)
+    steps = _steps_done(run_)
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
     verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
@@ -148,6 +152,7 @@ def status(run_uri: str, *, json_: bool) -> None:
                     "run": run_uri,
                     "verdict": verdict,
                     "done": dict(sorted(done.items())),
+                    **({"steps": steps} if steps else {}),
                     "holder": holder if alive else None,
                 }
             )
@@ -160,6 +165,7 @@ def status(run_uri: str, *, json_: bool) -> None:
     for kind, count in sorted(done.items()):
         of = f" of {num_layers}" if num_layers and kind in ("damage", "layer", "statistics") else ""
         table.add_row(kind, f"{count}{of}")
+    _print_steps(steps)
     _out.print(table if done else "no unit of work is done")
     if alive and holder is not None:
         since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
@@ -336,6 +342,31 @@ def _finished(run_: Directory) -> dict[str, Any]:
     return found
 
 
+def _print_steps(steps: list[dict[str, Any]]) -> None:
+    for number, step in enumerate(steps, start=1):
+        said = "done" if step["done"].get("step") else f"{sum(step['done'].values())} units done"
+        _out.print(f"step {number}, {step['method']}: {said}")
+
+
+def _units_done(run_: Directory) -> Counter[str]:
+    return Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
+
+
+def _steps_done(run_: Directory) -> list[dict[str, Any]]:
+    """Return method and units done of every step, where a run has several."""
+    try:
+        asked = json.loads(run_.read("plan.json"))["identity"].get("steps", [])
+        names = [str(step["method"]) for step in asked]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []  # torn by a crash; the run writes it again
+    folders = [run_.below(f"steps/{n}-{name}") for n, name in enumerate(names[:-1], start=1)]
+    found = [*map(Directory, folders), run_]
+    return [
+        {"method": name, "done": dict(sorted(_units_done(each).items()))}
+        for name, each in zip(names, found, strict=False)
+    ]
+
+
 def _unit_kinds(run_: Directory) -> list[str]:
     return [
         name.replace("-layer", "").replace("-site", "").replace("-part", "")
@@ -351,32 +382,48 @@ def _print_report(found: dict[str, Any], *, json_: bool) -> None:
 
 
 def _print_plan(
-    plan_: RunPlan, *, title: str, out: str, facts: dict[str, Any], json_: bool
+    steps: list[tuple[str, RunPlan]], *, title: str, out: str, facts: dict[str, Any], json_: bool
 ) -> None:
+    plan_ = steps[-1][1]
+    several = len(steps) > 1
     if json_:
-        print(json.dumps({"identity": to_json(facts), "plan": to_json(plan_)}))  # noqa: T201 the one document
+        found = {"identity": to_json(facts), "plan": to_json(plan_)}
+        if several:
+            found["steps"] = [{"method": name, "plan": to_json(each)} for name, each in steps]
+        print(json.dumps(found))  # noqa: T201 the one document
         return
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("how much")
     shape, form = plan_.shape, plan_.form
     largest = max((stage for wave in plan_.waves for stage in wave), key=_stage_bytes)
+    # Files of a step are there until the next one is done.
+    plans = [each for _, each in steps]
+    disk = max((a.disk_bytes + b.disk_bytes for a, b in pairwise(plans)), default=plan_.disk_bytes)
     rows = {
         "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
         f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
         f"vocabulary {shape.vocab_size}, {shape.dtype}",
         "parameters": f"{plan_.parameters_before:,} -> {plan_.parameters_after:,} "
         f"({plan_.keep_fraction:.4f} kept, true counts)",
-        "widths": _widths(plan_),
+        **(
+            {
+                f"step {number}, {name}": f"{each.parameters_after:,} left "
+                f"({each.keep_fraction:.4f}); {_widths(each)}"
+                for number, (name, each) in enumerate(steps, start=1)
+            }
+            if several
+            else {"widths": _widths(plan_)}
+        ),
         "result": "a stock model" if form.native else "needs trust_remote_code=True",
         "calibration": f"{plan_.calibration_tokens:,} tokens, "
-        f"{plan_.calibration_flops / 1e12:,.3g} TFLOP",
+        f"{sum(each.calibration_flops for each in plans) / 1e12:,.3g} TFLOP",
         "waves": f"{len(plan_.waves)} of {max(map(len, plan_.waves))} stages: "
         + _layers_of(plan_.waves),
         "worker memory": f"{_size(plan_.worker_bytes)} ("
         + ", ".join(f"{kind} {_size(size)}" for kind, size in largest.bytes.items())
         + ")",
-        "disk": _size(plan_.disk_bytes),
+        "disk": _size(disk),
         "run directory": out,
     }
     for what, how_much in rows.items():

@@ -12,16 +12,12 @@ from actors.storage.checkpoint import INDEX
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import Record
 from orchestrator.context import RunContext
+from orchestrator.model_config import result_config
 from orchestrator.subjects import Subject
-from planners.plan import SCHEMA_VERSION, ModelForm, ModelShape, fingerprint, to_json
+from planners.plan import SCHEMA_VERSION, fingerprint
 from planners.units import Unit
 
 CODE = "modeling_compressed.py"
-AUTO_MAP = {
-    "AutoConfig": "modeling_compressed.CompressedConfig",
-    "AutoModel": "modeling_compressed.CompressedModel",
-    "AutoModelForCausalLM": "modeling_compressed.CompressedForCausalLM",
-}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -41,7 +37,7 @@ def stitch_unit(context: RunContext) -> Unit:
         "schema": SCHEMA_VERSION,
         "kind": "stitch",
         "inputs": [unit.fingerprint for unit in context.units],
-        "code": hashlib.sha256(_code()).hexdigest(),
+        "code": code_hash(),
     }
     names = tuple(unit.name for unit in context.units)
     return Unit(name="stitch", kind="stitch", index=-1, inputs=names, fingerprint=fingerprint(key))
@@ -71,21 +67,24 @@ def stitched(context: RunContext) -> Subject:
 def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     run, prepared = context.run, context.prepared
     plan, form, source = prepared.plan, context.form, Directory(prepared.model_uri)
+    chain = [*prepared.former, prepared]
     compression = {
         "model": prepared.config.model,
-        "revision": prepared.revision,
-        "method": prepared.spec.name,
+        "revision": prepared.origin.revision,
+        "method": " + ".join(step.spec.name for step in chain),
         "options": dict(prepared.options),
         "keep_fraction": context.parameters_after / plan.parameters_before,
         "parameters": [plan.parameters_before, context.parameters_after],
         "native": form.native,
         "version": metadata.version("compress-cluster"),
     }
+    if prepared.former:
+        compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
+        del compression["options"]
     records = [context.ledger.record(unit) for unit in context.units]
     files = [run.write(f"model/{INDEX}", _json(_index(records)))]
-    convert = _native_config if form.native else _remote_config
     new_config = {
-        **convert(prepared.model_config, plan.shape, form),
+        **result_config(prepared.model_config, plan.shape, form),
         "compression": compression,
         "dtype": plan.shape.dtype,  # as stored; a config may say another
     }
@@ -96,6 +95,11 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     files += [run.write(f"model/{name}", source.read(name)) for name in present]
     files.append(run.write("model/README.md", _card(compression).encode()))
     return tuple(files)
+
+
+def code_hash() -> str:
+    """Return the sha256 of the code that travels with a result."""
+    return hashlib.sha256(_code()).hexdigest()
 
 
 def _code() -> bytes:
@@ -121,55 +125,19 @@ def _file_of(tensor: str, record: Record) -> str:
     return paths[0]
 
 
-def _native_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
-    """Return the stock config of the narrower model; eps makes up for the narrower norm."""
-    layer = form.layers[0]
-    width = layer.residual_in
-    return {
-        **config,
-        "hidden_size": width,
-        "head_dim": shape.head_dim,
-        "intermediate_size": layer.intermediate,
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6) * shape.hidden / width,
-        "tie_word_embeddings": form.tied,
-    }
-
-
-def _remote_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
-    kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type")}
-    windowed = shape.model_type != "qwen2" or config.get("use_sliding_window", False)
-    return {
-        **kept,
-        "architectures": ["CompressedForCausalLM"],
-        "auto_map": AUTO_MAP,
-        "model_type": "compress_cluster",
-        "compressed_from": shape.model_type,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "sliding_window": config.get("sliding_window") if windowed else None,
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
-        "tie_word_embeddings": form.tied,
-        "embedding_dim": form.embedding_dim,
-        "head_input_dim": form.head_dim,
-        "head_norm_weight": form.head_norm_weight,
-        "layer_forms": to_json(form.layers),
-    }
-
-
 def _card(compression: Mapping[str, Any]) -> str:
     before, after = compression["parameters"]
     code = "" if compression["native"] else ", trust_remote_code=True"
-    options = ", ".join(f"{k}={v}" for k, v in compression["options"].items())
+    tags = ", ".join(compression["method"].split(" + "))
     return f"""---
 library_name: transformers
-tags: [compressed, {compression["method"]}]
+tags: [compressed, {tags}]
 ---
 # {compression["model"]}, compressed with {compression["method"]}
 
 {after:,} parameters of {before:,} \
 ({after / before:.1%}, true counts), made with compress-cluster {compression["version"]}.
-Options: {options}. Revision of the original weights: `{compression["revision"]}`.
+{_options(compression)} Revision of the original weights: `{compression["revision"]}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,6 +147,19 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 The licence of the original model applies to these weights.
 """
+
+
+def _options(compression: Mapping[str, Any]) -> str:
+    def said(options: Mapping[str, Any]) -> str:
+        return ", ".join(f"{k}={v}" for k, v in options.items())
+
+    if "steps" not in compression:
+        return f"Options: {said(compression['options'])}."
+    lines = []
+    for number, step in enumerate(compression["steps"], start=1):
+        size = ", ".join(f"{k} {step[k]}" for k in ("keep_fraction", "slice") if k in step)
+        lines.append(f"\n{number}. {step['method']}, {size}: {said(step['options'])}")
+    return "Steps, each with what is left of the input model after it:\n" + "".join(lines) + "\n\n"
 
 
 def _json(value: Any) -> bytes:

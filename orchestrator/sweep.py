@@ -67,6 +67,11 @@ def points_of(
         ConfigError: a method or an option does not exist, or no method has it.
         PlanError: a target is out of a method's reach.
     """
+    if base.former:
+        raise ConfigError(
+            f"{base.run.uri}: is a run of several steps; a sweep takes a run of one method",
+            hint="compress-cluster run the first method alone, and sweep that",
+        )
     unused = set(options)
     points = []
     for name in names:

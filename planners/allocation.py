@@ -7,13 +7,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 from planners.cost import (
-    dense_model_form,
-    dense_parameters,
+    dense_start,
     layer_parameters,
     model_parameters,
 )
 from planners.errors import NumericsError, PlanError
-from planners.plan import ModelForm, ModelShape, dense_form
+from planners.plan import LayerForm, ModelForm, ModelShape, Start
 
 BISECTIONS = 60  # of a share in [0, 1]: finer than any width
 LOG_NOTHING = 40.0  # e^-40 of a width is less than rounding
@@ -57,27 +56,41 @@ def full_widths(shape: ModelShape) -> Widths:
     return {"mlp": shape.intermediate, "qk": shape.head_dim, "vo": shape.head_dim}
 
 
-def form_of(shape: ModelShape, widths: Sequence[Mapping[str, int]]) -> ModelForm:
-    """Return the model whose layers have these inner widths; a cut v moves its bias into o's."""
-    layers = []
-    for layer in widths:
-        moved = shape.qkv_bias and layer["vo"] < shape.head_dim
-        layers.append(
-            replace(
-                dense_form(shape),
-                intermediate=layer["mlp"],
-                qk_head_dim=layer["qk"],
-                vo_head_dim=layer["vo"],
-                v_bias=shape.qkv_bias and not moved,
-                o_bias=shape.o_bias or moved,
-            )
-        )
-    return replace(dense_model_form(shape), layers=tuple(layers), native=False)
+def layer_widths(layer: LayerForm) -> Widths:
+    """Return module -> inner width of a layer."""
+    return {module: getattr(layer, field) for module, field in FIELD.items()}
 
 
-def rounded(shape: ModelShape, module: str, width: float, *, round_to: int) -> int:
-    """Return the nearest width that a module's step allows, at least one step, at most all."""
-    full = full_widths(shape)[module]
+def cut_layer(layer: LayerForm, widths: Mapping[str, int]) -> LayerForm:
+    """Return a layer with these inner widths; a cut v moves its bias into o's."""
+    moved = layer.v_bias and widths["vo"] < layer.vo_head_dim
+    return replace(
+        layer,
+        intermediate=widths["mlp"],
+        qk_head_dim=widths["qk"],
+        vo_head_dim=widths["vo"],
+        v_bias=layer.v_bias and not moved,
+        o_bias=layer.o_bias or moved,
+    )
+
+
+def form_of(
+    shape: ModelShape, widths: Sequence[Mapping[str, int]], start: Start | None = None
+) -> ModelForm:
+    """Return the model whose layers have these inner widths.
+
+    Args:
+        shape: of the model.
+        widths: of each layer, module -> inner width.
+        start: what is cut; None is the model that nothing touched.
+    """
+    form = (start or dense_start(shape)).form
+    layers = (cut_layer(*pair) for pair in zip(form.layers, widths, strict=False))
+    return replace(form, layers=tuple(layers), native=False)
+
+
+def rounded(full: int, module: str, width: float, *, round_to: int) -> int:
+    """Return the nearest width that a module's step allows, at least one step, at most ``full``."""
     step = QUANTUM.get(module, round_to)
     if width >= full:
         return full
@@ -91,6 +104,7 @@ def uniform(
     modules: Sequence[str],
     round_to: int,
     alike: bool = False,
+    start: Start | None = None,
 ) -> ModelForm:
     """Return the largest model within the budget whose layers all keep one share of each width.
 
@@ -100,18 +114,22 @@ def uniform(
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
     """
-    full = full_widths(shape)
+    start = start or dense_start(shape)
+    whole = [layer_widths(layer) for layer in start.form.layers]
 
     def form(share: float) -> ModelForm:
-        cut = {m: rounded(shape, m, share * full[m], round_to=round_to) for m in modules}
-        return form_of(shape, [full | cut] * shape.num_layers)
+        cut = [
+            full | {m: rounded(full[m], m, share * full[m], round_to=round_to) for m in modules}
+            for full in whole
+        ]
+        return form_of(shape, cut, start)
 
     if alike:
-        return largest_share(shape, form, keep_fraction=keep_fraction)
-    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to)
+        return largest_share(shape, form, keep_fraction=keep_fraction, start=start)
+    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
 
 
-def by_influence(
+def by_influence(  # noqa: PLR0913 the formula has as many
     shape: ModelShape,
     findings: Sequence[Mapping[str, object]],
     *,
@@ -119,6 +137,7 @@ def by_influence(
     modules: Sequence[str],
     round_to: int,
     temperature: float,
+    start: Start | None = None,
 ) -> ModelForm:
     """Return widths by Block Influence: layer i loses ``c * softmax(-s_i / temperature)``.
 
@@ -132,6 +151,7 @@ def by_influence(
         modules: which take part.
         round_to: step of the FFN width.
         temperature: of the softmax; influence is between 0 and 2.
+        start: what is cut; None is the model that nothing touched.
 
     Raises:
         NumericsError: an influence is not finite.
@@ -139,7 +159,8 @@ def by_influence(
     """
     scores = [_influence(i, finding["influence"]) for i, finding in enumerate(findings)]
     least, most = min(scores), max(scores)
-    full = full_widths(shape)
+    start = start or dense_start(shape)
+    whole = [layer_widths(layer) for layer in start.form.layers]
     # c on a logarithmic scale: from where no width loses anything to where all lose everything.
     span = (most - least) / temperature + LOG_NOTHING
 
@@ -149,12 +170,12 @@ def by_influence(
             for score in scores
         ]
         cut = [
-            {m: rounded(shape, m, (1 - r) * full[m], round_to=round_to) for m in modules}
-            for r in removed
+            full | {m: rounded(full[m], m, (1 - r) * full[m], round_to=round_to) for m in modules}
+            for r, full in zip(removed, whole, strict=True)
         ]
-        return form_of(shape, [full | layer for layer in cut])
+        return form_of(shape, cut, start)
 
-    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to)
+    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
 
 
 def marginal(
@@ -163,6 +184,7 @@ def marginal(
     *,
     keep_fraction: float,
     round_to: int,
+    start: Start | None = None,
 ) -> ModelForm:
     """Return widths that spend the budget where a parameter costs the least measured damage.
 
@@ -176,19 +198,21 @@ def marginal(
             at damage 0.
         keep_fraction: target, whole model.
         round_to: step of the FFN width.
+        start: what is cut; None is the model that nothing touched.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
     """
+    start = start or dense_start(shape)
     segments = sorted(
         (slope, layer, module, low)
         for layer, finding in enumerate(findings)
         for module, curve in _curves(finding).items()
-        for slope, low in _hull(shape, module, curve)
+        for slope, low in _hull(_price(shape, start.form.layers[layer], module), curve)
     )
     path = [(layer, module, low) for _, layer, module, low in segments]
-    whole = [full_widths(shape)] * len(findings)
-    return _walked(shape, whole, path, keep_fraction=keep_fraction, round_to=round_to)
+    whole = [layer_widths(layer) for layer in start.form.layers]
+    return _walked(shape, whole, path, keep_fraction=keep_fraction, round_to=round_to, start=start)
 
 
 def require_levels(
@@ -198,6 +222,7 @@ def require_levels(
     modules: Sequence[str],
     shares: Sequence[float],
     round_to: int,
+    start: Start | None = None,
 ) -> None:
     """See that `marginal` can meet a budget, before anything is measured.
 
@@ -205,25 +230,30 @@ def require_levels(
         PlanError: it is below the lowest levels of all modules; the message says how small it can
             get.
     """
-    full = full_widths(shape)
-    lowest = {m: min(levels(shape, m, shares, round_to=round_to), default=full[m]) for m in modules}
-    smallest = model_parameters(shape, form_of(shape, [full | lowest] * shape.num_layers))
-    if smallest > _budget(shape, keep_fraction):
-        _refuse(smallest / dense_parameters(shape), keep_fraction)
+    start = start or dense_start(shape)
+    lowest = []
+    for layer in start.form.layers:
+        full = layer_widths(layer)
+        least = {
+            m: min(levels(full[m], m, shares, round_to=round_to), default=full[m]) for m in modules
+        }
+        lowest.append(full | least)
+    smallest = model_parameters(shape, form_of(shape, lowest, start))
+    if smallest > _budget(start, keep_fraction):
+        _refuse(smallest / start.parameters_before, keep_fraction)
 
 
-def levels(shape: ModelShape, module: str, shares: Sequence[float], *, round_to: int) -> list[int]:
+def levels(full: int, module: str, shares: Sequence[float], *, round_to: int) -> list[int]:
     """Return the widths at which the damage of a module is measured, descending, each once."""
-    full = full_widths(shape)[module]
-    found = {rounded(shape, module, share * full, round_to=round_to) for share in shares}
+    found = {rounded(full, module, share * full, round_to=round_to) for share in shares}
     return sorted(found - {full}, reverse=True)
 
 
-def _hull(
-    shape: ModelShape, module: str, curve: Sequence[tuple[int, float]]
-) -> list[tuple[float, int]]:
-    """Return the segments of a curve's lower convex hull as (damage per parameter, lower width)."""
-    price = _price(shape, module)
+def _hull(price: int, curve: Sequence[tuple[int, float]]) -> list[tuple[float, int]]:
+    """Return the segments of a curve's lower convex hull as (damage per parameter, lower width).
+
+    ``price`` is what one unit of the width holds in parameters.
+    """
     full = curve[0][0]
     points = [((full - width) * price, max(damage, 0.0), width) for width, damage in curve]
     hull: list[tuple[float, float, int]] = []
@@ -238,13 +268,13 @@ def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def _price(shape: ModelShape, module: str) -> int:
+def _price(shape: ModelShape, layer: LayerForm, module: str) -> int:
     """Return the parameters that one unit of a module's inner width holds in one layer."""
-    heads = shape.num_heads + shape.num_kv_heads
     if module == "mlp":
-        return 3 * shape.hidden + 2 * int(shape.mlp_bias)
-    bias = heads * int(shape.qkv_bias) if module == "qk" else 0
-    return heads * shape.hidden + bias
+        return 2 * layer.residual_mid + layer.residual_out + 2 * int(shape.mlp_bias)
+    if module == "vo":
+        return shape.num_kv_heads * layer.residual_in + shape.num_heads * layer.residual_mid
+    return (shape.num_heads + shape.num_kv_heads) * (layer.residual_in + int(shape.qkv_bias))
 
 
 def _curves(finding: Mapping[str, object]) -> dict[str, list[tuple[int, float]]]:
@@ -263,21 +293,24 @@ def _between(
     *,
     keep_fraction: float,
     round_to: int,
+    start: Start,
 ) -> ModelForm:
     """Return the largest form of a family in the budget, with what the next larger one has more.
 
     The widths that differ between the two are cut one by one, the last layer first, only as far as
     the budget demands.
     """
-    within, over = _bracket(shape, form, keep_fraction=keep_fraction)
-    small, large = (_widths(shape, form(share)) for share in (within, over))
+    within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
+    small, large = (
+        [layer_widths(layer) for layer in form(share).layers] for share in (within, over)
+    )
     path = [
         (layer, module, small[layer][module])
         for layer in reversed(range(len(large)))
         for module in large[layer]
         if small[layer][module] < large[layer][module]
     ]
-    return _walked(shape, large, path, keep_fraction=keep_fraction, round_to=round_to)
+    return _walked(shape, large, path, keep_fraction=keep_fraction, round_to=round_to, start=start)
 
 
 def _walked(
@@ -287,6 +320,7 @@ def _walked(
     *,
     keep_fraction: float,
     round_to: int,
+    start: Start,
 ) -> ModelForm:
     """Return the largest model within the budget on a path of cuts (layer, module, width).
 
@@ -295,53 +329,57 @@ def _walked(
     Raises:
         PlanError: the end of the path is over the budget; the message says how small it can get.
     """
-    budget = _budget(shape, keep_fraction)
+    budget = _budget(start, keep_fraction)
     found = [dict(layer) for layer in widths]
-    count = model_parameters(shape, form_of(shape, found))
+    count = model_parameters(shape, form_of(shape, found, start))
+
+    def layer_count(layer: int, widths: Mapping[str, int]) -> int:
+        return layer_parameters(shape, cut_layer(start.form.layers[layer], widths))
+
     for layer, module, low in path:
         if count <= budget:
             break
         step = QUANTUM.get(module, round_to)
-        rest = count - _layer_count(shape, found[layer])
+        rest = count - layer_count(layer, found[layer])
         # What is between two steps, as a full width may be, is the first to go.
         steps = [low, *range((low // step + 1) * step, found[layer][module], step)]
 
         def fits(width: int, layer: int = layer, module: str = module, rest: int = rest) -> bool:
-            return rest + _layer_count(shape, found[layer] | {module: width}) <= budget
+            return rest + layer_count(layer, found[layer] | {module: width}) <= budget
 
         # Parameters grow with the width, so those that fit come first.
         found[layer][module] = steps[
             max(0, bisect_left(steps, True, key=lambda w: not fits(w)) - 1)
         ]
-        count = rest + _layer_count(shape, found[layer])
+        count = rest + layer_count(layer, found[layer])
     if count > budget:
-        _refuse(count / dense_parameters(shape), keep_fraction)
-    return form_of(shape, found)
-
-
-def _layer_count(shape: ModelShape, widths: Mapping[str, int]) -> int:
-    return layer_parameters(shape, form_of(shape, [widths]).layers[0])
-
-
-def _widths(shape: ModelShape, form: ModelForm) -> list[Widths]:
-    return [{m: getattr(layer, FIELD[m]) for m in full_widths(shape)} for layer in form.layers]
+        _refuse(count / start.parameters_before, keep_fraction)
+    return form_of(shape, found, start)
 
 
 def largest_share(
-    shape: ModelShape, form: Callable[[float], ModelForm], *, keep_fraction: float
+    shape: ModelShape,
+    form: Callable[[float], ModelForm],
+    *,
+    keep_fraction: float,
+    start: Start,
 ) -> ModelForm:
     """Return the largest of a family of forms, growing with a share in [0, 1], in the budget."""
-    return form(_bracket(shape, form, keep_fraction=keep_fraction)[0])
+    return form(bracket(shape, form, keep_fraction=keep_fraction, start=start)[0])
 
 
-def _bracket(
-    shape: ModelShape, form: Callable[[float], ModelForm], *, keep_fraction: float
+def bracket(
+    shape: ModelShape,
+    form: Callable[[float], ModelForm],
+    *,
+    keep_fraction: float,
+    start: Start,
 ) -> tuple[float, float]:
     """Return a share within the budget and the next one over it; twice 1.0 where all is within."""
-    budget = _budget(shape, keep_fraction)
+    budget = _budget(start, keep_fraction)
     smallest = model_parameters(shape, form(0.0))
     if smallest > budget:
-        _refuse(smallest / dense_parameters(shape), keep_fraction)
+        _refuse(smallest / start.parameters_before, keep_fraction)
     low, high = 0.0, 1.0
     if model_parameters(shape, form(high)) <= budget:
         return high, high
@@ -354,9 +392,9 @@ def _bracket(
     return low, high
 
 
-def _budget(shape: ModelShape, keep_fraction: float) -> int:
+def _budget(start: Start, keep_fraction: float) -> int:
     """Return the most parameters that may stay; a fraction written as a float may be a hair off."""
-    return math.floor(keep_fraction * dense_parameters(shape) + 1e-6)
+    return math.floor(keep_fraction * start.parameters_before + 1e-6)
 
 
 def _refuse(smallest: float, keep_fraction: float) -> None:

@@ -1,6 +1,14 @@
 """Parameters, bytes and floating point operations, from integers alone."""
 
-from planners.plan import LINEARS, LayerForm, ModelForm, ModelShape, Statistic, dense_form
+from planners.plan import (
+    LINEARS,
+    LayerForm,
+    ModelForm,
+    ModelShape,
+    Start,
+    Statistic,
+    dense_form,
+)
 
 BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -71,15 +79,26 @@ def dense_parameters(shape: ModelShape) -> int:
     return model_parameters(shape, dense_model_form(shape))
 
 
-def tap_dim(shape: ModelShape, tap: str) -> int:
-    """Return the width of the activations at a tap."""
+def dense_start(shape: ModelShape) -> Start:
+    """Return what the only step of a run begins with: the input model."""
+    return Start(form=dense_model_form(shape), parameters_before=dense_parameters(shape))
+
+
+def tap_dim(shape: ModelShape, tap: str, form: LayerForm | None = None) -> int:
+    """Return the width of the activations at a tap of a layer; one that nothing touched if None."""
+    layer = form or dense_form(shape)
     return {
-        "o_in": shape.num_heads * shape.head_dim,
-        "mlp_hidden": shape.intermediate,
-        "q_rope": shape.num_heads * shape.head_dim,
-        "k_rope": shape.num_kv_heads * shape.head_dim,
-        "v": shape.num_kv_heads * shape.head_dim,
-    }.get(tap, shape.hidden)
+        "attn_in": layer.residual_in,
+        "resid_attn": layer.residual_in,
+        "mlp_in": layer.residual_mid,
+        "resid_mlp": layer.residual_mid,
+        "resid_out": layer.residual_out,
+        "o_in": shape.num_heads * layer.vo_head_dim,
+        "mlp_hidden": layer.intermediate,
+        "q_rope": shape.num_heads * layer.qk_head_dim,
+        "k_rope": shape.num_kv_heads * layer.qk_head_dim,
+        "v": shape.num_kv_heads * layer.vo_head_dim,
+    }[tap]
 
 
 def statistic_elements(shape: ModelShape, statistic: Statistic) -> int:

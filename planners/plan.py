@@ -147,6 +147,20 @@ class ModelForm:
     native: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a step begins with: the model that the steps before it have left.
+
+    Attributes:
+        form: widths of the step's input model.
+        parameters_before: distinct elements of the model that the run began with, which is what
+            every keep_fraction is a fraction of.
+    """
+
+    form: ModelForm
+    parameters_before: int
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Statistic:
     """A sum over calibration tokens: what is observed, and what is summed.
@@ -202,11 +216,12 @@ class MethodSpec:
         residual: it turns the basis of the residual stream: a layer needs its sites' bases.
         statistics: options -> the sums it needs of every layer.
         refuses: why it cannot take this model with these options, or an empty string.
-        form: (shape, target, options) -> the widths that meet the target without any statistics.
-        cuts: options -> the modules whose inner width it may cut.
+        form: (shape, start, target, options) -> the widths that meet the target without any
+            statistics; what the method does not shrink stays as it is in the start.
+        cuts: options -> the modules that it shrinks with these options; all of them if empty.
         measures: options -> what must be found out of each layer before widths are final: nothing,
-            ``influence`` or ``damage``.
-        allocate: (shape, target, options, findings of each layer) -> the final widths.
+            ``influence``, ``damage`` or ``losses``.
+        allocate: (shape, start, target, options, findings of each layer) -> the final widths.
     """
 
     name: str
@@ -217,13 +232,19 @@ class MethodSpec:
     residual: bool
     statistics: Callable[[Mapping[str, Option]], frozenset[Statistic]]
     refuses: Callable[[ModelShape, Mapping[str, Option]], str]
-    form: Callable[[ModelShape, Target, Mapping[str, Option]], ModelForm]
+    form: Callable[[ModelShape, Start, Target, Mapping[str, Option]], ModelForm]
     measures: Callable[[Mapping[str, Option]], str] = lambda _: ""
     cuts: Callable[[Mapping[str, Option]], tuple[str, ...]] = lambda _: ()
     allocate: (
-        Callable[[ModelShape, Target, Mapping[str, Option], list[Mapping[str, object]]], ModelForm]
+        Callable[
+            [ModelShape, Start, Target, Mapping[str, Option], list[Mapping[str, object]]], ModelForm
+        ]
         | None
     ) = None
+
+    def shrinks(self, options: Mapping[str, Option]) -> tuple[str, ...]:
+        """Return the modules that take part with these options."""
+        return self.cuts(options) or self.modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from planners import refit
 from planners.cost import (
     BYTES_OF,
-    dense_parameters,
+    dense_start,
     forward_flops,
     gram_flops,
+    layer_parameters,
     model_parameters,
     statistic_elements,
 )
 from planners.errors import PlanError
 from planners.placement import load_of, place
-from planners.plan import MethodSpec, ModelShape, Option, RunPlan, Target
+from planners.plan import MethodSpec, ModelShape, Option, RunPlan, Start, Statistic, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Workload:
         compute_dtype: of the forward pass.
         num_workers: workers at hand.
         worker_bytes: memory of each.
+        extra_statistics: summed too, for others.
     """
 
     sequences: int
@@ -36,6 +38,7 @@ class Workload:
     compute_dtype: str
     num_workers: int
     worker_bytes: int
+    extra_statistics: frozenset[Statistic] = frozenset()
 
 
 def make_plan(
@@ -45,8 +48,11 @@ def make_plan(
     *,
     target: Target,
     work: Workload,
+    start: Start | None = None,
 ) -> RunPlan:
     """Return the plan: widths, stages, waves, bytes and operations, from integers alone.
+
+    Without a ``start`` the step begins with the model that nothing touched.
 
     Raises:
         PlanError: the method refuses the model, the target is out of reach, or a layer does not
@@ -60,8 +66,9 @@ def make_plan(
             f"slice: is {target.slice}, a fraction of the residual width, which {spec.name} keeps",
             hint="use --keep-fraction, the true fraction of the parameters",
         )
-    form = spec.form(shape, target, options)
-    statistics = spec.statistics(options)
+    start = start or dense_start(shape)
+    form = spec.form(shape, start, target, options)
+    statistics = spec.statistics(options) | work.extra_statistics
     tokens = work.sequences * work.sequence_length
     load = load_of(
         shape,
@@ -69,6 +76,9 @@ def make_plan(
         microbatch_tokens=work.microbatch_sequences * work.sequence_length,
         compute_dtype=work.compute_dtype,
     )
+    # Shortcuts of a former step may make a layer larger than the dense one.
+    largest = max(layer_parameters(shape, layer) for layer in start.form.layers)
+    load = replace(load, layer=max(load.layer, largest * BYTES_OF[work.compute_dtype]))
     refitted = bool(options.get("refit"))
     if refitted:
         if work.sequences < refit.MIN_SEQUENCES:
@@ -79,7 +89,7 @@ def make_plan(
         more = refit.workspace_bytes(shape, layer_bytes=load.layer)
         load = replace(load, workspace=load.workspace + more)
     waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
-    before, after = dense_parameters(shape), model_parameters(shape, form)
+    before, after = start.parameters_before, model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers
     # A chain of sites keeps the stream it reads and the one it writes.

@@ -63,6 +63,29 @@ def statistics_units(
     return units
 
 
+def carried_units(
+    identity: Identity,
+    statistics: frozenset[Statistic],
+    sums: Sequence[Unit],
+    layers: Sequence[Unit],
+) -> list[Unit]:
+    """Return one unit a layer that turns the statistics of a step before into those behind it.
+
+    Args:
+        identity: of the model that the step has left.
+        statistics: what is carried over.
+        sums: statistics units of the step.
+        layers: its layer units; their inputs are the bases.
+    """
+    common = {"schema": SCHEMA_VERSION, **to_json(identity)}
+    units = []
+    for total, layer in zip(sums, layers, strict=True):
+        taps = tuple(str(s) for s in layer_statistics(statistics, layer.index, len(layers)))
+        unit = _unit("carried", layer.index, "carried-layer-{:05d}", (total, layer), common)
+        units.append(replace(unit, inputs=(total.name, *layer.inputs), taps=taps))
+    return units
+
+
 def layer_statistics(
     statistics: frozenset[Statistic], layer: int, num_layers: int
 ) -> list[Statistic]:
@@ -123,6 +146,28 @@ def damage_units(
         "options": to_json({k: v for k, v in options.items() if k not in ("allocation", "refit")}),
     }
     return [_unit("damage", u.index, "damage-layer-{:05d}", (u,), key) for u in sums]
+
+
+def losses_units(
+    sums: Sequence[Unit],
+    *,
+    method: str,
+    revision: int,
+    modules: Sequence[str],
+    form: ModelForm,
+) -> list[Unit]:
+    """Return one unit a layer: what truncation to the ranks of a form loses of these linears."""
+    key = {
+        "schema": SCHEMA_VERSION,
+        "method": method,
+        "revision": revision,
+        "modules": list(modules),
+    }
+    return [
+        _unit("losses", u.index, "losses-layer-{:05d}", (u,),
+              {**key, "ranks": to_json(form.layers[u.index].ranks)})
+        for u in sums
+    ]  # fmt: skip
 
 
 def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:

@@ -92,7 +92,7 @@ def prepared_run(model: Path, out: Path, **recipe: Any) -> Prepared:
         "source": f"tokens:{model}/tokens/evaluation.safetensors",
         **recipe.pop("evaluation", {}),
     }
-    size = {} if "keep_fraction" in recipe else {"slice": 0.25}
+    size = {} if {"keep_fraction", "steps"} & recipe.keys() else {"slice": 0.25}
     given = {"model": str(model), "out": str(out), "device": "cpu", **size, **recipe,
              "calibration": calibration, "evaluation": evaluation}  # fmt: skip
     return prepare(load_config(None, given))

@@ -24,7 +24,7 @@ from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
 from planners.allocation import by_influence, marginal, require_levels, uniform
-from planners.errors import NumericsError
+from planners.errors import NumericsError, PlanError
 from planners.plan import (
     LayerForm,
     MethodSpec,
@@ -32,6 +32,7 @@ from planners.plan import (
     ModelShape,
     Option,
     OptionSpec,
+    Start,
     Statistic,
     Target,
 )
@@ -131,15 +132,22 @@ class MoDeGPT:
         new = dict(weights)
         errors: dict[str, object] = {}
         rungs: dict[str, str] = {}
-        if form.intermediate < shape.intermediate:
+        # A module that a step before has shrunk, in whatever way, is left as it is.
+        if form.intermediate < _rows(weights, "gate_proj"):
             factor = hidden_factor(weights, sums, options)
             errors["mlp"] = _cut_mlp(new, factor, form.intermediate)
             rungs["mlp"] = factor.rung
-        if form.qk_head_dim < shape.head_dim:
+        if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
             _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
-        if form.vo_head_dim < shape.head_dim:
+        if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
             errors["vo"], rungs["vo"] = _cut_vo(new, sums, shape=shape, keep=form.vo_head_dim)
         return new, {"errors": errors, "rungs": rungs}
+
+
+def _rows(weights: Weights, name: str) -> int:
+    """Return the output width of a linear, which may be stored as two factors."""
+    weight = weights.get(f"{name}.weight")
+    return (weights[f"{name}.second.weight"] if weight is None else weight).shape[0]
 
 
 def hidden_factor(
@@ -285,8 +293,15 @@ def _grid(options: Mapping[str, Option]) -> list[float]:
     return [float(share) for share in str(options["grid"]).split(",")]
 
 
-def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
+def _form(
+    shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
+) -> ModelForm:
     native = options["servable"] == "native"
+    if native and not start.form.native:
+        raise PlanError(
+            "servable=native: no stock config expresses what the steps before leave",
+            hint="make this step the first, or leave servable=remote",
+        )
     if _measures(options) == "damage":
         require_levels(
             shape,
@@ -294,6 +309,7 @@ def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> M
             modules=_modules(options),
             shares=_grid(options),
             round_to=int(options["round_to"]),
+            start=start,
         )
     form = uniform(
         shape,
@@ -301,12 +317,14 @@ def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> M
         modules=_modules(options),
         round_to=int(options["round_to"]),
         alike=native,  # a stock config has one width for all layers
+        start=start,
     )
     return replace(form, native=native)
 
 
 def _allocate(
     shape: ModelShape,
+    start: Start,
     target: Target,
     options: Mapping[str, Option],
     findings: list[Mapping[str, object]],
@@ -319,12 +337,14 @@ def _allocate(
             modules=_modules(options),
             round_to=int(options["round_to"]),
             temperature=float(options["temperature"]),
+            start=start,
         )
     return marginal(
         shape,
         findings,
         keep_fraction=target.keep_fraction or 1.0,
         round_to=int(options["round_to"]),
+        start=start,
     )
 
 

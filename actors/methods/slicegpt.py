@@ -21,7 +21,7 @@ from torch import Tensor
 from actors.numerics.gram import symmetric
 from actors.numerics.linalg import eigh_descending
 from planners.allocation import largest_width
-from planners.cost import dense_model_form, dense_parameters, model_parameters
+from planners.cost import model_parameters
 from planners.errors import PlanError
 from planners.plan import (
     LayerForm,
@@ -30,6 +30,7 @@ from planners.plan import (
     ModelShape,
     Option,
     OptionSpec,
+    Start,
     Statistic,
     Target,
 )
@@ -84,13 +85,14 @@ def sliced_layer(weights: Weights, *, bases: tuple[Tensor, Tensor, Tensor]) -> d
     """Return the tensors of one layer between three bases, shortcuts included.
 
     Args:
-        weights: role -> dense tensor: ``q_proj.weight`` ... ``attn_norm.weight`` ...
+        weights: role -> tensor: ``q_proj.weight`` ... ``attn_norm.weight`` ...; a linear may be
+            two factors, and inner widths may be cut.
         bases: (hidden, keep) each: of the site that attention reads, of the site that the MLP
             reads, and of the next layer's first site.
     """
     basis_in, basis_mid, basis_out = bases
     new = _between(weights, bases)
-    dtype = weights["o_proj.weight"].dtype
+    dtype = weights["attn_norm.weight"].dtype
     new["attn_shortcut.weight"] = (basis_mid.T @ basis_in).to(dtype)
     new["mlp_shortcut.weight"] = (basis_out.T @ basis_mid).to(dtype)
     return new
@@ -104,7 +106,7 @@ def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
     """
     hidden, keep = basis.shape
     new = _between(weights, (basis, basis, basis), gain=math.sqrt(hidden / keep))
-    dtype = weights["o_proj.weight"].dtype
+    dtype = weights["attn_norm.weight"].dtype
     ones = torch.ones(keep, dtype=dtype, device=basis.device)
     return new | {"attn_norm.weight": ones, "mlp_norm.weight": ones.clone()}
 
@@ -112,7 +114,10 @@ def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
 def _between(
     weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, gain: float = 1.0
 ) -> dict[str, Tensor]:
-    """Return all linears, their inputs and outputs turned and cut; each keeps its dtype."""
+    """Return all but the norms, inputs and outputs turned and cut; each keeps its dtype.
+
+    Of a linear that is two factors the first reads the residual stream, the second writes it.
+    """
     basis_in, basis_mid, basis_out = bases
     reads = {
         "q_proj": ("attn_norm", basis_in),
@@ -124,17 +129,23 @@ def _between(
     new: dict[str, Tensor] = {}
     for name, (norm, basis) in reads.items():
         scale = weights[f"{norm}.weight"].to(torch.float64) * gain
-        weight = weights[f"{name}.weight"]
-        new[f"{name}.weight"] = ((weight.to(torch.float64) * scale) @ basis).to(weight.dtype)
-        if f"{name}.bias" in weights:
-            new[f"{name}.bias"] = weights[f"{name}.bias"].clone()
+        reader = _part(weights, name, "first")
+        weight = weights[f"{reader}.weight"]
+        new[f"{reader}.weight"] = ((weight.to(torch.float64) * scale) @ basis).to(weight.dtype)
     for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
-        weight = weights[f"{name}.weight"]
-        new[f"{name}.weight"] = (basis.T @ weight.to(torch.float64)).to(weight.dtype)
-        if f"{name}.bias" in weights:
-            bias = weights[f"{name}.bias"]
-            new[f"{name}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
-    return new
+        writer = _part(weights, name, "second")
+        weight = weights[f"{writer}.weight"]
+        new[f"{writer}.weight"] = (basis.T @ weight.to(torch.float64)).to(weight.dtype)
+        if f"{writer}.bias" in weights:
+            bias = weights[f"{writer}.bias"]
+            new[f"{writer}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
+    norms = ("attn_norm.weight", "mlp_norm.weight")  # their scale is in what reads them now
+    return {k: v.clone() for k, v in weights.items() if k not in (*new, *norms)} | new
+
+
+def _part(weights: Weights, name: str, factor: str) -> str:
+    """Return the linear itself, or that one of its two factors."""
+    return name if f"{name}.weight" in weights else f"{name}.{factor}"
 
 
 def turned_rows(
@@ -168,22 +179,26 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     return ""
 
 
-def sliced_form(shape: ModelShape, keep_dim: int, options: Mapping[str, Option]) -> ModelForm:
+def sliced_form(
+    shape: ModelShape, start: Start, keep_dim: int, options: Mapping[str, Option]
+) -> ModelForm:
     """Return the widths of the model with a residual stream of ``keep_dim``."""
     native = options["rotation"] == "shared"
-    dense = dense_model_form(shape)
     last_dim = keep_dim if native or options["slice_head"] else shape.hidden
-    layer = replace(
-        dense.layers[0],
-        residual_in=keep_dim,
-        residual_mid=keep_dim,
-        residual_out=keep_dim,
-        shortcuts=not native,
-        norm_weights=native,
-    )
-    last = replace(layer, residual_out=last_dim)
+    layers = [
+        replace(
+            layer,
+            residual_in=keep_dim,
+            residual_mid=keep_dim,
+            residual_out=keep_dim,
+            shortcuts=not native,
+            norm_weights=native,
+        )
+        for layer in start.form.layers
+    ]
+    layers[-1] = replace(layers[-1], residual_out=last_dim)
     return ModelForm(
-        layers=(layer,) * (shape.num_layers - 1) + (last,),
+        layers=tuple(layers),
         embedding_dim=keep_dim,
         head_dim=last_dim,
         head_norm_weight=native,
@@ -192,8 +207,15 @@ def sliced_form(shape: ModelShape, keep_dim: int, options: Mapping[str, Option])
     )
 
 
-def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
+def _form(
+    shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
+) -> ModelForm:
     step = int(options["round_to"])
+    if options["rotation"] == "shared" and not start.form.native:
+        raise PlanError(
+            "rotation=shared makes a stock model narrower, and what the steps before leave is none",
+            hint="use rotation=per_site, or make this step the first",
+        )
     if options["rotation"] == "shared":
         # transformers refuses a hidden size that the number of heads does not divide.
         step = math.lcm(step, shape.num_heads)
@@ -206,15 +228,15 @@ def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> M
                 f"slice {target.slice} of width {shape.hidden} in steps of {step} leaves nothing",
                 hint=f"the smallest width is {step}: --slice {1 - step / shape.hidden:.4f}",
             )
-        return sliced_form(shape, keep_dim, options)
+        return sliced_form(shape, start, keep_dim, options)
     widths = [*range(step, shape.hidden, step), shape.hidden]
     keep_dim = largest_width(
         widths,
-        lambda width: model_parameters(shape, sliced_form(shape, width, options)),
-        before=dense_parameters(shape),
+        lambda width: model_parameters(shape, sliced_form(shape, start, width, options)),
+        before=start.parameters_before,
         keep_fraction=target.keep_fraction or 1.0,
     )
-    return sliced_form(shape, keep_dim, options)
+    return sliced_form(shape, start, keep_dim, options)
 
 
 SPEC = MethodSpec(

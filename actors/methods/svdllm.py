@@ -4,13 +4,14 @@ The best rank-r matrix for ``|x W - x W'|_F`` over the calibration tokens is the
 ``S W`` with ``S^T S`` the gram of x. Where the output is the narrower side the same matrix is
 ``W U_r U_r^T`` with U_r the principal axes of the outputs, whose gram is ``W^T C W``: no Cholesky
 and no inverse. Where the input is narrower, the whitened input side is decomposed instead. So the
-largest eigendecomposition has the model's width, never the FFN's.
+largest eigendecomposition has the model's width, never the FFN's. ``allocation=by_type`` shares the
+parameters out over the layers as SVD-LLM v2 (arXiv:2503.12340) does; see `planners.ranks`.
 
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,6 @@ from torch import Tensor
 
 from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
-from planners.allocation import largest_share
-from planners.cost import dense_model_form
 from planners.plan import (
     LINEARS,
     LayerForm,
@@ -28,9 +27,11 @@ from planners.plan import (
     ModelShape,
     Option,
     OptionSpec,
+    Start,
     Statistic,
     Target,
 )
+from planners.ranks import by_type, one_share
 from planners.refit import OPTION as REFIT
 
 TAP_OF = {
@@ -42,6 +43,43 @@ TAP_OF = {
     "up_proj": "mlp_in",
     "down_proj": "mlp_hidden",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """The principal axes of ``x W`` over the tokens of a gram.
+
+    Attributes:
+        vectors: of the outputs, shape (out, out), or of the whitened inputs, shape (in, in).
+        energy: what each carries of ``|x W|_F^2``, descending.
+        factor: lower Cholesky factor of the gram, where the axes are those of the inputs.
+        rung: how they were reached.
+    """
+
+    vectors: Float[Tensor, "dim dim"]
+    energy: Float[Tensor, " dim"]
+    factor: Float[Tensor, "inner inner"] | None
+    rung: str
+
+
+def output_axes(
+    weight: Float[Tensor, "out inner"], gram: Float[Tensor, "inner inner"], *, where: str
+) -> Axes:
+    """Return the axes of the narrower side.
+
+    Raises:
+        NumericsError: the gram is not finite, or not positive semi-definite.
+    """
+    out_dim, in_dim = weight.shape
+    if out_dim <= in_dim:
+        spectrum = eigh_descending(symmetric(weight @ gram @ weight.T), where=where)
+        factor, rung = None, spectrum.rung
+    else:
+        factor, rung = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
+        whitened = weight @ factor  # (out, in)
+        spectrum = eigh_descending(symmetric(whitened.T @ whitened), where=where)
+    energy = spectrum.values.clamp_min(0)
+    return Axes(vectors=spectrum.vectors, energy=energy, factor=factor, rung=rung)
 
 
 def low_rank(
@@ -58,21 +96,15 @@ def low_rank(
     Raises:
         NumericsError: the gram is not finite, or not positive semi-definite.
     """
-    out_dim, in_dim = weight.shape
-    if out_dim <= in_dim:
-        spectrum = eigh_descending(symmetric(weight @ gram @ weight.T), where=where)
-        axes = spectrum.vectors[:, :rank]  # (out, rank)
-        first, second, rung = axes.T @ weight, axes, spectrum.rung
+    found = output_axes(weight, gram, where=where)
+    axes = found.vectors[:, :rank]
+    if found.factor is None:
+        first, second = axes.T @ weight, axes
     else:
-        factor, rung = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
-        whitened = weight @ factor  # (out, in)
-        spectrum = eigh_descending(symmetric(whitened.T @ whitened), where=where)
-        axes = spectrum.vectors[:, :rank]  # (in, rank)
-        second = whitened @ axes
-        first = torch.linalg.solve_triangular(factor.T, axes, upper=True).T
-    energy = spectrum.values.clamp_min(0)
-    lost = energy[rank:].sum() / energy.sum().clamp_min(1e-300)
-    return first, second, float(lost.sqrt()), rung
+        second = (weight @ found.factor) @ axes
+        first = torch.linalg.solve_triangular(found.factor.T, axes, upper=True).T
+    lost = found.energy[rank:].sum() / found.energy.sum().clamp_min(1e-300)
+    return first, second, float(lost.sqrt()), found.rung
 
 
 class SVDLLM:
@@ -97,6 +129,8 @@ class SVDLLM:
         errors: dict[str, float] = {}
         rungs: dict[str, str] = {}
         for name, rank in form.ranks.items():
+            if f"{name}.weight" not in new:
+                continue  # a step before has factored it
             weight = new.pop(f"{name}.weight")
             gram = sums[f"{TAP_OF[name]}.gram"]
             first, second, errors[name], rungs[name] = low_rank(
@@ -109,35 +143,76 @@ class SVDLLM:
         dense = [name for name in LINEARS if name not in form.ranks]
         return new, {"errors": errors, "rungs": rungs, "left_dense": dense}
 
+    def losses(
+        self,
+        weights: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        *,
+        form: LayerForm,
+        options: Mapping[str, Option],
+    ) -> dict[str, float]:
+        """Return linear -> ``|x W - x W'|_F`` over the calibration tokens at the ranks of ``form``.
+
+        A linear that ``form`` leaves whole loses nothing.
+
+        Raises:
+            NumericsError: a gram is not finite, or not positive semi-definite.
+        """
+        found = {}
+        for name in _linears(options):
+            weight = weights[f"{name}.weight"].to(torch.float64)
+            tap = TAP_OF[name]
+            axes = output_axes(weight, sums[f"{tap}.gram"], where=f"{name}, tap {tap}")
+            rank = form.ranks.get(name, len(axes.energy))
+            found[name] = float(axes.energy[rank:].sum().sqrt())
+        return found
+
+
+def _linears(options: Mapping[str, Option]) -> tuple[str, ...]:
+    named = [name.strip() for name in str(options["modules"]).split(",")]
+    known = [name for name in LINEARS if name in named]
+    return tuple(known + [name for name in named if name not in LINEARS])
+
 
 def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
-    del options
-    return frozenset(Statistic(tap, "gram") for tap in TAP_OF.values())
+    return frozenset(Statistic(TAP_OF[name], "gram") for name in _linears(options))
 
 
-def _form(shape: ModelShape, target: Target, options: Mapping[str, Option]) -> ModelForm:
-    """Return one share of the parameters for every linear; a rank that saves nothing is none."""
-    del options
-    dense = dense_model_form(shape)
+def _measures(options: Mapping[str, Option]) -> str:
+    return "losses" if options["allocation"] == "by_type" else ""
 
-    def form(share: float) -> ModelForm:
-        if share >= 1:
-            return replace(dense, native=False)  # a matrix of full rank saves nothing
-        ranks = {}
-        for name in LINEARS:
-            out_dim, in_dim = shape.linear_dims(name)
-            rank = max(1, int(share * out_dim * in_dim / (out_dim + in_dim)))
-            if rank * (out_dim + in_dim) < out_dim * in_dim:
-                ranks[name] = rank
-        layer = replace(dense.layers[0], ranks=ranks)
-        return replace(dense, layers=(layer,) * shape.num_layers, native=False)
 
-    return largest_share(shape, form, keep_fraction=target.keep_fraction or 1.0)
+def _form(
+    shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
+) -> ModelForm:
+    return one_share(
+        shape,
+        keep_fraction=target.keep_fraction or 1.0,
+        names=_linears(options),
+        start=start,
+    )
+
+
+def _allocate(
+    shape: ModelShape,
+    start: Start,
+    target: Target,
+    options: Mapping[str, Option],
+    findings: list[Mapping[str, object]],
+) -> ModelForm:
+    return by_type(
+        shape,
+        findings,
+        keep_fraction=target.keep_fraction or 1.0,
+        names=_linears(options),
+        start=start,
+    )
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    del shape, options
-    return ""
+    del shape
+    unknown = [name for name in _linears(options) if name not in LINEARS]
+    return f"modules has {', '.join(unknown)}; known: {', '.join(LINEARS)}" if unknown else ""
 
 
 SPEC = MethodSpec(
@@ -150,13 +225,22 @@ SPEC = MethodSpec(
         OptionSpec(
             name="allocation",
             default="uniform",
-            choices=("uniform",),
-            help="one share of the parameters for every linear",
+            choices=("uniform", "by_type"),
+            help="one share of the parameters for every linear, or layers of one type of linear "
+            "share by what truncation loses",
+        ),
+        OptionSpec(
+            name="modules",
+            default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+            help="which linears take part",
         ),
         REFIT,
     ),
     statistics=_statistics,
     refuses=_refuses,
     form=_form,
+    measures=_measures,
+    cuts=_linears,
+    allocate=_allocate,
 )
 METHOD = SVDLLM()

@@ -12,7 +12,7 @@ from planners.plan import LayerForm, ModelShape, to_json
 
 
 class HalvedLayer:
-    """A layer whose residual stream keeps its basis; a dense one is one of full width.
+    """A layer of any form; a dense one is one of full width.
 
     Attributes:
         module: the layer itself.
@@ -48,13 +48,25 @@ class HalvedLayer:
         inner: Tensor = layer.mlp(layer.post_attention_layernorm(middle))
         return inner
 
+    def past_attention(self, hidden: Tensor) -> Tensor:
+        """Return the residual stream in the axes that attention writes; itself without shortcut."""
+        layer: Any = self.module
+        carried: Tensor = layer.attn_shortcut(hidden)
+        return carried
+
+    def past_mlp(self, middle: Tensor) -> Tensor:
+        """Return the residual stream in the axes that the MLP writes; itself without shortcut."""
+        layer: Any = self.module
+        carried: Tensor = layer.mlp_shortcut(middle)
+        return carried
+
     def after_attention(self, hidden: Tensor) -> Tensor:
         """Return the residual stream between attention and MLP."""
-        return hidden + self.attention(hidden)
+        return self.past_attention(hidden) + self.attention(hidden)
 
     def after_mlp(self, middle: Tensor) -> Tensor:
         """Return the residual stream that leaves."""
-        return middle + self.mlp(middle)
+        return self.past_mlp(middle) + self.mlp(middle)
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return the residual stream that leaves, from the one that enters."""

@@ -17,10 +17,11 @@ from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.quoting import shown
 from actors.storage.tensors import read_header, read_tensor
+from planners.cost import dense_model_form
 from planners.errors import ModelError, StorageError
 from planners.families import family_of
 from planners.families import load as load_family
-from planners.plan import ModelShape
+from planners.plan import ModelForm, ModelShape, model_form_from_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,6 +107,20 @@ class Checkpoint:
         return family_of(original["model_type"]).shape_of(original, dtype)
 
     @functools.cached_property
+    def form(self) -> ModelForm:
+        """The widths of the model: those of its config, or of one that nothing touched."""
+        if self.config.get("model_type") != COMPRESSED:
+            return dense_model_form(self.shape)
+        return model_form_from_json({
+            "layers": self.config["layer_forms"],
+            "embedding_dim": self.config["embedding_dim"],
+            "head_dim": self.config["head_input_dim"],
+            "head_norm_weight": self.config["head_norm_weight"],
+            "tied": self.config["tie_word_embeddings"],
+            "native": False,
+        })  # fmt: skip
+
+    @functools.cached_property
     def revision(self) -> str:
         """Sha256 of config, headers, sizes and 64 sampled blocks a file: the model's identity."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -143,8 +158,16 @@ class Checkpoint:
         return tensor
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """Return role -> tensor of one layer, each checked to be finite."""
-        names = load_family(self.shape.family).layer_tensors(self.shape, layer)
+        """Return role -> tensor of one layer, each checked to be finite.
+
+        A compressed one has roles that a dense one has not, such as ``attn_shortcut.weight``,
+        ``rope_pairs`` and ``q_proj.first.weight``, and may lack norms.
+        """
+        family = load_family(self.shape.family)
+        if self.config.get("model_type") == COMPRESSED:
+            found = self.read_prefix(family.layer.format(i=layer) + ".")
+            return {family.role_of(name): tensor for name, tensor in found.items()}
+        names = family.layer_tensors(self.shape, layer)
         return {role: self.read(name) for role, (name, _) in names.items()}
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:

@@ -57,6 +57,14 @@ class Family:
         names = {**self.linears, **self.norms, "rope_pairs": "self_attn.rope_pairs"}
         return f"{names.get(part, part)}{dot}{rest}"
 
+    def role_of(self, name: str) -> str:
+        """Return the role of a name below its layer; the inverse of `below_layer`."""
+        names = {**self.linears, **self.norms, "rope_pairs": "self_attn.rope_pairs"}
+        for part, below in names.items():
+            if name == below or name.startswith(f"{below}."):
+                return part + name[len(below) :]
+        return name
+
     def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return role -> (tensor name, shape) of the tensors outside the layers."""
         table = (shape.vocab_size, shape.hidden)

@@ -19,7 +19,7 @@ from planners.allocation import (
     marginal,
     uniform,
 )
-from planners.cost import dense_parameters, model_parameters
+from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.errors import NumericsError, PlanError
 from planners.plan import ModelShape, Target
 from tests.strategies import shapes
@@ -41,7 +41,7 @@ def problems(draw, *, convex=False, modules=None):
         curves = {}
         for module in modules:
             full = full_widths(shape)[module]
-            widths = levels(shape, module, SHARES, round_to=round_to)
+            widths = levels(full, module, SHARES, round_to=round_to)
             costs = [draw(damages) for _ in widths]
             if convex:
                 costs = convex_costs([full, *widths], sorted(costs))
@@ -308,8 +308,10 @@ def test_a_target_below_the_lowest_level_is_refused_before_anything_is_measured(
     spec = methods.spec("modegpt")
     options = resolve_options(spec, {"grid": "0.9,0.8", "allocation": "marginal"})
     with pytest.raises(PlanError, match="cannot be met") as caught:
-        spec.form(BABY, Target(keep_fraction=0.5), options)
-    spec.form(BABY, Target(keep_fraction=float(caught.value.hint.split()[2])), options)
+        spec.form(BABY, dense_start(BABY), Target(keep_fraction=0.5), options)
+    spec.form(
+        BABY, dense_start(BABY), Target(keep_fraction=float(caught.value.hint.split()[2])), options
+    )
 
 
 @pytest.mark.parametrize("grid", ["", "a", "0.9,", "1.5", "0.5,0", "nan"])

@@ -5,7 +5,7 @@ import pytest
 from actors import methods
 from orchestrator.config import resolve_options
 from planners import families
-from planners.cost import dense_parameters, model_parameters
+from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.plan import Target
 
 SLICES = (0.10, 0.20, 0.25, 0.30, 0.40, 0.50)
@@ -70,13 +70,15 @@ def test_the_dense_model_has_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nominal_slices_remove_what_the_table_says(name):
     shape, options = shape_of(name), resolve_options(SPEC, {})
-    forms = [SPEC.form(shape, Target(slice=fraction), options) for fraction in SLICES]
+    forms = [
+        SPEC.form(shape, dense_start(shape), Target(slice=fraction), options) for fraction in SLICES
+    ]
     kept = [model_parameters(shape, form) / dense_parameters(shape) for form in forms]
     assert tuple(round(100 * (1 - fraction), 1) for fraction in kept) == PERCENT_REMOVED[name]
 
 
 def test_one_rotation_for_all_sites_removes_at_least_what_was_asked_for_of_a_large_model():
     shape, options = shape_of("llama-2-70b"), resolve_options(SPEC, {"rotation": "shared"})
-    form = SPEC.form(shape, Target(slice=0.25), options)
+    form = SPEC.form(shape, dense_start(shape), Target(slice=0.25), options)
     assert form.native
     assert model_parameters(shape, form) <= 0.75 * dense_parameters(shape)

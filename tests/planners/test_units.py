@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from actors import methods
 from orchestrator.config import resolve_options
+from planners.cost import dense_start
 from planners.plan import ModelShape, Statistic, Target
 from planners.units import Identity, compression_units, layer_statistics, statistics_units
 
@@ -29,7 +30,9 @@ def shape_of(num_layers):
 def units_of(num_layers=3, *, identity=IDENTITY, slice_=0.25, revision=1, **options):
     """Return the statistics units and those of compression."""
     options = resolve_options(SPEC, options)
-    form = SPEC.form(shape_of(num_layers), Target(slice=slice_), options)
+    form = SPEC.form(
+        shape_of(num_layers), dense_start(shape_of(num_layers)), Target(slice=slice_), options
+    )
     sums = statistics_units(identity, SPEC.statistics(options), num_layers)
     rest = compression_units(
         sums, method="slicegpt", revision=revision, options=options, form=form, residual=True

@@ -17,7 +17,7 @@ from actors.modeling.modeling_compressed import CompressedConfig
 from actors.numerics.nystrom import nystrom
 from orchestrator.config import resolve_options
 from planners.allocation import form_of, full_widths
-from planners.cost import layer_parameters
+from planners.cost import dense_start, layer_parameters
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.plan import LINEARS, ModelShape, Target, dense_form, to_json
@@ -213,7 +213,11 @@ def compressed(name, case, form, options):
 def cut_form(name, shape, share, options):
     """Return the form of a layer with about a share of its widths, without any budget."""
     if name == "slicegpt":
-        return methods.spec(name).form(shape, Target(slice=1 - share), options).layers[0]
+        return (
+            methods.spec(name)
+            .form(shape, dense_start(shape), Target(slice=1 - share), options)
+            .layers[0]
+        )
     if name == "svdllm":
         ranks = {
             linear_: max(1, int(share * o * i / (o + i)))
@@ -241,12 +245,14 @@ def test_full_width_changes_nothing(name, case):
     options = own_options(name)
     target = Target(slice=0.0) if methods.spec(name).residual else Target(keep_fraction=1.0)
     if not methods.spec(name).residual:
-        form = methods.spec(name).form(case.shape, target, options).layers[0]
+        form = (
+            methods.spec(name).form(case.shape, dense_start(case.shape), target, options).layers[0]
+        )
         new, _ = compressed(name, case, form, options)
         assert new.keys() == case.weights.keys()
         assert all(torch.equal(new[role], case.weights[role]) for role in new)
         return
-    form = methods.spec(name).form(case.shape, target, options).layers[0]
+    form = methods.spec(name).form(case.shape, dense_start(case.shape), target, options).layers[0]
     new, said = compressed(name, case, form, options)
     first, _, last = (basis.vectors for basis in said["bases"])
     out = run(case.shape, form, new, case.hidden @ first)

@@ -14,6 +14,7 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors
 from orchestrator.config import resolve_options
+from planners.cost import dense_start
 from planners.plan import ModelShape, Target
 from tests.builders import (
     LENGTH,
@@ -108,7 +109,7 @@ SHAPE = ModelShape(
 def test_weights_keep_their_dtype_and_the_inputs_are_not_changed(seed, dtype, bias, rotation):
     weights = layer_weights(seed, dtype=dtype, bias=bias)
     options = resolve_options(SPEC, {"rotation": rotation, "round_to": 4})
-    form = SPEC.form(SHAPE, Target(slice=0.25), options)
+    form = SPEC.form(SHAPE, dense_start(SHAPE), Target(slice=0.25), options)
     count = 3 if rotation == "per_site" else 1
     bases = [
         METHOD.factor([random_gram(seed + i, 16)], keep_dim=12, where="").vectors

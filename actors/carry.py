@@ -1,0 +1,58 @@
+"""Statistics behind a step that only turned the residual stream: turned, not measured again.
+
+With orthogonal bases Q of full width, ``RMSNorm(x Q) Q^T = RMSNorm(x)``. So behind such a step the
+stream at a site is ``x Q``, and what the blocks read is ``(h / s) Q``, h what they read before and
+s the scale of the norm, which now is in the weights. What is seen inside the blocks is the same.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Tap -> which of the layer's three bases turns it, and the norm whose scale it has lost.
+TURNED: Mapping[str, tuple[int, str]] = {
+    "resid_attn": (0, ""),
+    "attn_in": (0, "attn_norm"),
+    "resid_mlp": (1, ""),
+    "mlp_in": (1, "mlp_norm"),
+    "resid_out": (2, ""),
+}
+
+
+def turned_sums(
+    sums: Mapping[str, Tensor],
+    bases: tuple[Float[Tensor, "hidden hidden"], ...],
+    *,
+    scales: Mapping[str, Float[Tensor, " hidden"]],
+) -> dict[str, Tensor]:
+    """Return the sums that the turned layer would give on the same tokens, up to rounding.
+
+    Args:
+        sums: as `actors.observe` stores them: ``TAP.KIND``, ``TAP.sum``, ``num_tokens``, ``probe``.
+        bases: of the site that attention reads, of the site that the MLP reads, and of the site
+            behind the layer; float64, orthogonal, of full width.
+        scales: norm -> its scale, without a zero.
+    """
+    new = {}
+    for name, total in sums.items():
+        tap, _, kind = name.partition(".")
+        if name == "probe":
+            new[name] = (total.to(torch.float64) @ bases[0]).to(total.dtype)
+        elif tap in TURNED and kind in TURN:
+            position, norm = TURNED[tap]
+            map_ = bases[position]
+            if norm:
+                map_ = map_ / scales[norm].to(torch.float64)[:, None]
+            new[name] = TURN[kind](total, map_)
+        else:
+            new[name] = total
+    return new
+
+
+TURN: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gram": lambda total, map_: map_.T @ total @ map_,
+    "normed_gram": lambda total, map_: map_.T @ total @ map_,
+    "sum": lambda total, map_: total @ map_,
+}

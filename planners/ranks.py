@@ -1,0 +1,141 @@
+"""A budget -> the ranks of linears that are stored as two factors."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from planners.allocation import bracket, largest_share
+from planners.cost import layer_parameters, linear_dims, model_parameters
+from planners.errors import NumericsError
+from planners.plan import LayerForm, ModelForm, ModelShape, Start
+
+LEAST_LOG = 1e-12  # of a loss: what loses nothing gives all it can, and not more
+
+Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its parameters
+
+
+def one_share(
+    shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
+) -> ModelForm:
+    """Return one share of the parameters for all linears of these names.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    return largest_share(
+        shape,
+        lambda share: _form(shape, start, names, lambda *_: share),
+        keep_fraction=keep_fraction,
+        start=start,
+    )
+
+
+def by_type(
+    shape: ModelShape,
+    findings: Sequence[Mapping[str, object]],
+    *,
+    keep_fraction: float,
+    names: Sequence[str],
+    start: Start,
+) -> ModelForm:
+    """Return ranks by truncation loss, type by type: what would lose more gives less.
+
+    SVD-LLM v2 (arXiv:2503.12340): all matrices of one type (q_proj of all layers, ...) give the
+    same share together; of it layer i gives in proportion to ``1 / log(loss_i)``, at most all. Here
+    it is ``log(1 + loss)``, which is positive for any loss and the same for those of large models.
+    The share is found so that the true budget is met; less than one rank of it is left over.
+
+    Args:
+        shape: of the model.
+        findings: of each layer, ``losses``: linear -> ``|x W - x W'|_F`` over the calibration
+            tokens, W' of the rank that `one_share` gives it.
+        keep_fraction: target, whole model.
+        names: linears that take part.
+        start: what is factored.
+
+    Raises:
+        NumericsError: a loss is not finite.
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    weights = {
+        name: [_weight(layer, name, finding) for layer, finding in enumerate(findings)]
+        for name in names
+    }
+
+    def form(share: float) -> ModelForm:
+        given = {name: filled(each, mean=1 - share) for name, each in weights.items()}
+        return _form(shape, start, names, lambda layer, name: 1 - given[name][layer])
+
+    within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
+    budget = math.floor(keep_fraction * start.parameters_before + 1e-6)
+    return _raised(shape, form(within), form(over), budget=budget)
+
+
+def filled(weights: Sequence[float], *, mean: float) -> list[float]:
+    """Return ``min(1, c w)`` for each weight, c so that their mean is ``mean``.
+
+    ``weights`` are positive, ``mean`` is in [0, 1].
+    """
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    found = [0.0] * len(weights)
+    left = mean * len(weights)
+    for position, index in enumerate(order):
+        # From the largest weight on: those that c would lift over 1 are at 1, the rest share.
+        rest = math.fsum(weights[i] for i in order[position:])
+        found[index] = min(1.0, max(0.0, left * weights[index] / rest))
+        left -= found[index]
+    return found
+
+
+def _form(shape: ModelShape, start: Start, names: Sequence[str], shares: Shares) -> ModelForm:
+    layers = []
+    for index, layer in enumerate(start.form.layers):
+        ranks = dict(layer.ranks)
+        for name in names:
+            out_dim, in_dim = linear_dims(shape, layer, name)
+            share = shares(index, name)
+            rank = max(1, int(share * out_dim * in_dim / (out_dim + in_dim)))
+            # A matrix of full rank saves nothing, and stays whole.
+            if share < 1 and rank * (out_dim + in_dim) < out_dim * in_dim:
+                ranks[name] = rank
+        layers.append(replace(layer, ranks=ranks))
+    return replace(start.form, layers=tuple(layers), native=False)
+
+
+def _raised(shape: ModelShape, small: ModelForm, large: ModelForm, *, budget: int) -> ModelForm:
+    """Return the smaller form with as many of the larger one's ranks as the budget has room for."""
+    layers = list(small.layers)
+    room = budget - model_parameters(shape, small)
+    for index, goal in enumerate(large.layers):
+        for name in small.layers[index].ranks:
+            for ranks in _steps(shape, layers[index], name, goal.ranks.get(name)):
+                wider = replace(layers[index], ranks=ranks)
+                more = layer_parameters(shape, wider) - layer_parameters(shape, layers[index])
+                if more > room:
+                    break
+                layers[index], room = wider, room - more
+    return replace(small, layers=tuple(layers))
+
+
+def _steps(
+    shape: ModelShape, layer: LayerForm, name: str, goal: int | None
+) -> list[dict[str, int]]:
+    """Return the ranks of a layer with one linear one rank up, and so on until ``goal``."""
+    rank = layer.ranks.get(name)
+    if rank is None:
+        return []
+    out_dim, in_dim = linear_dims(shape, layer, name)
+    most = (out_dim * in_dim - 1) // (out_dim + in_dim)  # one more saves nothing
+    last = most if goal is None else goal
+    found = [{**layer.ranks, name: each} for each in range(rank + 1, last + 1)]
+    if goal is None:
+        found.append({other: each for other, each in layer.ranks.items() if other != name})
+    return found
+
+
+def _weight(layer: int, name: str, finding: Mapping[str, object]) -> float:
+    losses = finding["losses"]
+    loss = losses.get(name) if isinstance(losses, Mapping) else None
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        raise NumericsError(f"layer {layer}: the loss of {name} is {loss!r}, which is no number")
+    return 1 / max(math.log1p(max(loss, 0.0)), LEAST_LOG)
