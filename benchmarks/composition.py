@@ -178,9 +178,8 @@ def _report(found: Mapping[tuple[str, float], dict[str, Any]], *, load: str, kee
         better.append(composed[0] < single[0])
         goals.append(
             Goal(
-                text=f"{fraction}: the best composition has a lower perplexity than the best single",
-                measured=f"{composed[0]:.4f} ({composed[1]}) against "
-                f"{single[0]:.4f} ({single[1]})",
+                text=f"{fraction}: the best composition is below the best single method",
+                measured=f"{composed[0]:.4f} ({composed[1]}) against {single[0]:.4f} ({single[1]})",
                 met=better[-1],
             )
         )
@@ -193,7 +192,11 @@ def _report(found: Mapping[tuple[str, float], dict[str, Any]], *, load: str, kee
             goals=goals,
             tables={f"`{MODEL}`, dense perplexity {dense:.4f}": table(columns, rows)},
             method=__doc__.split("Method: ")[1].split("\n\n")[0],
-            configuration={"model": MODEL, "threads": "1", "share of the first step": "see the source"},
+            configuration={
+                "model": MODEL,
+                "threads": "1",
+                "share of the first step": "see the source",
+            },
             load=load,
         ),
         keep=keep,

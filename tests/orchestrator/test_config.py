@@ -41,7 +41,7 @@ DEFAULTS = {"rotation": "per_site", "round_to": 8, "damping": 0.01, "refit": Tru
 FACTS = Facts(
     model_name="tiny",
     max_position_embeddings=256,
-    options=DEFAULTS,
+    options=(DEFAULTS,),
     device="cpu",
     calibration_dtype="float32",
     worker_gib=4.0,
@@ -291,7 +291,7 @@ def test_what_was_given_is_not_changed_by_resolving():
             "worker_gib": 2,
         },
     )
-    config = resolved(typed, replace(FACTS, options={}))
+    config = resolved(typed, replace(FACTS, options=({},)))
     assert config == typed
 
 
