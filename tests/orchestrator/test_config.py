@@ -361,7 +361,7 @@ def test_only_what_was_not_given_is_marked_as_default():
         {"slice": 0.25, "seed": 0, "device": "auto", "options.round_to": 16}
         | {"calibration.sequences": 4},
     )
-    facts = replace(FACTS, options=resolve_options(SPEC, typed.options))
+    facts = replace(FACTS, options=[resolve_options(SPEC, typed.options)])
     lines = to_yaml(resolved(typed, facts), typed).splitlines()
     marked = {line.partition(":")[0].strip() for line in lines if line.endswith("  # default")}
     assert {"model", "rotation", "source", "keep_fraction", "device"} <= marked
