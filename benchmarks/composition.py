@@ -7,8 +7,8 @@ all.
 
 Method: all runs in this process on the stored tokens, up to the evaluation of the result. The
 statistics of the dense model are summed once and reused; behind a step that changes the model they
-are summed again. SliceGPT has round_to=1. A first step leaves the fraction in the name, or takes
-half of what is to go.
+are summed again. SliceGPT has round_to=1. With SliceGPT the first step takes half of what is to go,
+svdllm on q and k a fifth of it, whichever step that is, and modegpt before another four fifths.
 
 Needs the models and tokens in ``../shared``, which a fresh clone has not, and says so.
 

@@ -98,9 +98,10 @@ def require_same(prepared: Prepared) -> None:
             differs.
         StorageError: there is no run.
     """
-    if not prepared.statistics_uri:
+    first = prepared.origin  # of several steps the first alone begins with the model
+    if not first.statistics_uri:
         return
-    run, facts = Directory(prepared.statistics_uri), prepared.facts()
+    run, facts = Directory(first.statistics_uri), first.facts()
     theirs = _plan(run)["identity"]
     if "steps" in theirs:
         raise ConfigError(

@@ -16,6 +16,7 @@ from actors.messages import UnitDone
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator.allocate import allocate
+from orchestrator.artefact import tell_missing
 from orchestrator.calibrate import calibrate
 from orchestrator.chain import StepInput, planned
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
@@ -150,6 +151,7 @@ def _made(chain: Sequence[RunContext]) -> RunContext:
     _open(context)
     _tell(context)
     _carry(context)
+    tell_missing(context)
     calibrate(context)
     context = replace(context, form=allocate(context))
     if not leaves_all(prepared.start.form, context.form, prepared.spec):

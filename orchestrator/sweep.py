@@ -118,7 +118,8 @@ def sweep_on(
         calibrate(context)
         for point in {point.spec.name: point for point in points}.values():
             # Curves do not depend on the size that is asked for: found once, here.
-            measured(replace(context, prepared=replace(point, extra_statistics=wanted)))
+            own = replace(point, extra_statistics=wanted)
+            measured(replace(context, prepared=own, form=point.plan.form))
         dense = evaluate(context, evaluation_plan(base), dense_subject(base))
         found = [_measure(point, pool, listener) for point in points]
     finally:

@@ -16,7 +16,10 @@ from actors.storage.tensors import read_tensors
 from orchestrator import compose
 from orchestrator.artefact import require_same
 from orchestrator.config import load_config
-from orchestrator.rundir import finished_report
+from orchestrator.executors import LocalExecutor
+from orchestrator.prepare import prepare
+from orchestrator.run import run_on
+from orchestrator.rundir import finished_report, open_run
 from orchestrator.screens import status
 from orchestrator.sweep import points_of
 from planners.cost import dense_model_form
@@ -368,6 +371,11 @@ def test_the_report_has_every_step_and_a_finished_run_is_left_alone(model, tmp_p
     kept = prepared_run(model, tmp_path / "other", method="svdllm", keep_fraction=0.9,
                         stats=str(tmp_path / "steps/1-modegpt"))  # fmt: skip
     require_same(kept)
+    alien = [step("modegpt", 0.9, modules="mlp", **PROBE), step("slicegpt", 0.25)]
+    with pytest.raises(ConfigError, match="calibration data"):
+        require_same(prepared_run(model, tmp_path / "other", steps=alien,
+                                  calibration={"sequences": 3},
+                                  stats=str(tmp_path / "steps/1-modegpt")))  # fmt: skip
     with pytest.raises(ConfigError, match="several steps") as caught:
         require_same(prepared_run(model, tmp_path / "other", stats=str(tmp_path)))
     assert caught.value.hint.endswith("steps/1-modegpt")
@@ -417,3 +425,30 @@ def test_steps_leave_no_room_for_the_keys_of_one_method(key):
     value = {"method": "slicegpt", "keep_fraction": 0.8, "slice": 0.1, "options": {}}[key]
     with pytest.raises(ConfigError, match=f"^{key}: is given beside steps"):
         load_config(None, {"steps": RECIPES["three"], key: value})
+
+
+def test_the_embedded_model_stays_useful_behind_two_steps(tmp_path):
+    given = {
+        "model": "tiny",
+        "out": str(tmp_path),
+        "steps": [
+            step("svdllm", 0.96, modules="q_proj,k_proj"),
+            step("modegpt", 0.8, modules="mlp,vo", allocation="uniform"),
+        ],
+        "calibration.sequences": 24,
+        "evaluation.sequences": 12,
+        "device": "cpu",
+    }
+    prepared = prepare(load_config(None, given))
+    open_run(prepared)
+
+    def die_before_verifying(event):
+        if event["kind"] == "phase begins" and event["unit"] == "verify":
+            raise DeadDriverError
+
+    with pytest.raises(DeadDriverError):
+        run_on(prepared, LocalExecutor(), listener=die_before_verifying)
+    kept = records_of(tmp_path)["step"].values["found"]["keep_fraction"]
+    assert 0.79 < kept <= 0.8
+    dense, compressed = (perplexity(tmp_path, name) for name in ("dense", "compressed"))
+    assert dense < compressed < 2 * dense
