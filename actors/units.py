@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from actors import methods, refit
+from actors.behind import losses_behind
 from actors.damage import damage_curves
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.sequential import site_gram
@@ -21,6 +23,7 @@ from actors.storage.tensors import (
     write_rows,
     write_tensors,
 )
+from actors.storage.tokens import tokens_from_parquet
 from planners.errors import NumericsError
 from planners.families import load as load_family
 
@@ -114,7 +117,13 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     checkpoint = Checkpoint(job.checkpoint_uri)
     weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
     sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
-    curves = damage_curves(weights, sums, checkpoint.config, job=job, device=device)
+    losses = None
+    if job.options.get("damage") == "loss":
+        # The probe is the first sequences of the calibration tokens.
+        tokens = tokens_from_parquet(run.read(job.stream.tokens))[: len(sums["probe"])]
+        ids = torch.from_numpy(tokens).to(device)
+        losses = partial(losses_behind, checkpoint, task.index, ids=ids, device=device)
+    curves = damage_curves(weights, sums, checkpoint.config, job=job, device=device, losses=losses)
     return (), {"curves": curves}
 
 

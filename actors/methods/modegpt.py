@@ -358,6 +358,13 @@ SPEC = MethodSpec(
             help="kept fractions at which damage is measured",
         ),
         OptionSpec(
+            name="damage",
+            default="layer",
+            choices=("layer", "loss"),
+            help="of a cut: the error of its layer's output, or the rise of the model's loss, "
+            "which takes every cut through all layers behind",
+        ),
+        OptionSpec(
             name="probe_tokens", default=8192, minimum=1, help="tokens on which it is measured"
         ),
         REFIT,
