@@ -7,11 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from actors import methods, refit
+from actors import methods, refit, sequential
 from actors.behind import losses_behind
 from actors.damage import damage_curves
 from actors.messages import CompressionJob, Done, UnitTask
-from actors.sequential import site_gram
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
@@ -53,7 +52,7 @@ def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
 
 def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Factor one site of the residual stream behind a prefix that is sliced already."""
-    gram = site_gram(task.index, task.inputs, job=job, run=run, device=device)
+    gram = sequential.site_gram(task.index, job=job, run=run, device=device)
     return _factored([gram], task, job, run)
 
 
@@ -177,6 +176,7 @@ KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] 
     "draft": layer,
     "chosen": chosen,
     **refit.KINDS,
+    **sequential.KINDS,
     "embedding": embedding,
     "head": head,
 }

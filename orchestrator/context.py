@@ -55,15 +55,15 @@ class RunContext(WorkContext):
 
     @property
     def made(self) -> list[Unit]:
-        """The basis, layer, embedding and head units of the method."""
+        """The stream, basis, layer, embedding and head units of the method."""
         prepared = self.prepared
+        size = prepared.identity.microbatch_sequences
         return compression_units(
             self.sums,
-            method=prepared.spec.name,
-            revision=prepared.spec.revision,
+            spec=prepared.spec,
             options=prepared.options,
             form=self.form,
-            residual=prepared.spec.residual,
+            num_microbatches=-(-len(prepared.calibration) // size),
         )
 
     @property
@@ -75,7 +75,7 @@ class RunContext(WorkContext):
     @property
     def units(self) -> list[Unit]:
         """All units whose files or bases are in the result."""
-        made = [unit for unit in self.made if unit.kind != "draft"]
+        made = [unit for unit in self.made if unit.lasting and unit.kind != "draft"]
         return [*self.refitting[1], *made]
 
     @property

@@ -10,7 +10,7 @@ from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
 from planners.errors import ClusterError
-from planners.units import Unit
+from planners.units import Unit, needed, spent
 
 POLL_SECONDS = 0.5
 MAX_ATTEMPTS = 4
@@ -58,12 +58,12 @@ def compress(context: RunContext) -> None:
     Raises:
         CompressionError: see `run_units`.
     """
-    units = context.made
-    num_left = len(context.ledger.todo(units))
-    if not num_left:
+    lasting = [unit for unit in context.made if unit.lasting]
+    if not context.ledger.todo(lasting):
         return
-    with context.phase("compress", total=num_left):
-        run_units(context.pool, units, context.job, ledger=context.ledger, journal=context.journal)
+    left = needed(context.made, done=context.ledger.done)
+    with context.phase("compress", total=len(left)):
+        run_units(context.pool, left, context.job, ledger=context.ledger, journal=context.journal)
 
 
 def run_units(
@@ -99,6 +99,8 @@ def run_units(
             frontier.finish(unit)
             pool.saw([done])
             ledger.commit(unit, done, attempt=frontier.attempts[unit.name])
+            for passed in spent(unit, units, done=ledger.done):
+                ledger.drop(passed)
             journal.tell(unit.kind, unit=unit.name, worker=done.worker,
                          start=done.started, seconds=done.seconds)  # fmt: skip
 

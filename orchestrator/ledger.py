@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from actors.messages import UnitDone
 from actors.storage.files import Directory
-from actors.storage.records import Record, is_intact, read_records, write_record
+from actors.storage.records import Record, delete_record, is_intact, read_records, write_record
 from planners.units import Unit
 
 # What another run found out about the same model and data; its results are its own.
@@ -63,6 +63,14 @@ class Ledger:
     def forget(self, unit: Unit) -> None:
         """Count a unit as not done: what it left besides its files is gone."""
         self._records.pop(unit.name, None)
+
+    def drop(self, unit: Unit) -> None:
+        """Remove what a unit left: its record first, so that no record speaks of what is gone."""
+        record = self._records.pop(unit.name, None)
+        if record is not None:
+            delete_record(self._run, record)
+            for file in record.files:
+                self._run.delete(file.path)
 
     def commit(self, unit: Unit, done: UnitDone, *, attempt: int) -> Record:
         """Write the record of a unit whose files are in place."""

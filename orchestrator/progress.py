@@ -27,6 +27,7 @@ UNITS_OF = {
         "basis",
         "basis_shared",
         "basis_sequential",
+        "stream",
         "layer",
         "draft",
         "embedding",

@@ -83,8 +83,11 @@ def make_plan(
     width = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers
     # A chain of sites keeps the stream it reads and the one it writes.
-    streams = 2 if options.get("schedule") == "sequential" else int(len(waves) > 1)
+    sequential = options.get("schedule") == "sequential"
+    streams = 2 if sequential else int(len(waves) > 1)
     boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
+    if sequential:  # a gram for each shard of a site
+        boundaries += int(options["shards"]) * shape.hidden**2 * 8
     drafts = 0
     if refitted:
         stream = tokens * shape.hidden * BYTES_OF[work.compute_dtype]

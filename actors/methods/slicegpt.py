@@ -250,6 +250,13 @@ SPEC = MethodSpec(
             help="all sites at once from the dense model, or one after the other, each behind the "
             "sites that are sliced already: slower, and usually a little better",
         ),
+        OptionSpec(
+            name="shards",
+            default=8,
+            minimum=1,
+            help="schedule=sequential: parts of the tokens that pass a site side by side, each on "
+            "a worker; other parts, other bits",
+        ),
     ),
     statistics=_statistics,
     refuses=_refuses,

@@ -42,6 +42,11 @@ def write_record(run: Directory, record: Record) -> None:
     run.write(_path(record.unit), json.dumps(asdict(record), indent=1, sort_keys=True).encode())
 
 
+def delete_record(run: Directory, record: Record) -> None:
+    """Remove a record; the unit is not done from here on."""
+    run.delete(_path(record.unit))
+
+
 def read_records(run: Directory) -> dict[str, Record]:
     """Return unit -> record of all records of a run that can be read.
 
