@@ -73,7 +73,7 @@ class Stage:
         family = load_family(assignment.family)
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
-            self._layers[index] = self._skeleton.layer(index, checkpoint.read_prefix(prefix))
+            self._layers[index] = self._skeleton.layer(index, checkpoint.stream_prefix(prefix))
             if assignment.statistics:
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 self._statistics[index] = LayerStatistics(
@@ -133,7 +133,10 @@ class Stage:
         layer = self._statistics[task.index]
         tensors = layer.tensors()
         name = f"stats/layer-{task.index:05d}{task.suffix}.safetensors"
-        entry = write_tensors(self._run, name, tensors)
+        dtype = getattr(torch, self._assignment.statistics_dtype)
+        # Packed grams are what is large; the rest stays as it is summed.
+        stored = {key: dtype for key, t in tensors.items() if key.endswith("gram") and t.ndim == 1}
+        entry = write_tensors(self._run, name, tensors, stored=stored)
         return UnitDone(
             unit=task.unit,
             worker=self._setup.name,

@@ -16,6 +16,7 @@ from actors.storage.records import read_record
 from actors.storage.tensors import (
     NAME_OF,
     described,
+    map_tensors,
     read_tensors,
     tensor_bytes,
     write_rows,
@@ -191,7 +192,11 @@ def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor:
 
 
 def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:
-    """Return the sums of one layer: those of the run, and those of the artefact it reuses."""
+    """Return the sums of one layer: those of the run, and those of the artefact it reuses.
+
+    Grams are packed; on a local disk they are the pages of its files and take no memory until they
+    are unpacked where they are factored.
+    """
     found: dict[str, Tensor] = {}
     for uri in (job.statistics_uri, run.uri):
         directory = Directory(uri) if uri else None
@@ -199,7 +204,7 @@ def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str
             for name in directory.names("stats"):
                 # A worker that was killed while it wrote leaves a temporary name behind.
                 if name.startswith(f"stats/layer-{index:05d}") and name.endswith(".safetensors"):
-                    found |= read_tensors(directory, name)
+                    found |= map_tensors(directory, name)
     return found
 
 
