@@ -10,6 +10,7 @@ from actors import methods, refit
 from actors.damage import damage_curves
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.sequential import site_gram
+from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
@@ -76,7 +77,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Write one compressed layer."""
     checkpoint = Checkpoint(job.checkpoint_uri)
     form = job.form.layers[task.index]
-    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
         bases = _bases(task.inputs, run, device)
@@ -113,7 +114,7 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
     checkpoint = Checkpoint(job.checkpoint_uri)
-    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
     curves = damage_curves(weights, sums, checkpoint.config, job=job, device=device)
     return (), {"curves": curves}

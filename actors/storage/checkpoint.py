@@ -145,8 +145,13 @@ class Checkpoint:
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return role -> tensor of one layer, each checked to be finite."""
+        return dict(self.stream_layer(layer))
+
+    def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield role and tensor of one layer, one at a time, each checked to be finite."""
         names = load_family(self.shape.family).layer_tensors(self.shape, layer)
-        return {role: self.read(name) for role, (name, _) in names.items()}
+        for role, (name, _) in names.items():
+            yield role, self.read(name)
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin so, by the rest of their names."""
