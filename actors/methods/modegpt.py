@@ -135,6 +135,7 @@ class MoDeGPT:
             factor = hidden_factor(weights, sums, options)
             errors["mlp"] = _cut_mlp(new, factor, form.intermediate)
             rungs["mlp"] = factor.rung
+            del factor  # the largest matrix of all
         if form.qk_head_dim < shape.head_dim:
             _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
         if form.vo_head_dim < shape.head_dim:

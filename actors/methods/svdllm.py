@@ -70,8 +70,9 @@ def low_rank(
         spectrum = eigh_descending(congruence(factor.T, _inner_gram(weight)), where=where)
         axes = spectrum.vectors[:, :rank]  # (in, rank)
         unwhitened = factor @ axes
-        blocks = torch.split(weight, BLOCK)
-        second = torch.cat([rows.to(torch.float64) @ unwhitened for rows in blocks])
+        second = torch.empty(out_dim, rank, dtype=torch.float64, device=weight.device)
+        for rows, into in zip(*(torch.split(t, BLOCK) for t in (weight, second)), strict=True):
+            torch.mm(rows.to(torch.float64), unwhitened, out=into)
         first = torch.linalg.solve_triangular(factor.T, axes, upper=True).T
     energy = spectrum.values.clamp_min(0)
     lost = energy[rank:].sum() / energy.sum().clamp_min(1e-300)
