@@ -71,6 +71,7 @@ class Assignment:
         head: it computes losses.
         statistics: what it accumulates while it observes.
         dtype: compute dtype.
+        statistics_dtype: of the grams as they are stored.
     """
 
     run_uri: str
@@ -82,6 +83,7 @@ class Assignment:
     head: bool
     statistics: frozenset[Statistic]
     dtype: str
+    statistics_dtype: str = "float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

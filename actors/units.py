@@ -11,12 +11,14 @@ from actors import methods, refit, sequential
 from actors.behind import losses_behind
 from actors.damage import damage_curves
 from actors.messages import CompressionJob, Done, UnitTask
+from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
 from actors.storage.tensors import (
     NAME_OF,
     described,
+    map_tensors,
     read_tensors,
     tensor_bytes,
     write_rows,
@@ -77,7 +79,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Write one compressed layer."""
     checkpoint = Checkpoint(job.checkpoint_uri)
     form = job.form.layers[task.index]
-    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
         bases = _bases(task.inputs, run, device)
@@ -114,7 +116,7 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
     checkpoint = Checkpoint(job.checkpoint_uri)
-    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
     losses = None
     if job.options.get("damage") == "loss":
@@ -200,7 +202,11 @@ def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor:
 
 
 def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:
-    """Return the sums of one layer: those of the run, and those of the artefact it reuses."""
+    """Return the sums of one layer: those of the run, and those of the artefact it reuses.
+
+    Grams are packed; on a local disk they are the pages of its files and take no memory until they
+    are unpacked where they are factored.
+    """
     found: dict[str, Tensor] = {}
     for uri in (job.statistics_uri, run.uri):
         directory = Directory(uri) if uri else None
@@ -208,7 +214,7 @@ def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str
             for name in directory.names("stats"):
                 # A worker that was killed while it wrote leaves a temporary name behind.
                 if name.startswith(f"stats/layer-{index:05d}") and name.endswith(".safetensors"):
-                    found |= read_tensors(directory, name)
+                    found |= map_tensors(directory, name)
     return found
 
 

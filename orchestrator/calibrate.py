@@ -1,6 +1,7 @@
 """Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
@@ -99,14 +100,17 @@ def _calibrate_wave(
 
     plan = PassPlan(
         kind="calibrate",
-        assignments=assignments(
-            wave,
-            run_uri=context.run.uri,
-            checkpoint_uri=prepared.model_uri,
-            family=prepared.plan.shape.family,
-            dtype=prepared.identity.compute_dtype,
-            statistics=_missing(context),
-        ),
+        assignments=[
+            replace(each, statistics_dtype=prepared.identity.statistics_dtype)
+            for each in assignments(
+                wave,
+                run_uri=context.run.uri,
+                checkpoint_uri=prepared.model_uri,
+                family=prepared.plan.shape.family,
+                dtype=prepared.identity.compute_dtype,
+                statistics=_missing(context),
+            )
+        ],
         microbatches=[
             Microbatch(
                 index=index,

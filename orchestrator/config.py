@@ -88,6 +88,8 @@ class RunConfig(_Section):
         address: of a Ray cluster; ``local`` starts one for this command and stops it afterwards.
         device: where the workers compute.
         calibration_dtype: of the activations.
+        statistics_dtype: of the sums as they are stored; float32 halves the disk they take and
+            rounds each by at most 6e-8 of itself. They are summed and factored in float64.
         worker_gib: memory a worker may use, in GiB; None is what its device has.
         keep_statistics: keep the statistics after the last unit that needs them.
         stats: another run, whose statistics are used where they are of the same model and data.
@@ -118,6 +120,9 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
     calibration_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto, float32, bfloat16 or float16"
+    )
+    statistics_dtype: Literal["float64", "float32"] = Field(
+        default="float64", description="float64 or float32"
     )
     worker_gib: float | None = Field(
         default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB"

@@ -37,6 +37,9 @@ _COMPRESSION = (
                  help="How many. [all of a token file, 128 of text]"),
     click.option("--calibration-dtype", metavar="DTYPE",
                  help="float32, bfloat16 or float16. [float32 on a CPU, else the model's own]"),
+    click.option("--statistics-dtype", metavar="DTYPE",
+                 help="float64, or float32: half the disk for statistics, each rounded by at most "
+                 "6e-8 of itself. [float64]"),
     click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
 )  # fmt: skip
 _MEASURING = (

@@ -101,6 +101,7 @@ class Prepared:
             "slice": target.slice,
             "microbatch sequences": self.identity.microbatch_sequences,
             "calibration_dtype": self.identity.compute_dtype,
+            "statistics_dtype": self.identity.statistics_dtype,
             "threads": self.identity.threads,
             "device": self.identity.device,
         }
@@ -147,6 +148,7 @@ def prepare(given: RunConfig) -> Prepared:
             sequence_length=length,
             microbatch_sequences=min(microbatch, sequences),
             compute_dtype=config.calibration_dtype,
+            statistics_dtype=config.statistics_dtype,
             num_workers=config.workers,
             worker_bytes=int((config.worker_gib or 0) * GIB),
         ),
@@ -167,6 +169,7 @@ def prepare(given: RunConfig) -> Prepared:
             compute_dtype=config.calibration_dtype,
             threads=config.threads,
             device=config.device,
+            statistics_dtype=config.statistics_dtype,
         ),
         calibration=calibration,
         evaluation=evaluation,

@@ -1,5 +1,6 @@
 """Parameters, bytes and floating point operations, from integers alone."""
 
+from planners.packing import packed_elements
 from planners.plan import LINEARS, LayerForm, ModelForm, ModelShape, Statistic, dense_form
 
 BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -83,12 +84,12 @@ def tap_dim(shape: ModelShape, tap: str) -> int:
 
 
 def statistic_elements(shape: ModelShape, statistic: Statistic) -> int:
-    """Return the float64 numbers that one statistic of one layer holds."""
+    """Return the numbers that one statistic of one layer holds; grams are packed."""
     dim = tap_dim(shape, statistic.tap)
     if statistic.kind == "gram":
-        return dim * dim + dim  # with the sum of x
+        return packed_elements(dim) + dim  # with the sum of x
     if statistic.kind == "normed_gram":
-        return dim * dim
+        return packed_elements(dim)
     if statistic.kind == "head_gram":
         return dim * shape.head_dim + dim
     if statistic.kind.startswith("probe"):

@@ -51,6 +51,7 @@ class Identity:
         compute_dtype: dtype of the calibration forward.
         threads: threads of one unit.
         device: device class, ``cpu`` or the name of the accelerator.
+        statistics_dtype: of the grams as they are stored between the pass and the methods.
     """
 
     model_revision: str
@@ -59,6 +60,7 @@ class Identity:
     compute_dtype: str
     threads: int
     device: str
+    statistics_dtype: str = "float64"
 
 
 def statistics_units(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from actors.numerics.packed import unpacked
 from actors.storage import sums
 from actors.storage.files import Directory
 from actors.storage.records import read_records, write_record
@@ -26,6 +27,7 @@ from tests.builders import (
 )
 
 UNIFORM = {"method": "modegpt", "keep_fraction": 0.8, "options": {"allocation": "uniform"}}
+FFN = 56  # of the model of tests.builders
 TAPS = ["k_rope.pair_energy", "mlp_hidden.gram", "q_rope.pair_energy", "v.head_gram"]
 
 
@@ -73,12 +75,17 @@ def test_show_says_what_the_sums_are_of(first, model):
     assert found["taps"] == TAPS
 
 
-@pytest.mark.parametrize("block_bytes", [1, 3000, 2**30])
-def test_verify_passes_what_a_run_wrote(first, monkeypatch, block_bytes):
-    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)  # a gram in one block, or in many
+def test_verify_passes_what_a_run_wrote(first):
     found = command("verify", first)
     assert found["passed"]
     assert found["layers"] == found["files"] == 3
+
+
+@pytest.mark.parametrize("block_bytes", [1, 3000, 2**30])
+def test_verify_passes_grams_that_are_stored_whole(kept, monkeypatch, block_bytes):
+    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)  # a gram in one block, or in many
+    rewritten(Directory(str(kept)), whole)
+    assert command("verify", kept)["passed"]
 
 
 def test_verify_names_a_file_with_another_byte(kept):
@@ -110,14 +117,22 @@ def _fields(record):
     return {name: getattr(record, name) for name in record.__slots__}
 
 
+def whole(tensors):
+    tensors["mlp_hidden.gram"] = unpacked(tensors["mlp_hidden.gram"])
+
+
 def broken(tensors, key, index, value):
-    tensors[key][index] = value
+    if index is None:
+        tensors[key] = tensors[key][:-1].clone()
+    else:
+        tensors[key][index] = value
 
 
 FAULTS = {
-    "NaN or infinite": ("mlp_hidden.gram", (40, 3), torch.nan),
-    "not symmetric": ("mlp_hidden.gram", (40, 3), 1e6),
-    "negative": ("mlp_hidden.gram", (50, 50), -1.0),
+    "NaN or infinite": ("mlp_hidden.gram", (40 * FFN + 3,), torch.nan),
+    "not symmetric": ("mlp_hidden.gram", (40 * FFN + 3,), 1e6),
+    "negative": ("mlp_hidden.gram", (50 * FFN + 50,), -1.0),
+    "no packed symmetric matrix": ("mlp_hidden.gram", None, None),
     "v.head_gram is not symmetric": ("v.head_gram", (1, 2, 3), 1e6),
     "v.head_gram has a negative": ("v.head_gram", (1, 2, 2), -1.0),
     "q_rope.pair_energy has entries": ("q_rope.pair_energy", (0, 0), torch.inf),
@@ -125,10 +140,26 @@ FAULTS = {
 }
 
 
+WHOLE_FAULTS = {
+    "NaN or infinite": ("mlp_hidden.gram", (40, 3), torch.nan),
+    "not symmetric": ("mlp_hidden.gram", (40, 3), 1e6),
+    "negative": ("mlp_hidden.gram", (50, 50), -1.0),
+}
+
+
 @pytest.mark.parametrize("block_bytes", [3000, 2**30])
-@pytest.mark.parametrize("words", FAULTS)
-def test_verify_refuses_sums_that_can_be_none(kept, monkeypatch, words, block_bytes):
+@pytest.mark.parametrize("words", WHOLE_FAULTS)
+def test_verify_refuses_whole_grams_that_can_be_none(kept, monkeypatch, words, block_bytes):
     monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)
+    run = Directory(str(kept))
+    rewritten(run, whole)
+    rewritten(run, lambda tensors: broken(tensors, *WHOLE_FAULTS[words]))
+    with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
+        artefact.verified(run)
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_verify_refuses_sums_that_can_be_none(kept, words):
     run = Directory(str(kept))
     rewritten(run, lambda tensors: broken(tensors, *FAULTS[words]))
     with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
@@ -190,6 +221,7 @@ def test_statistics_of_another_model_are_refused(first, tmp_path):
 
 OTHERS = {
     "calibration_dtype": {"calibration_dtype": "bfloat16"},
+    "statistics_dtype": {"statistics_dtype": "float32"},
     "threads": {"threads": 2},
     "microbatch sequences": {"calibration": {"microbatch_tokens": LENGTH}},
 }
