@@ -139,7 +139,8 @@ def _local_copy(uri: str) -> Iterator[Path]:
         for name in directory.names():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(directory.read(name))
+            with target.open("wb") as file:
+                file.writelines(directory.pieces(name))
         yield Path(folder)
 
 
