@@ -34,23 +34,27 @@ def cli() -> None:
 @click.option(
     "--keep-statistics", is_flag=True, default=None, help="Keep stats/ at the end, for --stats."
 )
+@click.option(
+    "--verify-hashes", is_flag=True, help="Compare the bytes of what is done, not only sizes."
+)
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Answer every question with yes.")
 @as_json
 def run(
-    model: str | None, dashboard: bool, dry_run: bool, yes: bool, json_: bool, **given: Any
+    model: str | None, yes: bool, json_: bool, **given: Any
 ) -> None:  # fmt: skip
     """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
 
     The result is RUN/model. The same command again goes on where this one stopped.
     """
     del yes  # nothing is asked: no command of ours rents a machine
+    how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
     config = _config(model, given)
     click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
     from orchestrator import screens
 
-    screens.run(config, dashboard=dashboard, dry_run=dry_run, json_=json_)
+    screens.run(config, **how, json_=json_)
 
 
 @cli.command(cls=RecipeCommand)

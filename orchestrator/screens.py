@@ -44,7 +44,9 @@ _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _out = Console(highlight=False, markup=False, emoji=False)
 
 
-def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> None:
+def run(
+    config: RunConfig, *, dashboard: bool, dry_run: bool, verify_hashes: bool, json_: bool
+) -> None:
     """Do a run, showing how it goes on stderr, and print its report."""
     prepared = prepare(config)
     if dry_run:
@@ -55,7 +57,9 @@ def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> No
     was_ready = finished_report(prepared.run) is not None
     num_workers = max(map(len, prepared.plan.waves))
     with ProgressScreen(_err, num_workers=num_workers) as listener:
-        report = do_run(prepared, listener=listener, dashboard=dashboard)
+        report = do_run(
+            prepared, listener=listener, dashboard=dashboard, verify_hashes=verify_hashes
+        )
     if was_ready:
         _err.print("it was READY before; this is its report")
     _print_report(report, json_=json_)

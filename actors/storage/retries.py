@@ -20,6 +20,7 @@ _T = TypeVar("_T")
 _UNREACHABLE = re.compile(r"curlCode: (7|28)\b.*(connect|Connection timed out)", re.I | re.S)
 _TRANSIENT = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT"
+    r"|XML_ERROR_PARSING"  # a listing that was cut short
     r"|HTTP status (408|429|5\d\d)|Connection reset|timed out|[Tt]imeout|Response body length"
 )
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
