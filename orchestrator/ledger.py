@@ -1,6 +1,6 @@
 """Which units are done: the records of a run, checked against its files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from actors.messages import UnitDone
@@ -26,7 +26,12 @@ class Ledger:
     """
 
     def __init__(
-        self, run: Directory, *, reuse: Directory | None = None, verify_hashes: bool = False
+        self,
+        run: Directory,
+        *,
+        reuse: Directory | None = None,
+        verify_hashes: bool = False,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         """Read the records of earlier drivers; those whose files changed do not count.
 
@@ -35,11 +40,13 @@ class Ledger:
             reuse: another run, whose statistics and dense evaluation count too where they are of
                 the same model and data.
             verify_hashes: compare bytes, not only sizes.
+            fence: raises where this driver may write no more records.
         """
         self._run = run
         self._known = read_records(run)
         self._records = _intact(run, self._known, hashes=verify_hashes)
         self._spared: set[str] = set()
+        self._fence = fence
         found = {}
         if reuse is not None:
             found = _intact(reuse, read_records(reuse), hashes=verify_hashes)
@@ -126,6 +133,8 @@ class Ledger:
             attempt=attempt,
             incarnation=done.incarnation,
         )
+        if self._fence is not None:
+            self._fence()
         write_record(self._run, record)
         self._records[unit.name] = self._known[unit.name] = record
         return record

@@ -1,5 +1,6 @@
 """The one path of a run, top to bottom."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def run(
     """
     config = prepared.config
     require_directory(prepared.run)
-    with lease.held(prepared.run):
+    with lease.held(prepared.run) as hold:
         known = check_run(prepared)
         report = finished_report(prepared.run, hashes=verify_hashes) if known else None
         if report is not None:
@@ -52,13 +53,28 @@ def run(
             dashboard=dashboard,
         ):
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            return run_on(prepared, RayExecutor(), listener=listener, verify_hashes=verify_hashes)
+            return run_on(
+                prepared,
+                RayExecutor(),
+                listener=listener,
+                verify_hashes=verify_hashes,
+                fence=hold.require,
+            )
 
 
 def run_on(
-    prepared: Prepared, executor: Executor, *, listener: Listener, verify_hashes: bool = False
+    prepared: Prepared,
+    executor: Executor,
+    *,
+    listener: Listener,
+    verify_hashes: bool = False,
+    fence: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Do an opened run on an executor; every phase skips the units that have a record."""
+    """Do an opened run on an executor; every phase skips the units that have a record.
+
+    ``fence`` is called before each record and before READY; it raises where another driver took
+    over.
+    """
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
@@ -67,7 +83,7 @@ def run_on(
         prepared=prepared,
         form=prepared.plan.form,
         run=run,
-        ledger=Ledger(run, reuse=reuse, verify_hashes=verify_hashes),
+        ledger=Ledger(run, reuse=reuse, verify_hashes=verify_hashes, fence=fence),
         journal=journal,
         pool=pool,
     )
@@ -83,6 +99,8 @@ def run_on(
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
+    if fence is not None:
+        fence()
     finish(context, report)
     return report
 

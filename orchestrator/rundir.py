@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from actors.storage.files import Directory
-from actors.storage.records import read_records
+from actors.storage.records import read_records, torn_records
 from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
 from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
@@ -105,6 +105,8 @@ def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] |
     if not _result_is_whole(run, mark.get("units"), hashes=hashes):
         run.delete(READY)
         return None
+    for name in torn_records(run):
+        run.delete(name)  # of units whose files were dropped; the report has their numbers
     return report
 
 
