@@ -1,6 +1,5 @@
 """Opening a run directory, knowing another run from this one, and marking the end."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +9,12 @@ import yaml
 from pydantic import ValidationError
 
 from actors.storage.files import Directory
-from actors.storage.records import read_records, torn_records
 from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
 from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
+from orchestrator.finished import READY, REPORT, STITCH, finished_report, sha256
 from orchestrator.lease import NAME as LEASE
 from orchestrator.outcome import environment
 from orchestrator.prepare import Prepared
@@ -23,9 +22,7 @@ from orchestrator.report import render_page
 from planners.errors import ConfigError, DataError, StorageError
 from planners.plan import to_json
 
-READY = "READY"
-REPORT = "report.json"
-STITCH = "stitch"  # the unit of index, config and tokenizer
+__all__ = ["READY", "REPORT", "check_run", "finish", "finished_report", "open_run", "recipe_of"]
 
 
 def check_run(prepared: Prepared) -> bool:
@@ -82,47 +79,6 @@ def recipe_of(run: Directory) -> RunConfig:
     return config.model_copy(update={"out": run.uri})
 
 
-def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] | None:
-    """Return the report of a run that is READY, or None where work is left.
-
-    A result whose files are no longer those of the records is not READY: the mark is taken away.
-
-    Args:
-        run: the run directory.
-        hashes: compare every byte of the result, not only sizes.
-    """
-    if run.size(READY) is None or run.size(REPORT) is None:
-        return None
-    data = run.read(REPORT)
-    try:
-        mark = json.loads(run.read(READY))
-        report = json.loads(data)
-    except ValueError:
-        return None  # torn; both follow from the records, and are written again
-    vouched = isinstance(mark, dict) and mark.get("report") == _sha256(data)
-    if not vouched or not isinstance(report, dict):
-        return None
-    if not _result_is_whole(run, mark.get("units"), hashes=hashes):
-        run.delete(READY)
-        return None
-    for name in torn_records(run):
-        run.delete(name)  # of units whose files were dropped; the report has their numbers
-    return report
-
-
-def _result_is_whole(run: Directory, units: object, *, hashes: bool) -> bool:
-    """Return whether all units of a result have their records, and their files are as recorded."""
-    records = read_records(run)
-    if not isinstance(units, list) or not all(unit in records for unit in units):
-        return False
-    files = [file for unit in units for file in records[unit].files]
-    return all(
-        run.size(f.path) == f.bytes and (not hashes or run.sha256(f.path) == f.sha256)
-        for f in files
-        if f.path.startswith("model/")
-    )
-
-
 def finish(context: RunContext, report: Mapping[str, Any]) -> None:
     """Write the report, mark the run READY, and drop what only the work needed."""
     run = context.run
@@ -133,7 +89,7 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
     mark = {
         "identity": facts,
         "created": report["created"],
-        "report": _sha256(data),
+        "report": sha256(data),
         "units": sorted({*(unit.name for unit in context.units), STITCH}),
     }
     run.write(READY, _json(mark))
@@ -194,10 +150,6 @@ def _holds_tokens(run: Directory, name: str, tokens: np.ndarray) -> bool:
         return bool(np.array_equal(tokens_from_parquet(run.read(name)), tokens))
     except DataError:
         return False
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _short(value: object) -> str:
