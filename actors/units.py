@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from actors import methods, refit, sequential
 from actors.behind import losses_behind
 from actors.damage import damage_curves
-from actors.messages import CompressionJob, Done, UnitTask
+from actors.messages import OF_A_LAYER, CompressionJob, Done, UnitTask
 from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
@@ -39,6 +40,9 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
         NumericsError: statistics gave no usable numbers.
         ModelError: a weight is missing or not finite.
     """
+    own = job.layer_options.get(task.index)
+    if own and task.kind in OF_A_LAYER:
+        job = replace(job, options={**job.options, **own})
     try:
         return KINDS[task.kind](task, job, run, device)
     except NumericsError as error:

@@ -59,5 +59,8 @@ def read_events(run: Directory) -> list[Event]:
     """Return all events of a run in the order they happened."""
     rows: list[Event] = []
     for name in run.names("events"):
-        rows += parquet.read_table(pa.BufferReader(run.read(name))).to_pylist()
+        try:
+            rows += parquet.read_table(pa.BufferReader(run.read(name)), schema=SCHEMA).to_pylist()
+        except (pa.ArrowException, OSError):
+            continue  # torn: it tells what happened, and proves nothing
     return sorted(rows, key=lambda row: row["at"])

@@ -199,8 +199,9 @@ def read_json(directory: Directory, name: str) -> dict[str, Any]:
     size = directory.size(name)
     where = directory.path(name)
     if size is None:
+        missing = "file" if directory.has_bucket() else "bucket"
         raise ModelError(
-            f"{where}: there is no such file", hint="a model directory holds config.json"
+            f"{where}: there is no such {missing}", hint="a model directory holds config.json"
         )
     if size > MAX_JSON_BYTES:
         raise ModelError(f"{where}: {size} bytes are too many for a JSON file of a model")
