@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from orchestrator.commands import COMMANDS
 from orchestrator.options import KEYS, RecipeCommand, evaluation_options, recipe_options
 from planners.errors import CompressionError, ConfigError
 
@@ -199,6 +200,10 @@ def methods(json_: bool) -> None:
     from orchestrator import screens
 
     screens.methods(json_=json_)
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

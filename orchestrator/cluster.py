@@ -1,10 +1,13 @@
 """Connecting to a Ray cluster, or starting one for this command alone."""
 
 import contextlib
+import copy
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -115,3 +118,21 @@ def _protect_token() -> None:
     with contextlib.suppress(OSError):  # no home directory, no token
         if token.is_file():
             token.chmod(0o600)
+
+
+def schema_refusal(values: Mapping[str, Any]) -> str:
+    """Return why ``ray up`` would refuse a cluster file, in a line; empty where it would not."""
+    # Not at the top: the launcher's modules are of use to one command only.
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    said = io.StringIO()  # what preparing prints is of use to `ray up` only
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate_config(prepare_config(copy.deepcopy(dict(values))))
+    except ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        return f"{where}: {error.message}" if where else str(error.message)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
