@@ -8,7 +8,13 @@ from typing import Any
 import click
 
 from orchestrator.commands import COMMANDS
-from orchestrator.options import KEYS, RecipeCommand, evaluation_options, recipe_options
+from orchestrator.options import (
+    RecipeCommand,
+    config_of,
+    evaluation_options,
+    pairs_of,
+    recipe_options,
+)
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
@@ -47,7 +53,7 @@ def run(
     The result is RUN/model. The same command again goes on where this one stopped.
     """
     del yes  # nothing is asked: no command of ours rents a machine
-    config = _config(model, given)
+    config = config_of(model, given)
     click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
     from orchestrator import screens
 
@@ -65,7 +71,7 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
     """
-    config = _config(model, given)
+    config = config_of(model, given)
     from orchestrator import screens
 
     screens.plan(config, cluster_text=cluster, json_=json_)
@@ -77,7 +83,7 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
     """Measure the perplexity of a checkpoint, dense or compressed."""
-    config = _config(directory, given)
+    config = config_of(directory, given)
     from orchestrator import screens
 
     screens.evaluate(config, json_=json_)
@@ -119,7 +125,7 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
         run_uri,
         names=given["method"].split(","),
         fractions=_numbers(given["keep_fraction"]),
-        options=_pairs(given["options"]),
+        options=pairs_of(given["options"]),
         placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
         json_=json_,
     )
@@ -230,22 +236,6 @@ def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
     from orchestrator import screens
 
     screens.statistics(action, run_uri, json_=json_)
-
-
-def _config(model: str | None, given: dict[str, Any]) -> Any:
-    from orchestrator.config import load_config
-
-    options = {f"options.{key}": value for key, value in _pairs(given.pop("options", ())).items()}
-    recipe = given.pop("recipe")
-    values = {KEYS.get(name, name): value for name, value in given.items()}
-    return load_config(recipe, {"model": model, **values, **options})
-
-
-def _pairs(options: tuple[str, ...]) -> dict[str, str]:
-    for pair in options:
-        if "=" not in pair:
-            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
-    return dict(pair.split("=", 1) for pair in options)
 
 
 def _numbers(text: str) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.clusters.capacity import cluster_file_here, most
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
@@ -103,12 +104,18 @@ def _facts(address: str, dashboard: str) -> ClusterFacts:
 
 def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
     """Refuse what would otherwise wait for ever: Ray does not say that a request cannot fit."""
-    if num_cpus > facts.cpus or num_gpus > facts.gpus:
+    cpus, gpus, grown = facts.cpus, facts.gpus, ""
+    if facts.address != "local" and (num_cpus > cpus or num_gpus > gpus):
+        file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
+        most_cpus, most_gpus = most(file, "CPU"), most(file, "GPU")
+        if most_cpus > cpus or most_gpus > gpus:
+            cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"
+    if num_cpus > cpus or num_gpus > gpus:
         raise ClusterError(
-            f"the cluster at {facts.address!r} has {facts.cpus:g} cores and {facts.gpus:g} GPUs; "
+            f"the cluster at {facts.address!r}{grown} has {cpus:g} cores and {gpus:g} GPUs; "
             f"this run needs {num_cpus} and {num_gpus}",
             hint="use fewer --workers or --threads, or a larger cluster"
-            + (", or --device cpu" if num_gpus > facts.gpus else ""),
+            + (", or --device cpu" if num_gpus > gpus else ""),
         )
 
 

@@ -22,6 +22,7 @@ from planners.errors import ConfigError, StorageError
 from planners.plan import to_json
 
 READY = "READY"
+JOB = "job.json"  # which job of which cluster works on it; see `orchestrator.submission`
 REPORT = "report.json"
 
 
@@ -127,7 +128,7 @@ def _refuse_what_is_no_run(run: Directory) -> None:
     strange = [
         name
         for name in run.entries()
-        if not name.startswith((".", LEASE)) and not name.endswith(".tmp")
+        if not name.startswith((".", LEASE, JOB)) and not name.endswith(".tmp")
     ]
     if strange:
         raise StorageError(

@@ -16,7 +16,7 @@ from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator import artefact, cluster, examine, lease
+from orchestrator import artefact, cluster, examine, lease, submission
 from orchestrator.config import RunConfig
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
@@ -131,12 +131,10 @@ def report(run_uri: str, *, json_: bool) -> None:
 def status(run_uri: str, *, json_: bool) -> None:
     """Print how many units of each kind are done, and who holds the run."""
     run_ = Directory(run_uri)
-    if run_.size("plan.json") is None:
+    job = submission.described(run_)
+    if run_.size("plan.json") is None and job is None:
         raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    try:
-        num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
-    except (ValueError, LookupError, TypeError):
-        num_layers = 0  # torn by a crash; the run writes it again
+    num_layers = _num_layers(run_)
     done = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
@@ -149,11 +147,15 @@ def status(run_uri: str, *, json_: bool) -> None:
                     "verdict": verdict,
                     "done": dict(sorted(done.items())),
                     "holder": holder if alive else None,
+                    "job": job,
                 }
             )
         )
         return
     _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+    if job is not None:
+        said = f"job {job['submission_id']} at {job['address']}: {job['state']}"
+        _out.print(said, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("units")
     table.add_column("done", justify="right")
@@ -334,6 +336,13 @@ def _finished(run_: Directory) -> dict[str, Any]:
             hint=f"compress-cluster status {run_.uri} says how far it is",
         )
     return found
+
+
+def _num_layers(run_: Directory) -> int:
+    try:
+        return int(json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"])
+    except (ValueError, LookupError, TypeError, StorageError):
+        return 0  # not begun; or torn by a crash, and the run writes it again
 
 
 def _unit_kinds(run_: Directory) -> list[str]:
