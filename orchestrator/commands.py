@@ -109,6 +109,21 @@ def batch(file: str, dry_run: bool, json_: bool) -> None:
     batch_screen.batch(file, dry_run=dry_run, json_=json_)
 
 
+@click.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--price", type=float, default=0.0, metavar="P", help="Of a worker for an hour.")
+@click.option("--once", is_flag=True, help="Print one screen and leave.")
+def watch(run_uri: str, price: float, once: bool) -> None:
+    """Follow a RUN live, from anywhere that can read its directory, s3:// and gs:// too.
+
+    \b
+    compress-cluster watch s3://BUCKET/runs/llama-2-70b --price 1.1
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator.watch import follow
+
+    follow.watch(run_uri, price=price, once=once)
+
+
 @click.command(hidden=True)
 @click.option("--sent-by", required=True)
 @click.option("--tries", type=int, required=True)
@@ -123,4 +138,4 @@ def job(sent_by: str, tries: int, recipe: str) -> None:
     sys.exit(submission.do_job(recipe, sent_by=sent_by, tries=tries, say=say))
 
 
-COMMANDS: tuple[click.Command, ...] = (cluster, submit, logs, cancel, job, batch)
+COMMANDS: tuple[click.Command, ...] = (cluster, submit, logs, cancel, job, batch, watch)
