@@ -124,6 +124,36 @@ def watch(run_uri: str, price: float, once: bool) -> None:
     follow.watch(run_uri, price=price, once=once)
 
 
+@click.command()
+@click.option("--out", default="runs", show_default=True, help="Where runs are to go.")
+@click.option("--offline", is_flag=True, help="Ask nobody.")
+@as_json
+def doctor(out: str, offline: bool, json_: bool) -> None:
+    """Look at this machine, and say what to put right before a run finds out.
+
+    \b
+    compress-cluster doctor --out s3://BUCKET/runs
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator import findings
+
+    findings.machine(out, offline=offline, json_=json_)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors.
+
+    \b
+    compress-cluster schema > recipe.schema.json
+    # yaml-language-server: $schema=recipe.schema.json       as the first line of a recipe
+    """  # noqa: D301 click's mark for lines to leave as they are
+    import json
+
+    from orchestrator.config import RunConfig
+
+    click.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
 @click.command(hidden=True)
 @click.option("--sent-by", required=True)
 @click.option("--tries", type=int, required=True)
@@ -138,4 +168,14 @@ def job(sent_by: str, tries: int, recipe: str) -> None:
     sys.exit(submission.do_job(recipe, sent_by=sent_by, tries=tries, say=say))
 
 
-COMMANDS: tuple[click.Command, ...] = (cluster, submit, logs, cancel, job, batch, watch)
+COMMANDS: tuple[click.Command, ...] = (
+    cluster,
+    submit,
+    logs,
+    cancel,
+    job,
+    batch,
+    watch,
+    doctor,
+    schema,
+)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.clusters.document import Finding
-from planners.errors import ConfigError
+from planners.errors import ClusterError, ConfigError
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 _out = Console(highlight=False, markup=False, emoji=False)
@@ -35,6 +35,26 @@ def cluster_file(path: str, *, json_: bool) -> None:
         raise ConfigError(f"{path}: {errors} error" + ("s" if errors > 1 else ""))
     if errors:
         raise SystemExit(ConfigError.exit_code)
+
+
+def machine(out: str, *, offline: bool, json_: bool) -> None:
+    """Print what is wrong with this machine.
+
+    Raises:
+        SystemExit: something is; with the exit code of a cluster that does not fit.
+    """
+    from orchestrator.doctor import examine  # imports torch
+
+    checks = examine(out, offline=offline)
+    if json_:
+        print(json.dumps({"checks": [asdict(check) for check in checks]}))  # noqa: T201 the one document
+    for check in checks if not json_ else ():
+        head = Text.assemble((f"{check.level:<8}", COLOURS[check.level]), (check.name, "bold"))
+        _out.print(head, check.said, soft_wrap=True)
+        if check.fix:
+            _out.print(Text(f"        {check.fix}", style="dim"), soft_wrap=True)
+    if any(check.level == "error" for check in checks):
+        raise SystemExit(ClusterError.exit_code)
 
 
 def _print_finding(path: str, finding: Finding) -> None:
