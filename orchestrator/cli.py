@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from orchestrator.options import KEYS, RecipeCommand, evaluation_options, recipe_options
+from orchestrator.commands import COMMANDS
+from orchestrator.options import (
+    RecipeCommand,
+    config_of,
+    evaluation_options,
+    pairs_of,
+    recipe_options,
+)
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
@@ -50,7 +57,7 @@ def run(
     """
     del yes  # nothing is asked: no command of ours rents a machine
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
-    config = _config(model, given)
+    config = config_of(model, given)
     click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
     from orchestrator import screens
 
@@ -68,7 +75,7 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
     """
-    config = _config(model, given)
+    config = config_of(model, given)
     from orchestrator import screens
 
     screens.plan(config, cluster_text=cluster, json_=json_)
@@ -80,7 +87,7 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
     """Measure the perplexity of a checkpoint, dense or compressed."""
-    config = _config(directory, given)
+    config = config_of(directory, given)
     from orchestrator import screens
 
     screens.evaluate(config, json_=json_)
@@ -122,7 +129,7 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
         run_uri,
         names=given["method"].split(","),
         fractions=_numbers(given["keep_fraction"]),
-        options=_pairs(given["options"]),
+        options=pairs_of(given["options"]),
         placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
         json_=json_,
     )
@@ -168,7 +175,7 @@ def redo(run_uri: str, layers: str, json_: bool, **given: Any) -> None:
     screens.redo(
         run_uri,
         layers=layers,
-        options=_pairs(given["options"]),
+        options=pairs_of(given["options"]),
         placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
         json_=json_,
     )
@@ -241,6 +248,10 @@ def methods(json_: bool) -> None:
     screens.methods(json_=json_)
 
 
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of what happened."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -265,22 +276,6 @@ def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
     from orchestrator import screens
 
     screens.statistics(action, run_uri, json_=json_)
-
-
-def _config(model: str | None, given: dict[str, Any]) -> Any:
-    from orchestrator.config import load_config
-
-    options = {f"options.{key}": value for key, value in _pairs(given.pop("options", ())).items()}
-    recipe = given.pop("recipe")
-    values = {KEYS.get(name, name): value for name, value in given.items()}
-    return load_config(recipe, {"model": model, **values, **options})
-
-
-def _pairs(options: tuple[str, ...]) -> dict[str, str]:
-    for pair in options:
-        if "=" not in pair:
-            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
-    return dict(pair.split("=", 1) for pair in options)
 
 
 def _numbers(text: str) -> list[float]:

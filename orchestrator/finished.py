@@ -9,6 +9,7 @@ from actors.storage.records import read_records, torn_records
 
 READY = "READY"
 REPORT = "report.json"
+JOB = "job.json"  # which job of which cluster works on it; see `orchestrator.submission`
 STITCH = "stitch"  # the unit of index, config and tokenizer
 
 

@@ -14,7 +14,7 @@ from actors.storage.files import Directory
 from actors.storage.records import read_records
 from orchestrator import lease
 from orchestrator.compare import Difference, differences
-from orchestrator.finished import READY, REPORT, finished_report
+from orchestrator.finished import JOB, READY, REPORT, finished_report
 from orchestrator.report import render_page, render_terminal
 from planners.errors import StorageError
 
@@ -32,12 +32,10 @@ def report(run_uri: str, *, json_: bool) -> None:
 def status(run_uri: str, *, json_: bool) -> None:
     """Print how many units of each kind are done, and who holds the run."""
     run_ = Directory(run_uri)
-    if run_.size("plan.json") is None:
+    job = _job(run_)
+    if run_.size("plan.json") is None and job is None:
         raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    try:
-        num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
-    except (ValueError, LookupError, TypeError):
-        num_layers = 0  # torn by a crash; the run writes it again
+    num_layers = _num_layers(run_)
     done = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
@@ -50,11 +48,15 @@ def status(run_uri: str, *, json_: bool) -> None:
                     "verdict": verdict,
                     "done": dict(sorted(done.items())),
                     "holder": holder if alive else None,
+                    "job": job,
                 }
             )
         )
         return
     _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+    if job is not None:
+        said = f"job {job['submission_id']} at {job['address']}: {job['state']}"
+        _out.print(said, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("units")
     table.add_column("done", justify="right")
@@ -110,6 +112,22 @@ def _finished(run_: Directory) -> dict[str, Any]:
             hint=f"compress-cluster status {run_.uri} says how far it is",
         )
     return found
+
+
+def _job(run_: Directory) -> dict[str, Any] | None:
+    """Return where a run was sent and how it is there, or None where it was not sent."""
+    if run_.size(JOB) is None:
+        return None
+    from orchestrator import submission  # what asks a cluster takes longer to import
+
+    return submission.described(run_)
+
+
+def _num_layers(run_: Directory) -> int:
+    try:
+        return int(json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"])
+    except (ValueError, LookupError, TypeError, StorageError):
+        return 0  # not begun; or torn by a crash, and the run writes it again
 
 
 def _unit_kinds(run_: Directory) -> list[str]:

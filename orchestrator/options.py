@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from planners.errors import ConfigError
 from planners.plan import Option, OptionSpec
 
 Decorator = Callable[[Any], Any]
@@ -90,6 +91,32 @@ class RecipeCommand(click.Command):
                 (method, " ".join(f"{o.name}={_typed(o.default)}" for o in options))
                 for method, options in method_options().items()
             ])  # fmt: skip
+
+
+def config_of(model: str | None, given: dict[str, Any]) -> Any:
+    """Return the recipe that a command line asks for; ``given`` is what click parsed.
+
+    Raises:
+        ConfigError: an option is wrong, or the recipe file is.
+    """
+    from orchestrator.config import load_config
+
+    options = {f"options.{key}": value for key, value in pairs_of(given.pop("options", ())).items()}
+    recipe = given.pop("recipe")
+    values = {KEYS.get(name, name): value for name, value in given.items()}
+    return load_config(recipe, {"model": model, **values, **options})
+
+
+def pairs_of(options: Sequence[str]) -> dict[str, str]:
+    """Return key -> value of texts such as ``round_to=16``.
+
+    Raises:
+        ConfigError: one of them is no pair.
+    """
+    for pair in options:
+        if "=" not in pair:
+            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in options)
 
 
 def method_options() -> dict[str, tuple[OptionSpec, ...]]:

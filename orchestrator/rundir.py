@@ -14,7 +14,7 @@ from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
-from orchestrator.finished import READY, REPORT, STITCH, finished_report, sha256
+from orchestrator.finished import JOB, READY, REPORT, STITCH, finished_report, sha256
 from orchestrator.lease import NAME as LEASE
 from orchestrator.outcome import environment
 from orchestrator.prepare import Prepared
@@ -114,7 +114,7 @@ def _refuse_what_is_no_run(run: Directory) -> None:
     strange = [
         name
         for name in run.entries()
-        if not name.startswith((".", LEASE)) and not name.endswith(".tmp")
+        if not name.startswith((".", LEASE, JOB)) and not name.endswith(".tmp")
     ]
     if strange:
         raise StorageError(

@@ -13,6 +13,7 @@ from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator import artefact, cluster, examine
+from orchestrator.api import compress_as
 from orchestrator.config import RunConfig
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
@@ -27,7 +28,6 @@ from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
 from orchestrator.redo import layers_of
 from orchestrator.redo import redo as do_redo
-from orchestrator.run import run as do_run
 from orchestrator.rundir import finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PAGE, points_of
@@ -46,18 +46,21 @@ def run(
     config: RunConfig, *, dashboard: bool, dry_run: bool, verify_hashes: bool, json_: bool
 ) -> None:
     """Do a run, showing how it goes on stderr, and print its report."""
-    prepared = prepare(config)
     if dry_run:
+        prepared = prepare(config)
         artefact.require_same(prepared)
         _print_prepared(prepared, json_=json_)
         return
-    _err.print(Text(prepared.title, style="bold"), "->", prepared.config.out, soft_wrap=True)
-    was_ready = finished_report(prepared.run) is not None
-    num_workers = max(map(len, prepared.plan.waves))
-    with ProgressScreen(_err, num_workers=num_workers) as listener:
-        report = do_run(
-            prepared, listener=listener, dashboard=dashboard, verify_hashes=verify_hashes
-        )
+    was_ready = False
+
+    def shown(prepared: Prepared) -> ProgressScreen:
+        nonlocal was_ready
+        title = Text(prepared.title, style="bold")
+        _err.print(title, "->", prepared.config.out, soft_wrap=True)
+        was_ready = finished_report(prepared.run) is not None
+        return ProgressScreen(_err, num_workers=max(map(len, prepared.plan.waves)))
+
+    report = compress_as(config, shown=shown, dashboard=dashboard, verify_hashes=verify_hashes)
     if was_ready:
         _err.print("it was READY before; this is its report")
     print_report(report, json_=json_)
