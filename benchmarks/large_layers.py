@@ -5,7 +5,7 @@ bfloat16 weights, go through calibration and compression with each method, one l
 time, in the memory that the plan states: the FFN's 6.6 GB gram is packed, mapped, and factored in
 place. The same script with ``--shrink`` does the same at a fraction of the widths.
 
-    .venv/bin/python benchmarks/large_layers.py [--shrink N] [--methods a,b] [--folder DIR] [--quick]
+    .venv/bin/python benchmarks/large_layers.py [--shrink N] [--methods a,b] [--folder DIR]
 """
 
 import argparse
