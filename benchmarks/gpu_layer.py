@@ -25,6 +25,7 @@ from actors.observe import LayerStatistics
 from planners.cost import forward_flops, gram_flops
 from planners.families import family_of
 from planners.families import load as load_family
+from planners.packing import blocks_of
 from planners.plan import LINEARS, ModelShape, Statistic
 
 GOAL = 0.6
@@ -161,10 +162,12 @@ def _bare(shape: ModelShape, hidden: torch.Tensor, dtype: torch.dtype) -> Callab
             inputs[weight.shape[1]] @ weight.T
         attention(q, q, q, is_causal=True)
         for x in (flat, flat, inputs[shape.intermediate]):
-            if dtype == torch.float32:
-                x.T @ x
-            else:
-                torch.mm(x.T, x, out_dtype=torch.float32)
+            for block in blocks_of(x.shape[1]):  # half of the square, as ours
+                left, right = x[:, block.first : block.last].T, x[:, block.first :]
+                if dtype == torch.float32:
+                    left @ right
+                else:
+                    torch.mm(left, right, out_dtype=torch.float32)
 
     return work
 
