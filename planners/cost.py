@@ -105,12 +105,12 @@ def forward_flops(shape: ModelShape, *, tokens: int, sequence_length: int) -> in
 
 
 def gram_flops(shape: ModelShape, statistics: frozenset[Statistic], *, tokens: int) -> int:
-    """Return multiply-adds times two of the grams of all layers."""
+    """Return multiply-adds times two of the grams of all layers, of which half is computed."""
     per_token = 0
     for statistic in statistics:
         dim = tap_dim(shape, statistic.tap)
         if statistic.kind in ("gram", "normed_gram"):
-            per_token += dim * dim
+            per_token += packed_elements(dim)
         elif statistic.kind == "head_gram":
             per_token += dim * shape.head_dim
     return 2 * shape.num_layers * tokens * per_token

@@ -132,25 +132,36 @@ def _between(
             new[f"{name}.bias"] = weights[f"{name}.bias"].clone()
     for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
         weight = weights[f"{name}.weight"]
-        blocks = torch.split(weight, BLOCK, dim=1)
-        turned = [(basis.T @ block.to(torch.float64)).to(weight.dtype) for block in blocks]
-        new[f"{name}.weight"] = torch.cat(turned, dim=1)
+        new[f"{name}.weight"] = _turned_columns(weight, basis)
         if f"{name}.bias" in weights:
             bias = weights[f"{name}.bias"]
             new[f"{name}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
     return new
 
 
+def _turned_columns(weight: Tensor, basis: Tensor) -> Tensor:
+    if _is_identity(basis):
+        return weight.clone()
+    blocks = torch.split(weight, BLOCK, dim=1)
+    turned = [(basis.T @ block.to(torch.float64)).to(weight.dtype) for block in blocks]
+    return torch.cat(turned, dim=1)
+
+
+def _is_identity(basis: Tensor) -> bool:
+    dim, keep = basis.shape
+    return dim == keep and torch.equal(basis, torch.eye(dim).to(basis))
+
+
 def turned_rows(
     rows: Float[Tensor, "rows hidden"], *, basis: Tensor, scale: Tensor | None = None
 ) -> Float[Tensor, "rows keep"]:
     """Return rows that read a site, with the scale of the norm before it, in a basis."""
-    turned = []
+    turned, turns = [], not _is_identity(basis)
     for block in torch.split(rows, BLOCK):  # float64 copies of full size would double the memory
         rows64 = block.to(torch.float64)
         if scale is not None:
             rows64 = rows64 * scale.to(torch.float64)
-        turned.append((rows64 @ basis).to(rows.dtype))
+        turned.append((rows64 @ basis if turns else rows64).to(rows.dtype))
     return torch.cat(turned)
 
 
@@ -281,6 +292,9 @@ class SliceGPT:
     def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
         """Return the basis of one site, or of all sites where several grams are given.
 
+        Any orthogonal basis is exact where all of it is kept. There the model's own axes stand,
+        which cost no product, in the head of a large vocabulary least of all.
+
         Args:
             grams: of the width of the residual stream.
             keep_dim: axes to keep.
@@ -290,7 +304,9 @@ class SliceGPT:
             NumericsError: a gram is not finite or cannot be decomposed.
         """
         gram = grams[0] if len(grams) == 1 else shared_gram(grams)
-        return site_basis(gram, keep_dim=keep_dim, where=where)
+        basis = site_basis(gram, keep_dim=keep_dim, where=where)
+        whole = keep_dim == len(basis.vectors)
+        return replace(basis, vectors=torch.eye(keep_dim).to(basis.vectors)) if whole else basis
 
     def apply(
         self, weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, form: LayerForm

@@ -21,6 +21,7 @@ from tests.builders import (
     LENGTH,
     DeadDriverError,
     compress_local,
+    perplexity,
     prepared_run,
     save_model,
     save_tokens,
@@ -103,13 +104,13 @@ def test_verify_names_a_file_that_is_gone(kept):
         artefact.verified(Directory(str(kept)))
 
 
-def rewritten(run, change):
+def rewritten(run, change, *, layer=1):
     """Change the sums of a layer and its record with them, as a fault before the record would."""
-    name = "stats/layer-00001.safetensors"
+    name = f"stats/layer-{layer:05d}.safetensors"
     tensors = read_tensors(run, name)
     change(tensors)
     entry = write_tensors(run, name, tensors)
-    record = read_records(run)["statistics-layer-00001"]
+    record = read_records(run)[f"statistics-layer-{layer:05d}"]
     write_record(run, type(record)(**{**_fields(record), "files": (entry,)}))
 
 
@@ -194,6 +195,27 @@ def test_statistics_of_the_same_model_and_data_serve_another_size(first, model, 
     events = compressed(model, tmp_path, **{**UNIFORM, "keep_fraction": 0.7}, stats=str(first))
     assert not {e["kind"] for e in events} & {"statistics missing", "statistics"}
     assert not (tmp_path / "stats").exists()
+
+
+def test_statistics_that_are_stored_whole_give_the_same_result(kept, first, model, tmp_path):
+    for layer in range(3):
+        rewritten(Directory(str(kept)), whole, layer=layer)
+    recipe = {**UNIFORM, "keep_fraction": 0.7}
+    compressed(model, tmp_path / "whole", **recipe, stats=str(kept))
+    compressed(model, tmp_path / "packed", **recipe, stats=str(first))
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "packed")
+
+
+def test_statistics_in_single_precision_take_half_and_change_next_to_nothing(
+    model, first, tmp_path
+):
+    halves = compress_local(model, tmp_path, **UNIFORM, statistics_dtype="float32")
+    tensors = read_tensors(Directory(str(tmp_path)), "stats/layer-00001.safetensors")
+    exact = read_tensors(Directory(str(first)), "stats/layer-00001.safetensors")
+    assert tensors["mlp_hidden.gram"].dtype == torch.float32
+    assert torch.equal(tensors["mlp_hidden.gram"], exact["mlp_hidden.gram"].float())
+    assert torch.equal(tensors["v.head_gram"], exact["v.head_gram"])  # small: as it is summed
+    assert halves["compressed"] == pytest.approx(perplexity(first, "compressed"), rel=1e-4)
 
 
 def test_what_the_statistics_lack_is_said_and_only_that_is_calibrated(first, model, tmp_path):
