@@ -125,7 +125,7 @@ class Job:
 # Which kinds of tasks a phase is made of; the spread of a phase is that of the widest.
 KINDS_OF = {
     "calibrate": ("calibrate",),
-    "evaluate": ("evaluate",),
+    "evaluate": ("evaluate", "evaluate_compressed"),
     "allocate": ("damage",),
     "compress": ("basis", "basis_shared", "basis_sequential", "layer", "draft"),
     "refit": ("refit_layer",),
@@ -294,10 +294,11 @@ def _evaluate(
 ) -> PassPhase:
     steps = [step_work(job, s, observe=False, compressed=compressed) for s in wave]
     loads = [stage_load_work(job, s, compressed=compressed) for s in wave]
+    suffix = "_compressed" if compressed else ""
     return PassPhase(
         name="evaluate",
-        loads=[clock.seconds("load", load) for load in loads],
-        steps=[clock.seconds("evaluate", step) for step in steps],
+        loads=[clock.seconds(f"load{suffix}", load) for load in loads],
+        steps=[clock.seconds(f"evaluate{suffix}", step) for step in steps],
         microbatches=_sizes(job.evaluation_tokens, job.data),
         publishes=[[] for _ in wave],
         handover=_handover(job, clock),
