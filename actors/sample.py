@@ -30,7 +30,8 @@ def write_sample(
         parts = name.split(".")
         key = f"layer-{parts[2]}" if "layers" in parts else parts[-2]
         files.setdefault(key, {})[name] = tuple(parameter.shape)
-    weights, total = {}, 0
+    weights: dict[str, str] = {}
+    total = 0
     for key, shapes in files.items():
         tensors = {name: _random(shape, dtype, generator) for name, shape in shapes.items()}
         file = f"{key}.safetensors"

@@ -209,9 +209,7 @@ def _specimens(setting: Setting, budget_seconds: float) -> Iterator[_Specimen]:
                 yield specimen
 
 
-def _specimen(
-    setting: Setting, scale: int, num_layers: int, tokens_share: int
-) -> _Specimen | None:
+def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) -> _Specimen | None:
     shape, data = setting.shape, setting.data
     if shape.num_heads % scale or shape.hidden % (8 * scale):
         return None
@@ -390,8 +388,7 @@ def _timed(specimen: _Specimen) -> Clock:
     return Clock(
         rates=rates,
         samples={
-            kind: _sample(seconds, _task(job, kind))
-            for kind, seconds in watch.seconds.items()
+            kind: _sample(seconds, _task(job, kind)) for kind, seconds in watch.seconds.items()
         },
         driver_seconds=max(0.0, waited / len(calls)),
         source=f"measured on {device}, {threads} thread{'s' if threads > 1 else ''}",
@@ -459,17 +456,17 @@ def _prepared(specimen: _Specimen, folder: Path) -> Prepared:
 def _task(job: Job, kind: str) -> Work:
     """Return the work of what was timed under that name."""
     stage = job.plan.waves[0][0]
-    name, _, compressed = kind.partition("_compressed")
+    name, compressed = kind.removesuffix("_compressed"), kind.endswith("_compressed")
     if name == "load":
-        return stage_load_work(job, stage, compressed=kind.endswith("_compressed"))
+        return stage_load_work(job, stage, compressed=compressed)
     if name in ("calibrate", "evaluate"):
-        observe = name == "calibrate"
-        return step_work(job, stage, observe=observe, compressed=kind.endswith("_compressed"))
+        return step_work(job, stage, observe=name == "calibrate", compressed=compressed)
     if kind == "statistics":
         return publish_work(job.shape, job.spec.statistics(job.options))
-    known = {"verify": verify_work, "throughput": throughput_work, "stitch": lambda _: CALL}
-    if kind in known:
-        return known[kind](job)
+    if kind == "stitch":
+        return CALL
+    if kind in ("verify", "throughput"):
+        return verify_work(job) if kind == "verify" else throughput_work(job)
     index = 1 if kind == "basis_sequential" else 0
     return unit_work(job, Unit(name="", kind=kind, index=index, inputs=(), fingerprint=""))
 

@@ -1,5 +1,6 @@
 """The one path of a run, top to bottom."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from orchestrator import cluster, lease
 from orchestrator.allocate import allocate
 from orchestrator.artefact import tell_missing
 from orchestrator.calibrate import calibrate
+from orchestrator.cluster import ClusterFacts
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
@@ -24,10 +26,25 @@ from orchestrator.rundir import check_run, finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
 from orchestrator.verify import verify
+from planners.placement import shared_bytes
 
 
-def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> dict[str, Any]:
+def run(
+    prepared: Prepared,
+    *,
+    listener: Listener,
+    dashboard: bool = False,
+    approve: Callable[[ClusterFacts], None] = lambda _: None,
+    expected: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Do a prepared run on a Ray cluster, or what is left of it, and return its report.
+
+    Args:
+        prepared: the run.
+        listener: hears of every event.
+        dashboard: start Ray's with a local cluster.
+        approve: sees the cluster before anything is asked of it, and may refuse by raising.
+        expected: what the run was to take, for the report to compare.
 
     Raises:
         CompressionError: see `planners.errors`; what is done is kept.
@@ -42,14 +59,21 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
-            store_bytes=4 * prepared.plan.waves[0][0].bytes["boundaries"] * config.workers,
+            store_bytes=config.workers * shared_bytes(prepared.plan.waves[0][0]),
             dashboard=dashboard,
-        ):
+        ) as facts:
+            approve(facts)
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            return run_on(prepared, RayExecutor(), listener=listener)
+            return run_on(prepared, RayExecutor(), listener=listener, expected=expected)
 
 
-def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dict[str, Any]:
+def run_on(
+    prepared: Prepared,
+    executor: Executor,
+    *,
+    listener: Listener,
+    expected: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Do an opened run on an executor; every phase skips the units that have a record."""
     run = prepared.run
     journal = Journal(run, listener)
@@ -74,6 +98,7 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
+    report["plan"]["forecast"] = dict(expected or {})
     finish(context, report)
     return report
 

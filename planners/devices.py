@@ -1,4 +1,4 @@
-"""How fast known devices are, where nobody has measured: peaks as published, times what of it is had.
+"""How fast known devices are, where nobody has measured: published peaks, and what is had of them.
 
 Every number that comes of this page is called estimated.
 """

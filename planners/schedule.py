@@ -218,9 +218,7 @@ LOST = object()
 class _Workers:
     """The clock, what each worker is busy with, and when it is taken away."""
 
-    def __init__(
-        self, count: int, risk: Risk, driver_seconds: float, rng: random.Random
-    ) -> None:
+    def __init__(self, count: int, risk: Risk, driver_seconds: float, rng: random.Random) -> None:
         self.now = 0.0
         self.busy = 0.0
         self.losses = 0
@@ -344,7 +342,9 @@ class _SimulatedPass:
         for slot, index in submissions(self._stages, total):
             seconds = self._phase.steps[slot] * self._phase.microbatches[index]
             after = self._phase.handover if slot > 0 else 0.0
-            ticket = self._workers.call(slot, seconds, "stepped", name=self._phase.name, after=after)
+            ticket = self._workers.call(
+                slot, seconds, "stepped", name=self._phase.name, after=after
+            )
             self._stages[slot].submit(ticket, index, index)
         for slot, stage in enumerate(self._stages):
             if stage.done == total and self._to_publish[slot]:

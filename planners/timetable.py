@@ -1,7 +1,7 @@
 """A plan and how long things take -> the phases that `planners.schedule` simulates."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,8 +140,9 @@ def timetable(job: Job, clock: Clock) -> list[Phase]:
         phases += [_calibrate(job, clock, wave) for wave in job.plan.waves]
     phases += [_evaluate(job, clock, wave, compressed=False) for wave in job.plan.waves]
     if job.spec.measures(job.options) == "damage":
-        common = {"method": job.spec.name, "revision": job.spec.revision, "options": job.options}
-        units = damage_units(sums, **common)
+        units = damage_units(
+            sums, method=job.spec.name, revision=job.spec.revision, options=job.options
+        )
         phases.append(_units("allocate", units, job, clock))
     made = compression_units(
         sums,
@@ -190,9 +191,7 @@ def phase_work(job: Job) -> dict[str, Work]:
     return found
 
 
-def step_work(
-    job: Job, stage: StagePlan, *, observe: bool, compressed: bool = False
-) -> Work:
+def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = False) -> Work:
     """Return one whole microbatch in one stage."""
     tokens = job.data.microbatch_tokens
     total = Work(calls=1)
@@ -289,9 +288,7 @@ def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> PassPhase:
     )
 
 
-def _evaluate(
-    job: Job, clock: Clock, wave: Sequence[StagePlan], *, compressed: bool
-) -> PassPhase:
+def _evaluate(job: Job, clock: Clock, wave: Sequence[StagePlan], *, compressed: bool) -> PassPhase:
     steps = [step_work(job, s, observe=False, compressed=compressed) for s in wave]
     loads = [stage_load_work(job, s, compressed=compressed) for s in wave]
     suffix = "_compressed" if compressed else ""
@@ -355,7 +352,7 @@ def _damage(job: Job, index: int) -> Work:
     return work.damage_work(job.shape, forms, data)
 
 
-_UNIT_WORK = {
+_UNIT_WORK: Mapping[str, Callable[[Job, int], Work]] = {
     "basis": lambda job, site: work.basis_work(job.shape, _site_dim(job, site)),
     "basis_shared": lambda job, _: work.basis_work(
         job.shape, job.form.embedding_dim, sites=job.shape.num_sites

@@ -59,7 +59,7 @@ class Work:
 
     def seconds(self, rates: "Work") -> float:
         """Return how long it takes at these rates; nothing overlaps."""
-        return sum(getattr(self, name) / getattr(rates, name) for name in KINDS)
+        return float(sum(getattr(self, name) / getattr(rates, name) for name in KINDS))
 
     @property
     def flops(self) -> float:
@@ -286,7 +286,7 @@ def table_work(shape: ModelShape, width: int, *, residual: bool) -> Work:
 
 def _rotation(shape: ModelShape, form: LayerForm) -> Work:
     """Return turning all linears of a layer, and its two shortcuts."""
-    keeps = {name: form.residual_in for name in ("q_proj", "k_proj", "v_proj")}
+    keeps = dict.fromkeys(("q_proj", "k_proj", "v_proj"), form.residual_in)
     keeps |= dict.fromkeys(("gate_proj", "up_proj", "o_proj"), form.residual_mid)
     keeps["down_proj"] = form.residual_out
     flops, elements = 0, 0
@@ -317,7 +317,7 @@ def _low_rank(out_dim: int, in_dim: int, *, rank: int) -> Work:
     small = min(out_dim, in_dim)
     products = 2 * out_dim * in_dim * in_dim + 2 * small * small * max(out_dim, in_dim)
     if out_dim <= in_dim:
-        factors = 2 * rank * out_dim * in_dim
+        factors = 2.0 * rank * out_dim * in_dim
     else:
         factors = in_dim**3 / 3 + 2 * rank * out_dim * in_dim + rank * in_dim * in_dim
     return Work(
