@@ -168,7 +168,8 @@ def main() -> None:
                 ),
                 Goal(
                     text=f"planned seconds within {SECONDS_GOAL:.0%} of the measured",
-                    measured=f"at most {worst_seconds:.1%} off; {near} of {len(seconds_off)} within",
+                    measured=f"at most {worst_seconds:.1%} off; {near} of "
+                    f"{len(seconds_off)} within",
                     met=worst_seconds <= SECONDS_GOAL,
                 ),
             ],

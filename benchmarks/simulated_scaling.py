@@ -1,4 +1,4 @@
-"""Calibration and compression of 80 layers scale to 64 workers with an efficiency of 0.9, simulated.
+"""Calibration and compression of 80 layers on 64 workers: an efficiency of 0.9, simulated.
 
 The schedule is of Llama-2-70B's shapes under the policy that a run executes (`planners.schedule`
 calls the same `planners.flow`, `planners.frontier` and `planners.placement`). Task times are those

@@ -18,12 +18,13 @@ from planners.errors import ConfigError, ModelError, PlanError
 from planners.families import family_of
 from planners.plan import MethodSpec, Option, RunPlan, to_json
 from planners.planning import Workload, make_plan
-from planners.schedule import Outlook, Risk, outlook
+from planners.schedule import Outlook, Risk, num_calls, outlook
 from planners.timetable import KINDS_OF, Clock, Job, phase_work, timetable, transfer_bytes
 from planners.work import Data
 
 SEQUENCES = 128  # of calibration, where the recipe does not say
-DRAWS = 100  # simulated runs that a quantile is taken from
+DRAWS, FEWEST = 100, 20  # simulated runs that a quantile is taken from; fewer of a large cluster
+CALLS = 100_000  # that are simulated in all, in about a second
 WORKER_SPREAD = 0.03  # of the logarithm of how fast one worker is
 DETECTION_SECONDS = 15.0  # until the loss of a worker is noticed and its slot filled
 GB = 10**9  # vendors count device memory in these
@@ -243,13 +244,15 @@ def _looked_ahead(
             losses_per_hour=terms.preemptions_per_hour,
             restart_seconds=clock.start_seconds + DETECTION_SECONDS,
         )
+        phases = timetable(job, clock)
+        draws = CALLS // max(1, num_calls(phases))
         found = outlook(
-            timetable(job, clock),
+            phases,
             num_workers=num_workers,
             risk=risk,
             driver_seconds=clock.driver_seconds,
             price_per_hour=terms.price_per_hour,
-            draws=DRAWS,
+            draws=min(DRAWS, max(FEWEST, draws)),
         )
     return Forecast(
         job=job, num_workers=num_workers, device=device, terms=terms, clock=clock, outlook=found

@@ -48,18 +48,32 @@ class Flow:
         self.next = self.done = done
 
 
-def submissions(stages: Sequence[Flow], total: int) -> Iterator[tuple[int, int]]:
+def submissions(
+    stages: Sequence[Flow], total: int, *, answered: int | None = None
+) -> Iterator[tuple[int, int]]:
     """Yield (stage, microbatch) of every call that may be made now, of ``total`` microbatches.
 
     Each is to be counted by `Flow.submit` before the next is asked for.
+
+    Args:
+        stages: of the wave, in order.
+        total: microbatches of the pass.
+        answered: the one stage where something changed since this was last asked; the same calls
+            come out as where all are looked at, sooner.
     """
-    lacking = total  # nothing is behind the last stage
-    for slot in reversed(range(len(stages))):
-        stage = stages[slot]
+    last = len(stages) - 1
+    first = last if answered is None else min(answered + 1, last)
+    lacking = total if first == last else stages[first].lacking  # nothing is behind the last
+    for slot in range(first, -1, -1):
+        stage, submitted = stages[slot], False
         stage.lacking = lacking
         while len(stage.inflight) < MAX_INFLIGHT and _may(stages, slot, stage.wanted, total):
+            submitted = True
             yield slot, stage.wanted
         lacking = stage.wanted
+        settled = not submitted and (slot == 0 or stages[slot - 1].lacking == lacking)
+        if answered is not None and slot < answered and settled:
+            return
 
 
 def accept(stages: Sequence[Flow], slot: int, ticket: Hashable) -> int:

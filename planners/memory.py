@@ -29,7 +29,7 @@ LOGIT_TOKENS = 1024  # rows of logits that exist at one time
 ROWS = 8192  # of a table that are in memory at one time
 EIGH_COPIES = 6  # the gram, its symmetric and its shifted copy, the vectors, and LAPACK's two
 CHOLESKY_COPIES = 5  # with the gram: symmetric, factor, identity and inverse at one time
-LIBRARIES = 30 * 2**20  # what torch and transformers take at their first use, beside tensors
+LIBRARIES = 64 * 2**20  # what torch and transformers take at their first use, beside tensors
 
 
 def forward_bytes(

@@ -170,6 +170,14 @@ def outlook(
     )
 
 
+def num_calls(phases: Sequence[Phase]) -> int:
+    """Return about how many calls these phases make: what simulating them costs."""
+    passes = [p for p in phases if isinstance(p, PassPhase)]
+    units = [p for p in phases if isinstance(p, UnitsPhase)]
+    stepped = sum(len(p.steps) * (len(p.microbatches) + 2) for p in passes)
+    return stepped + sum(len(p.units) for p in units)
+
+
 def simulate(
     phases: Sequence[Phase],
     *,
@@ -314,42 +322,41 @@ class _SimulatedPass:
     def run(self) -> None:
         for slot in range(len(self._stages)):
             self._load(slot)
+        self._feed(None)
         while not self._finished():
-            self._feed()
             event = self._workers.next()
             if event.slot >= len(self._stages):
                 continue  # a worker that this wave has no use for
             if event.what is LOST:
                 self._restart(event.slot)
+                self._feed(None)
             else:
                 self._take(event)
+                self._feed(event.slot)
 
     def _finished(self) -> bool:
-        total = len(self._phase.microbatches)
-        return all(
-            stage.done == total and not (files or publishing or loading)
-            for stage, files, publishing, loading in zip(
-                self._stages, self._to_publish, self._publishing, self._loading, strict=True
-            )
-        )
+        # From the last: it is the one that is waited for.
+        return all(map(self._has_finished, reversed(range(len(self._stages)))))
+
+    def _has_finished(self, slot: int) -> bool:
+        waiting = self._to_publish[slot] or self._publishing[slot] or self._loading[slot]
+        return self._stages[slot].done == len(self._phase.microbatches) and not waiting
 
     def _load(self, slot: int) -> None:
         self._loading[slot] = True
         self._workers.call(slot, self._phase.loads[slot], "loaded", name=self._phase.name)
 
-    def _feed(self) -> None:
-        total = len(self._phase.microbatches)
-        for slot, index in submissions(self._stages, total):
+    def _feed(self, answered: int | None) -> None:
+        total, name = len(self._phase.microbatches), self._phase.name
+        for slot, index in submissions(self._stages, total, answered=answered):
             seconds = self._phase.steps[slot] * self._phase.microbatches[index]
             after = self._phase.handover if slot > 0 else 0.0
-            ticket = self._workers.call(
-                slot, seconds, "stepped", name=self._phase.name, after=after
-            )
+            ticket = self._workers.call(slot, seconds, "stepped", name=name, after=after)
             self._stages[slot].submit(ticket, index, index)
-        for slot, stage in enumerate(self._stages):
-            if stage.done == total and self._to_publish[slot]:
+        for slot in range(len(self._stages)) if answered is None else (answered,):
+            if self._stages[slot].done == total and self._to_publish[slot]:
                 for seconds in self._to_publish[slot]:
-                    self._workers.call(slot, seconds, seconds, name=self._phase.name)
+                    self._workers.call(slot, seconds, seconds, name=name)
                 self._publishing[slot] += len(self._to_publish[slot])
                 self._to_publish[slot] = []
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planners import schedule
 from planners.errors import PlanError
 from planners.schedule import (
     PassPhase,
@@ -108,7 +109,7 @@ def test_phases_follow_one_another_and_those_of_one_name_are_one():
 
 
 def test_the_driver_costs_its_time_for_each_answer():
-    phase = UnitsPhase(name="compress", units=[unit("a"), unit("b", "a")], seconds=dict(a=1, b=1))
+    phase = UnitsPhase(name="compress", units=[unit("a"), unit("b", "a")], seconds={"a": 1, "b": 1})
     assert simulate([phase], num_workers=4, driver_seconds=0.25).seconds == 2.5
 
 
@@ -139,6 +140,20 @@ def test_losses_cost_time_and_every_microbatch_is_still_summed():
     assert lost
     assert all(course.seconds >= calm.seconds for course in courses)
     assert sum(course.seconds for course in lost) / len(lost) > calm.seconds + 30
+
+
+@given(passes(), st.integers(0, 99))
+def test_looking_only_where_something_changed_finds_the_same_calls(phase, seed):
+    risk = Risk(spread={"": 0.2}, losses_per_hour=20.0, restart_seconds=9.0)
+
+    def course():
+        return simulate([phase], num_workers=len(phase.steps), risk=risk, seed=seed)
+
+    quick = course()
+    everywhere = schedule.submissions
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(schedule, "submissions", lambda *a, **_: everywhere(*a))
+        assert course() == quick
 
 
 def test_durable_sums_make_a_loss_cheaper():
