@@ -9,7 +9,7 @@ from actors.modeling.build import Skeleton
 from actors.numerics.loss import next_token_nll
 from actors.storage.checkpoint import Checkpoint
 from planners.families import load as load_family
-from planners.placement import LOGIT_TOKENS
+from planners.memory import LOGIT_TOKENS
 
 
 def losses_behind(

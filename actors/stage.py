@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from actors.memory import PeakMemory
+from actors.memory import PeakMemory, give_back
 from actors.messages import (
     Assignment,
     CompressionJob,
@@ -28,7 +28,7 @@ from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from actors.units import do_unit
 from planners.families import load as load_family
-from planners.placement import LOGIT_TOKENS
+from planners.memory import LOGIT_TOKENS
 from planners.units import layer_statistics
 
 
@@ -89,6 +89,7 @@ class Stage:
             self._head = checkpoint.read(name).to(device, dtype)
             prefix = family.final_norm.removesuffix("weight")
             self._norm = self._skeleton.final_norm(checkpoint.read_prefix(prefix))
+        give_back()
         return time.monotonic() - started
 
     def drop(self) -> None:
@@ -96,6 +97,7 @@ class Stage:
         self._layers, self._statistics = {}, {}
         self._embedding = self._head = self._norm = None
         self._next = 0
+        give_back()
 
     @torch.inference_mode()
     def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
@@ -162,7 +164,8 @@ class Stage:
             ModelError: a weight is missing or not finite.
         """
         started, begun = time.time(), time.monotonic()
-        self.drop()
+        if self._layers:
+            self.drop()
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,

@@ -14,6 +14,7 @@ from orchestrator.options import (
     evaluation_options,
     pairs_of,
     recipe_options,
+    terms_options,
 )
 from planners.errors import CompressionError, ConfigError
 
@@ -47,27 +48,31 @@ def cli() -> None:
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Answer every question with yes.")
+@terms_options
 @as_json
 def run(
     model: str | None, yes: bool, json_: bool, **given: Any
 ) -> None:  # fmt: skip
     """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
 
-    The result is RUN/model. The same command again goes on where this one stopped.
+    The plan is shown first; on a cluster that may cost money it is asked about. The result is
+    RUN/model. The same command again goes on where this one stopped.
     """
-    del yes  # nothing is asked: no command of ours rents a machine
+    terms = _terms(given)
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
     config = config_of(model, given)
     click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
     from orchestrator import screens
 
-    screens.run(config, **how, json_=json_)
+    screens.run(config, terms, **how, yes=yes, json_=json_)
 
 
 @cli.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
+@click.option("--measure", is_flag=True, help="Time a layer on this machine first, and keep it.")
+@terms_options
 @as_json
 def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> None:
     """Print what `run` would do with the same options; start nothing.
@@ -75,10 +80,11 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
     """
+    terms = _terms(given)
     config = config_of(model, given)
     from orchestrator import screens
 
-    screens.plan(config, cluster_text=cluster, json_=json_)
+    screens.plan(config, terms, cluster_text=cluster, json_=json_)
 
 
 @cli.command("eval")
@@ -276,6 +282,15 @@ def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
     from orchestrator import screens
 
     screens.statistics(action, run_uri, json_=json_)
+
+
+def _terms(given: dict[str, Any]) -> Any:
+    """Take what workers cost out of the options, and return it."""
+    from orchestrator.forecast import Terms
+
+    price, losses = given.pop("price"), given.pop("preemptions_per_hour")
+    measured = given.pop("measure", False)
+    return Terms(price_per_hour=price, preemptions_per_hour=losses, measure=measured)
 
 
 def _numbers(text: str) -> list[float]:

@@ -35,6 +35,7 @@ class ClusterFacts:
         cpus: logical cores for work.
         gpus: devices.
         dashboard: address of Ray's dashboard, or empty.
+        spot: a node says by its label that it is spot capacity.
     """
 
     address: str
@@ -42,6 +43,7 @@ class ClusterFacts:
     cpus: float
     gpus: float
     dashboard: str
+    spot: bool = False
 
 
 @contextlib.contextmanager
@@ -93,12 +95,14 @@ def connected(
 
 def _facts(address: str, dashboard: str) -> ClusterFacts:
     resources = ray.cluster_resources()
+    labels = [node.get("Labels") or {} for node in ray.nodes() if node["Alive"]]
     return ClusterFacts(
         address=address,
         num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         dashboard=dashboard,
+        spot=any(each.get("ray.io/market-type") == "spot" for each in labels),
     )
 
 

@@ -1,6 +1,6 @@
 """Units whose inputs are done go to workers that are free; a lost worker's unit goes to another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from actors.messages import CompressionJob, UnitTask
@@ -10,46 +10,11 @@ from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
 from planners.errors import ClusterError
+from planners.frontier import Frontier
 from planners.units import Unit, needed, spent
 
 POLL_SECONDS = 0.5
 MAX_ATTEMPTS = 4
-
-
-class Frontier:
-    """Which units may start: pure bookkeeping, so that a simulation can run the same policy."""
-
-    def __init__(self, units: Sequence[Unit], *, is_done: Callable[[Unit], bool]) -> None:
-        """Take the units in the order of their priority."""
-        self._left = [unit for unit in units if not is_done(unit)]
-        self._open = {unit.name for unit in self._left}
-        self._running: dict[str, Unit] = {}
-        self.attempts: dict[str, int] = {}
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left and nothing runs."""
-        return not self._left and not self._running
-
-    def start(self) -> Unit | None:
-        """Return the next unit whose inputs are done, and count it as running."""
-        for unit in self._left:
-            if not any(name in self._open for name in unit.inputs):
-                self._left.remove(unit)
-                self._running[unit.name] = unit
-                self.attempts[unit.name] = self.attempts.get(unit.name, 0) + 1
-                return unit
-        return None
-
-    def finish(self, unit: Unit) -> None:
-        """Count a unit as done: those that wait for it may start."""
-        del self._running[unit.name]
-        self._open.discard(unit.name)
-
-    def give_back(self, unit: Unit) -> None:
-        """Put a unit back, before all others: its worker was lost."""
-        del self._running[unit.name]
-        self._left.insert(0, unit)
 
 
 def compress(context: RunContext) -> None:

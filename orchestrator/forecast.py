@@ -1,4 +1,7 @@
-"""A plan from integers alone: nothing is downloaded, no weight is read, no token is cut."""
+"""What a run comes to: the plan, and by simulation its time, money and losses.
+
+For a model of which only the config is known no weight is read and no token cut.
+"""
 
 import re
 from dataclasses import dataclass
@@ -8,15 +11,80 @@ from actors import methods
 from actors.storage.checkpoint import read_json
 from actors.storage.files import Directory
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, resolve_options
+from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
+from orchestrator.prepare import Prepared
 from planners.catalogue import CONFIGS
-from planners.errors import ConfigError, ModelError
+from planners.errors import ConfigError, ModelError, PlanError
 from planners.families import family_of
-from planners.plan import RunPlan
+from planners.plan import MethodSpec, Option, RunPlan, to_json
 from planners.planning import Workload, make_plan
+from planners.schedule import Outlook, Risk, num_calls, outlook
+from planners.timetable import KINDS_OF, Clock, Job, phase_work, timetable, transfer_bytes
+from planners.work import Data
 
 SEQUENCES = 128  # of calibration, where the recipe does not say
+DRAWS, FEWEST = 100, 20  # simulated runs that a quantile is taken from; fewer of a large cluster
+CALLS = 100_000  # that are simulated in all, in about a second
+WORKER_SPREAD = 0.03  # of the logarithm of how fast one worker is
+DETECTION_SECONDS = 15.0  # until the loss of a worker is noticed and its slot filled
 GB = 10**9  # vendors count device memory in these
 RESERVED = 0.9  # of a device's memory is a worker's; the rest is the driver's and the allocator's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What workers cost and how long they last; neither changes what is computed.
+
+    Attributes:
+        price_per_hour: of one worker; None where nobody said.
+        preemptions_per_hour: how often one worker is taken away.
+        measure: time a layer on this machine first.
+    """
+
+    price_per_hour: float | None = None
+    preemptions_per_hour: float = 0.0
+    measure: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """A plan and what it comes to.
+
+    Attributes:
+        job: the plan with its method and data.
+        num_workers: that work on it.
+        device: what they are.
+        terms: what was asked for.
+        clock: how long tasks take; None where nothing is known of the device.
+        outlook: time, money and losses; None likewise.
+    """
+
+    job: Job
+    num_workers: int
+    device: str
+    terms: Terms
+    clock: Clock | None
+    outlook: Outlook | None
+
+    @property
+    def plan(self) -> RunPlan:
+        """Widths, stages, waves and bytes."""
+        return self.job.plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return time, money, work and transfers as plain data."""
+        work = phase_work(self.job)
+        return {
+            "workers": self.num_workers,
+            "device": self.device,
+            "price_per_hour": self.terms.price_per_hour,
+            "preemptions_per_hour": self.terms.preemptions_per_hour,
+            "source": self.clock.source if self.clock else "nothing is known of the device",
+            "notes": list(self.clock.notes) if self.clock else [],
+            "flops": {name: task.flops for name, task in work.items()},
+            "transfer_bytes": transfer_bytes(self.job),
+            **(to_json(self.outlook) if self.outlook else {}),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +124,8 @@ def config_of(model: str) -> dict[str, Any] | None:
     return None
 
 
-def forecast(config: RunConfig, devices: Devices | None) -> RunPlan:
-    """Return the plan of a recipe for a model of which only the config is known.
+def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Forecast:
+    """Return what a recipe comes to for a model of which only the config is known.
 
     Raises:
         ConfigError: an option is wrong, or the target is out of reach.
@@ -79,7 +147,12 @@ def forecast(config: RunConfig, devices: Devices | None) -> RunPlan:
     sequences = config.calibration.sequences or SEQUENCES
     workers = devices.count if devices else config.workers
     memory = devices.bytes if devices else int((config.worker_gib or 1e6) * 2**30)
-    return make_plan(
+    device = devices.name if devices else "CPU"
+    microbatch = min(sequences, max(1, config.calibration.microbatch_tokens // length))
+    compute_dtype = "float32" if device.upper() == "CPU" else dtype
+    if config.calibration_dtype != "auto":
+        compute_dtype = config.calibration_dtype
+    plan = make_plan(
         shape,
         spec,
         options,
@@ -87,9 +160,125 @@ def forecast(config: RunConfig, devices: Devices | None) -> RunPlan:
         work=Workload(
             sequences=sequences,
             sequence_length=length,
-            microbatch_sequences=max(1, config.calibration.microbatch_tokens // length),
-            compute_dtype=dtype if devices else "float32",
+            microbatch_sequences=microbatch,
+            compute_dtype=compute_dtype,
             num_workers=workers,
             worker_bytes=memory,
         ),
+        others=other_methods(spec),
     )
+    data = Data(
+        tokens=plan.calibration_tokens,
+        sequence_length=length,
+        microbatch_tokens=microbatch * length,
+        dtype=compute_dtype,
+    )
+    evaluated = (config.evaluation.sequences or SEQUENCES) * length
+    job = Job(plan=plan, spec=spec, options=options, data=data, evaluation_tokens=evaluated)
+    setting = Setting(
+        config=found,
+        shape=shape,
+        method=spec.name,
+        options=options,
+        target=config.target,
+        data=data,
+        device="cpu" if device.upper() == "CPU" else "cuda",
+        threads=config.threads,
+    )
+    return _looked_ahead(job, setting, num_workers=workers, device=device, terms=terms)
+
+
+def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
+    """Return what a prepared run comes to.
+
+    Raises:
+        ConfigError: the run is to be measured on a device that this machine does not have.
+        ClusterError: it could not be measured.
+    """
+    plan, config = prepared.plan, prepared.config
+    length = int(prepared.calibration.shape[1])
+    data = Data(
+        tokens=plan.calibration_tokens,
+        sequence_length=length,
+        microbatch_tokens=prepared.identity.microbatch_sequences * length,
+        dtype=prepared.identity.compute_dtype,
+    )
+    job = Job(
+        plan=plan,
+        spec=prepared.spec,
+        options=prepared.options,
+        data=data,
+        evaluation_tokens=int(prepared.evaluation.size),
+    )
+    setting = Setting(
+        config=prepared.model_config,
+        shape=plan.shape,
+        method=prepared.spec.name,
+        options=prepared.options,
+        target=config.target,
+        data=data,
+        device=config.device,
+        threads=config.threads,
+    )
+    device = "CPU" if config.device == "cpu" else _accelerator()
+    workers = max(map(len, plan.waves))
+    return _looked_ahead(job, setting, num_workers=workers, device=device, terms=terms)
+
+
+def other_methods(spec: MethodSpec) -> list[tuple[MethodSpec, dict[str, Option]]]:
+    """Return all methods but one, with their defaults: where one does not fit, another may."""
+    specs = [methods.spec(name) for name in methods.available() if name != spec.name]
+    return [(each, resolve_options(each, {})) for each in specs]
+
+
+def _looked_ahead(
+    job: Job, setting: Setting, *, num_workers: int, device: str, terms: Terms
+) -> Forecast:
+    clock = _clock(setting, device, terms)
+    found = None
+    if clock is not None:
+        risk = Risk(
+            spread={name: clock.spread_of(*kinds) for name, kinds in KINDS_OF.items()}
+            | {"": clock.spread},
+            worker_spread=WORKER_SPREAD,
+            losses_per_hour=terms.preemptions_per_hour,
+            restart_seconds=clock.start_seconds + DETECTION_SECONDS,
+        )
+        phases = timetable(job, clock)
+        draws = CALLS // max(1, num_calls(phases))
+        found = outlook(
+            phases,
+            num_workers=num_workers,
+            risk=risk,
+            driver_seconds=clock.driver_seconds,
+            price_per_hour=terms.price_per_hour,
+            draws=min(DRAWS, max(FEWEST, draws)),
+        )
+    return Forecast(
+        job=job, num_workers=num_workers, device=device, terms=terms, clock=clock, outlook=found
+    )
+
+
+def _clock(setting: Setting, device: str, terms: Terms) -> Clock | None:
+    """Return what was measured here, if this machine is like the workers, or else an estimate."""
+    at_hand = setting.device == "cpu" or device.upper() in _accelerator().upper()
+    if terms.measure and not at_hand:
+        raise ConfigError(
+            f"--measure: this machine has no {device} to measure on",
+            hint="leave --measure out, or give the command on a machine that is like the workers",
+        )
+    if terms.measure:
+        return measure(setting)
+    kept = kept_clock(setting) if at_hand else None
+    if kept is not None:
+        return kept
+    try:
+        return estimated_clock(setting, device)
+    except PlanError:
+        return None  # then the plan says no time
+
+
+def _accelerator() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""

@@ -70,6 +70,19 @@ _MACHINES = (
 )  # fmt: skip
 
 
+_TERMS = (
+    click.option("--price", type=click.FloatRange(min=0), metavar="P",
+                 help="Of one worker for an hour, for the plan to say what a run costs."),
+    click.option("--preemptions-per-hour", type=click.FloatRange(min=0), default=0.0, metavar="R",
+                 help="How often one worker is taken away. [0]"),
+)  # fmt: skip
+
+
+def terms_options(command: Any) -> Any:
+    """Add what workers cost and how long they last."""
+    return _added(command, _TERMS)
+
+
 def recipe_options(command: Any) -> Any:
     """Add every option of a run."""
     return _added(command, (*_COMPRESSION, *_MEASURING, *_MACHINES))

@@ -14,7 +14,7 @@ from typing import Any
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from orchestrator.executors import InputLost, WorkerLost
 from orchestrator.pool import Pool
-from planners.placement import MAX_INFLIGHT, WINDOW
+from planners.flow import Flow, accept, submissions
 
 POLL_SECONDS = 0.5
 
@@ -37,35 +37,18 @@ class PassPlan:
 
 
 @dataclass(slots=True)
-class _StageState:
-    """Where one stage is.
+class _StageState(Flow):
+    """Where one stage is, with what is published and loaded beside the flow.
 
     Attributes:
-        next: first microbatch that it has not been given yet.
-        done: microbatches that it has summed.
-        lacking: what the stage behind is to be given next; of interest where it has passed here.
-        inflight: ticket -> microbatch and its output to be.
-        outputs: what is computed and not yet consumed by the stage behind.
         publishing: ticket -> what is being published.
         to_publish: what is to be published once everything is summed.
         loading: ticket, while layers are being loaded.
     """
 
-    next: int = 0
-    done: int = 0
-    lacking: int = 0
-    inflight: dict[Any, tuple[int, Any]] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
     publishing: dict[Any, UnitTask] = field(default_factory=dict)
     to_publish: list[UnitTask] = field(default_factory=list)
     loading: Any = None
-
-    @property
-    def wanted(self) -> int:
-        """The microbatch to give it next: one it has to pass once more, or a new one."""
-        given = {index for index, _ in self.inflight.values()}
-        passed = self.lacking < self.next and self.lacking not in self.outputs.keys() | given
-        return self.lacking if passed else self.next
 
 
 class Pass:
@@ -115,26 +98,15 @@ class Pass:
         self._stages[slot].loading = self._pool.call(slot, "load", assignment, label=label)
 
     def _feed(self) -> None:
-        lacking = len(self._plan.microbatches)  # nothing is behind the last stage
-        for slot, stage in reversed(list(enumerate(self._stages))):
-            stage.lacking = lacking
-            while len(stage.inflight) < MAX_INFLIGHT and self._may(slot, stage.wanted):
-                self._submit(slot, stage.wanted)
-            lacking = stage.wanted
-            if stage.done == len(self._plan.microbatches):
+        total = len(self._plan.microbatches)
+        for slot, index in submissions(self._stages, total):
+            self._submit(slot, index)
+        for slot, stage in enumerate(self._stages):
+            if stage.done == total:
                 for unit in stage.to_publish:
                     ticket = self._pool.call(slot, "publish", unit, label=unit.unit)
                     stage.publishing[ticket] = unit
                 stage.to_publish = []
-
-    def _may(self, slot: int, index: int) -> bool:
-        """Return whether the input of a stage is at hand and its output has a place to wait."""
-        if index == len(self._plan.microbatches):
-            return False
-        if slot > 0 and index not in self._stages[slot - 1].outputs:
-            return False
-        last = slot == len(self._stages) - 1
-        return last or index - self._stages[slot + 1].next < WINDOW
 
     def _submit(self, slot: int, index: int) -> None:
         stage, assignment = self._stages[slot], self._plan.assignments[slot]
@@ -149,8 +121,7 @@ class Pass:
         packed = self._stages[slot - 1].outputs[index] if slot > 0 else None
         label = f"{self._plan.kind}[layers {assignment.first}-{assignment.last - 1}] mb {index}"
         done, output = self._pool.call(slot, "step", here, packed, num_returns=2, label=label)
-        stage.inflight[done] = (index, output)
-        stage.next += int(index == stage.next)
+        stage.submit(done, index, output)
 
     def _take(self, ticket: Any) -> None:
         slot = next((s for s, g in enumerate(self._stages) if ticket in self._tickets(g)), None)
@@ -173,15 +144,8 @@ class Pass:
             self._pool.saw([answer])
             self._on_published(stage.publishing.pop(ticket), answer)
         else:
-            index, output = stage.inflight.pop(ticket)
-            stage.done += int(index == stage.done)  # else passed once more, or out of its turn
-            last = slot == len(self._stages) - 1
-            # Only now: a call that waits for the output of a lost worker would fail with it.
-            if not last and (index >= self._stages[slot + 1].next or index == stage.lacking):
-                stage.outputs[index] = output
+            index = accept(self._stages, slot, ticket)
             self._pool.saw([answer])
-            if slot > 0:  # consumed: the object store may have its memory back
-                self._stages[slot - 1].outputs.pop(index, None)
             if (slot, index) not in self._told:
                 self._told.add((slot, index))
                 self._on_step(slot, self._plan.microbatches[index], answer)
@@ -190,10 +154,9 @@ class Pass:
         stage = self._stages[slot]
         self._pool.replace(slot, lost)
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
-        stage.inflight, stage.publishing, stage.outputs = {}, {}, {}
-        if stage.to_publish:  # sums went with the worker; what is published or told stays done
-            stage.done = 0
-        stage.next = stage.done
+        stage.publishing = {}
+        # Sums went with the worker; what is published or told stays done.
+        stage.restart(0 if stage.to_publish else stage.done)
         self._load(slot)
 
     def _lose_input(self, slot: int, ticket: Any) -> None:

@@ -1,6 +1,6 @@
 """The one path of a run, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from orchestrator import cluster, lease
 from orchestrator.allocate import allocate
 from orchestrator.artefact import tell_missing
 from orchestrator.calibrate import calibrate
+from orchestrator.cluster import ClusterFacts
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
@@ -26,14 +27,27 @@ from orchestrator.rundir import check_run, finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
 from orchestrator.verify import verify
+from planners.placement import shared_bytes
 
 
 def run(
-    prepared: Prepared, *, listener: Listener, dashboard: bool = False, verify_hashes: bool = False
+    prepared: Prepared,
+    *,
+    listener: Listener,
+    dashboard: bool = False,
+    verify_hashes: bool = False,
+    approve: Callable[[ClusterFacts], None] = lambda _: None,
+    expected: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Do a prepared run on a Ray cluster, or what is left of it, and return its report.
 
-    ``verify_hashes`` compares the bytes of all files with their records first, not only sizes.
+    Args:
+        prepared: the run.
+        listener: hears of every event.
+        dashboard: start Ray's with a local cluster.
+        verify_hashes: compare the bytes of all files with their records first, not only sizes.
+        approve: sees the cluster before anything is asked of it, and may refuse by raising.
+        expected: what the run was to take, for the report to compare.
 
     Raises:
         CompressionError: see `planners.errors`; what is done is kept.
@@ -49,9 +63,10 @@ def run(
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
-            store_bytes=4 * prepared.plan.waves[0][0].bytes["boundaries"] * config.workers,
+            store_bytes=config.workers * shared_bytes(prepared.plan.waves[0][0]),
             dashboard=dashboard,
-        ):
+        ) as facts:
+            approve(facts)
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
             return run_on(
                 prepared,
@@ -59,6 +74,7 @@ def run(
                 listener=listener,
                 verify_hashes=verify_hashes,
                 fence=hold.require,
+                expected=expected,
             )
 
 
@@ -69,6 +85,7 @@ def run_on(
     listener: Listener,
     verify_hashes: bool = False,
     fence: Callable[[], None] | None = None,
+    expected: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Do an opened run on an executor; every phase skips the units that have a record.
 
@@ -101,6 +118,7 @@ def run_on(
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
     if fence is not None:
         fence()
+    report["plan"]["forecast"] = dict(expected or {})
     finish(context, report)
     return report
 

@@ -1,9 +1,11 @@
 """What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
 
 import json
+import sys
 import tempfile
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,16 +15,19 @@ from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator import artefact, cluster, examine
-from orchestrator.api import compress_as
+from orchestrator.api import Started, compress_as
+from orchestrator.cluster import ClusterFacts
 from orchestrator.config import RunConfig
+from orchestrator.consent import require_consent
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
 from orchestrator.evaluate import evaluate as measure
 from orchestrator.executors import RayExecutor
-from orchestrator.forecast import forecast, parse_cluster
+from orchestrator.forecast import Forecast, Terms, forecast, forecast_of, parse_cluster
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.looks import print_report
+from orchestrator.plan_screen import show, size_text
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
@@ -35,7 +40,7 @@ from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
 from planners.catalogue import CONFIGS
 from planners.errors import NumericsError
-from planners.plan import RunPlan, StagePlan, to_json
+from planners.plan import to_json
 
 # Paths and messages are printed as they are: a "[" or ":" in them has no meaning here.
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -43,50 +48,88 @@ _out = Console(highlight=False, markup=False, emoji=False)
 
 
 def run(
-    config: RunConfig, *, dashboard: bool, dry_run: bool, verify_hashes: bool, json_: bool
+    config: RunConfig,
+    terms: Terms,
+    *,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
+    **how: Any,
 ) -> None:
-    """Do a run, showing how it goes on stderr, and print its report."""
+    """Show the plan of a run, do it, showing how it goes on stderr, and print its report."""
     if dry_run:
         prepared = prepare(config)
         artefact.require_same(prepared)
-        _print_prepared(prepared, json_=json_)
+        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return
     was_ready = False
 
-    def shown(prepared: Prepared) -> ProgressScreen:
+    def started(prepared: Prepared) -> Started:
         nonlocal was_ready
-        title = Text(prepared.title, style="bold")
-        _err.print(title, "->", prepared.config.out, soft_wrap=True)
+        found = forecast_of(prepared, terms)
         was_ready = finished_report(prepared.run) is not None
-        return ProgressScreen(_err, num_workers=max(map(len, prepared.plan.waves)))
+        if was_ready:
+            title = Text(prepared.title, style="bold")
+            _err.print(title, "->", prepared.config.out, soft_wrap=True)
+        else:
+            show(_err, found, title=prepared.title, out=prepared.config.out)
 
-    report = compress_as(config, shown=shown, dashboard=dashboard, verify_hashes=verify_hashes)
+        def approve(facts: ClusterFacts) -> None:
+            require_consent(found, facts, yes=yes, ask=_asked if sys.stdin.isatty() else None)
+
+        num_workers = max(map(len, prepared.plan.waves))
+        return Started(
+            listening=ProgressScreen(_err, num_workers=num_workers),
+            approve=approve,
+            expected=found.to_json(),
+        )
+
+    report = compress_as(config, started, **how)
     if was_ready:
         _err.print("it was READY before; this is its report")
     print_report(report, json_=json_)
 
 
-def plan(config: RunConfig, *, cluster_text: str | None, json_: bool) -> None:
+def _asked(question: str) -> bool:
+    return click.confirm(question, err=True)
+
+
+def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bool) -> None:
     """Print the plan of a run; for a model whose weights are not here, from its config alone."""
     if cluster_text is None and config.model not in CONFIGS:
-        _print_prepared(prepare(config), json_=json_)
+        prepared = prepare(config)
+        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return
     devices = parse_cluster(cluster_text) if cluster_text else None
-    found = forecast(config, devices)
+    found = forecast(config, devices, terms)
     where = cluster_text or f"{config.workers} worker" + ("s" if config.workers > 1 else "")
     facts = {"model": config.model, "method": config.method, "cluster": where}
     title = f"{config.model} · {config.method} · {where}"
     _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
 
 
-def _print_prepared(prepared: Prepared, *, json_: bool) -> None:
+def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None:
     _print_plan(
-        prepared.plan,
+        found,
         title=prepared.title,
         out=prepared.config.out,
         facts=prepared.facts(),
         json_=json_,
     )
+
+
+def _print_plan(
+    found: Forecast, *, title: str, out: str, facts: dict[str, Any], json_: bool
+) -> None:
+    if json_:
+        document = {
+            "identity": to_json(facts),
+            "plan": to_json(found.plan),
+            "forecast": found.to_json(),
+        }
+        print(json.dumps(document))  # noqa: T201 the one document
+        return
+    show(_out, found, title=title, out=out)
 
 
 def evaluate(config: RunConfig, *, json_: bool) -> None:
@@ -238,7 +281,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
             table.add_column(column, justify="left" if column == "taps" else "right")
         for row in rows:
             table.add_row(
-                str(row["layer"]), f"{row['num_tokens']:,}", _size(row["bytes"]),
+                str(row["layer"]), f"{row['num_tokens']:,}", size_text(row["bytes"]),
                 ", ".join(row["taps"]),
             )  # fmt: skip
         _out.print(table)
@@ -254,7 +297,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
         _out.print(table)
     else:
         _out.print(
-            f"{found['files']} files of {found['layers']} layers, {_size(found['bytes'])}: as "
+            f"{found['files']} files of {found['layers']} layers, {size_text(found['bytes'])}: as "
             "recorded; every sum finite, every gram symmetric",
             soft_wrap=True,
         )
@@ -294,78 +337,6 @@ def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener:
         return measure(context, plan_, subject)
     finally:
         pool.close()
-
-
-def _print_plan(
-    plan_: RunPlan, *, title: str, out: str, facts: dict[str, Any], json_: bool
-) -> None:
-    if json_:
-        print(json.dumps({"identity": to_json(facts), "plan": to_json(plan_)}))  # noqa: T201 the one document
-        return
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("how much")
-    shape, form = plan_.shape, plan_.form
-    largest = max((stage for wave in plan_.waves for stage in wave), key=_stage_bytes)
-    rows = {
-        "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
-        f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
-        f"vocabulary {shape.vocab_size}, {shape.dtype}",
-        "parameters": f"{plan_.parameters_before:,} -> {plan_.parameters_after:,} "
-        f"({plan_.keep_fraction:.4f} kept, true counts)",
-        "widths": _widths(plan_),
-        "result": "a stock model" if form.native else "needs trust_remote_code=True",
-        "calibration": f"{plan_.calibration_tokens:,} tokens, "
-        f"{plan_.calibration_flops / 1e12:,.3g} TFLOP",
-        "waves": f"{len(plan_.waves)} of {max(map(len, plan_.waves))} stages: "
-        + _layers_of(plan_.waves),
-        "worker memory": f"{_size(plan_.worker_bytes)} ("
-        + ", ".join(f"{kind} {_size(size)}" for kind, size in largest.bytes.items())
-        + ")",
-        "disk": _size(plan_.disk_bytes),
-        "run directory": out,
-    }
-    for what, how_much in rows.items():
-        table.add_row(what, how_much)
-    _out.print(table)
-
-
-def _stage_bytes(stage: StagePlan) -> int:
-    return sum(stage.bytes.values())
-
-
-def _layers_of(waves: tuple[tuple[StagePlan, ...], ...]) -> str:
-    """Return which layers go together; of many waves the first two and the last."""
-    said = [", ".join(f"{s.first}-{s.last - 1}" for s in wave) for wave in waves]
-    shown = said if len(said) <= 3 else [*said[:2], "...", said[-1]]  # noqa: PLR2004 a table cell
-    return "layers " + " | ".join(shown)
-
-
-def _size(count: float) -> str:
-    """Return bytes as people read them, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:  # noqa: PLR2004 binary units
-            return f"{count:,.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"  # noqa: PLR2004
-        count /= 1024
-    return f"{count:,.1f} TiB"
-
-
-def _widths(plan_: Any) -> str:
-    shape, layers = plan_.shape, plan_.form.layers
-    said = []
-    for name, before, values in (
-        ("residual", shape.hidden, [layer.residual_in for layer in layers]),
-        ("intermediate", shape.intermediate, [layer.intermediate for layer in layers]),
-        ("q/k head", shape.head_dim, [layer.qk_head_dim for layer in layers]),
-        ("v/o head", shape.head_dim, [layer.vo_head_dim for layer in layers]),
-    ):
-        low, high = min(values), max(values)
-        if low < before:
-            said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
-    ranks = ", ".join(f"{name} {rank}" for name, rank in layers[0].ranks.items())
-    if ranks:
-        said.append(f"ranks: {ranks}")
-    return "; ".join(said) or "unchanged"
 
 
 def _word(value: object) -> str:

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from planners.cost import BYTES_OF, layer_parameters, statistic_elements, tap_dim
+from planners.cost import BYTES_OF, layer_parameters, statistic_elements
 from planners.errors import PlanError
-from planners.packing import ROWS
+from planners.memory import LIBRARIES, forward_bytes, load_bytes, loss_bytes, table_bytes
 from planners.plan import ModelShape, StagePlan, Statistic, dense_form
-from planners.workspace import unit_bytes
 
 WINDOW = 4  # microbatches that may wait before a stage
 MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
+HELD = 2  # boundary activations in a worker's own memory; those that wait are in shared memory
+UNBOUNDED = 2**62
+ROOM = 4  # times what waits at one time: the object store frees late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,22 +23,35 @@ class Load:
         layer: weights of one dense layer.
         statistics: sums of one layer.
         microbatch: one boundary activation.
-        workspace: what one layer's forward and one factorisation need on top, at their peak.
+        workspace: what one layer's forward, or its losses, or its loading need on top.
+        table: the embedding, or the head: what each end of the model holds beside layers.
+        unit: the peak of the largest unit of compression, for which layers are dropped.
+        libraries: what the libraries take beside tensors.
     """
 
     layer: int
     statistics: int
     microbatch: int
     workspace: int
+    table: int = 0
+    unit: int = 0
+    libraries: int = 0
 
-    def stage(self, num_layers: int) -> dict[str, int]:
-        """Return the planned bytes by kind of a worker that holds ``num_layers`` layers."""
-        return {
-            "weights": num_layers * self.layer,
+    def stage(self, num_layers: int, *, tables: int = 0) -> dict[str, int]:
+        """Return the planned bytes by kind of a worker that holds so many layers and tables."""
+        held = {
+            "weights": num_layers * self.layer + tables * self.table,
             "statistics": num_layers * self.statistics,
-            "boundaries": (WINDOW + MAX_INFLIGHT) * self.microbatch,
-            "workspace": self.workspace,
+            "boundaries": HELD * self.microbatch,
+            "libraries": self.libraries,
         }
+        beside = self.unit + self.libraries - sum(held.values())
+        return {**held, "workspace": max(self.workspace, beside)}
+
+    def shortfall(self, worker_bytes: int, *, num_layers: int) -> int:
+        """Return the bytes that a worker lacks for one layer of so many; above 0 if any."""
+        tables = 2 if num_layers == 1 else 1  # a model of one layer has both its ends there
+        return sum(self.stage(1, tables=tables).values()) - worker_bytes
 
 
 def load_of(
@@ -45,31 +60,26 @@ def load_of(
     *,
     microbatch_tokens: int,
     compute_dtype: str,
+    unit: int = 0,
 ) -> Load:
-    """Return the bytes that a layer, its statistics and its microbatches take."""
-    width = BYTES_OF[compute_dtype]
-    hidden = shape.hidden
-    heads = shape.num_heads * shape.head_dim
-    forward = microbatch_tokens * (4 * hidden + 2 * heads + 3 * shape.intermediate) * width
-    # The product of a block of rows in float32 exists beside the float64 sum, and, where they are
-    # computed in another dtype, the activations in float32.
-    sums = sum(statistic_elements(shape, s) for s in statistics) * 8
-    widest = max((tap_dim(shape, s.tap) for s in statistics), default=0)
-    product = widest * (ROWS + microbatch_tokens) * 4
-    logits = min(microbatch_tokens, LOGIT_TOKENS) * shape.vocab_size * 4 * 3
-    table = shape.vocab_size * hidden * BYTES_OF[shape.dtype]
-    layer = layer_parameters(shape, dense_form(shape)) * width
-    # A unit of compression begins when the layers of the pass and their sums are let go.
-    unit = unit_bytes(shape, statistics) - layer - sums
+    """Return the bytes that a layer, its statistics and its microbatches take.
+
+    ``unit`` is the peak of the largest unit of compression, where there is any.
+    """
+    width, tokens = BYTES_OF[compute_dtype], microbatch_tokens
+    sums = sum(statistic_elements(shape, s) for s in statistics)
+    passing = forward_bytes(shape, statistics, tokens=tokens, dtype=compute_dtype)
+    losing = loss_bytes(shape, tokens=tokens, dtype=compute_dtype)
+    loading = load_bytes(shape, dtype=compute_dtype)
     return Load(
-        layer=layer,
-        statistics=sums,
-        microbatch=microbatch_tokens * hidden * width,
-        workspace=max(forward + product, logits + table, unit),
+        layer=layer_parameters(shape, dense_form(shape)) * width,
+        statistics=sums * 8,
+        microbatch=tokens * shape.hidden * width,
+        workspace=max(passing, losing, loading),
+        table=table_bytes(shape, dtype=compute_dtype),
+        unit=unit,
+        libraries=LIBRARIES,
     )
-
-
-LOGIT_TOKENS = 1024  # rows of logits that exist at one time
 
 
 def place(
@@ -86,36 +96,49 @@ def place(
     Raises:
         PlanError: one layer does not fit a worker; the message says by how many bytes.
     """
-    most = shape.num_layers
-    if worker_bytes is not None:
-        fixed = sum(load.stage(0).values())
-        per_layer = load.layer + load.statistics
-        most = (worker_bytes - fixed) // per_layer
-        if most < 1:
-            missing = fixed + per_layer - worker_bytes
-            raise PlanError(
-                f"a worker of {worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
-                hint="give workers more memory, or a smaller microbatch or sequence length",
-            )
     num_stages = min(num_workers, shape.num_layers)
-    num_waves = -(-shape.num_layers // (num_stages * most))
-    cuts = _even_cuts(shape.num_layers, num_waves)
+    memory = worker_bytes if worker_bytes is not None else UNBOUNDED
+    missing = load.shortfall(memory, num_layers=shape.num_layers)
+    if missing > 0:
+        raise PlanError(
+            f"a worker of {memory:,} bytes is {missing:,} bytes too small for one layer",
+            hint="give workers more memory, or a smaller microbatch or sequence length",
+        )
+    # A worker can hold one layer, so the last number of waves always fits.
+    for num_waves in range(1, shape.num_layers + 1):
+        waves = _waves(shape.num_layers, load, num_waves=num_waves, num_stages=num_stages)
+        if all(sum(stage.bytes.values()) <= memory for wave in waves for stage in wave):
+            break
+    return waves
+
+
+def _waves(
+    num_layers: int, load: Load, *, num_waves: int, num_stages: int
+) -> tuple[tuple[StagePlan, ...], ...]:
+    """Return the layers in so many waves of at most so many stages, both as even as can be."""
     waves = []
-    for first, last in cuts:
+    for first, last in _even_cuts(num_layers, num_waves):
         inner = _even_cuts(last - first, min(num_stages, last - first))
         waves.append(
-            tuple(
-                StagePlan(
-                    first=first + a,
-                    last=first + b,
-                    embedding=first + a == 0,
-                    head=first + b == shape.num_layers,
-                    bytes=load.stage(b - a),
-                )
-                for a, b in inner
-            )
+            tuple(_stage(load, first + a, first + b, num_layers=num_layers) for a, b in inner)
         )
     return tuple(waves)
+
+
+def _stage(load: Load, first: int, last: int, *, num_layers: int) -> StagePlan:
+    embedding, head = first == 0, last == num_layers
+    return StagePlan(
+        first=first,
+        last=last,
+        embedding=embedding,
+        head=head,
+        bytes=load.stage(last - first, tables=int(embedding) + int(head)),
+    )
+
+
+def shared_bytes(stage: StagePlan) -> int:
+    """Return the shared memory that one stage's waiting activations need."""
+    return ROOM * (WINDOW + MAX_INFLIGHT) * stage.bytes["boundaries"] // HELD
 
 
 def _even_cuts(count: int, parts: int) -> list[tuple[int, int]]:

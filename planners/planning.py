@@ -1,6 +1,6 @@
 """Model, method, target and workers -> the plan of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planners import refit
@@ -13,8 +13,10 @@ from planners.cost import (
     statistic_elements,
 )
 from planners.errors import PlanError
-from planners.placement import load_of, place
-from planners.plan import MethodSpec, ModelShape, Option, RunPlan, Target
+from planners.fitting import Attempt, ways_to_fit
+from planners.memory import unit_bytes
+from planners.placement import Load, load_of, place
+from planners.plan import MethodSpec, ModelForm, ModelShape, Option, RunPlan, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +49,21 @@ def make_plan(
     *,
     target: Target,
     work: Workload,
+    others: Sequence[tuple[MethodSpec, Mapping[str, Option]]] = (),
 ) -> RunPlan:
     """Return the plan: widths, stages, waves, bytes and operations, from integers alone.
 
+    Args:
+        shape: of the model.
+        spec: of the method.
+        options: of the method, complete.
+        target: how small.
+        work: data and workers.
+        others: methods with their options, to be named where they would fit and this one does not.
+
     Raises:
         PlanError: the method refuses the model, the target is out of reach, or a layer does not
-            fit a worker.
+            fit a worker: then by how many bytes, and the cheapest ways to fit.
     """
     reason = spec.refuses(shape, options)
     if reason:
@@ -65,21 +76,20 @@ def make_plan(
     form = spec.form(shape, target, options)
     statistics = spec.statistics(options)
     tokens = work.sequences * work.sequence_length
-    load = load_of(
-        shape,
-        statistics,
-        microbatch_tokens=work.microbatch_sequences * work.sequence_length,
-        compute_dtype=work.compute_dtype,
-    )
     refitted = bool(options.get("refit"))
-    if refitted:
-        if work.sequences < refit.MIN_SEQUENCES:
-            raise PlanError(
-                f"refit: {work.sequences} calibration sequence is too few; some are held out",
-                hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
-            )
-        more = refit.workspace_bytes(shape, layer_bytes=load.layer)
-        load = replace(load, workspace=load.workspace + more)
+    if refitted and work.sequences < refit.MIN_SEQUENCES:
+        raise PlanError(
+            f"refit: {work.sequences} calibration sequence is too few; some are held out",
+            hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
+        )
+    load = _load(shape, spec, options, form=form, work=work)
+    missing = load.shortfall(work.worker_bytes, num_layers=shape.num_layers)
+    if missing > 0:
+        ways = _ways(shape, spec, options, target=target, work=work, others=others)
+        raise PlanError(
+            f"a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
+            hint="what would fit, the cheapest first: " + "; ".join(ways),
+        )
     waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
     before, after = dense_parameters(shape), model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
@@ -113,3 +123,63 @@ def make_plan(
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
         disk_bytes=after * width + sums + boundaries + bases + drafts,
     )
+
+
+def _load(
+    shape: ModelShape,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    *,
+    form: ModelForm,
+    work: Workload,
+) -> Load:
+    return load_of(
+        shape,
+        spec.statistics(options),
+        microbatch_tokens=work.microbatch_sequences * work.sequence_length,
+        compute_dtype=work.compute_dtype,
+        unit=unit_bytes(
+            shape,
+            form,
+            spec=spec,
+            options=options,
+            tokens=(
+                work.microbatch_sequences * work.sequence_length,
+                work.sequences * work.sequence_length,
+            ),
+            dtype=work.compute_dtype,
+        ),
+    )
+
+
+def _ways(
+    shape: ModelShape,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    *,
+    target: Target,
+    work: Workload,
+    others: Sequence[tuple[MethodSpec, Mapping[str, Option]]],
+) -> list[str]:
+    attempt = Attempt(
+        spec=spec,
+        options=options,
+        microbatch_sequences=work.microbatch_sequences,
+        sequence_length=work.sequence_length,
+        compute_dtype=work.compute_dtype,
+        worker_bytes=work.worker_bytes,
+    )
+
+    def shortfall(tried: Attempt) -> int:
+        if tried.spec.refuses(shape, tried.options):
+            raise PlanError(f"{tried.spec.name} cannot take this model")
+        changed = replace(
+            work,
+            microbatch_sequences=tried.microbatch_sequences,
+            compute_dtype=tried.compute_dtype,
+        )
+        form = tried.spec.form(shape, target, tried.options)
+        load = _load(shape, tried.spec, tried.options, form=form, work=changed)
+        return load.shortfall(tried.worker_bytes, num_layers=shape.num_layers)
+
+    return ways_to_fit(attempt, shortfall, others=others)

@@ -1,28 +1,10 @@
-"""What a unit of compression holds at its peak, in bytes: formulas of what the numerics allocate.
+"""What factorisations hold at their peak, in bytes: formulas of what the numerics allocate.
 
-A unit has the worker's memory to itself: the layers of the pass are let go before it. Statistics on
-a local disk are mapped, not held. Each formula has the largest moment of one kind of factorisation.
+Each formula has the largest moment of one kind of factorisation; the gram itself is not in it.
 """
-
-from planners.cost import BYTES_OF, layer_parameters
-from planners.plan import ModelShape, Statistic, dense_form
 
 DOUBLE = 8  # bytes of a float64
 PANEL = 1024  # columns that are solved at a time
-
-
-def unit_bytes(shape: ModelShape, statistics: frozenset[Statistic]) -> int:
-    """Return what the dearest unit of compression that these statistics serve holds."""
-    taps = {s.tap for s in statistics if s.kind in ("gram", "normed_gram")}
-    layer = layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
-    needs = [0]
-    if "mlp_hidden" in taps:
-        needs.append(nystrom_bytes(shape.intermediate, shape.hidden))
-    if "attn_in" in taps:
-        needs.append(low_rank_bytes(shape.intermediate, shape.hidden))
-    if taps & {"resid_attn", "resid_mlp", "resid_out"}:
-        needs.append(eigh_bytes(shape.hidden))
-    return 2 * layer + max(needs)  # as it was read, and as it is written
 
 
 def nystrom_bytes(dim: int, out_dim: int) -> int:

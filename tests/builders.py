@@ -104,9 +104,12 @@ def prepared_run(model: Path, out: Path | str, **recipe: Any) -> Prepared:
 
 def worker_gib(model: Path, *, num_layers: int) -> float:
     """Return the memory of a worker that holds so many layers of a model and not one more."""
-    stage = prepared_run(model, model / "unused").plan.waves[0][0]
-    fixed = stage.bytes["boundaries"] + stage.bytes["workspace"]
-    of_layers = stage.bytes["weights"] + stage.bytes["statistics"]
+    plan = prepared_run(model, model / "unused").plan
+    stage, shape = plan.waves[0][0], plan.shape
+    table = shape.vocab_size * shape.hidden * 4
+    held = {"weights", "statistics"}
+    fixed = table + sum(size for kind, size in stage.bytes.items() if kind not in held)
+    of_layers = sum(stage.bytes[kind] for kind in held) - 2 * table
     needed = fixed + of_layers * num_layers // (stage.last - stage.first)
     return (needed + 0.5) / 2**30  # whole bytes again, once it is rounded down
 
