@@ -22,6 +22,7 @@ def show(console: Console, forecast: Forecast, *, title: str, out: str) -> None:
     console.print(_facts(forecast, out))
     console.print()
     console.print(_workers(forecast.plan))
+    console.print(Text(_fewer(forecast), style="yellow"), end="")
     console.print()
     console.print(_time(forecast))
 
@@ -69,6 +70,18 @@ def _workers(plan: RunPlan) -> RenderableType:
         said = [*said[: SHOWN - 1], "...", said[-1]]
     lines = Text("\n".join(_cut(line) for line in said), style="dim")
     return Group(Text(head), lines, Text(), fullest, table)
+
+
+def _fewer(forecast: Forecast) -> str:
+    """Return how many workers a pass has a use for, where there are more of them."""
+    waves, workers = forecast.plan.waves, forecast.num_workers
+    fewest = 0
+    for wave in waves:
+        longest = max(stage.last - stage.first for stage in wave)
+        fewest = max(fewest, -(-(wave[-1].last - wave[0].first) // longest))
+    if fewest >= workers:
+        return ""
+    return f"{fewest} workers pass tokens as fast as {workers}: a stage is whole layers\n"
 
 
 def _time(forecast: Forecast) -> RenderableType:
