@@ -114,6 +114,7 @@ def test_a_store_that_fails_in_the_middle_leaves_a_run_that_goes_on(
     model, undisturbed, faulty, monkeypatch, after
 ):
     monkeypatch.setattr(retries, "FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
     out = faulty.uri("run")
     faulty.faults = [Fault("status", "GET PUT HEAD", path="run", after=after, code=503)]
     with pytest.raises(StorageError, match=r"tried \d times in"):
