@@ -14,7 +14,7 @@ from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
 from orchestrator.executors import Executor, RayExecutor
-from orchestrator.journal import Journal, Listener
+from orchestrator.journal import Event, Journal, Listener
 from orchestrator.ledger import Ledger
 from orchestrator.outcome import outcome
 from orchestrator.pool import Pool
@@ -45,8 +45,14 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
             store_bytes=4 * prepared.plan.waves[0][0].bytes["boundaries"] * config.workers,
             dashboard=dashboard,
         ):
+            meters = cluster.Meters()
+
+            def told(event: Event) -> None:
+                meters(event)
+                listener(event)
+
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            return run_on(prepared, RayExecutor(), listener=listener)
+            return run_on(prepared, RayExecutor(), listener=told)
 
 
 def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dict[str, Any]:
