@@ -202,7 +202,7 @@ def test_on_three_nodes_of_which_two_die_there_are_two_calibrations_and_the_same
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -49,7 +49,7 @@ if __name__ == "__main__":
         path = Path(sys.argv[1])
         path.write_text(path.read_text().replace("ADDRESS", cluster.address))
         file = read_batch(str(path))
-        rows = do_batch(file, listener=storm, on_run=print)
+        rows = do_batch(file, listener=storm, on_run=lambda _: None)
         print(json.dumps({"taken": storm.taken, "states": [row.state for row in rows]}))
     finally:
         cluster.shutdown()
