@@ -4,12 +4,14 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util import metrics
 
 from orchestrator.clusters.capacity import cluster_file_here, most
 from planners.errors import ClusterError
@@ -22,6 +24,7 @@ HEALTH_CHECK = {
     "health_check_failure_threshold": 3,
     "object_manager_pull_timeout_ms": 2000,
 }
+LOSSES = ("preempted", "worker lost", "out of memory")  # kinds of events
 STORE_BYTES = 200 * 2**20
 
 
@@ -147,3 +150,73 @@ def schema_refusal(values: Mapping[str, Any]) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return ""
+
+
+def metered(listener: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Return a listener that also keeps Ray's metrics of a run."""
+    meters = Meters()
+
+    def told(event: dict[str, Any]) -> None:
+        meters(event)
+        listener(event)
+
+    return told
+
+
+class Meters:
+    """Ray's metrics of a run, told by its events; they stand on ``/metrics`` of the driver's node.
+
+    Names are ``compress_*`` here and ``ray_compress_*`` there.
+    """
+
+    def __init__(self) -> None:
+        """Make the metrics; this process is connected to a cluster."""
+        self._tokens = metrics.Counter(
+            "compress_tokens", description="Tokens that passed a stage.", tag_keys=("kind",)
+        )
+        self._seconds = metrics.Histogram(
+            "compress_unit_seconds",
+            description="Seconds of a unit of work or a microbatch, on its worker.",
+            boundaries=[0.1, 1, 10, 60, 600, 3600],
+            tag_keys=("kind",),
+        )
+        self._layers = metrics.Gauge(
+            "compress_layers_done", description="Layers that this driver compressed."
+        )
+        self._queue = metrics.Gauge(
+            "compress_queue_depth",
+            description="Units or microbatches of a phase that are left.",
+            tag_keys=("phase",),
+        )
+        self._lost = metrics.Gauge(
+            "compress_workers_lost", description="Workers lost so far.", tag_keys=("reason",)
+        )
+        self._counts: Counter[str] = Counter()
+        self._phase, self._left = "", 0
+        for reason in LOSSES:  # a panel shows 0, not nothing
+            self._lost.set(0, tags={"reason": reason})
+        self._layers.set(0)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Count one event."""
+        kind = event["kind"]
+        if kind == "phase begins":
+            self._phase, self._left = event["unit"], event["tokens"]
+        elif kind in LOSSES:
+            self._counts[kind] += 1
+            self._lost.set(self._counts[kind], tags={"reason": kind})
+        elif event["worker"] and event["seconds"]:
+            self._count_unit(kind, event)
+        if self._phase:
+            self._queue.set(self._left, tags={"phase": self._phase})
+        if kind == "phase ends":
+            self._phase = ""
+
+    def _count_unit(self, kind: str, event: Mapping[str, Any]) -> None:
+        self._seconds.observe(event["seconds"], tags={"kind": kind})
+        self._left = max(0, self._left - 1)
+        if event["tokens"]:
+            self._tokens.inc(event["tokens"], tags={"kind": kind})
+        if kind in ("layer", "chosen"):
+            self._counts["layers"] += 1
+            self._layers.set(self._counts["layers"])

@@ -139,6 +139,28 @@ def doctor(out: str, offline: bool, json_: bool) -> None:
     findings.machine(out, offline=offline, json_=json_)
 
 
+@click.group()
+def data() -> None:
+    """Look at a text before any device does."""
+
+
+@data.command("lint")
+@click.argument("source", metavar="SRC")
+@click.option("--evaluation", default="", metavar="SRC", help="Text that must not be in SRC.")
+@click.option("--model", default="", metavar="MODEL", help="Count its tokens too.")
+@click.option("--sequence-length", default=256, show_default=True, help="Tokens of a sequence.")
+@as_json
+def data_lint(source: str, json_: bool, **given: Any) -> None:
+    """Say how much of a text is doubled, broken, too short, or in the evaluation text too.
+
+    \b
+    compress-cluster data lint train.jsonl --evaluation held-out.jsonl
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator import findings
+
+    findings.text(source, json_=json_, **given)
+
+
 @click.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors.
@@ -177,5 +199,6 @@ COMMANDS: tuple[click.Command, ...] = (
     batch,
     watch,
     doctor,
+    data,
     schema,
 )

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.clusters.document import Finding
-from planners.errors import ClusterError, ConfigError
+from planners.errors import ClusterError, ConfigError, DataError
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 _out = Console(highlight=False, markup=False, emoji=False)
@@ -55,6 +55,41 @@ def machine(out: str, *, offline: bool, json_: bool) -> None:
             _out.print(Text(f"        {check.fix}", style="dim"), soft_wrap=True)
     if any(check.level == "error" for check in checks):
         raise SystemExit(ClusterError.exit_code)
+
+
+def text(source: str, *, evaluation: str, model: str, sequence_length: int, json_: bool) -> None:
+    """Print what a text source holds and how much of it is wrong.
+
+    Raises:
+        DataError: a share is over its limit.
+    """
+    from orchestrator.data_lint import LIMITS, lint_texts
+
+    found = lint_texts(source, evaluation=evaluation, model=model, sequence_length=sequence_length)
+    measures = found.pop("measures")
+    if json_:
+        print(json.dumps({**found, "measures": [asdict(m) for m in measures]}))  # noqa: T201 the one document
+    else:
+        for key, value in found.items():
+            _out.print(Text(f"{key.replace('_', ' ')} ", style="dim"), _said(value), soft_wrap=True)
+        for m in measures:
+            warn, fail = LIMITS[m.name]
+            head = Text.assemble((f"{m.level:<8}", COLOURS[m.level]), (m.name, "bold"))
+            limits = f"(warns from {warn:.2%}, fails from {fail:.0%})"
+            _out.print(head, f"{m.share:.2%} {m.meaning} {limits}", soft_wrap=True)
+            if m.fix:
+                _out.print(Text(f"        {m.fix}", style="dim"), soft_wrap=True)
+    wrong = [m.name for m in measures if m.level == "error"]
+    if wrong and json_:
+        raise SystemExit(DataError.exit_code)
+    if wrong:
+        raise DataError(f"{source}: over the limit: {', '.join(wrong)}")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(each)}" for key, each in value.items())
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
 def _print_finding(path: str, finding: Finding) -> None:

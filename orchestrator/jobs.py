@@ -19,6 +19,7 @@ from planners.errors import ClusterError, ConfigError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_SECONDS = 10.0
+SUBMIT_SECONDS = 60.0  # the head starts a process before it answers
 OWNER_ONLY = 0o600
 REFUSED = (401, 403)
 NOT_FOUND = 404
@@ -90,7 +91,7 @@ class JobClient:
             "metadata": metadata,
             "entrypoint_num_cpus": 0,  # the head has none to give
         }
-        self._call("POST", "/api/jobs/", job)
+        self._call("POST", "/api/jobs/", job, seconds=SUBMIT_SECONDS)
 
     def info(self, submission_id: str) -> dict[str, Any] | None:
         """Return what is known of a job, or None where the cluster knows none of that name.
@@ -120,7 +121,14 @@ class JobClient:
         """
         return bool(self._call("POST", f"/api/jobs/{submission_id}/stop", {}).get("stopped"))
 
-    def _call(self, verb: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(
+        self,
+        verb: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        seconds: float = TIMEOUT_SECONDS,
+    ) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -131,7 +139,7 @@ class JobClient:
             method=verb,
         )
         try:
-            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
+            with self._opener.open(request, timeout=seconds) as answer:
                 found = json.loads(answer.read())
         except urllib.error.HTTPError as error:
             with error:

@@ -71,7 +71,7 @@ def run(
             return run_on(
                 prepared,
                 RayExecutor(),
-                listener=listener,
+                listener=cluster.metered(listener),
                 verify_hashes=verify_hashes,
                 fence=hold.require,
                 expected=expected,

@@ -82,13 +82,19 @@ def submit(config: RunConfig, *, address: str, tries: int) -> Job:
     )
     words = ["compress-cluster", "job", "--sent-by", job.version, "--tries", str(tries)]
     entrypoint = shlex.join([*words, "--recipe", json.dumps(recipe, sort_keys=True)])
-    client.submit(
-        entrypoint,
-        submission_id=job.submission_id,
-        env={"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"},
-        metadata={"run": out, "model": config.model},
-    )
+    # Before it is sent: a job that the cluster took and did not say so can still be found.
     run.write(JOB, json.dumps(asdict(job), indent=1, sort_keys=True).encode())
+    try:
+        client.submit(
+            entrypoint,
+            submission_id=job.submission_id,
+            env={"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"},
+            metadata={"run": out, "model": config.model},
+        )
+    except ClusterError:
+        if client.info(job.submission_id) is None:
+            run.delete(JOB)
+            raise
     return job
 
 

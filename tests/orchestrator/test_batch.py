@@ -1,6 +1,9 @@
 """Many runs as one: one calibration for what shares model and text, a budget, a table, a resume."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -185,3 +188,27 @@ def test_a_wrong_file_is_refused_with_the_key(document, said, tmp_path):
     path.write_text(yaml.safe_dump({"out": str(tmp_path / "o"), "runs": [{}], **document}))
     with pytest.raises(ConfigError, match=said):
         read_batch(str(path))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_three_nodes_of_which_two_die_there_are_two_calibrations_and_the_same_bytes(
+    models, tmp_path
+):
+    how = {"method": "modegpt", "address": "ADDRESS"}
+    path = write(tmp_path, [entry_of(m, keep_fraction=[0.9, 0.8, 0.7], **how) for m in models])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.orchestrator.three_nodes", path],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"taken": 2, "states": ["READY"] * 6}
+    out = tmp_path / "out"
+    assert len(calibrations(out)) == 2
+    alone = tmp_path / "alone"
+    run_local(models[1], alone, keep_fraction=0.7, method="modegpt")
+    assert result_files(out / "two-modegpt-keep0.7") == result_files(alone)

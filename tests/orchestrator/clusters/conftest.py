@@ -20,7 +20,8 @@ from orchestrator.cluster import HEALTH_CHECK
 context = ray.init(
     address="local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1",
     dashboard_port=int(sys.argv[1]), object_store_memory=200 * 2**20, log_to_driver=False,
-    _metrics_export_port=int(sys.argv[2]), _system_config=HEALTH_CHECK, _temp_dir=sys.argv[3],
+    _metrics_export_port=int(sys.argv[2]), _temp_dir=sys.argv[3],
+    _system_config={**HEALTH_CHECK, "metrics_report_interval_ms": 1000},
 )
 address = context.address_info["gcs_address"]
 # As `ray start` does: jobs look there for their cluster, and would take any other of this machine.

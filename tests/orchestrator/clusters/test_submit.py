@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import time
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +20,8 @@ from planners.errors import ClusterError
 from tests.builders import LENGTH, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SECONDS = 60
+SECONDS = 120
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,26 @@ def test_a_driver_that_is_killed_is_started_again_and_the_run_is_found_by_its_di
     assert status["job"]["state"] == "SUCCEEDED"
     note = (out / "job.json").read_text()
     assert (at_home.home / ".ray" / "auth_token").read_text() not in note
+
+
+def test_every_name_of_the_grafana_dashboard_is_on_the_metrics_page_of_a_run(
+    model, at_home, tmp_path
+):
+    panels = json.loads((ROOT / "docs" / "grafana.json").read_text())["panels"]
+    text = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    names = set(re.findall(r"ray_compress_\w+", text))
+    assert len(names) > 4
+    given = options_of(model, tmp_path / "run", at_home)
+    main(["submit", *given])
+    url = f"http://127.0.0.1:{at_home.metrics_port}/metrics"
+
+    def all_there():
+        with urllib.request.urlopen(url, timeout=10) as page:
+            scraped = page.read().decode()
+        return names <= set(re.findall(r"^(ray_compress_\w+)\{", scraped, re.MULTILINE))
+
+    wait_for(all_there, "page with all names")
+    wait_for((tmp_path / "run" / "READY").exists, "READY")
 
 
 def test_a_job_is_cancelled_by_its_run_and_its_driver_ends(model, at_home, tmp_path, capsys):
