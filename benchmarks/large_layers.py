@@ -19,6 +19,9 @@ import torch
 from result_file import Goal, Result, load_average, report, table
 from shaped import VOCABULARY, config_of, gib, run_apart, run_here, write_checkpoint, write_tokens
 
+from orchestrator.config import load_config
+from orchestrator.prepare import prepare
+
 MODEL = "llama-2-70b"
 LAYERS = 2
 SEQUENCES, LENGTH = 4, 128  # few hundred tokens
@@ -51,20 +54,17 @@ def measured(method: str, folder: Path, *, threads: int, statistics_dtype: str) 
             "device": "cpu",
             "threads": threads,
         }
-        one_layer = run_apart(Path(__file__), {**recipe, "plan_one_layer": True})["gib"]
-        return run_apart(Path(__file__), {**recipe, "worker_gib": one_layer})
+        found = run_apart(Path(__file__), {**recipe, "worker_gib": one_layer_gib(recipe)})
+    print(f"{method}: {found['peak_bytes']:,} bytes of {found['planned_bytes']:,} planned")
+    return found
 
 
 def one_layer_gib(recipe: Mapping[str, Any]) -> float:
     """Return the memory in which the plan has one layer in a wave, and not two."""
-    from orchestrator.config import load_config
-    from orchestrator.prepare import prepare
-
-    bytes_by_kind = (
-        prepare(load_config(None, {**recipe, "worker_gib": 1000.0})).plan.waves[0][0].bytes
-    )
-    layers = bytes_by_kind["weights"] + bytes_by_kind["statistics"]
-    total = sum(bytes_by_kind.values()) - layers * (LAYERS - 1) // LAYERS
+    plan = prepare(load_config(None, {**recipe, "worker_gib": 1000.0})).plan
+    by_kind = plan.waves[0][0].bytes
+    layers = by_kind["weights"] + by_kind["statistics"]
+    total = sum(by_kind.values()) - layers * (LAYERS - 1) // LAYERS
     return (total + 2**20) / 2**30
 
 
@@ -80,12 +80,8 @@ def main() -> None:
     parser.add_argument("--recipe", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.recipe:
-        recipe = dict(given.recipe)
-        torch.set_num_threads(recipe["threads"])
-        if recipe.pop("plan_one_layer", False):
-            print(json.dumps({"gib": one_layer_gib(recipe)}))
-        else:
-            print(json.dumps(run_here(recipe)))
+        torch.set_num_threads(given.recipe["threads"])
+        print(json.dumps(run_here(given.recipe)))
         return
     shrink = 16 if given.quick else given.shrink
     config = config_of(MODEL, num_layers=LAYERS, shrink=shrink, vocabulary=VOCABULARY)

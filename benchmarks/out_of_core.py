@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from result_file import Goal, Result, load_average, report, table
-from shaped import GIB, MeasuredError, config_of, gib, write_checkpoint, write_tokens
+from shaped import (
+    GIB,
+    VOCABULARY,
+    MeasuredError,
+    config_of,
+    gib,
+    write_checkpoint,
+    write_tokens,
+)
 
 from actors.memory import anonymous_bytes
 from actors.storage.files import Directory
@@ -55,7 +63,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a toy run that writes nothing")
     given = parser.parse_args()
     layers, shrink = (2, 10) if given.quick else (given.layers, 1)
-    config = config_of(MODEL, num_layers=layers, shrink=shrink)
+    vocabulary = VOCABULARY if given.quick else None
+    config = config_of(MODEL, num_layers=layers, shrink=shrink, vocabulary=vocabulary)
     with tempfile.TemporaryDirectory(prefix="out-of-core-") as scratch:
         folder = given.folder or Path(scratch)
         _require_disk(folder, layers, shrink)
