@@ -2,11 +2,17 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private import state as ray_state
+from ray.autoscaler.sdk import request_resources
+from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RaySystemError, RpcError
 
 from planners.errors import ClusterError
 
@@ -19,6 +25,7 @@ HEALTH_CHECK = {
     "object_manager_pull_timeout_ms": 2000,
 }
 STORE_BYTES = 200 * 2**20
+ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,82 @@ def connected(
         yield facts
     finally:
         ray.shutdown()
+
+
+def draining() -> Mapping[str, float]:
+    """Return node id -> seconds left, of the nodes that were told that they will go.
+
+    Ray has no public call for it. Where a release has moved the private one, nothing drains: a node
+    that goes is then a node that is lost.
+    """
+    find = getattr(getattr(ray_state, "state", None), "get_draining_nodes", None)
+    if find is None:
+        return {}
+    try:
+        deadlines = find()  # node id -> milliseconds since the epoch, or 0 for none
+    except (RaySystemError, RpcError):
+        return {}  # the head is away for a moment
+    now = time.time()
+    return {n: at / 1000 - now if at else float("inf") for n, at in deadlines.items()}
+
+
+def drain(node: str, *, seconds: float, message: str, address: str = "") -> None:
+    """Tell Ray that a node goes in so many seconds: nothing new is placed there.
+
+    Args:
+        node: Ray's hex id.
+        seconds: until the machine is gone.
+        message: why, for Ray's own records.
+        address: of the head, ``host:port``; empty is the one this process is connected to.
+
+    Raises:
+        ClusterError: the head refuses, or cannot be reached.
+    """
+    client = ray._raylet.GcsClient(address=address or ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + seconds) * 1000)
+    try:
+        accepted, why = client.drain_node(node, reason, message, deadline_ms)
+    except (RaySystemError, RpcError) as error:
+        raise ClusterError(f"node {node} cannot be drained: {error}") from error
+    if not accepted:
+        raise ClusterError(f"node {node} cannot be drained: {why}")
+
+
+def want(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Ask the autoscaler for room for these at one time; none withdraws what was asked before."""
+    with contextlib.suppress(RaySystemError, RpcError):  # a head that is away grows nothing either
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
+
+
+def capacity() -> str:
+    """Return what the cluster has and what of it is free, in words."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    said = [
+        f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}"
+        for kind in ("CPU", "GPU")
+        if kind == "CPU" or kind in have
+    ]
+    return f"the cluster has {' and '.join(said)} free"
+
+
+def answers(actor_id: str | None) -> bool:
+    """Return whether the node of an actor takes connections; Ray notices later that it does not."""
+    if actor_id is None:
+        return True
+    place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
+    for node in ray.nodes():
+        if node["NodeID"] == place:
+            return node["Alive"] and _listens(node["NodeManagerAddress"], node["NodeManagerPort"])
+    return False
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _facts(address: str, dashboard: str) -> ClusterFacts:

@@ -14,6 +14,7 @@ from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
 from orchestrator.executors import Executor, RayExecutor
+from orchestrator.interrupt import Interruption, interruptible
 from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
 from orchestrator.outcome import outcome
@@ -46,14 +47,22 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
             dashboard=dashboard,
         ):
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            return run_on(prepared, RayExecutor(), listener=listener)
+            with interruptible() as interruption:
+                return run_on(prepared, RayExecutor(), listener=listener, interruption=interruption)
 
 
-def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dict[str, Any]:
+def run_on(
+    prepared: Prepared,
+    executor: Executor,
+    *,
+    listener: Listener,
+    interruption: Interruption | None = None,
+) -> dict[str, Any]:
     """Do an opened run on an executor; every phase skips the units that have a record."""
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
+    pool.interruption = interruption or pool.interruption
     reuse = Directory(prepared.statistics_uri) if prepared.statistics_uri else None
     context = RunContext(
         prepared=prepared,
@@ -105,4 +114,10 @@ def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
         device=prepared.config.device,
     )
     num_workers = max(map(len, prepared.plan.waves))
-    return Pool(executor, setup, num_workers=num_workers, journal=journal)
+    return Pool(
+        executor,
+        setup,
+        num_workers=num_workers,
+        journal=journal,
+        place_seconds=prepared.config.place_seconds,
+    )
