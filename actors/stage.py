@@ -35,6 +35,8 @@ from planners.families import load as load_family
 from planners.placement import LOGIT_TOKENS
 from planners.units import layer_statistics
 
+PARTIAL = "partial"  # the folder of partial sums in a run
+
 
 class Stage:
     """Holds layers, passes microbatches through them, and does units of work.
@@ -154,7 +156,7 @@ class Stage:
                 continue
             where = f"layer-{index:05d}-mb-{following:05d}-{self._setup.incarnation}"
             tensors = self._statistics[index].tensors()
-            entry = write_tensors(self._run, f"partial/{where}.safetensors", tensors)
+            entry = write_tensors(self._run, f"{PARTIAL}/{where}.safetensors", tensors)
             partials.append(PartialSums(layer=index, next=following, file=entry))
             self._saved[index] = following
         return SaveDone(

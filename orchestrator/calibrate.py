@@ -68,6 +68,8 @@ def calibrate(context: RunContext) -> None:
             _calibrate_wave(context, number, rows, todo, partials)
             if number > 0:
                 _forget_boundaries(context, waves[number][0].first, len(rows))
+        if todo:
+            partials.clear()
 
 
 def _calibrate_wave(

@@ -7,13 +7,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import state as ray_state
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RaySystemError, RpcError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
@@ -25,6 +28,7 @@ HEALTH_CHECK = {
     "object_manager_pull_timeout_ms": 2000,
 }
 STORE_BYTES = 200 * 2**20
+COVER_SECONDS = 10.0  # between two looks for nodes that have come
 ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
 
 
@@ -132,6 +136,76 @@ def drain(node: str, *, seconds: float, message: str, address: str = "") -> None
         raise ClusterError(f"node {node} cannot be drained: {error}") from error
     if not accepted:
         raise ClusterError(f"node {node} cannot be drained: {why}")
+
+
+@contextlib.contextmanager
+def attached(address: str) -> Iterator[str]:
+    """Connect to a running cluster from one of its nodes; give Ray's id of that node.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ClusterError(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        yield ray.get_runtime_context().get_node_id()
+    finally:
+        ray.shutdown()
+
+
+class Watchers:
+    """An actor on each node that listens for the notice of its cloud; a context manager.
+
+    They hold no cores, and end with the run.
+    """
+
+    def __init__(self, *, metadata: str = METADATA) -> None:
+        """Watch nobody yet; ``metadata`` is the base URL of the clouds' metadata service."""
+        self._metadata = metadata
+        self._actors: dict[str, Any] = {}
+        self._looked_at = -COVER_SECONDS
+
+    def __enter__(self) -> "Watchers":
+        """Watch the nodes that are there."""
+        self.cover()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Watch nobody any more."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+
+    def cover(self) -> None:
+        """Watch the nodes that have come since; the cluster is asked now and then only."""
+        now = time.monotonic()
+        if now - self._looked_at < COVER_SECONDS:
+            return
+        self._looked_at = now
+        for node in ray.nodes():
+            name = node["NodeID"]
+            if node["Alive"] and name not in self._actors:
+                where = NodeAffinitySchedulingStrategy(name, soft=False)
+                self._actors[name] = (
+                    ray.remote(_Watcher)
+                    .options(num_cpus=0, max_restarts=0, scheduling_strategy=where)
+                    .remote()
+                )
+                self._actors[name].watch.remote(name, self._metadata)
+
+
+class _Watcher:
+    """Waits on one node for its notice."""
+
+    def watch(self, node: str, metadata: str) -> None:
+        """Drain the node once there is a notice; return where no cloud answers."""
+
+        def tell(notice: Notice) -> None:
+            drain(node, seconds=notice.seconds, message=f"notice of {notice.source}")
+
+        watch(tell, base=metadata)
 
 
 def want(bundles: Sequence[Mapping[str, float]]) -> None:

@@ -227,13 +227,13 @@ class _Answer:
 class RayExecutor:
     """Runs every call on the Ray cluster this process is connected to."""
 
-    def __init__(self, *, environment: Mapping[str, str] | None = None) -> None:
-        """Use the current connection; workers see ``environment`` on top of their own."""
-        self._environment = dict(environment or {})
+    def __init__(self, *, watchers: cluster.Watchers | None = None) -> None:
+        """Use the current connection; ``watchers`` are told of nodes that come during the run."""
+        self._watchers = watchers
 
     def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
         """Return the handle of a new actor that Ray will not restart by itself."""
-        environment = dict(self._environment)
+        environment = {}
         if not resources.num_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # unset, a CPU actor would see every GPU
         remote = ray.remote(actor_class).options(
@@ -299,6 +299,8 @@ class RayExecutor:
 
     def draining(self) -> Mapping[str, float]:
         """Return node -> seconds left, of the nodes that were told that they will go."""
+        if self._watchers is not None:
+            self._watchers.cover()
         return cluster.draining()
 
     def want(self, bundles: Sequence[Mapping[str, float]]) -> None:

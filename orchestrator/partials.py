@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from math import ceil
 
 from actors.messages import PartialSums, SaveDone, UnitDone
+from actors.stage import PARTIAL
 from actors.storage.files import Directory
 from orchestrator.ledger import Ledger
 from planners.plan import SCHEMA_VERSION, fingerprint
 from planners.units import Unit
 
-FOLDER = "partial"
 MIN_SECONDS = 60.0  # of work that may be lost: saving less is not worth it
 SHARE = 0.05  # of the time of a pass that saving may take
 BYTES_PER_SECOND = 1e8  # that a store takes, before the first save has been timed
@@ -74,6 +74,11 @@ class Partials:
             self._run.delete(f"records/{self._units[layer].name}.json")
             self._ledger.forget(self._units[layer])
             self._run.delete(partial.file.path)
+
+    def clear(self) -> None:
+        """Remove what workers wrote that were lost before they could say so; no pass goes on."""
+        for name in self._run.names(PARTIAL):
+            self._run.delete(name)
 
 
 def _unit(unit: Unit) -> Unit:
