@@ -186,7 +186,9 @@ class Watchers:
         self._looked_at = now
         for node in ray.nodes():
             name = node["NodeID"]
-            if node["Alive"] and name not in self._actors:
+            # With the head goes the driver itself: there is nobody to move its work.
+            head = "node:__internal_head__" in node["Resources"]
+            if node["Alive"] and not head and name not in self._actors:
                 where = NodeAffinitySchedulingStrategy(name, soft=False)
                 self._actors[name] = (
                     ray.remote(_Watcher)

@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cluster.drain(node, seconds=notice.seconds, message=f"notice of {notice.source}")
             print(f"{notice.source}: node {node} goes in {notice.seconds:.0f} s")  # noqa: T201
 
+        print(f"watches node {node}", flush=True)  # noqa: T201
         watch(drain, base=given.metadata, stopped=stopped)
     return 0
 

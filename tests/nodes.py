@@ -69,12 +69,6 @@ class Nodes:
             self.nodes.append(self.add())
         self._cluster.wait_for_nodes()
 
-    def replace_all(self):
-        """Lose all nodes, and put new ones in their place."""
-        for node in self.nodes:
-            self.kill(node)
-        self.refill()
-
     def _is_lost(self, node):
         raylet = node.all_processes["raylet"][0].process
         return raylet.poll() is not None or raylet.pid in self._stopped

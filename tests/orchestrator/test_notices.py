@@ -23,7 +23,10 @@ TOKEN = "a-token"
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """The part of both services that is asked; ``server.said`` is path -> what is answered."""
+    """The part of both services that is asked; ``said`` is path -> what is answered.
+
+    A list is used up, and then FALSE.
+    """
 
     def do_PUT(self):
         asked = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
@@ -36,6 +39,8 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         self.answer(self.server.said.get(self.path) if allowed else None)
 
     def answer(self, text):
+        if isinstance(text, list):
+            text = text.pop() if text else "FALSE"
         self.send_response(200 if text is not None else 404)
         self.end_headers()
         self.wfile.write((text or "").encode())

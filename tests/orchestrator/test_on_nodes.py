@@ -2,10 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-import ray
 
 from orchestrator import cluster
 from orchestrator.executors import InputLost, RayExecutor, Resources
@@ -34,6 +35,27 @@ def undisturbed(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     compress_local(model, out)
     return result_files(out)
+
+
+@pytest.fixture
+def held_core():
+    held = HeldCore()
+    yield held
+    held.give_back()
+
+
+class HeldCore:
+    """One core of the cluster that is taken by somebody else."""
+
+    def __init__(self):
+        self._executor = RayExecutor()
+        self._holder = self._executor.spawn(
+            Idle, resources=Resources(num_cpus=1), name=f"holds-a-core-{time.time()}"
+        )
+        self._executor.result(self._executor.settle(self._holder))
+
+    def give_back(self):
+        self._executor.kill(self._holder)
 
 
 def test_a_killed_node_is_noticed_within_seconds_and_costs_no_bit(
@@ -91,17 +113,36 @@ def test_a_cloud_that_takes_a_machine_drains_its_node(nodes):
     with metadata("gcp", {PREEMPTED: "FALSE"}) as (base, said), cluster.Watchers(metadata=base):
         time.sleep(1)
         assert cluster.draining() == {}
-        said[PREEMPTED] = "TRUE"
-        wait_until(lambda: len(cluster.draining()) >= len(nodes.nodes))
-        assert all(25 < left <= 30 for left in cluster.draining().values())
-    nodes.replace_all()
+        said[PREEMPTED] = ["TRUE"]  # to the first that asks, and to no other
+        wait_until(cluster.draining)
+        ((node, left),) = cluster.draining().items()
+        assert 20 < left <= 30
+    (taken,) = [n for n in nodes.nodes if n.node_id == node]
+    nodes.kill(taken)
+    nodes.refill()
+
+
+def test_the_watch_of_a_cluster_file_drains_its_node_on_sigterm(nodes):
+    node = nodes.nodes[0]
+    arguments = ["--address", nodes.address, "--node", node.node_id]
+    with metadata("gcp", {PREEMPTED: "FALSE"}) as (base, _):
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.notices", *arguments, "--metadata", base],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert "watches" in watching.stdout.readline()
+        watching.terminate()
+        said, _ = watching.communicate(timeout=30)
+    assert f"SIGTERM: node {node.node_id} goes in 30 s" in said
+    assert watching.returncode == 0
+    nodes.kill(node)
+    nodes.refill()
 
 
 def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
-    model, tmp_path, monkeypatch
+    held_core, model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("orchestrator.pool.SAY_SECONDS", 1.0)
-    held = RayExecutor().spawn(Idle, resources=Resources(num_cpus=1), name="holds-a-core")
     events = []
     with pytest.raises(ClusterError, match="no machine could hold worker-2 for 6 s") as caught:
         compress_local(
@@ -112,27 +153,23 @@ def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
     assert "0 of 3 CPU" in str(caught.value)
     assert "what is done is kept" in caught.value.hint
     assert [e["worker"] for e in events if e["kind"] == "waiting"] == ["worker-2"]
-    RayExecutor().kill(held)
 
 
-def test_capacity_that_comes_back_is_used(model, undisturbed, tmp_path, monkeypatch):
+def test_capacity_that_comes_back_is_used(held_core, model, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr("orchestrator.pool.SAY_SECONDS", 1.0)
-    held = RayExecutor().spawn(Idle, resources=Resources(num_cpus=1), name="holds-a-core")
-    disturbance = Disturbance("waiting", 1, lambda: RayExecutor().kill(held))
+    disturbance = Disturbance("waiting", 1, held_core.give_back)
     compress_local(model, tmp_path, executor=RayExecutor(), listener=disturbance, workers=3)
     assert disturbance.kinds().count("placed") == 1
     assert result_files(tmp_path) == undisturbed
 
 
-def test_units_go_on_with_the_workers_that_are_there(model, undisturbed, tmp_path):
+def test_units_go_on_with_the_workers_that_are_there(held_core, model, undisturbed, tmp_path):
     compress_local(model, tmp_path, workers=3)
     for record in (tmp_path / "records").glob("layer-*"):
         record.unlink()
-    held = RayExecutor().spawn(Idle, resources=Resources(num_cpus=1), name="holds-a-core")
     events = []
     # Its third worker never comes; no pass is left that would need it.
     compress_local(model, tmp_path, executor=RayExecutor(), listener=events.append, workers=3)
-    RayExecutor().kill(held)
     assert {e["worker"] for e in events if e["kind"] == "layer"} == {"worker-0", "worker-1"}
     assert result_files(tmp_path) == undisturbed
 
@@ -145,7 +182,7 @@ def test_a_worker_that_stands_still_is_shown_and_given_up(
     monkeypatch.setattr("orchestrator.deadlines.TIMES", 0.0)
     executor = WatchedExecutor()
     disturbance = Disturbance(
-        phase, 4, lambda: os.kill(executor.places["worker-1"].pid, signal.SIGSTOP)
+        phase, 7, lambda: os.kill(executor.places["worker-1"].pid, signal.SIGSTOP)
     )
     compress_local(model, tmp_path, executor=executor, listener=disturbance, workers=2)
     silent = [e for e in disturbance.events if e["kind"] == "silent"]
@@ -170,13 +207,11 @@ def test_an_input_whose_maker_died_is_lost_and_no_fault_of_who_reads_it():
     maker, reader = (
         executor.spawn(Idle, resources=Resources(num_cpus=1), name=name) for name in ("m", "r")
     )
+    for actor in (maker, reader):
+        executor.result(executor.settle(actor))
     slow = executor.call(maker, "make", 60.0, label="make")
     asked = executor.call(reader, "read", slow, label="read")
-    executor.result(executor.settle(reader))
-    where = executor.settle(maker)
-    time.sleep(0.5)
-    ray.kill(maker)
-    del where
+    executor.kill(maker)
     wait_until(lambda: executor.ready([asked], seconds=0.1))
     with pytest.raises(InputLost):
         executor.result(asked)
