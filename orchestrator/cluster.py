@@ -231,11 +231,14 @@ def answers(actor_id: str | None) -> bool:
     """Return whether the node of an actor takes connections; Ray notices later that it does not."""
     if actor_id is None:
         return True
-    place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
-    for node in ray.nodes():
-        if node["NodeID"] == place:
-            return node["Alive"] and _listens(node["NodeManagerAddress"], node["NodeManagerPort"])
-    return False
+    try:
+        place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
+        found = {node["NodeID"]: node for node in ray.nodes()}.get(place)
+    except (RaySystemError, RpcError):
+        return True  # the head cannot be asked, so nothing is known of the node
+    if found is None or not found["Alive"]:
+        return False
+    return _listens(found["NodeManagerAddress"], found["NodeManagerPort"])
 
 
 def _listens(host: str, port: int) -> bool:

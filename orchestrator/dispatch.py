@@ -7,7 +7,7 @@ from typing import Any
 from actors.messages import CompressionJob, UnitDone, UnitTask
 from orchestrator.capsule import Work
 from orchestrator.context import RunContext
-from orchestrator.executors import WorkerFailed, WorkerLost
+from orchestrator.executors import InputLost, WorkerFailed, WorkerLost
 from orchestrator.failures import POLICIES, class_of
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
@@ -143,7 +143,7 @@ class _Dispatch:
         self._watch.answered(slot, ticket)
         try:
             done = self._pool.executor.result(ticket)
-        except (CompressionError, WorkerFailed, WorkerLost) as error:
+        except (CompressionError, InputLost, WorkerFailed, WorkerLost) as error:
             self._fail(slot, unit, error)
         else:
             self._finish(unit, done)

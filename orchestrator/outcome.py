@@ -28,7 +28,7 @@ PHASES = (
     "evaluate",
     "throughput",
 )
-SHOWN = (*POLICIES, "notice", "waiting", "placed", "silent")
+SHOWN = (*POLICIES, "gave up", "notice", "waiting", "placed", "silent")
 
 
 def outcome(
@@ -124,6 +124,8 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 def _failures(events: list[dict[str, Any]]) -> dict[str, int]:
     """Return class -> how often this run met it, over all its drivers; not those it never met."""
     met = Counter(event["kind"] for event in events)
+    last = (event["detail"] for event in events if event["kind"] == "gave up")
+    met.update(detail.partition(":")[0] for detail in last)
     return {name: met[name] for name in POLICIES if met[name]}
 
 

@@ -161,8 +161,9 @@ class Pool:
 
     def stop(self, work: Work, error: Exception, *, run_uri: str) -> CompressionError:
         """Return the error that ends the run, after its capsule was written."""
-        self._journal.tell(class_of(error), unit=work.name, worker=work.setup.name,
-                           detail=str(error))  # fmt: skip
+        said = str(error).removeprefix(f"{class_of(error)}: ")
+        self._journal.tell("gave up", unit=work.name, worker=work.setup.name,
+                           detail=f"{class_of(error)}: {said}")  # fmt: skip
         capsule = ""
         if class_of(error) != "user error":
             with contextlib.suppress(StorageError):  # a store that fails takes no capsule either

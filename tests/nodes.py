@@ -101,6 +101,10 @@ class WatchedExecutor(RayExecutor):
         self._settling[ticket] = self._settling.pop(handle)
         return ticket
 
+    def there(self, worker):
+        """Return that worker, or another one where it is still on its way."""
+        return worker if worker in self.places else min(self.places)
+
     def result(self, ticket):
         found = super().result(ticket)
         if ticket in self._settling:
