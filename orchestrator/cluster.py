@@ -155,6 +155,11 @@ def attached(address: str) -> Iterator[str]:
         ray.shutdown()
 
 
+def watchers(address: str) -> "contextlib.AbstractContextManager[Watchers | None]":
+    """Return who listens for notices: nobody on a cluster that is this machine alone."""
+    return contextlib.nullcontext() if address == "local" else Watchers()
+
+
 class Watchers:
     """An actor on each node that listens for the notice of its cloud; a context manager.
 

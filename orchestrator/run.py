@@ -1,6 +1,5 @@
 """The one path of a run, top to bottom."""
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -48,14 +47,9 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
             dashboard=dashboard,
         ):
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            with interruptible() as interruption, _watchers(config.address) as watchers:
+            with interruptible() as interruption, cluster.watchers(config.address) as watchers:
                 executor = RayExecutor(watchers=watchers)
                 return run_on(prepared, executor, listener=listener, interruption=interruption)
-
-
-def _watchers(address: str) -> contextlib.AbstractContextManager[cluster.Watchers | None]:
-    """Return who listens for notices: nobody on a cluster that is this machine alone."""
-    return contextlib.nullcontext() if address == "local" else cluster.Watchers()
 
 
 def run_on(

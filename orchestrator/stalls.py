@@ -34,7 +34,7 @@ class Watch:
         now = time.monotonic()
         calls = self._calls.get(slot, [])
         for number, call in enumerate(calls):
-            if call.ticket is ticket:
+            if call.ticket == ticket:
                 if number == 0:
                     self._pool.deadlines.took(call.kind, now - call.since)
                     for waiting in calls[1:2]:

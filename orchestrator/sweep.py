@@ -92,8 +92,8 @@ def sweep(base: Prepared, points: Sequence[Prepared], *, listener: Listener) -> 
         num_cpus=config.workers * config.threads,
         num_gpus=config.workers if config.device == "cuda" else 0,
         store_bytes=4 * base.plan.waves[0][0].bytes["boundaries"] * config.workers,
-    ):  # fmt: skip
-        return sweep_on(base, points, RayExecutor(), listener=listener)
+    ), cluster.watchers(config.address) as watchers:  # fmt: skip
+        return sweep_on(base, points, RayExecutor(watchers=watchers), listener=listener)
 
 
 def sweep_on(
