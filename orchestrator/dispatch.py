@@ -159,7 +159,7 @@ class _Dispatch:
                            start=done.started, seconds=done.seconds)  # fmt: skip
         for slot in self._slots_of(unit):  # the other one of two: nobody waits for it
             self._leave(slot)
-            self._pool.renew(slot)
+            self._pool.renew(slot, listens=False)
 
     def _fail(self, slot: int, unit: Unit, error: Exception) -> None:
         """Give a unit to another worker, or stop where that would fail the same way."""

@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,6 +143,10 @@ class Executor(Protocol):
         """End an actor's process; one that is gone already is no error."""
         ...
 
+    def end(self, where: Whereabouts) -> None:
+        """End a process that does not listen; `kill` asks it to end."""
+        ...
+
     def stack(self, where: Whereabouts) -> str:
         """Return what a process is doing now, or empty where nobody can say."""
         ...
@@ -199,6 +203,9 @@ class LocalExecutor:
 
     def kill(self, handle: Any) -> None:
         """Forget the object."""
+
+    def end(self, where: Whereabouts) -> None:
+        """Do nothing: it is this process."""
 
     def stack(self, where: Whereabouts) -> str:
         """Return nothing: a call that does not return does not return here either."""
@@ -277,6 +284,11 @@ class RayExecutor:
         """End the actor's process; Ray says nothing where it is gone already."""
         ray.kill(handle, no_restart=True)
 
+    def end(self, where: Whereabouts) -> None:
+        """Have a task on the process's own node end it; nobody waits for that."""
+        if where.pid:
+            _beside(where, _ended)
+
     def stack(self, where: Whereabouts) -> str:
         """Have a task on the worker's own node make the process write its stack, and read it.
 
@@ -284,13 +296,8 @@ class RayExecutor:
         """
         if not where.pid:
             return ""
-        task = ray.remote(_shown_stack).options(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(where.node, soft=False),
-        )
         try:
-            found: str = ray.get(task.remote(where), timeout=STACK_SECONDS)
+            found: str = ray.get(_beside(where, _shown_stack), timeout=STACK_SECONDS)
         except GetTimeoutError:
             return f"its node did not answer within {STACK_SECONDS:g} s"
         except RayError as error:
@@ -320,6 +327,21 @@ def _settled(actor: Any) -> Whereabouts:
     faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
     node = ray.get_runtime_context().get_node_id()
     return Whereabouts(node=node, pid=os.getpid(), stack_file=path)
+
+
+def _beside(where: Whereabouts, work: Callable[[Whereabouts], Any]) -> Any:
+    """Start a task on the node of a process, that takes no core; return its ticket."""
+    task = ray.remote(work).options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(where.node, soft=False),
+    )
+    return task.remote(where)
+
+
+def _ended(where: Whereabouts) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(where.pid, signal.SIGKILL)
 
 
 def _shown_stack(where: Whereabouts) -> str:

@@ -127,10 +127,16 @@ class Pool:
         """
         self._journal.tell(lost.reason, worker=self._slots[slot].setup.name, detail=str(lost))
         self.failures.count(lost)
-        self.renew(slot)
+        self.renew(slot, listens=lost.reason != "stalled")
 
-    def renew(self, slot: int) -> None:
-        """Give a slot a new worker; nothing went wrong with the old one."""
+    def renew(self, slot: int, *, listens: bool) -> None:
+        """Give a slot a new worker; an old one that does not listen is ended by force.
+
+        Else it would keep its cores, and its successor might find no place.
+        """
+        where = self._slots[slot].where
+        if where is not None and not listens:
+            self.executor.end(where)
         self.executor.kill(self._slots[slot].handle)
         self._going.pop(slot, None)
         self._slots[slot] = self._filled(slot)
