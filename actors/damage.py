@@ -2,11 +2,12 @@
 
 The damage of a cut is the mean over tokens of ``|y' - y|^2 / |y|^2``, y the residual stream that
 leaves the dense layer and y' the one that leaves the layer with one module cut. Only the cut module
-and what follows it in the layer is recomputed.
+and what follows it in the layer is recomputed. With ``damage=loss`` it is how much the loss of the
+whole model rises where this one layer is cut: every y' goes through all dense layers behind.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from planners.families import load as load_family
 from planners.plan import LayerForm, ModelShape
 
 Curves = dict[str, list[list[float]]]
+Losses = Callable[[list[Tensor]], list[float]]
 
 
 @torch.inference_mode()
@@ -31,6 +33,7 @@ def damage_curves(
     *,
     job: CompressionJob,
     device: str,
+    losses: Losses | None = None,
 ) -> Curves:
     """Return module -> [[width, damage], ...], the full width first, for one layer.
 
@@ -40,6 +43,8 @@ def damage_curves(
         config: the input model's ``config.json``.
         job: method, options and shape.
         device: where to compute.
+        losses: outputs of the layer -> the model's loss with each; damage is the rise of it. None:
+            damage is the relative error of the layer's output.
 
     Raises:
         NumericsError: a cut gives no finite output.
@@ -51,6 +56,7 @@ def damage_curves(
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     shares = [float(share) for share in str(job.options["grid"]).split(",")]
     curves: Curves = {}
+    cuts: list[tuple[str, int, Tensor]] = []
     for module in methods.spec(job.method).cuts(job.options):
         full = full_widths(shape)
         curves[module] = [[full[module], 0.0]]
@@ -62,12 +68,22 @@ def damage_curves(
             cut = _halved(new, form, config, shape, probe)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
             after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
+            if losses is not None:
+                cuts.append((module, width, after))  # they pass the layers behind together
+                continue
             lost = (after.float() - output.float()).square().sum(-1) / energy
-            mean = float(lost.double().mean())
-            if not math.isfinite(mean):
-                raise NumericsError(f"{module} cut to {width}: the damage is not finite")
-            curves[module].append([width, mean])
+            curves[module].append(_level(module, width, float(lost.double().mean())))
+    if losses is not None:
+        uncut, *found = losses([output, *(after for _, _, after in cuts)])
+        for (module, width, _), loss in zip(cuts, found, strict=True):
+            curves[module].append(_level(module, width, loss - uncut))
     return curves
+
+
+def _level(module: str, width: int, damage: float) -> list[float]:
+    if not math.isfinite(damage):
+        raise NumericsError(f"{module} cut to {width}: the damage is not finite")
+    return [width, damage]
 
 
 def _halved(

@@ -71,6 +71,7 @@ class Assignment:
         head: it computes losses.
         statistics: what it accumulates while it observes.
         dtype: compute dtype.
+        statistics_dtype: of the grams as they are stored.
     """
 
     run_uri: str
@@ -82,6 +83,7 @@ class Assignment:
     head: bool
     statistics: frozenset[Statistic]
     dtype: str
+    statistics_dtype: str = "float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +195,9 @@ class TokenStream:
     dtype: str = "float32"
 
 
+OF_A_LAYER = ("layer", "draft")  # kinds of units that may have options of their own
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionJob:
     """What all compression units of a run share.
@@ -203,6 +208,7 @@ class CompressionJob:
         statistics_uri: another run whose statistics are reused, or empty.
         method: a file of ``actors/methods``.
         options: of the method, complete.
+        layer_options: layer -> those that it has for itself.
         shape: of the input model.
         form: widths of the result; not final while damage is measured.
         stream: the calibration tokens, where units stream them.
@@ -216,6 +222,7 @@ class CompressionJob:
     shape: ModelShape
     form: ModelForm
     stream: TokenStream = TokenStream()
+    layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

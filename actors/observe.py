@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.numerics.gram import accumulate, rms_normed
+from actors.numerics.packed import zeros
 from planners.cost import tap_dim
 from planners.families._base import Family
 from planners.plan import ModelShape, Statistic
@@ -30,7 +31,7 @@ class LayerStatistics:
     """Sums over the tokens that pass one layer while it is observed.
 
     Attributes:
-        sums: statistic name -> float64 sum, in place; ``<tap>.sum`` is the sum of x there.
+        sums: statistic name -> float64 sum, in place, grams packed; ``<tap>.sum`` is the sum of x.
         num_tokens: how many tokens were summed.
     """
 
@@ -48,8 +49,7 @@ class LayerStatistics:
             if statistic.kind.startswith("probe"):
                 self._probe_tokens = int(statistic.kind.removeprefix("probe"))
                 continue
-            dims = _dims(shape, statistic)
-            self.sums[str(statistic)] = self._zeros(*dims)
+            self.sums[str(statistic)] = self._room(statistic)
             if statistic.kind in ("gram", "head_gram"):
                 self.sums[f"{statistic.tap}.sum"] = self._zeros(tap_dim(shape, statistic.tap))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -117,6 +117,16 @@ class LayerStatistics:
     def _name(self, role: str) -> str:
         return self._family.linears.get(role) or self._family.norms[role]
 
+    def _room(self, statistic: Statistic) -> Tensor:
+        dim, h = tap_dim(self._shape, statistic.tap), self._shape.head_dim
+        if statistic.kind in ("gram", "normed_gram"):
+            return zeros(dim, device=self._device)
+        if statistic.kind == "head_gram":
+            return self._zeros(dim // h, h, h)
+        if statistic.kind == "pair_energy":
+            return self._zeros(dim // h, h // 2)
+        return self._zeros(1)
+
     def _zeros(self, *dims: int) -> Tensor:
         return torch.zeros(dims, dtype=torch.float64, device=self._device)
 
@@ -134,15 +144,6 @@ class LayerStatistics:
     def _add_cosine(self, before: Tensor, after: Tensor) -> None:
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
         self.sums["resid_out.cosine"][0] += cosine.to(torch.float64).sum()
-
-
-def _dims(shape: ModelShape, statistic: Statistic) -> tuple[int, ...]:
-    dim = tap_dim(shape, statistic.tap)
-    if statistic.kind == "head_gram":
-        return (dim // shape.head_dim, shape.head_dim, shape.head_dim)
-    if statistic.kind == "pair_energy":
-        return (dim // shape.head_dim, shape.head_dim // 2)
-    return (1,) if statistic.kind == "cosine" else (dim, dim)
 
 
 def _feed_input(module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Adder]) -> None:

@@ -25,6 +25,7 @@ from actors.messages import (
 from actors.modeling.build import Skeleton
 from actors.numerics.loss import next_token_nll
 from actors.observe import LayerStatistics
+from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors, write_tensors
@@ -86,7 +87,8 @@ class Stage:
         family = load_family(assignment.family)
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
-            self._layers[index] = self._skeleton.layer(index, checkpoint.read_prefix(prefix))
+            tensors = one_ahead(checkpoint.stream_prefix(prefix))
+            self._layers[index] = self._skeleton.layer(index, tensors)
             if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 self._statistics[index] = LayerStatistics(
@@ -173,7 +175,10 @@ class Stage:
         layer = self._statistics[task.index]
         tensors = layer.tensors()
         name = f"stats/layer-{task.index:05d}{task.suffix}.safetensors"
-        entry = write_tensors(self._run, name, tensors)
+        dtype = getattr(torch, self._assignment.statistics_dtype)
+        # Packed grams are what is large; the rest stays as it is summed.
+        stored = {key: dtype for key, t in tensors.items() if key.endswith("gram") and t.ndim == 1}
+        entry = write_tensors(self._run, name, tensors, stored=stored)
         return UnitDone(
             unit=task.unit,
             worker=self._setup.name,
@@ -188,13 +193,16 @@ class Stage:
 
     @torch.inference_mode()
     def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
-        """Do one unit of compression: files in, files out; layers held here do not matter.
+        """Do one unit of compression: files in, files out; layers that were held are let go.
+
+        A unit's factorisation has the memory of the device to itself; a pass loads its layers.
 
         Raises:
             NumericsError: the statistics gave no usable numbers.
             ModelError: a weight is missing or not finite.
         """
         started, begun = time.time(), time.monotonic()
+        self.drop()
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,

@@ -111,14 +111,17 @@ def _calibrate_wave(
 
     plan = PassPlan(
         kind="calibrate",
-        assignments=assignments(
-            wave,
-            run_uri=context.run.uri,
-            checkpoint_uri=prepared.model_uri,
-            family=prepared.plan.shape.family,
-            dtype=prepared.identity.compute_dtype,
-            statistics=_missing(context),
-        ),
+        assignments=[
+            replace(each, statistics_dtype=prepared.identity.statistics_dtype)
+            for each in assignments(
+                wave,
+                run_uri=context.run.uri,
+                checkpoint_uri=prepared.model_uri,
+                family=prepared.plan.shape.family,
+                dtype=prepared.identity.compute_dtype,
+                statistics=_missing(context),
+            )
+        ],
         microbatches=[
             Microbatch(
                 index=index,

@@ -1,6 +1,8 @@
 """Connecting to a Ray cluster, or starting one for this command alone."""
 
 import contextlib
+import copy
+import io
 import os
 import socket
 import time
@@ -16,6 +18,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RaySystemError, RpcError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.clusters.capacity import cluster_file_here, most
 from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
 
@@ -267,12 +270,18 @@ def _facts(address: str, dashboard: str) -> ClusterFacts:
 
 def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
     """Refuse what would otherwise wait for ever: Ray does not say that a request cannot fit."""
-    if num_cpus > facts.cpus or num_gpus > facts.gpus:
+    cpus, gpus, grown = facts.cpus, facts.gpus, ""
+    if facts.address != "local" and (num_cpus > cpus or num_gpus > gpus):
+        file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
+        most_cpus, most_gpus = most(file, "CPU"), most(file, "GPU")
+        if most_cpus > cpus or most_gpus > gpus:
+            cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"
+    if num_cpus > cpus or num_gpus > gpus:
         raise ClusterError(
-            f"the cluster at {facts.address!r} has {facts.cpus:g} cores and {facts.gpus:g} GPUs; "
+            f"the cluster at {facts.address!r}{grown} has {cpus:g} cores and {gpus:g} GPUs; "
             f"this run needs {num_cpus} and {num_gpus}",
             hint="use fewer --workers or --threads, or a larger cluster"
-            + (", or --device cpu" if num_gpus > facts.gpus else ""),
+            + (", or --device cpu" if num_gpus > gpus else ""),
         )
 
 
@@ -282,3 +291,21 @@ def _protect_token() -> None:
     with contextlib.suppress(OSError):  # no home directory, no token
         if token.is_file():
             token.chmod(0o600)
+
+
+def schema_refusal(values: Mapping[str, Any]) -> str:
+    """Return why ``ray up`` would refuse a cluster file, in a line; empty where it would not."""
+    # Not at the top: the launcher's modules are of use to one command only.
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    said = io.StringIO()  # what preparing prints is of use to `ray up` only
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate_config(prepare_config(copy.deepcopy(dict(values))))
+    except ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        return f"{where}: {error.message}" if where else str(error.message)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""

@@ -83,6 +83,7 @@ class RunConfig(_Section):
         out: run directory; empty is ``runs/MODEL-METHOD-SIZE``.
         method: a file of ``actors/methods``.
         options: of the method; what is not given has the method's default.
+        layer_options: layer -> options of that layer alone, as `redo` leaves them.
         keep_fraction: true parameters kept over parameters before, in (0, 1].
         slice: nominal fraction of the residual width to remove, in [0, 1). At most one of the two
             is given; neither is ``keep_fraction`` 0.8.
@@ -95,6 +96,8 @@ class RunConfig(_Section):
         place_seconds: how long a worker may wait for a machine that can hold it.
         device: where the workers compute.
         calibration_dtype: of the activations.
+        statistics_dtype: of the sums as they are stored; float32 halves the disk they take and
+            rounds each by at most 6e-8 of itself. They are summed and factored in float64.
         worker_gib: memory a worker may use, in GiB; None is what its device has.
         keep_statistics: keep the statistics after the last unit that needs them.
         stats: another run, whose statistics are used where they are of the same model and data.
@@ -107,6 +110,9 @@ class RunConfig(_Section):
     method: str = Field(default="slicegpt", min_length=1, description="the name of a method")
     options: dict[str, str | int | float | bool] = Field(
         default={}, description="a mapping from option to value"
+    )
+    layer_options: dict[int, dict[str, str | int | float | bool]] = Field(
+        default={}, description="a mapping from layer to a mapping from option to value"
     )
     keep_fraction: float | None = Field(
         default=None, gt=0, le=1, description="a number above 0 and up to 1, such as 0.8"
@@ -128,6 +134,9 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
     calibration_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto, float32, bfloat16 or float16"
+    )
+    statistics_dtype: Literal["float64", "float32"] = Field(
+        default="float64", description="float64 or float32"
     )
     worker_gib: float | None = Field(
         default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB"
@@ -164,7 +173,8 @@ class Facts:
 
     Attributes:
         model_name: short name of the model, as in `actors.storage.sources.ModelSource`.
-        max_position_embeddings: longest sequence the model takes.
+        longest: longest sequence the model takes.
+        longest_key: of its config, which says so.
         options: of the method, as `resolve_options` returns them.
         device: where ``device: auto`` computes.
         calibration_dtype: what ``calibration_dtype: auto`` is.
@@ -172,7 +182,8 @@ class Facts:
     """
 
     model_name: str
-    max_position_embeddings: int
+    longest: int
+    longest_key: str
     options: Mapping[str, Option]
     device: Literal["cpu", "cuda"]
     calibration_dtype: Literal["float32", "bfloat16", "float16"]
@@ -229,6 +240,35 @@ def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str
     }
 
 
+# Options of a method that decide widths, statistics or what other units do.
+OF_ALL_LAYERS = frozenset({
+    "allocation", "modules", "round_to", "temperature", "grid", "probe_tokens", "servable",
+    "rotation", "pca_on", "slice_head", "schedule", "refit",
+})  # fmt: skip
+
+
+def resolve_layer_options(
+    spec: MethodSpec, given: Mapping[int, Mapping[str, object]]
+) -> dict[int, dict[str, Option]]:
+    """Return layer -> the options that it has for itself, each in the type of its default.
+
+    Raises:
+        ConfigError: the method has no such option, or no layer can have it alone.
+    """
+    found: dict[int, dict[str, Option]] = {}
+    for layer, options in given.items():
+        resolved_ = resolve_options(spec, options)
+        for name in options:
+            if name in OF_ALL_LAYERS:
+                own = [option.name for option in spec.options if option.name not in OF_ALL_LAYERS]
+                raise ConfigError(
+                    f"layer_options.{layer}.{name}: all layers of a run share it",
+                    hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
+                )
+        found[layer] = {name: resolved_[name] for name in options}
+    return found
+
+
 def resolved(config: RunConfig, facts: Facts) -> RunConfig:
     """Return the recipe with all that is left open replaced by what is used.
 
@@ -246,10 +286,10 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
     )
     length = config.calibration.sequence_length
     if length is None and not _holds_tokens(source):
-        length = min(DEFAULT_SEQUENCE_LENGTH, facts.max_position_embeddings)
+        length = min(DEFAULT_SEQUENCE_LENGTH, facts.longest)
     if length is not None:
         where = "calibration.sequence_length: is"
-        _check_length(length, facts.max_position_embeddings, where=where)
+        _check_length(length, facts, where=where)
     target = config.target
     return config.model_copy(
         update={
@@ -281,7 +321,7 @@ def with_tokens(
     sequences, length = calibration
     for key, longest in (("calibration", length), ("evaluation", evaluation[1])):
         where = f"{key}.source: has sequences of"
-        _check_length(longest, facts.max_position_embeddings, where=where)
+        _check_length(longest, facts, where=where)
     asked = config.calibration.sequence_length
     if asked not in (None, length):
         raise ConfigError(
@@ -341,6 +381,9 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) ->
     """Return one line: the key's path, what is wrong with it, and what would be right."""
     if not loc:
         return str(error["ctx"]["error"])
+    if loc[0] == "layer_options":
+        expected = RunConfig.model_fields["layer_options"].description
+        return f"layer_options: is {_short(error['input'])}; it must be {expected}"
     if loc[0] == "options" and len(loc) > 1:
         # What follows the option's name are the members of the union.
         return f"options.{loc[1]}: is {_short(error['input'])}; it must be a text or a number"
@@ -438,11 +481,11 @@ def _holds_tokens(source: str) -> bool:
     return source == "embedded" or source.startswith("tokens:")
 
 
-def _check_length(length: int, longest: int, *, where: str) -> None:
+def _check_length(length: int, facts: Facts, *, where: str) -> None:
+    longest = facts.longest
     if length > longest:
         raise ConfigError(
-            f"{where} {length} tokens, but the model takes at most {longest} "
-            "(max_position_embeddings)",
+            f"{where} {length} tokens, but the model takes at most {longest} ({facts.longest_key})",
             hint=f"use sequences of {longest} tokens or less",
         )
 

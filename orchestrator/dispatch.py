@@ -14,7 +14,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
 from orchestrator.stalls import Watch
 from planners.errors import CompressionError
-from planners.units import Unit
+from planners.units import Unit, needed, spent
 
 
 class Frontier:
@@ -63,12 +63,12 @@ def compress(context: RunContext) -> None:
     Raises:
         CompressionError: see `run_units`.
     """
-    units = context.made
-    num_left = len(context.ledger.todo(units))
-    if not num_left:
+    lasting = [unit for unit in context.made if unit.lasting]
+    if not context.ledger.todo(lasting):
         return
-    with context.phase("compress", total=num_left):
-        run_units(context.pool, units, context.job, ledger=context.ledger, journal=context.journal)
+    left = needed(context.made, done=context.ledger.done)
+    with context.phase("compress", total=len(left)):
+        run_units(context.pool, left, context.job, ledger=context.ledger, journal=context.journal)
 
 
 def run_units(
@@ -105,6 +105,7 @@ class _Dispatch:
         journal: Journal,
     ) -> None:
         self._pool, self._job, self._ledger, self._journal = pool, job, ledger, journal
+        self._units = units
         self._frontier = Frontier(units, is_done=ledger.done)
         self._running: dict[Any, tuple[int, Unit]] = {}
         self._failed_on: dict[int, set[str]] = {}  # slot -> units that another is to try
@@ -155,6 +156,8 @@ class _Dispatch:
         if met:
             done = replace(done, values={**done.values, "retried_after": met})
         self._ledger.commit(unit, done, attempt=self._frontier.attempts[unit.name])
+        for passed in spent(unit, self._units, done=self._ledger.done):
+            self._ledger.drop(passed)
         self._journal.tell(unit.kind, unit=unit.name, worker=done.worker,
                            start=done.started, seconds=done.seconds)  # fmt: skip
         for slot in self._slots_of(unit):  # the other one of two: nobody waits for it

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from planners.errors import ConfigError
 from planners.plan import Option, OptionSpec
 
 Decorator = Callable[[Any], Any]
@@ -38,6 +39,9 @@ _COMPRESSION = (
                  help="How many. [all of a token file, 128 of text]"),
     click.option("--calibration-dtype", metavar="DTYPE",
                  help="float32, bfloat16 or float16. [float32 on a CPU, else the model's own]"),
+    click.option("--statistics-dtype", metavar="DTYPE",
+                 help="float64, or float32: half the disk for statistics, each rounded by at most "
+                 "6e-8 of itself. [float64]"),
     click.option("--save-microbatches", type=int, metavar="N",
                  help="Keep partial sums after so many, to go on from when a worker is lost; 0 is "
                  "never. [where it takes at most 5 % of the time]"),
@@ -91,6 +95,32 @@ class RecipeCommand(click.Command):
                 (method, " ".join(f"{o.name}={_typed(o.default)}" for o in options))
                 for method, options in method_options().items()
             ])  # fmt: skip
+
+
+def config_of(model: str | None, given: dict[str, Any]) -> Any:
+    """Return the recipe that a command line asks for; ``given`` is what click parsed.
+
+    Raises:
+        ConfigError: an option is wrong, or the recipe file is.
+    """
+    from orchestrator.config import load_config
+
+    options = {f"options.{key}": value for key, value in pairs_of(given.pop("options", ())).items()}
+    recipe = given.pop("recipe")
+    values = {KEYS.get(name, name): value for name, value in given.items()}
+    return load_config(recipe, {"model": model, **values, **options})
+
+
+def pairs_of(options: Sequence[str]) -> dict[str, str]:
+    """Return key -> value of texts such as ``round_to=16``.
+
+    Raises:
+        ConfigError: one of them is no pair.
+    """
+    for pair in options:
+        if "=" not in pair:
+            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in options)
 
 
 def method_options() -> dict[str, tuple[OptionSpec, ...]]:

@@ -61,6 +61,9 @@ def outcome(
                 {
                     "name": prepared.spec.name,
                     "options": dict(prepared.options),
+                    "layer_options": {
+                        str(layer): dict(own) for layer, own in prepared.layer_options.items()
+                    },
                     "modules": list(prepared.spec.modules),
                 }
             ],

@@ -70,10 +70,7 @@ class Partials:
 
     def forget(self, layer: int) -> None:
         """Remove those of a layer: its statistics have a record."""
-        for partial in self.found([layer]):
-            self._run.delete(f"records/{self._units[layer].name}.json")
-            self._ledger.forget(self._units[layer])
-            self._run.delete(partial.file.path)
+        self._ledger.drop(self._units[layer])
 
     def clear(self) -> None:
         """Remove what workers wrote that were lost before they could say so; no pass goes on."""

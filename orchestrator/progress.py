@@ -28,6 +28,7 @@ UNITS_OF = {
         "basis",
         "basis_shared",
         "basis_sequential",
+        "stream",
         "layer",
         "draft",
         "embedding",
@@ -38,6 +39,7 @@ UNITS_OF = {
     "verify": ("verify",),
     "throughput": ("throughput",),
 }
+TROUBLE = tuple(POLICIES)
 GOES_ON = {  # what is done about it, after the words that say what happened
     **dict.fromkeys(POLICIES, "It is tried again."),
     **{name: "Its work goes on elsewhere." for name, p in POLICIES.items() if p.replaces},

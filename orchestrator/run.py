@@ -1,5 +1,6 @@
 """The one path of a run, top to bottom."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,22 +22,28 @@ from orchestrator.outcome import outcome
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from orchestrator.refit import refit
+from orchestrator.repair import make_whole, require_whole, spare_what_nobody_reads
 from orchestrator.rundir import check_run, finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
 from orchestrator.verify import verify
 
 
-def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> dict[str, Any]:
+def run(
+    prepared: Prepared, *, listener: Listener, dashboard: bool = False, verify_hashes: bool = False
+) -> dict[str, Any]:
     """Do a prepared run on a Ray cluster, or what is left of it, and return its report.
+
+    ``verify_hashes`` compares the bytes of all files with their records first, not only sizes.
 
     Raises:
         CompressionError: see `planners.errors`; what is done is kept.
     """
     config = prepared.config
     require_directory(prepared.run)
-    with lease.held(prepared.run):
-        report = finished_report(prepared.run) if check_run(prepared) else None
+    with lease.held(prepared.run) as hold:
+        known = check_run(prepared)
+        report = finished_report(prepared.run, hashes=verify_hashes) if known else None
         if report is not None:
             return report
         with cluster.connected(
@@ -48,8 +55,14 @@ def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> d
         ):
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
             with interruptible() as interruption, cluster.watchers(config.address) as watchers:
-                executor = RayExecutor(watchers=watchers)
-                return run_on(prepared, executor, listener=listener, interruption=interruption)
+                return run_on(
+                    prepared,
+                    RayExecutor(watchers=watchers),
+                    listener=listener,
+                    verify_hashes=verify_hashes,
+                    fence=hold.require,
+                    interruption=interruption,
+                )
 
 
 def run_on(
@@ -57,9 +70,15 @@ def run_on(
     executor: Executor,
     *,
     listener: Listener,
+    verify_hashes: bool = False,
+    fence: Callable[[], None] | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any]:
-    """Do an opened run on an executor; every phase skips the units that have a record."""
+    """Do an opened run on an executor; every phase skips the units that have a record.
+
+    ``fence`` is called before each record and before READY; it raises where another driver took
+    over. ``interruption`` is what Ctrl-C sets, where somebody listens to that.
+    """
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
@@ -69,7 +88,7 @@ def run_on(
         prepared=prepared,
         form=prepared.plan.form,
         run=run,
-        ledger=Ledger(run, reuse=reuse),
+        ledger=Ledger(run, reuse=reuse, verify_hashes=verify_hashes, fence=fence),
         journal=journal,
         pool=pool,
     )
@@ -80,10 +99,13 @@ def run_on(
             pool.close()  # what follows loads whole models
             checks = verify(context, stitched(context))
             speeds = throughput(context, [dense_subject(prepared), stitched(context)])
+            require_whole(context)
     finally:
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
+    if fence is not None:
+        fence()
     finish(context, report)
     return report
 
@@ -91,12 +113,14 @@ def run_on(
 def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Loss]]:
     """Return the context with its final widths, and the losses of both models."""
     measuring = evaluation_plan(context.prepared)
+    spare_what_nobody_reads(context)
     calibrate(context)
     losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
     context = replace(context, form=allocate(context))
     compress(context)
     refit(context)
     stitch(context)
+    make_whole(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))
     return context, losses
 

@@ -1,10 +1,7 @@
 """What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
 
 import json
-import shlex
 import tempfile
-import time
-from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -14,9 +11,9 @@ from rich.text import Text
 from actors import methods as registry
 from actors.messages import WorkerSetup
 from actors.storage.files import Directory
-from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator import artefact, cluster, examine, lease
+from orchestrator import artefact, cluster, examine
+from orchestrator.api import compress_as
 from orchestrator.config import RunConfig
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
@@ -25,18 +22,19 @@ from orchestrator.executors import RayExecutor
 from orchestrator.forecast import forecast, parse_cluster
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
+from orchestrator.looks import print_report
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
-from orchestrator.report import render_page, render_terminal
-from orchestrator.run import run as do_run
-from orchestrator.rundir import READY, REPORT, finished_report, recipe_of
+from orchestrator.redo import layers_of
+from orchestrator.redo import redo as do_redo
+from orchestrator.rundir import finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PAGE, points_of
 from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
 from planners.catalogue import CONFIGS
-from planners.errors import NumericsError, StorageError
+from planners.errors import NumericsError
 from planners.plan import RunPlan, StagePlan, to_json
 
 # Paths and messages are printed as they are: a "[" or ":" in them has no meaning here.
@@ -44,21 +42,28 @@ _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _out = Console(highlight=False, markup=False, emoji=False)
 
 
-def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> None:
+def run(
+    config: RunConfig, *, dashboard: bool, dry_run: bool, verify_hashes: bool, json_: bool
+) -> None:
     """Do a run, showing how it goes on stderr, and print its report."""
-    prepared = prepare(config)
     if dry_run:
+        prepared = prepare(config)
         artefact.require_same(prepared)
         _print_prepared(prepared, json_=json_)
         return
-    _err.print(Text(prepared.title, style="bold"), "->", prepared.config.out, soft_wrap=True)
-    was_ready = finished_report(prepared.run) is not None
-    num_workers = max(map(len, prepared.plan.waves))
-    with ProgressScreen(_err, num_workers=num_workers) as listener:
-        report = do_run(prepared, listener=listener, dashboard=dashboard)
+    was_ready = False
+
+    def shown(prepared: Prepared) -> ProgressScreen:
+        nonlocal was_ready
+        title = Text(prepared.title, style="bold")
+        _err.print(title, "->", prepared.config.out, soft_wrap=True)
+        was_ready = finished_report(prepared.run) is not None
+        return ProgressScreen(_err, num_workers=max(map(len, prepared.plan.waves)))
+
+    report = compress_as(config, shown=shown, dashboard=dashboard, verify_hashes=verify_hashes)
     if was_ready:
         _err.print("it was READY before; this is its report")
-    _print_report(report, json_=json_)
+    print_report(report, json_=json_)
 
 
 def plan(config: RunConfig, *, cluster_text: str | None, json_: bool) -> None:
@@ -120,57 +125,6 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
         )
 
 
-def report(run_uri: str, *, json_: bool) -> None:
-    """Print the report of a finished run, and write its page again."""
-    run_ = Directory(run_uri)
-    found = _finished(run_)
-    run_.write("report.html", render_page(found).encode())
-    _print_report(found, json_=json_)
-
-
-def status(run_uri: str, *, json_: bool) -> None:
-    """Print how many units of each kind are done, and who holds the run."""
-    run_ = Directory(run_uri)
-    if run_.size("plan.json") is None:
-        raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    try:
-        num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
-    except (ValueError, LookupError, TypeError):
-        num_layers = 0  # torn by a crash; the run writes it again
-    done = Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
-    holder = lease.holder(run_)
-    alive = holder is not None and not lease.is_dead(holder)
-    verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
-    if json_:
-        print(  # noqa: T201 the one document
-            json.dumps(
-                {
-                    "run": run_uri,
-                    "verdict": verdict,
-                    "done": dict(sorted(done.items())),
-                    "holder": holder if alive else None,
-                }
-            )
-        )
-        return
-    _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("units")
-    table.add_column("done", justify="right")
-    for kind, count in sorted(done.items()):
-        of = f" of {num_layers}" if num_layers and kind in ("damage", "layer", "statistics") else ""
-        table.add_row(kind, f"{count}{of}")
-    _out.print(table if done else "no unit of work is done")
-    if alive and holder is not None:
-        since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
-        _out.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
-    elif verdict != "READY" and run_.is_local:
-        resume = shlex.join(["compress-cluster", "run", "-r", run_.path("run.yaml")])
-        _out.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
-    elif verdict != "READY":
-        _out.print("nobody works on it; the command that began it goes on with it")
-
-
 def sweep(
     run_uri: str,
     *,
@@ -211,7 +165,23 @@ def export(run_uri: str, point: str, *, json_: bool) -> None:
     base = prepare(recipe_of(Directory(run_uri)))
     with ProgressScreen(_err, num_workers=base.config.workers) as listener:
         found = do_export(base, point, listener=listener)
-    _print_report(found, json_=json_)
+    print_report(found, json_=json_)
+
+
+def redo(
+    run_uri: str,
+    *,
+    layers: str,
+    options: dict[str, str],
+    placement: dict[str, Any],
+    json_: bool,
+) -> None:
+    """Make some layers of a run again and print the new report."""
+    wanted = layers_of(layers)
+    config = recipe_of(Directory(run_uri)).model_copy(update=placement)
+    with ProgressScreen(_err, num_workers=config.workers) as listener:
+        found = do_redo(config, wanted, options, listener=listener)
+    print_report(found, json_=json_)
 
 
 def verify(directory: str, *, json_: bool) -> None:
@@ -324,30 +294,6 @@ def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener:
         return measure(context, plan_, subject)
     finally:
         pool.close()
-
-
-def _finished(run_: Directory) -> dict[str, Any]:
-    found = finished_report(run_)
-    if found is None:
-        raise StorageError(
-            f"{run_.uri}: has no finished run ({READY} and {REPORT})",
-            hint=f"compress-cluster status {run_.uri} says how far it is",
-        )
-    return found
-
-
-def _unit_kinds(run_: Directory) -> list[str]:
-    return [
-        name.replace("-layer", "").replace("-site", "").replace("-part", "")
-        for name in read_records(run_)
-    ]
-
-
-def _print_report(found: dict[str, Any], *, json_: bool) -> None:
-    if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
-    else:
-        _out.print(render_terminal(found), crop=False)
 
 
 def _print_plan(

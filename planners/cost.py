@@ -1,5 +1,6 @@
 """Parameters, bytes and floating point operations, from integers alone."""
 
+from planners.packing import packed_elements
 from planners.plan import LINEARS, LayerForm, ModelForm, ModelShape, Statistic, dense_form
 
 BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -83,12 +84,12 @@ def tap_dim(shape: ModelShape, tap: str) -> int:
 
 
 def statistic_elements(shape: ModelShape, statistic: Statistic) -> int:
-    """Return the float64 numbers that one statistic of one layer holds."""
+    """Return the numbers that one statistic of one layer holds; grams are packed."""
     dim = tap_dim(shape, statistic.tap)
     if statistic.kind == "gram":
-        return dim * dim + dim  # with the sum of x
+        return packed_elements(dim) + dim  # with the sum of x
     if statistic.kind == "normed_gram":
-        return dim * dim
+        return packed_elements(dim)
     if statistic.kind == "head_gram":
         return dim * shape.head_dim + dim
     if statistic.kind.startswith("probe"):
@@ -104,12 +105,12 @@ def forward_flops(shape: ModelShape, *, tokens: int, sequence_length: int) -> in
 
 
 def gram_flops(shape: ModelShape, statistics: frozenset[Statistic], *, tokens: int) -> int:
-    """Return multiply-adds times two of the grams of all layers."""
+    """Return multiply-adds times two of the grams of all layers, of which half is computed."""
     per_token = 0
     for statistic in statistics:
         dim = tap_dim(shape, statistic.tap)
         if statistic.kind in ("gram", "normed_gram"):
-            per_token += dim * dim
+            per_token += packed_elements(dim)
         elif statistic.kind == "head_gram":
             per_token += dim * shape.head_dim
     return 2 * shape.num_layers * tokens * per_token

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from planners.cost import BYTES_OF, layer_parameters, statistic_elements
+from planners.cost import BYTES_OF, layer_parameters, statistic_elements, tap_dim
 from planners.errors import PlanError
+from planners.packing import ROWS
 from planners.plan import ModelShape, StagePlan, Statistic, dense_form
+from planners.workspace import unit_bytes
 
 WINDOW = 4  # microbatches that may wait before a stage
 MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
@@ -49,17 +51,21 @@ def load_of(
     hidden = shape.hidden
     heads = shape.num_heads * shape.head_dim
     forward = microbatch_tokens * (4 * hidden + 2 * heads + 3 * shape.intermediate) * width
-    # A product of one microbatch in float32 exists beside its float64 sum.
-    grams = [statistic_elements(shape, s) for s in statistics]
-    product = max(grams, default=0) * 4
+    # The product of a block of rows in float32 exists beside the float64 sum, and, where they are
+    # computed in another dtype, the activations in float32.
+    sums = sum(statistic_elements(shape, s) for s in statistics) * 8
+    widest = max((tap_dim(shape, s.tap) for s in statistics), default=0)
+    product = widest * (ROWS + microbatch_tokens) * 4
     logits = min(microbatch_tokens, LOGIT_TOKENS) * shape.vocab_size * 4 * 3
     table = shape.vocab_size * hidden * BYTES_OF[shape.dtype]
-    factor = 5 * hidden * hidden * 8
+    layer = layer_parameters(shape, dense_form(shape)) * width
+    # A unit of compression begins when the layers of the pass and their sums are let go.
+    unit = unit_bytes(shape, statistics) - layer - sums
     return Load(
-        layer=layer_parameters(shape, dense_form(shape)) * width,
-        statistics=sum(grams) * 8,
+        layer=layer,
+        statistics=sums,
         microbatch=microbatch_tokens * hidden * width,
-        workspace=max(forward + product, logits + table, factor),
+        workspace=max(forward + product, logits + table, unit),
     )
 
 

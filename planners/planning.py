@@ -26,6 +26,7 @@ class Workload:
         sequence_length: tokens of each.
         microbatch_sequences: sequences that go through a stage in one call.
         compute_dtype: of the forward pass.
+        statistics_dtype: of grams on disk.
         num_workers: workers at hand.
         worker_bytes: memory of each.
     """
@@ -36,6 +37,7 @@ class Workload:
     compute_dtype: str
     num_workers: int
     worker_bytes: int
+    statistics_dtype: str = "float64"
 
 
 def make_plan(
@@ -81,10 +83,14 @@ def make_plan(
     waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
     before, after = dense_parameters(shape), model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
-    sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers
+    stored = BYTES_OF[work.statistics_dtype]
+    sums = sum(statistic_elements(shape, s) for s in statistics) * stored * shape.num_layers
     # A chain of sites keeps the stream it reads and the one it writes.
-    streams = 2 if options.get("schedule") == "sequential" else int(len(waves) > 1)
+    sequential = options.get("schedule") == "sequential"
+    streams = 2 if sequential else int(len(waves) > 1)
     boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
+    if sequential:  # a gram for each shard of a site
+        boundaries += int(options["shards"]) * shape.hidden**2 * 8
     drafts = 0
     if refitted:
         stream = tokens * shape.hidden * BYTES_OF[work.compute_dtype]

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actors.numerics.gram import symmetric
-from actors.numerics.linalg import cholesky_psd, eigh_descending
+from actors.numerics.linalg import BLOCK, cholesky_psd, eigh_descending
+from actors.numerics.packed import Symmetric, congruence
 from planners.allocation import largest_share
 from planners.cost import dense_model_form
 from planners.plan import (
@@ -45,13 +45,13 @@ TAP_OF = {
 
 
 def low_rank(
-    weight: Float[Tensor, "out inner"], gram: Float[Tensor, "inner inner"], *, rank: int, where: str
+    weight: Float[Tensor, "out inner"], gram: Symmetric, *, rank: int, where: str
 ) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float, str]:
     """Return both factors, ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram, and the rung.
 
     Args:
-        weight: float64.
-        gram: of the linear's input, float64.
+        weight: of any dtype; the factors are in float64.
+        gram: of the linear's input.
         rank: columns between the factors.
         where: names the layer and linear in errors.
 
@@ -60,19 +60,33 @@ def low_rank(
     """
     out_dim, in_dim = weight.shape
     if out_dim <= in_dim:
-        spectrum = eigh_descending(symmetric(weight @ gram @ weight.T), where=where)
+        weight = weight.to(torch.float64)
+        spectrum = eigh_descending(congruence(weight, gram), where=where)
         axes = spectrum.vectors[:, :rank]  # (out, rank)
         first, second, rung = axes.T @ weight, axes, spectrum.rung
     else:
-        factor, rung = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
-        whitened = weight @ factor  # (out, in)
-        spectrum = eigh_descending(symmetric(whitened.T @ whitened), where=where)
+        factor, rung = cholesky_psd(gram, ridge=1e-10, where=where)  # x^T x = L L^T
+        # Of the whitened weight W L only its gram is formed: the tall side is met in blocks.
+        spectrum = eigh_descending(congruence(factor.T, _inner_gram(weight)), where=where)
         axes = spectrum.vectors[:, :rank]  # (in, rank)
-        second = whitened @ axes
+        unwhitened = factor @ axes
+        second = torch.empty(out_dim, rank, dtype=torch.float64, device=weight.device)
+        for rows, into in zip(*(torch.split(t, BLOCK) for t in (weight, second)), strict=True):
+            torch.mm(rows.to(torch.float64), unwhitened, out=into)
         first = torch.linalg.solve_triangular(factor.T, axes, upper=True).T
     energy = spectrum.values.clamp_min(0)
     lost = energy[rank:].sum() / energy.sum().clamp_min(1e-300)
     return first, second, float(lost.sqrt()), rung
+
+
+def _inner_gram(weight: Float[Tensor, "out inner"]) -> Float[Tensor, "inner inner"]:
+    """Return ``W^T W`` in float64."""
+    inner = weight.shape[1]
+    total = torch.zeros(inner, inner, dtype=torch.float64, device=weight.device)
+    for rows in torch.split(weight, BLOCK):
+        rows = rows.to(torch.float64)
+        total.addmm_(rows.T, rows)
+    return total
 
 
 class SVDLLM:
@@ -100,7 +114,7 @@ class SVDLLM:
             weight = new.pop(f"{name}.weight")
             gram = sums[f"{TAP_OF[name]}.gram"]
             first, second, errors[name], rungs[name] = low_rank(
-                weight.to(torch.float64), gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
+                weight, gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
             )
             new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
             new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
