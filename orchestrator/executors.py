@@ -118,7 +118,7 @@ class Executor(Protocol):
         ...
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
-        """Start a call; return its ticket, or one for each of several returns.
+        """Start a call; return its ticket, or a tuple of one for each of several returns.
 
         A ticket may be an argument of a later call. Calls on one actor run in the order made.
         """
@@ -260,7 +260,8 @@ class RayExecutor:
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
         """Return object refs; nothing is fetched."""
         bound = getattr(handle, method).options(num_returns=num_returns, name=label)
-        return bound.remote(*args)
+        tickets = bound.remote(*args)
+        return tickets if num_returns == 1 else tuple(tickets)  # Ray gives a list
 
     def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
         """Wait for the first answer, and take those that came with it."""
