@@ -87,6 +87,58 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartialSums:
+    """The sums of one layer over the first microbatches of a pass, in a file.
+
+    Attributes:
+        layer: its index.
+        next: how many microbatches are in the sums: the first that is not.
+        file: where they are.
+    """
+
+    layer: int
+    next: int
+    file: FileEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summing:
+    """Which layers of an assignment sum, and from where.
+
+    Attributes:
+        layers: those that sum; the others pass microbatches on.
+        partials: sums to go on with; a layer without one begins at the first microbatch.
+    """
+
+    layers: frozenset[int]
+    partials: tuple[PartialSums, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadDone:
+    """What a stage says after it has loaded.
+
+    Attributes:
+        seconds: it took.
+        next: the first microbatch that one of its layers has not summed.
+    """
+
+    seconds: float
+    next: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDone:
+    """What a stage says after it has written its partial sums."""
+
+    incarnation: str
+    partials: tuple[PartialSums, ...]
+    started: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
     """Some sequences on their way through a stage.
 

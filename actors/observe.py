@@ -1,6 +1,6 @@
 """The statistics of one layer, accumulated by hooks on its own modules."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -89,6 +89,13 @@ class LayerStatistics:
         if self._probe:
             found["probe"] = torch.cat(self._probe)
         return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` returned, to the last bit."""
+        for name, total in self.sums.items():
+            total.copy_(tensors[name])
+        self.num_tokens = int(tensors["num_tokens"][0])
+        self._probe = [tensors["probe"]] if "probe" in tensors else []
 
     def summary(self) -> dict[str, object]:
         """Return what travels to the driver: the taps, the token count, Block Influence."""

@@ -9,9 +9,13 @@ from actors.memory import PeakMemory, give_back
 from actors.messages import (
     Assignment,
     CompressionJob,
+    LoadDone,
     Microbatch,
     Packed,
+    PartialSums,
+    SaveDone,
     StepDone,
+    Summing,
     UnitDone,
     UnitTask,
     WorkerSetup,
@@ -27,9 +31,12 @@ from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from actors.units import do_unit
+from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
 from planners.memory import LOGIT_TOKENS
 from planners.units import layer_statistics
+
+PARTIAL = "partial"  # the folder of partial sums in a run
 
 
 class Stage:
@@ -46,7 +53,8 @@ class Stage:
         self._layers: dict[int, nn.Module] = {}
         self._statistics: dict[int, LayerStatistics] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._next = 0
+        self._next: dict[int, int] = {}  # layer -> first microbatch that it has not summed
+        self._saved: dict[int, int] = {}  # layer -> that of its newest partial sums
         self._embedding: Tensor | None = None
         self._head: Tensor | None = None
         self._norm: nn.Module | None = None
@@ -56,8 +64,13 @@ class Stage:
         layers = f" layers {min(self._layers)}-{max(self._layers)}" if self._layers else ""
         return f"{self._setup.name}{layers}"
 
-    def load(self, assignment: Assignment) -> float:
-        """Read the layers of an assignment, forgetting those held before; return the seconds.
+    def load(self, assignment: Assignment, summing: Summing | None = None) -> LoadDone:
+        """Read the layers of an assignment, forgetting those held before.
+
+        Args:
+            assignment: the layers.
+            summing: which of them sum, and from where; all, from the first microbatch, if not
+                given.
 
         Raises:
             ModelError: a tensor is missing, broken or not finite.
@@ -76,11 +89,14 @@ class Stage:
             prefix = family.layer.format(i=index) + "."
             tensors = one_ahead(checkpoint.stream_prefix(prefix))
             self._layers[index] = self._skeleton.layer(index, tensors)
-            if assignment.statistics:
+            if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 self._statistics[index] = LayerStatistics(
                     wanted, checkpoint.shape, family, device=device
                 )
+                self._next[index] = 0
+        for partial in summing.partials if summing is not None else ():
+            self._go_on(partial)
         if assignment.embedding:
             self._embedding = checkpoint.read(family.embedding).to(device, dtype)
         if assignment.head:
@@ -90,28 +106,28 @@ class Stage:
             prefix = family.final_norm.removesuffix("weight")
             self._norm = self._skeleton.final_norm(checkpoint.read_prefix(prefix))
         give_back()
-        return time.monotonic() - started
+        seconds = time.monotonic() - started
+        return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
 
     def drop(self) -> None:
         """Forget layers and statistics."""
         self._layers, self._statistics = {}, {}
         self._embedding = self._head = self._norm = None
-        self._next = 0
+        self._next, self._saved = {}, {}
         give_back()
 
     @torch.inference_mode()
     def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
         """Pass one microbatch through the layers; return what happened and the output.
 
-        A microbatch whose sums were added before is passed on without being added again, so a
-        repeated call changes nothing.
+        A layer adds a microbatch only when it is its turn. One that was added before is passed on
+        without being added again, so a repeated call changes nothing.
         """
         started = time.time()
         begun = time.monotonic()
         hidden = self._input(microbatch, packed)
-        observe = microbatch.observe and microbatch.index == self._next
-        hidden = self._through(hidden, observe=observe)
-        self._next += int(observe)
+        turn = {i for i, index in self._next.items() if index == microbatch.index}
+        hidden = self._through(hidden, observed=turn if microbatch.observe else set())
         nats, num_predicted = 0.0, 0
         if microbatch.loss and self._assignment.head:
             nats, num_predicted = self._loss(hidden, self._ids(microbatch))
@@ -130,6 +146,30 @@ class Stage:
             boundary=boundary,
         )
         return done, pack(hidden) if microbatch.hand_over else None
+
+    def save(self) -> SaveDone:
+        """Write the sums so far of the layers that have summed since they were last written.
+
+        The incarnation is in the names: what a worker that was given up still writes is beside what
+        counts, never in its place.
+        """
+        started, begun = time.time(), time.monotonic()
+        partials = []
+        for index, following in self._next.items():
+            if following == self._saved.get(index, 0):
+                continue
+            where = f"layer-{index:05d}-mb-{following:05d}-{self._setup.incarnation}"
+            tensors = self._statistics[index].tensors()
+            entry = write_tensors(self._run, f"{PARTIAL}/{where}.safetensors", tensors)
+            partials.append(PartialSums(layer=index, next=following, file=entry))
+            self._saved[index] = following
+        return SaveDone(
+            incarnation=self._setup.incarnation,
+            partials=tuple(partials),
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
 
     def publish(self, task: UnitTask) -> UnitDone:
         """Write the statistics of one layer."""
@@ -179,6 +219,17 @@ class Stage:
             peak_bytes=self._peak.bytes(),
         )
 
+    def _go_on(self, partial: PartialSums) -> None:
+        """Take the sums of a layer from a file; one that changed since counts as none."""
+        try:
+            if self._run.sha256(partial.file.path) != partial.file.sha256:
+                return
+            tensors = read_tensors(self._run, partial.file.path)
+        except (StorageError, ModelError):
+            return
+        self._statistics[partial.layer].restore(tensors)
+        self._next[partial.layer] = self._saved[partial.layer] = partial.next
+
     def _input(self, microbatch: Microbatch, packed: Packed | None) -> Tensor:
         device = self._setup.device
         if self._embedding is not None:
@@ -194,16 +245,17 @@ class Stage:
             self._tokens[microbatch.tokens] = torch.from_numpy(array)
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
-    def _through(self, hidden: Tensor, *, observe: bool) -> Tensor:
+    def _through(self, hidden: Tensor, *, observed: set[int]) -> Tensor:
         angles = self._skeleton.angles(hidden)
         for index, layer in self._layers.items():
-            sums = self._statistics.get(index) if observe else None
+            sums = self._statistics[index] if index in observed else None
             if sums is not None:
                 sums.attach(layer)
             after = layer(hidden, attention_mask=None, position_embeddings=angles)
             if sums is not None:
                 sums.detach()
                 sums.see_residual(hidden, after)
+                self._next[index] += 1
             hidden = after
         return hidden
 

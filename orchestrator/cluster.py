@@ -4,16 +4,24 @@ import contextlib
 import copy
 import io
 import os
+import socket
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import state as ray_state
+from ray.autoscaler.sdk import request_resources
+from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RaySystemError, RpcError
 from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.clusters.capacity import cluster_file_here, most
+from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
@@ -26,6 +34,8 @@ HEALTH_CHECK = {
 }
 LOSSES = ("preempted", "worker lost", "out of memory")  # kinds of events
 STORE_BYTES = 200 * 2**20
+COVER_SECONDS = 10.0  # between two looks for nodes that have come
+ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +104,162 @@ def connected(
         yield facts
     finally:
         ray.shutdown()
+
+
+def draining() -> Mapping[str, float]:
+    """Return node id -> seconds left, of the nodes that were told that they will go.
+
+    Ray has no public call for it. Where a release has moved the private one, nothing drains: a node
+    that goes is then a node that is lost.
+    """
+    find = getattr(getattr(ray_state, "state", None), "get_draining_nodes", None)
+    if find is None:
+        return {}
+    try:
+        deadlines = find()  # node id -> milliseconds since the epoch, or 0 for none
+    except (RaySystemError, RpcError):
+        return {}  # the head is away for a moment
+    now = time.time()
+    return {n: at / 1000 - now if at else float("inf") for n, at in deadlines.items()}
+
+
+def drain(node: str, *, seconds: float, message: str, address: str = "") -> None:
+    """Tell Ray that a node goes in so many seconds: nothing new is placed there.
+
+    Args:
+        node: Ray's hex id.
+        seconds: until the machine is gone.
+        message: why, for Ray's own records.
+        address: of the head, ``host:port``; empty is the one this process is connected to.
+
+    Raises:
+        ClusterError: the head refuses, or cannot be reached.
+    """
+    client = ray._raylet.GcsClient(address=address or ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + seconds) * 1000)
+    try:
+        accepted, why = client.drain_node(node, reason, message, deadline_ms)
+    except (RaySystemError, RpcError) as error:
+        raise ClusterError(f"node {node} cannot be drained: {error}") from error
+    if not accepted:
+        raise ClusterError(f"node {node} cannot be drained: {why}")
+
+
+@contextlib.contextmanager
+def attached(address: str) -> Iterator[str]:
+    """Connect to a running cluster from one of its nodes; give Ray's id of that node.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ClusterError(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        yield ray.get_runtime_context().get_node_id()
+    finally:
+        ray.shutdown()
+
+
+def watchers(address: str) -> "contextlib.AbstractContextManager[Watchers | None]":
+    """Return who listens for notices: nobody on a cluster that is this machine alone."""
+    return contextlib.nullcontext() if address == "local" else Watchers()
+
+
+class Watchers:
+    """An actor on each node that listens for the notice of its cloud; a context manager.
+
+    They hold no cores, and end with the run.
+    """
+
+    def __init__(self, *, metadata: str = METADATA) -> None:
+        """Watch nobody yet; ``metadata`` is the base URL of the clouds' metadata service."""
+        self._metadata = metadata
+        self._actors: dict[str, Any] = {}
+        self._looked_at = -COVER_SECONDS
+
+    def __enter__(self) -> "Watchers":
+        """Watch the nodes that are there."""
+        self.cover()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Watch nobody any more."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+
+    def cover(self) -> None:
+        """Watch the nodes that have come since; the cluster is asked now and then only."""
+        now = time.monotonic()
+        if now - self._looked_at < COVER_SECONDS:
+            return
+        self._looked_at = now
+        for node in ray.nodes():
+            name = node["NodeID"]
+            # With the head goes the driver itself: there is nobody to move its work.
+            head = "node:__internal_head__" in node["Resources"]
+            if node["Alive"] and not head and name not in self._actors:
+                where = NodeAffinitySchedulingStrategy(name, soft=False)
+                self._actors[name] = (
+                    ray.remote(_Watcher)
+                    .options(num_cpus=0, max_restarts=0, scheduling_strategy=where)
+                    .remote()
+                )
+                self._actors[name].watch.remote(name, self._metadata)
+
+
+class _Watcher:
+    """Waits on one node for its notice."""
+
+    def watch(self, node: str, metadata: str) -> None:
+        """Drain the node once there is a notice; return where no cloud answers."""
+
+        def tell(notice: Notice) -> None:
+            drain(node, seconds=notice.seconds, message=f"notice of {notice.source}")
+
+        watch(tell, base=metadata)
+
+
+def want(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Ask the autoscaler for room for these at one time; none withdraws what was asked before."""
+    with contextlib.suppress(RaySystemError, RpcError):  # a head that is away grows nothing either
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
+
+
+def capacity() -> str:
+    """Return what the cluster has and what of it is free, in words."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    said = [
+        f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}"
+        for kind in ("CPU", "GPU")
+        if kind == "CPU" or kind in have
+    ]
+    return f"the cluster has {' and '.join(said)} free"
+
+
+def answers(actor_id: str | None) -> bool:
+    """Return whether the node of an actor takes connections; Ray notices later that it does not."""
+    if actor_id is None:
+        return True
+    try:
+        place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
+        found = {node["NodeID"]: node for node in ray.nodes()}.get(place)
+    except (RaySystemError, RpcError):
+        return True  # the head cannot be asked, so nothing is known of the node
+    if found is None or not found["Alive"]:
+        return False
+    return _listens(found["NodeManagerAddress"], found["NodeManagerPort"])
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _facts(address: str, dashboard: str) -> ClusterFacts:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -41,6 +41,9 @@ class CalibrationConfig(_Section):
         sequence_length: tokens of each; None is the file's, of text the model's context up to 2048.
         bos: each sequence cut from text begins with the tokenizer's BOS, if it has one.
         microbatch_tokens: tokens that go through a stage in one call.
+        save_microbatches: a stage keeps its partial sums, to go on from after a loss, each time it
+            has seen so many; 0 is never. ``by cost`` is where it is worth it: saving takes at most
+            5 % of the time, and work of less than a minute is not saved.
     """
 
     source: str = Field(
@@ -52,6 +55,9 @@ class CalibrationConfig(_Section):
     sequence_length: int | None = Field(default=None, ge=2, description="a whole number from 2")
     bos: bool = Field(default=True, description="true or false")
     microbatch_tokens: int = Field(default=4096, ge=1, description="a whole number from 1")
+    save_microbatches: Annotated[int, Field(ge=0)] | Literal["by cost"] = Field(
+        default="by cost", description="a whole number from 0, or by cost"
+    )
 
 
 class EvaluationConfig(_Section):
@@ -87,6 +93,7 @@ class RunConfig(_Section):
         threads: CPU threads of each unit of work; part of what determines the bits.
         workers: how many.
         address: of a Ray cluster; ``local`` starts one for this command and stops it afterwards.
+        place_seconds: how long a worker may wait for a machine that can hold it.
         device: where the workers compute.
         calibration_dtype: of the activations.
         statistics_dtype: of the sums as they are stored; float32 halves the disk they take and
@@ -120,6 +127,9 @@ class RunConfig(_Section):
     workers: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
     address: str = Field(
         default="local", min_length=1, description="local, auto, or the address of a Ray cluster"
+    )
+    place_seconds: float = Field(
+        default=600, gt=0, le=MAX_COUNT, description="a number above 0, in seconds"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
     calibration_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -29,7 +29,13 @@ class WorkContext:
 
     @contextlib.contextmanager
     def phase(self, name: str, *, total: int) -> Iterator[None]:
-        """Tell listeners that a phase of so many units begins, and how long it took."""
+        """Tell listeners that a phase of so many units begins, and how long it took.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop.
+        """
+        if self.pool.interruption.requested:
+            raise KeyboardInterrupt  # between two phases: nothing is under way
         started = time.time()
         self.journal.tell("phase begins", unit=name, tokens=total)
         try:

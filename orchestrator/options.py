@@ -18,6 +18,7 @@ KEYS = {
     "calibration_sequences": "calibration.sequences",
     "sequence_length": "calibration.sequence_length",
     "microbatch_tokens": "calibration.microbatch_tokens",
+    "save_microbatches": "calibration.save_microbatches",
     "evaluation": "evaluation.source",
     "evaluation_sequences": "evaluation.sequences",
 }
@@ -41,6 +42,9 @@ _COMPRESSION = (
     click.option("--statistics-dtype", metavar="DTYPE",
                  help="float64, or float32: half the disk for statistics, each rounded by at most "
                  "6e-8 of itself. [float64]"),
+    click.option("--save-microbatches", type=int, metavar="N",
+                 help="Keep partial sums after so many, to go on from when a worker is lost; 0 is "
+                 "never. [where it takes at most 5 % of the time]"),
     click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
 )  # fmt: skip
 _MEASURING = (

@@ -54,6 +54,7 @@ class Prepared:
         source_bytes: bytes of the input's tensors.
         statistics_uri: another run whose statistics are reused, or empty.
         extra_statistics: summed too, because others will want them.
+        expected: what the run was to take, for the report to compare.
         layer_options: layer -> options of the method for that layer alone.
     """
 
@@ -72,6 +73,7 @@ class Prepared:
     source_bytes: int
     statistics_uri: str = ""
     extra_statistics: frozenset[Statistic] = frozenset()
+    expected: Mapping[str, Any] = field(default_factory=dict)
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
 from orchestrator.executors import Executor, RayExecutor
+from orchestrator.interrupt import Interruption, interruptible
 from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
 from orchestrator.outcome import outcome
@@ -68,14 +69,15 @@ def run(
         ) as facts:
             approve(facts)
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            return run_on(
-                prepared,
-                RayExecutor(),
-                listener=cluster.metered(listener),
-                verify_hashes=verify_hashes,
-                fence=hold.require,
-                expected=expected,
-            )
+            with interruptible() as interruption, cluster.watchers(config.address) as watchers:
+                return run_on(
+                    replace(prepared, expected=dict(expected or {})),
+                    RayExecutor(watchers=watchers),
+                    listener=cluster.metered(listener),
+                    verify_hashes=verify_hashes,
+                    fence=hold.require,
+                    interruption=interruption,
+                )
 
 
 def run_on(
@@ -85,16 +87,17 @@ def run_on(
     listener: Listener,
     verify_hashes: bool = False,
     fence: Callable[[], None] | None = None,
-    expected: Mapping[str, Any] | None = None,
+    interruption: Interruption | None = None,
 ) -> dict[str, Any]:
     """Do an opened run on an executor; every phase skips the units that have a record.
 
     ``fence`` is called before each record and before READY; it raises where another driver took
-    over.
+    over. ``interruption`` is what Ctrl-C sets, where somebody listens to that.
     """
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
+    pool.interruption = interruption or pool.interruption
     reuse = Directory(prepared.statistics_uri) if prepared.statistics_uri else None
     context = RunContext(
         prepared=prepared,
@@ -118,7 +121,6 @@ def run_on(
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
     if fence is not None:
         fence()
-    report["plan"]["forecast"] = dict(expected or {})
     finish(context, report)
     return report
 
@@ -152,4 +154,10 @@ def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
         device=prepared.config.device,
     )
     num_workers = max(map(len, prepared.plan.waves))
-    return Pool(executor, setup, num_workers=num_workers, journal=journal)
+    return Pool(
+        executor,
+        setup,
+        num_workers=num_workers,
+        journal=journal,
+        place_seconds=prepared.config.place_seconds,
+    )

@@ -16,9 +16,9 @@ from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
 from orchestrator.finished import JOB, READY, REPORT, STITCH, finished_report, sha256
 from orchestrator.lease import NAME as LEASE
-from orchestrator.outcome import environment
 from orchestrator.prepare import Prepared
 from orchestrator.report import render_page
+from orchestrator.versions import environment
 from planners.errors import ConfigError, DataError, StorageError
 from planners.plan import to_json
 
@@ -100,7 +100,9 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
 
 def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
     """Return the files that served only the work, and what killed workers left half-written."""
-    passing = [name for folder in ("boundary", "draft", "refit") for name in run.names(folder)]
+    passing = [
+        name for folder in ("boundary", "draft", "partial", "refit") for name in run.names(folder)
+    ]
     sums = [*run.names("stats"), *run.names("basis")]
     written = [*sums, *run.names("model"), *run.names("records")]
     halves = {name for name in written if name.endswith(".tmp")}

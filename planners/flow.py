@@ -22,6 +22,8 @@ class Flow:
         lacking: what the stage behind is to be given next; of interest where it has passed here.
         inflight: ticket -> microbatch and its output to be.
         outputs: what is computed and not yet consumed by the stage behind.
+        paused: it is given nothing for now.
+        starting: it has not said yet what it goes on from, so what it lacks is not known.
     """
 
     next: int = 0
@@ -29,6 +31,8 @@ class Flow:
     lacking: int = 0
     inflight: dict[Any, tuple[int, Any]] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    paused: bool = False
+    starting: bool = False
 
     @property
     def wanted(self) -> int:
@@ -70,7 +74,7 @@ def submissions(
         while len(stage.inflight) < MAX_INFLIGHT and _may(stages, slot, stage.wanted, total):
             submitted = True
             yield slot, stage.wanted
-        lacking = stage.wanted
+        lacking = total if stage.starting else stage.wanted
         settled = not submitted and (slot == 0 or stages[slot - 1].lacking == lacking)
         if answered is not None and slot < answered and settled:
             return
@@ -92,7 +96,7 @@ def accept(stages: Sequence[Flow], slot: int, ticket: Hashable) -> int:
 
 def _may(stages: Sequence[Flow], slot: int, index: int, total: int) -> bool:
     """Return whether the input of a stage is at hand and its output has a place to wait."""
-    if index == total:
+    if index == total or stages[slot].paused:
         return False
     if slot > 0 and index not in stages[slot - 1].outputs:
         return False

@@ -1,6 +1,6 @@
 """Which units may start: the bookkeeping that a run and its simulation share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from planners.units import Unit
 
@@ -20,10 +20,14 @@ class Frontier:
         """Nothing is left and nothing runs."""
         return not self._left and not self._running
 
-    def start(self) -> Unit | None:
-        """Return the next unit whose inputs are done, and count it as running."""
+    def start(self, *, avoid: Collection[str] = ()) -> Unit | None:
+        """Return the next unit whose inputs are done, and count it as running.
+
+        Args:
+            avoid: units that are to be done by somebody else.
+        """
         for unit in self._left:
-            if not any(name in self._open for name in unit.inputs):
+            if unit.name not in avoid and not any(name in self._open for name in unit.inputs):
                 self._left.remove(unit)
                 self._running[unit.name] = unit
                 self.attempts[unit.name] = self.attempts.get(unit.name, 0) + 1
