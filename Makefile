@@ -4,7 +4,7 @@ PYTHONS := python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check lint clean
+.PHONY: help demo test check lint wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ lint: $(INSTALLED)  ## check format, style, types and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+wheel: $(INSTALLED)  ## what cluster.yaml installs on the nodes: this package and its versions, in dist/
+	rm -rf dist build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	cp constraints.txt dist/
 
 clean:  ## remove what make and the tools made; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actors.numerics.packed import Symmetric, congruence, packed
+
 # Tap -> which of the layer's three bases turns it, and the norm whose scale it has lost.
 TURNED: Mapping[str, tuple[int, str]] = {
     "resid_attn": (0, ""),
@@ -30,7 +32,8 @@ def turned_sums(
     """Return the sums that the turned layer would give on the same tokens, up to rounding.
 
     Args:
-        sums: as `actors.observe` stores them: ``TAP.KIND``, ``TAP.sum``, ``num_tokens``, ``probe``.
+        sums: as `actors.observe` stores them: ``TAP.KIND``, ``TAP.sum``, ``num_tokens``, ``probe``;
+            grams packed, and of any dtype, which they keep.
         bases: of the site that attention reads, of the site that the MLP reads, and of the site
             behind the layer; float64, orthogonal, of full width.
         scales: norm -> its scale, without a zero.
@@ -45,14 +48,18 @@ def turned_sums(
             map_ = bases[position]
             if norm:
                 map_ = map_ / scales[norm].to(torch.float64)[:, None]
-            new[name] = TURN[kind](total, map_)
+            new[name] = TURN[kind](total, map_).to(total.dtype)
         else:
             new[name] = total
     return new
 
 
+def _turned_gram(total: Symmetric, map_: Tensor) -> Tensor:
+    return packed(congruence(map_.T, total))
+
+
 TURN: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gram": lambda total, map_: map_.T @ total @ map_,
-    "normed_gram": lambda total, map_: map_.T @ total @ map_,
-    "sum": lambda total, map_: total @ map_,
+    "gram": _turned_gram,
+    "normed_gram": _turned_gram,
+    "sum": lambda total, map_: total.to(torch.float64) @ map_,
 }

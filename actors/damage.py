@@ -2,11 +2,13 @@
 
 The damage of a cut is the mean over tokens of ``|y' - y|^2 / |y|^2``, y the residual stream that
 leaves the layer as the step found it and y' the one that leaves the layer with one module cut. Only
-the cut module and what follows it in the layer is recomputed.
+the cut module and what follows it in the layer is recomputed. With ``damage=loss`` it is how much
+the loss of the step's input model rises where this one layer is cut: every y' goes through all
+layers behind, as the step found them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +24,11 @@ from planners.families import load as load_family
 from planners.plan import LayerForm, ModelShape
 
 Curves = dict[str, list[list[float]]]
+Losses = Callable[[list[Tensor]], list[float]]
 
 
 @torch.inference_mode()
-def damage_curves(
+def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     weights: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
     checkpoint: Checkpoint,
@@ -33,6 +36,7 @@ def damage_curves(
     job: CompressionJob,
     index: int,
     device: str,
+    losses: Losses | None = None,
 ) -> Curves:
     """Return module -> [[width, damage], ...], the full width first, for one layer.
 
@@ -43,6 +47,8 @@ def damage_curves(
         job: method, options and shape.
         index: of the layer.
         device: where to compute.
+        losses: outputs of the layer -> the model's loss with each; damage is the rise of it. None:
+            damage is the relative error of the layer's output.
 
     Raises:
         NumericsError: a cut gives no finite output.
@@ -55,6 +61,7 @@ def damage_curves(
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     shares = [float(share) for share in str(job.options["grid"]).split(",")]
     curves: Curves = {}
+    cuts: list[tuple[str, int, Tensor]] = []
     for module in methods.spec(job.method).cuts(job.options):
         full = layer_widths(start)
         curves[module] = [[full[module], 0.0]]
@@ -66,12 +73,22 @@ def damage_curves(
             cut = _halved(new, form, config, shape, probe)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
             after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
+            if losses is not None:
+                cuts.append((module, width, after))  # they pass the layers behind together
+                continue
             lost = (after.float() - output.float()).square().sum(-1) / energy
-            mean = float(lost.double().mean())
-            if not math.isfinite(mean):
-                raise NumericsError(f"{module} cut to {width}: the damage is not finite")
-            curves[module].append([width, mean])
+            curves[module].append(_level(module, width, float(lost.double().mean())))
+    if losses is not None:
+        uncut, *found = losses([output, *(after for _, _, after in cuts)])
+        for (module, width, _), loss in zip(cuts, found, strict=True):
+            curves[module].append(_level(module, width, loss - uncut))
     return curves
+
+
+def _level(module: str, width: int, damage: float) -> list[float]:
+    if not math.isfinite(damage):
+        raise NumericsError(f"{module} cut to {width}: the damage is not finite")
+    return [width, damage]
 
 
 def _halved(

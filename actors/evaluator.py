@@ -3,9 +3,8 @@
 import contextlib
 import hashlib
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ from actors.memory import PeakMemory
 from actors.messages import ThroughputRequest, UnitDone, VerifyRequest
 from actors.modeling.build import Skeleton
 from actors.storage.checkpoint import Checkpoint
-from actors.storage.files import Directory
+from actors.storage.copies import local_copy
 from actors.storage.tensors import NAME_OF, tensor_bytes
 from planners.errors import ModelError
 from planners.families import load as load_family
@@ -63,7 +62,7 @@ class Evaluator:
         with contextlib.ExitStack() as stack:
             models, peaks = {}, {}
             for name, uri in request.uris.items():
-                models[name] = _loaded(stack.enter_context(_local_copy(uri)), self._device)
+                models[name] = _loaded(stack.enter_context(local_copy(uri)), self._device)
                 _timed(models[name], request)  # so that nobody pays for the libraries' first call
             for name, model in models.items():
                 peak = PeakMemory()
@@ -102,7 +101,7 @@ class Evaluator:
 
 def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
     checks = []
-    with _local_copy(request.uri) as folder:
+    with local_copy(request.uri) as folder:
         model = _loaded(folder, device)
         checks.append(_same_tensors(model.state_dict(), request.tensors))
         batch = torch.tensor(request.ids, device=device)
@@ -126,21 +125,6 @@ def _stagewise_checks(request: VerifyRequest) -> list[Check]:
     if bad or missing:
         detail = f"differ: {bad[:3]}; missing or not ours: {missing[:3]}"
     return [Check(name="every tensor as computed", passed=not bad + missing, detail=detail)]
-
-
-@contextlib.contextmanager
-def _local_copy(uri: str) -> Iterator[Path]:
-    """Give a checkpoint as a local folder: itself, or a copy for the length of the block."""
-    directory = Directory(uri)
-    if directory.is_local:
-        yield Path(directory.root)
-        return
-    with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
-        for name in directory.names():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(directory.read(name))
-        yield Path(folder)
 
 
 def _loaded(folder: Path, device: str) -> Any:

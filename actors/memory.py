@@ -1,9 +1,12 @@
 """How much memory of its own this process used at its peak."""
 
+import ctypes
 import threading
 import time
 import weakref
 from pathlib import Path
+
+import pyarrow as pa
 
 SAMPLE_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
@@ -20,6 +23,14 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def give_back() -> None:
+    """Return freed memory to the system: allocators keep it, and a plan would be wrong by it."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:

@@ -71,6 +71,7 @@ class Assignment:
         head: it computes losses.
         statistics: what it accumulates while it observes.
         dtype: compute dtype.
+        statistics_dtype: of the grams as they are stored.
     """
 
     run_uri: str
@@ -82,6 +83,59 @@ class Assignment:
     head: bool
     statistics: frozenset[Statistic]
     dtype: str
+    statistics_dtype: str = "float64"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialSums:
+    """The sums of one layer over the first microbatches of a pass, in a file.
+
+    Attributes:
+        layer: its index.
+        next: how many microbatches are in the sums: the first that is not.
+        file: where they are.
+    """
+
+    layer: int
+    next: int
+    file: FileEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summing:
+    """Which layers of an assignment sum, and from where.
+
+    Attributes:
+        layers: those that sum; the others pass microbatches on.
+        partials: sums to go on with; a layer without one begins at the first microbatch.
+    """
+
+    layers: frozenset[int]
+    partials: tuple[PartialSums, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadDone:
+    """What a stage says after it has loaded.
+
+    Attributes:
+        seconds: it took.
+        next: the first microbatch that one of its layers has not summed.
+    """
+
+    seconds: float
+    next: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDone:
+    """What a stage says after it has written its partial sums."""
+
+    incarnation: str
+    partials: tuple[PartialSums, ...]
+    started: float
+    seconds: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +195,9 @@ class TokenStream:
     dtype: str = "float32"
 
 
+OF_A_LAYER = ("layer", "draft")  # kinds of units that may have options of their own
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionJob:
     """What all compression units of a run share.
@@ -151,6 +208,7 @@ class CompressionJob:
         statistics_uri: another run whose statistics are reused, or empty.
         method: a file of ``actors/methods``.
         options: of the method, complete.
+        layer_options: layer -> those that it has for itself.
         shape: of the input model.
         form: widths of the result; not final while damage is measured.
         stream: the calibration tokens, where units stream them.
@@ -166,6 +224,7 @@ class CompressionJob:
     form: ModelForm
     stream: TokenStream = TokenStream()
     former: "CompressionJob | None" = None
+    layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

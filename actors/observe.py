@@ -1,12 +1,13 @@
 """The statistics of one layer, accumulated by hooks on its own modules."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from actors.numerics.gram import accumulate, rms_normed
+from actors.numerics.packed import zeros
 from planners.cost import tap_dim
 from planners.families._base import Family
 from planners.plan import LayerForm, ModelShape, Statistic, dense_form
@@ -30,7 +31,7 @@ class LayerStatistics:
     """Sums over the tokens that pass one layer while it is observed.
 
     Attributes:
-        sums: statistic name -> float64 sum, in place; ``<tap>.sum`` is the sum of x there.
+        sums: statistic name -> float64 sum, in place, grams packed; ``<tap>.sum`` is the sum of x.
         num_tokens: how many tokens were summed.
     """
 
@@ -59,8 +60,7 @@ class LayerStatistics:
             if statistic.kind.startswith("probe"):
                 self._probe_tokens = int(statistic.kind.removeprefix("probe"))
                 continue
-            dims = _dims(shape, statistic, self._form)
-            self.sums[str(statistic)] = self._zeros(*dims)
+            self.sums[str(statistic)] = self._room(statistic)
             if statistic.kind in ("gram", "head_gram"):
                 dim = tap_dim(shape, statistic.tap, self._form)
                 self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
@@ -103,6 +103,13 @@ class LayerStatistics:
             found["probe"] = torch.cat(self._probe)
         return found
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` returned, to the last bit."""
+        for name, total in self.sums.items():
+            total.copy_(tensors[name])
+        self.num_tokens = int(tensors["num_tokens"][0])
+        self._probe = [tensors["probe"]] if "probe" in tensors else []
+
     def summary(self) -> dict[str, object]:
         """Return what travels to the driver: the taps, the token count, Block Influence."""
         found: dict[str, object] = {
@@ -122,6 +129,16 @@ class LayerStatistics:
 
     def _name(self, role: str) -> str:
         return self._family.linears.get(role) or self._family.norms[role]
+
+    def _room(self, statistic: Statistic) -> Tensor:
+        dim, form = tap_dim(self._shape, statistic.tap, self._form), self._form
+        if statistic.kind in ("gram", "normed_gram"):
+            return zeros(dim, device=self._device)
+        if statistic.kind == "head_gram":
+            return self._zeros(dim // form.vo_head_dim, form.vo_head_dim, form.vo_head_dim)
+        if statistic.kind == "pair_energy":
+            return self._zeros(dim // form.qk_head_dim, form.qk_head_dim // 2)
+        return self._zeros(1)
 
     def _zeros(self, *dims: int) -> Tensor:
         return torch.zeros(dims, dtype=torch.float64, device=self._device)
@@ -143,16 +160,6 @@ class LayerStatistics:
             before = before if shortcut is None else shortcut(before)
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
         self.sums["resid_out.cosine"][0] += cosine.to(torch.float64).sum()
-
-
-def _dims(shape: ModelShape, statistic: Statistic, form: LayerForm) -> tuple[int, ...]:
-    dim = tap_dim(shape, statistic.tap, form)
-    if statistic.kind == "head_gram":
-        width = form.vo_head_dim
-        return (dim // width, width, width)
-    if statistic.kind == "pair_energy":
-        return (dim // form.qk_head_dim, form.qk_head_dim // 2)
-    return (1,) if statistic.kind == "cosine" else (dim, dim)
 
 
 def _feed_input(module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Adder]) -> None:

@@ -26,7 +26,7 @@ from actors.storage.files import Directory
 from actors.storage.tensors import described, read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
-from planners.placement import LOGIT_TOKENS
+from planners.memory import LOGIT_TOKENS
 from planners.plan import LayerForm
 from planners.refit import DAMPINGS, cuts
 

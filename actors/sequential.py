@@ -1,100 +1,101 @@
 """Site after site: each basis is found in the residual stream of what is sliced already.
 
-The basis units of ``schedule=sequential`` form a chain. The residual stream of a site is kept at
-full width, in the model's own axes, in files of one microbatch each. A unit reads the stream of the
-site before its own, cuts it to the axes that were kept there, and passes it through the half layer
+With ``schedule=sequential`` the residual stream of a site is kept at full width, in the model's own
+axes, in files of one microbatch each. The tokens are cut into shards. A stream unit reads its shard
+at the site before, cuts it to the axes that were kept there, and passes it through the half layer
 between the two sites in the form in which that half ships, except that it writes full width. What
-comes out is the stream of this site: its gram gives the site's axes, its files feed the next unit.
+comes out is the shard's stream of this site: its gram is added to those of the other shards, in
+their order, and gives the site's axes; its files feed the same shard at the next site. So shards
+pass a site side by side, and layers whose three bases are there are compressed meanwhile; a site
+cannot begin before the axes of the one before are known, which need all tokens.
 
 Cutting what an uncut half wrote, ``(x Q_a^T + f(x Q_a)) Q_b``, is what the shipped half computes,
 ``x Q_a^T Q_b + f(x Q_a) Q_b``, so every token passes every half layer once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from actors import methods
-from actors.messages import CompressionJob
+from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.observe import ADD
 from actors.storage.checkpoint import Checkpoint
-from actors.storage.files import Directory
+from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
+from planners.units import shard_cuts
 
 
-def site_gram(
-    site: int, bases: Sequence[str], *, job: CompressionJob, run: Directory, device: str
-) -> Tensor:
-    """Return the gram of a site behind the sliced prefix, and leave its stream for the next one.
-
-    Args:
-        site: 2 l before the attention of layer l, 2 l + 1 before its MLP, the last after all.
-        bases: units of the sites before it, in order.
-        job: method, options and shape.
-        run: where tokens and bases lie, and streams are kept.
-        device: where to compute.
-    """
-    prefix = _Prefix(bases, job, run, device)
-    total = torch.zeros(job.shape.hidden, job.shape.hidden, dtype=torch.float64, device=device)
+def stream(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Pass one shard on to a site; leave its stream there, and its gram."""
+    cuts = _shards(job)
+    site, shard = divmod(task.index, len(cuts))
+    files: list[FileEntry] = []
+    dim = job.shape.hidden
+    total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     add = ADD[methods.load(job.method).site_kind(job.options)]
-    # Usually this is one site. After a loss of streams, those that are missing are made again.
-    for number in range(prefix.first_missing(site), site + 1):
-        prefix.forget(number - 2)
-        for hidden in prefix.stream(number):
-            if number == site:
-                add(hidden, total=total)
+    passing = _Passing(site, task.inputs[0] if site else "", job, run, device)
+    for index in range(*cuts[shard]):
+        hidden = passing.microbatch(index)
+        add(hidden, total=total)
+        if 0 < site < job.shape.num_sites - 1:  # embeddings are looked up again
+            files.append(write_tensors(run, _stream_name(site, index), {"hidden": hidden}))
+    files.append(write_tensors(run, _gram_name(site, shard), {"gram": total.cpu()}))
+    return tuple(files), {}
+
+
+def site_gram(site: int, *, job: CompressionJob, run: Directory, device: str) -> Tensor:
+    """Return the gram of a site behind the sliced prefix: those of its shards, summed in order."""
+    dim = job.shape.hidden
+    total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    for shard in range(len(_shards(job))):
+        total += read_tensors(run, _gram_name(site, shard))["gram"].to(device)
     return total
 
 
-class _Prefix:
-    """The sites whose bases are known, and the streams that pass them."""
+class _Passing:
+    """The way of microbatches from the site before to a site."""
 
     def __init__(
-        self, bases: Sequence[str], job: CompressionJob, run: Directory, device: str
+        self, site: int, basis: str, job: CompressionJob, run: Directory, device: str
     ) -> None:
-        self._bases, self._job, self._run, self._device = bases, job, run, device
+        self._site, self._job, self._run, self._device = site, job, run, device
         self._checkpoint = Checkpoint(job.checkpoint_uri)
         self._dtype = getattr(torch, job.stream.dtype)
-        ids = torch.from_numpy(tokens_from_parquet(run.read(job.stream.tokens)))
-        size = job.stream.microbatch_sequences
-        self._microbatches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        if site <= 1:
+            name = load_family(job.shape.family).embedding
+            self._table = self._checkpoint.read(name).to(device, self._dtype)
+            self._ids = torch.from_numpy(tokens_from_parquet(run.read(job.stream.tokens)))
+        if site > 0:
+            found = read_tensors(run, f"basis/{basis}.safetensors")["vectors"].to(device)
+            self._half = self._built(found)
+            self._basis = found.to(self._dtype)
 
-    def first_missing(self, site: int) -> int:
-        """Return the first site whose stream must be made before that of ``site``, or ``site``."""
-        # The stream of site 0 is the embedding, which is looked up and never kept.
-        while site > 1 and not self._is_kept(site - 1):
-            site -= 1
-        return site
+    def microbatch(self, index: int) -> Tensor:
+        """Return the stream of this site, (sequences, tokens, hidden)."""
+        if self._site == 0:
+            return self._embedded(index)
+        if self._site == 1:
+            full = self._embedded(index)
+        else:
+            name = _stream_name(self._site - 1, index)
+            full = read_tensors(self._run, name)["hidden"].to(self._device)
+        return _through_half(self._half, full @ self._basis, self._site)
 
-    def stream(self, site: int) -> Iterator[Tensor]:
-        """Yield the microbatches of a site's stream, keeping each where a later site reads it."""
-        if site == 0:
-            yield from self._kept(0)
-            return
-        name = f"basis/{self._bases[site - 1]}.safetensors"
-        basis = read_tensors(self._run, name)["vectors"].to(self._device)
-        half = self._half(site, basis)
-        for index, full in enumerate(self._kept(site - 1)):
-            cut = full @ basis.to(full.dtype)  # (sequences, tokens, keep)
-            hidden = _through_half(half, cut, site)
-            if site < self._job.shape.num_sites - 1:
-                write_tensors(self._run, _name(site, index), {"hidden": hidden})
-            yield hidden
+    def _embedded(self, index: int) -> Tensor:
+        size = self._job.stream.microbatch_sequences
+        ids = self._ids[index * size : (index + 1) * size].to(self._device)
+        return torch.nn.functional.embedding(ids, self._table)
 
-    def forget(self, site: int) -> None:
-        """Delete a stream that was read to its end."""
-        for index in range(len(self._microbatches) if site > 0 else 0):
-            self._run.delete(_name(site, index))
-
-    def _half(self, site: int, basis: Tensor) -> HalvedLayer:
-        """Return the layer that leads to a site, cut where that half reads and nowhere else."""
+    def _built(self, basis: Tensor) -> HalvedLayer:
+        """Return the layer that leads to this site, cut where that half reads and nowhere else."""
         shape = self._job.shape
-        layer, is_mlp = divmod(site - 1, 2)
+        layer, is_mlp = divmod(self._site - 1, 2)
         full = torch.eye(shape.hidden, dtype=basis.dtype, device=basis.device)
         bases = (full, basis, full) if is_mlp else (basis, full, full)
         form = replace(
@@ -115,28 +116,24 @@ class _Prefix:
             device=self._device,
         )
 
-    def _kept(self, site: int) -> Iterator[Tensor]:
-        if site == 0:
-            yield from self._embedded()
-            return
-        for index in range(len(self._microbatches)):
-            yield read_tensors(self._run, _name(site, index))["hidden"].to(self._device)
-
-    def _embedded(self) -> Iterator[Tensor]:
-        name = load_family(self._job.shape.family).embedding
-        table = self._checkpoint.read(name).to(self._device, self._dtype)
-        for ids in self._microbatches:
-            yield torch.nn.functional.embedding(ids.to(self._device), table)
-
-    def _is_kept(self, site: int) -> bool:
-        names = (_name(site, index) for index in range(len(self._microbatches)))
-        return all(self._run.size(name) is not None for name in names)
-
 
 def _through_half(half: HalvedLayer, cut: Tensor, site: int) -> Tensor:
     """Return the stream of a site from the cut stream of the site before it."""
     return half.after_attention(cut) if site % 2 else half.after_mlp(cut)
 
 
-def _name(site: int, index: int) -> str:
+def _shards(job: CompressionJob) -> list[tuple[int, int]]:
+    return shard_cuts(job.options, -(-job.stream.num_sequences // job.stream.microbatch_sequences))
+
+
+def _stream_name(site: int, index: int) -> str:
     return f"boundary/sequential-site-{site:05d}-mb-{index:05d}.safetensors"
+
+
+def _gram_name(site: int, shard: int) -> str:
+    return f"boundary/sequential-gram-{site:05d}-shard-{shard:05d}.safetensors"
+
+
+KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
+    "stream": stream,
+}

@@ -5,13 +5,17 @@ import time
 import torch
 from torch import Tensor, nn
 
-from actors.memory import PeakMemory
+from actors.memory import PeakMemory, give_back
 from actors.messages import (
     Assignment,
     CompressionJob,
+    LoadDone,
     Microbatch,
     Packed,
+    PartialSums,
+    SaveDone,
     StepDone,
+    Summing,
     UnitDone,
     UnitTask,
     WorkerSetup,
@@ -21,14 +25,18 @@ from actors.messages import (
 from actors.modeling.build import Skeleton
 from actors.numerics.loss import next_token_nll
 from actors.observe import LayerStatistics
+from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from actors.units import do_unit
+from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
-from planners.placement import LOGIT_TOKENS
+from planners.memory import LOGIT_TOKENS
 from planners.units import layer_statistics
+
+PARTIAL = "partial"  # the folder of partial sums in a run
 
 
 class Stage:
@@ -45,7 +53,8 @@ class Stage:
         self._layers: dict[int, nn.Module] = {}
         self._statistics: dict[int, LayerStatistics] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._next = 0
+        self._next: dict[int, int] = {}  # layer -> first microbatch that it has not summed
+        self._saved: dict[int, int] = {}  # layer -> that of its newest partial sums
         self._embedding: Tensor | None = None
         self._head: Tensor | None = None
         self._norm: nn.Module | None = None
@@ -55,8 +64,13 @@ class Stage:
         layers = f" layers {min(self._layers)}-{max(self._layers)}" if self._layers else ""
         return f"{self._setup.name}{layers}"
 
-    def load(self, assignment: Assignment) -> float:
-        """Read the layers of an assignment, forgetting those held before; return the seconds.
+    def load(self, assignment: Assignment, summing: Summing | None = None) -> LoadDone:
+        """Read the layers of an assignment, forgetting those held before.
+
+        Args:
+            assignment: the layers.
+            summing: which of them sum, and from where; all, from the first microbatch, if not
+                given.
 
         Raises:
             ModelError: a tensor is missing, broken or not finite.
@@ -73,13 +87,17 @@ class Stage:
         family = load_family(assignment.family)
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
-            self._layers[index] = self._skeleton.layer(index, checkpoint.read_prefix(prefix))
-            if assignment.statistics:
+            tensors = one_ahead(checkpoint.stream_prefix(prefix))
+            self._layers[index] = self._skeleton.layer(index, tensors)
+            if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 form = checkpoint.form.layers[index]
                 self._statistics[index] = LayerStatistics(
                     wanted, checkpoint.shape, family, device=device, form=form
                 )
+                self._next[index] = 0
+        for partial in summing.partials if summing is not None else ():
+            self._go_on(partial)
         if assignment.embedding:
             self._embedding = checkpoint.read(family.embedding).to(device, dtype)
         if assignment.head:
@@ -88,27 +106,29 @@ class Stage:
             self._head = checkpoint.read(name).to(device, dtype)
             prefix = family.final_norm.removesuffix("weight")
             self._norm = self._skeleton.final_norm(checkpoint.read_prefix(prefix))
-        return time.monotonic() - started
+        give_back()
+        seconds = time.monotonic() - started
+        return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
 
     def drop(self) -> None:
         """Forget layers and statistics."""
         self._layers, self._statistics = {}, {}
         self._embedding = self._head = self._norm = None
-        self._next = 0
+        self._next, self._saved = {}, {}
+        give_back()
 
     @torch.inference_mode()
     def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
         """Pass one microbatch through the layers; return what happened and the output.
 
-        A microbatch whose sums were added before is passed on without being added again, so a
-        repeated call changes nothing.
+        A layer adds a microbatch only when it is its turn. One that was added before is passed on
+        without being added again, so a repeated call changes nothing.
         """
         started = time.time()
         begun = time.monotonic()
         hidden = self._input(microbatch, packed)
-        observe = microbatch.observe and microbatch.index == self._next
-        hidden = self._through(hidden, observe=observe)
-        self._next += int(observe)
+        turn = {i for i, index in self._next.items() if index == microbatch.index}
+        hidden = self._through(hidden, observed=turn if microbatch.observe else set())
         nats, num_predicted = 0.0, 0
         if microbatch.loss and self._assignment.head:
             nats, num_predicted = self._loss(hidden, self._ids(microbatch))
@@ -128,13 +148,40 @@ class Stage:
         )
         return done, pack(hidden) if microbatch.hand_over else None
 
+    def save(self) -> SaveDone:
+        """Write the sums so far of the layers that have summed since they were last written.
+
+        The incarnation is in the names: what a worker that was given up still writes is beside what
+        counts, never in its place.
+        """
+        started, begun = time.time(), time.monotonic()
+        partials = []
+        for index, following in self._next.items():
+            if following == self._saved.get(index, 0):
+                continue
+            where = f"layer-{index:05d}-mb-{following:05d}-{self._setup.incarnation}"
+            tensors = self._statistics[index].tensors()
+            entry = write_tensors(self._run, f"{PARTIAL}/{where}.safetensors", tensors)
+            partials.append(PartialSums(layer=index, next=following, file=entry))
+            self._saved[index] = following
+        return SaveDone(
+            incarnation=self._setup.incarnation,
+            partials=tuple(partials),
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
+
     def publish(self, task: UnitTask) -> UnitDone:
         """Write the statistics of one layer."""
         started, begun = time.time(), time.monotonic()
         layer = self._statistics[task.index]
         tensors = layer.tensors()
         name = f"stats/layer-{task.index:05d}{task.suffix}.safetensors"
-        entry = write_tensors(self._run, name, tensors)
+        dtype = getattr(torch, self._assignment.statistics_dtype)
+        # Packed grams are what is large; the rest stays as it is summed.
+        stored = {key: dtype for key, t in tensors.items() if key.endswith("gram") and t.ndim == 1}
+        entry = write_tensors(self._run, name, tensors, stored=stored)
         return UnitDone(
             unit=task.unit,
             worker=self._setup.name,
@@ -149,13 +196,17 @@ class Stage:
 
     @torch.inference_mode()
     def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
-        """Do one unit of compression: files in, files out; layers held here do not matter.
+        """Do one unit of compression: files in, files out; layers that were held are let go.
+
+        A unit's factorisation has the memory of the device to itself; a pass loads its layers.
 
         Raises:
             NumericsError: the statistics gave no usable numbers.
             ModelError: a weight is missing or not finite.
         """
         started, begun = time.time(), time.monotonic()
+        if self._layers:
+            self.drop()
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,
@@ -168,6 +219,17 @@ class Stage:
             seconds=time.monotonic() - begun,
             peak_bytes=self._peak.bytes(),
         )
+
+    def _go_on(self, partial: PartialSums) -> None:
+        """Take the sums of a layer from a file; one that changed since counts as none."""
+        try:
+            if self._run.sha256(partial.file.path) != partial.file.sha256:
+                return
+            tensors = read_tensors(self._run, partial.file.path)
+        except (StorageError, ModelError):
+            return
+        self._statistics[partial.layer].restore(tensors)
+        self._next[partial.layer] = self._saved[partial.layer] = partial.next
 
     def _input(self, microbatch: Microbatch, packed: Packed | None) -> Tensor:
         device = self._setup.device
@@ -184,16 +246,17 @@ class Stage:
             self._tokens[microbatch.tokens] = torch.from_numpy(array)
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
-    def _through(self, hidden: Tensor, *, observe: bool) -> Tensor:
+    def _through(self, hidden: Tensor, *, observed: set[int]) -> Tensor:
         angles = self._skeleton.angles(hidden)
         for index, layer in self._layers.items():
-            sums = self._statistics.get(index) if observe else None
+            sums = self._statistics[index] if index in observed else None
             if sums is not None:
                 sums.attach(layer)
             after = layer(hidden, attention_mask=None, position_embeddings=angles)
             if sums is not None:
                 sums.detach()
                 sums.see_residual(hidden, after)
+                self._next[index] += 1
             hidden = after
         return hidden
 

@@ -2,26 +2,31 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from actors import methods, refit
+from actors import methods, refit, sequential
+from actors.behind import losses_behind
 from actors.carry import turned_sums
 from actors.damage import damage_curves
-from actors.messages import CompressionJob, Done, UnitTask
-from actors.sequential import site_gram
+from actors.messages import OF_A_LAYER, CompressionJob, Done, UnitTask
+from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
 from actors.storage.tensors import (
     NAME_OF,
     described,
+    map_tensors,
     read_tensors,
     tensor_bytes,
     write_rows,
     write_tensors,
 )
+from actors.storage.tokens import tokens_from_parquet
 from planners.errors import NumericsError
 from planners.families import load as load_family
 
@@ -36,6 +41,9 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
         NumericsError: statistics gave no usable numbers.
         ModelError: a weight is missing or not finite.
     """
+    own = job.layer_options.get(task.index)
+    if own and task.kind in OF_A_LAYER:
+        job = replace(job, options={**job.options, **own})
     try:
         return KINDS[task.kind](task, job, run, device)
     except NumericsError as error:
@@ -51,7 +59,7 @@ def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
 
 def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Factor one site of the residual stream behind a prefix that is sliced already."""
-    gram = site_gram(task.index, task.inputs, job=job, run=run, device=device)
+    gram = sequential.site_gram(task.index, job=job, run=run, device=device)
     return _factored([gram], task, job, run)
 
 
@@ -76,7 +84,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Write one compressed layer."""
     checkpoint = Checkpoint(job.checkpoint_uri)
     form = job.form.layers[task.index]
-    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
         bases = _bases(task.inputs, run, device)
@@ -113,17 +121,24 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
     checkpoint = Checkpoint(job.checkpoint_uri)
-    weights = {k: v.to(device) for k, v in checkpoint.read_layer(task.index).items()}
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
-    curves = damage_curves(weights, sums, checkpoint, job=job, index=task.index, device=device)
+    losses = None
+    if job.options.get("damage") == "loss":
+        # The probe is the first sequences of the calibration tokens.
+        tokens = tokens_from_parquet(run.read(job.stream.tokens))[: len(sums["probe"])]
+        ids = torch.from_numpy(tokens).to(device)
+        losses = partial(losses_behind, checkpoint, task.index, ids=ids, device=device)
+    curves = damage_curves(
+        weights, sums, checkpoint, job=job, index=task.index, device=device, losses=losses
+    )
     return (), {"curves": curves}
 
 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
-    weights = {
-        k: v.to(device) for k, v in Checkpoint(job.checkpoint_uri).read_layer(task.index).items()
-    }
+    checkpoint = Checkpoint(job.checkpoint_uri)
+    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
     sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
     form = job.form.layers[task.index]
     return (), {
@@ -203,6 +218,7 @@ KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] 
     "draft": layer,
     "chosen": chosen,
     **refit.KINDS,
+    **sequential.KINDS,
     "embedding": embedding,
     "head": head,
 }
@@ -226,7 +242,11 @@ def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor:
 
 
 def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:
-    """Return the sums of one layer: those of the run, and those of the artefact it reuses."""
+    """Return the sums of one layer: those of the run, and those of the artefact it reuses.
+
+    Grams are packed; on a local disk they are the pages of its files and take no memory until they
+    are unpacked where they are factored.
+    """
     found: dict[str, Tensor] = {}
     for uri in (job.statistics_uri, run.uri):
         directory = Directory(uri) if uri else None
@@ -234,7 +254,7 @@ def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str
             for name in directory.names("stats"):
                 # A worker that was killed while it wrote leaves a temporary name behind.
                 if name.startswith(f"stats/layer-{index:05d}") and name.endswith(".safetensors"):
-                    found |= read_tensors(directory, name)
+                    found |= map_tensors(directory, name)
     return found
 
 

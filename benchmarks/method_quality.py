@@ -26,7 +26,12 @@ from result_file import ROOT, Goal, Result, load_average, report, table
 SHARED = ROOT.parent / "shared"
 MODEL = "babyllama105"
 FRACTIONS = (0.9, 0.8, 0.7)
-ALLOCATIONS = ("uniform", "influence", "marginal")
+CHOICES = {
+    "uniform": {"allocation": "uniform"},
+    "influence": {"allocation": "influence"},
+    "marginal": {"allocation": "marginal"},
+    "marginal, damage=loss": {"allocation": "marginal", "damage": "loss"},
+}
 MAX_APART = 0.01  # of the true fractions at one target
 HALF = 0.5
 TOLERANCE = 0.01
@@ -64,12 +69,13 @@ def sweeps(
 
     tokens = f"tokens:{SHARED}/reference/{MODEL}"
     dense, points = 0.0, {}
-    for allocation in ALLOCATIONS:
-        own = [*fractions, *_equal(allocation)]
-        first = allocation == ALLOCATIONS[0]
+    for name, options in CHOICES.items():
+        allocation = options["allocation"]
+        own = [*fractions, *_equal(name)]
+        first = name == "uniform"
         given = {
             "model": str(SHARED / "models" / MODEL),
-            "out": f"{folder}/{allocation}",
+            "out": f"{folder}/{name}",
             "method": "modegpt",
             "keep_fraction": 0.9,
             "keep_statistics": True,
@@ -79,18 +85,16 @@ def sweeps(
             "evaluation.sequences": sequences,
             "device": "cpu",
             "threads": 1,
-            "options.allocation": allocation,
+            **{f"options.{key}": value for key, value in options.items()},
         }
         base = prepare(load_config(None, given))
-        groups = [(["modegpt"], own, {"allocation": allocation})]
+        groups = [(["modegpt"], own, options)]
         if first:
             groups += [(["slicegpt"], fractions, {"round_to": "1"}), (["svdllm"], fractions, {})]
-        runs = [
-            p for names, sizes, options in groups for p in points_of(base, names, sizes, options)
-        ]
+        runs = [p for names, sizes, chosen in groups for p in points_of(base, names, sizes, chosen)]
         found = sweep_on(base, runs, LocalExecutor(), listener=_ignore)
         dense = found["dense"]["perplexity"]
-        if allocation == "influence":
+        if name == "influence":
             nominal = [1 - _nominal_removal(base, share) / BEFORE for share in NOMINAL]
             more = points_of(base, ["modegpt"], nominal, {"allocation": allocation})
             again = sweep_on(base, more, LocalExecutor(), listener=_ignore)["points"]
@@ -98,7 +102,7 @@ def sweeps(
                 (point,) = (p for p in again if p["asked"] == asked)
                 points[f"modegpt influence, formula at {share}", asked] = point
         for point in found["points"]:
-            kind = f"modegpt {allocation}" if point["method"] == "modegpt" else point["method"]
+            kind = f"modegpt {name}" if point["method"] == "modegpt" else point["method"]
             points[kind, point["asked"]] = point
     return dense, points
 
@@ -133,9 +137,9 @@ def _nominal_removal(base: Any, share: float) -> int:
     return dense_parameters(shape) - model_parameters(shape, form_of(shape, widths))
 
 
-def _equal(allocation: str) -> list[float]:
+def _equal(name: str) -> list[float]:
     """Return the fractions at which as many parameters are removed as by others."""
-    removed = {"uniform": UNIFORM, "influence": INFLUENCE}.get(allocation, {})
+    removed = {"uniform": UNIFORM, "influence": INFLUENCE}.get(name, {})
     return [1 - count / BEFORE for count in removed]
 
 

@@ -32,25 +32,9 @@ def allocate(context: RunContext) -> ModelForm:
 
 def measured(context: RunContext) -> list[Unit]:
     """Return the units whose records hold what was asked for, doing those that are not done."""
-    prepared = context.prepared
-    wanted = prepared.spec.measures(prepared.options)
-    if wanted in ("", "influence"):
+    units = measuring(context)
+    if not units:
         return context.sums
-    spec, options = prepared.spec, prepared.options
-    if wanted == "damage":
-        units = damage_units(
-            context.sums, method=spec.name, revision=spec.revision, options=options
-        )
-    elif wanted == "losses":
-        units = losses_units(
-            context.sums,
-            method=spec.name,
-            revision=spec.revision,
-            modules=spec.shrinks(options),
-            form=prepared.plan.form,
-        )
-    else:
-        raise PlanError(f"{prepared.spec.name}: nobody measures {wanted!r}")
     left = context.ledger.todo(units)
     if left:
         with context.phase("allocate", total=len(left)):
@@ -58,6 +42,25 @@ def measured(context: RunContext) -> list[Unit]:
                 context.pool, units, context.job, ledger=context.ledger, journal=context.journal
             )
     return units
+
+
+def measuring(context: RunContext) -> list[Unit]:
+    """Return the units that measure what the sums do not tell; nothing where they tell all."""
+    spec, options = context.prepared.spec, context.prepared.options
+    wanted = spec.measures(options)
+    if wanted in ("", "influence"):
+        return []
+    if wanted == "damage":
+        return damage_units(context.sums, method=spec.name, revision=spec.revision, options=options)
+    if wanted == "losses":
+        return losses_units(
+            context.sums,
+            method=spec.name,
+            revision=spec.revision,
+            modules=spec.shrinks(options),
+            form=context.prepared.plan.form,
+        )
+    raise PlanError(f"{spec.name}: nobody measures {wanted!r}")
 
 
 def _small(findings: list[Mapping[str, object]]) -> list[dict[str, object]]:

@@ -17,6 +17,7 @@ IDENTITY = (
     "calibration data",
     "microbatch sequences",
     "calibration_dtype",
+    "statistics_dtype",
     "threads",
     "device",
 )

@@ -1,14 +1,16 @@
 """Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
-from orchestrator.pipeline import Pass, PassPlan
+from orchestrator.partials import Partials
+from orchestrator.pipeline import Pass, PassPlan, Saving
 from planners.errors import NumericsError
 from planners.plan import SCHEMA_VERSION, StagePlan, Statistic, fingerprint
-from planners.units import Unit
+from planners.units import Unit, layer_statistics
 
 
 def cut(num_sequences: int, *, size: int) -> list[tuple[int, int]]:
@@ -58,15 +60,24 @@ def calibrate(context: RunContext) -> None:
     waves = context.prepared.plan.waves
     wanted = _wanted_waves(context, todo)
     rows = cut(len(context.prepared.calibration), size=_size(context))
-    with context.phase("calibrate", total=sum(map(len, (waves[w] for w in wanted))) * len(rows)):
+    partials = _partials(context)
+    summed = {p.layer: p.next for p in partials.found(todo)}
+    total = sum(_steps_left(waves[w], todo, summed, len(rows)) for w in wanted)
+    with context.phase("calibrate", total=total):
         for number in wanted:
-            _calibrate_wave(context, number, rows, todo)
+            _calibrate_wave(context, number, rows, todo, partials)
             if number > 0:
                 _forget_boundaries(context, waves[number][0].first, len(rows))
+        if todo:
+            partials.clear()
 
 
 def _calibrate_wave(
-    context: RunContext, number: int, rows: list[tuple[int, int]], todo: set[int]
+    context: RunContext,
+    number: int,
+    rows: list[tuple[int, int]],
+    todo: set[int],
+    partials: Partials,
 ) -> None:
     prepared, wave = context.prepared, context.prepared.plan.waves[number]
     into, out = wave[0].first, wave[-1].last
@@ -94,19 +105,23 @@ def _calibrate_wave(
         if seen != expected:
             raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {expected}")
         context.ledger.commit(units[task.unit], done, attempt=1)
+        partials.forget(task.index)
         context.journal.tell("statistics", unit=task.unit, worker=done.worker,
                              start=done.started, seconds=done.seconds)  # fmt: skip
 
     plan = PassPlan(
         kind="calibrate",
-        assignments=assignments(
-            wave,
-            run_uri=context.run.uri,
-            checkpoint_uri=prepared.model_uri,
-            family=prepared.plan.shape.family,
-            dtype=prepared.identity.compute_dtype,
-            statistics=_missing(context),
-        ),
+        assignments=[
+            replace(each, statistics_dtype=prepared.identity.statistics_dtype)
+            for each in assignments(
+                wave,
+                run_uri=context.run.uri,
+                checkpoint_uri=prepared.model_uri,
+                family=prepared.plan.shape.family,
+                dtype=prepared.identity.compute_dtype,
+                statistics=_missing(context),
+            )
+        ],
         microbatches=[
             Microbatch(
                 index=index,
@@ -119,8 +134,35 @@ def _calibrate_wave(
             for index, ab in enumerate(rows)
         ],
         publish=publish,
+        saving=Saving(
+            partials=partials,
+            every=prepared.config.calibration.save_microbatches,
+            stage_bytes=[stage.bytes["statistics"] for stage in wave],
+        ),
     )
     Pass(context.pool, plan, on_step=on_step, on_published=on_published).run()
+
+
+def _partials(context: RunContext) -> Partials:
+    """Return the partial sums of what is summed now: of a layer, all taps that any layer lacks."""
+    num_layers = context.prepared.plan.shape.num_layers
+    taps = {
+        u.index: tuple(str(s) for s in layer_statistics(_missing(context), u.index, num_layers))
+        for u in context.sums
+    }
+    units = {u.index: replace(u, taps=taps[u.index]) for u in context.sums}
+    return Partials(context.run, context.ledger, units)
+
+
+def _steps_left(
+    wave: Sequence[StagePlan], todo: set[int], summed: Mapping[int, int], num_microbatches: int
+) -> int:
+    """Return how many microbatches the stages of a wave have before them."""
+    done = (
+        min((summed.get(i, 0) for i in range(s.first, s.last) if i in todo), default=0)
+        for s in wave
+    )
+    return sum(num_microbatches - each for each in done)
 
 
 def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:

@@ -45,17 +45,31 @@ class StepInput:
         return StepInput(config=config, shape=shape, start=start)
 
 
-def planned(step: Step, target: Target, source: StepInput, work: Workload, *, path: str) -> RunPlan:
+def planned(
+    step: Step,
+    target: Target,
+    source: StepInput,
+    work: Workload,
+    *,
+    path: str,
+    others: Sequence[Step] = (),
+) -> RunPlan:
     """Return the plan of a step; ``path`` is its place in the recipe, for errors.
+
+    ``others`` are methods to be named where they would fit and this one does not.
 
     Raises:
         PlanError: see `planners.planning.make_plan`.
     """
     try:
-        return make_plan(source.shape, *step, target=target, work=work, start=source.start)
+        return make_plan(
+            source.shape, *step, target=target, work=work, start=source.start, others=others
+        )
     except PlanError as error:
-        where = f"{path}: " if path else ""
-        raise PlanError(f"{where}{error}", hint=error.hint) from error
+        if not path:
+            raise
+        hint = error.hint.replace("--option ", f"{path}.options.")
+        raise PlanError(f"{path}: {error}", hint=hint) from error
 
 
 def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) -> "Prepared":

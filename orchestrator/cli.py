@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from orchestrator.options import KEYS, RecipeCommand, evaluation_options, recipe_options
+from orchestrator.commands import COMMANDS
+from orchestrator.options import (
+    RecipeCommand,
+    config_of,
+    evaluation_options,
+    pairs_of,
+    recipe_options,
+    terms_options,
+)
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
@@ -34,29 +42,37 @@ def cli() -> None:
 @click.option(
     "--keep-statistics", is_flag=True, default=None, help="Keep stats/ at the end, for --stats."
 )
+@click.option(
+    "--verify-hashes", is_flag=True, help="Compare the bytes of what is done, not only sizes."
+)
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Answer every question with yes.")
+@terms_options
 @as_json
 def run(
-    model: str | None, dashboard: bool, dry_run: bool, yes: bool, json_: bool, **given: Any
+    model: str | None, yes: bool, json_: bool, **given: Any
 ) -> None:  # fmt: skip
     """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
 
-    The result is RUN/model. The same command again goes on where this one stopped.
+    The plan is shown first; on a cluster that may cost money it is asked about. The result is
+    RUN/model. The same command again goes on where this one stopped.
     """
-    del yes  # nothing is asked: no command of ours rents a machine
-    config = _config(model, given)
+    terms = _terms(given)
+    how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
+    config = config_of(model, given)
     click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
     from orchestrator import screens
 
-    screens.run(config, dashboard=dashboard, dry_run=dry_run, json_=json_)
+    screens.run(config, terms, **how, yes=yes, json_=json_)
 
 
 @cli.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
+@click.option("--measure", is_flag=True, help="Time a layer on this machine first, and keep it.")
+@terms_options
 @as_json
 def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> None:
     """Print what `run` would do with the same options; start nothing.
@@ -64,10 +80,11 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
     """
-    config = _config(model, given)
+    terms = _terms(given)
+    config = config_of(model, given)
     from orchestrator import screens
 
-    screens.plan(config, cluster_text=cluster, json_=json_)
+    screens.plan(config, terms, cluster_text=cluster, json_=json_)
 
 
 @cli.command("eval")
@@ -76,7 +93,7 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
     """Measure the perplexity of a checkpoint, dense or compressed."""
-    config = _config(directory, given)
+    config = config_of(directory, given)
     from orchestrator import screens
 
     screens.evaluate(config, json_=json_)
@@ -87,9 +104,9 @@ def eval_(directory: str, json_: bool, **given: Any) -> None:
 @as_json
 def report(run_uri: str, json_: bool) -> None:
     """Print the report of a RUN, and write its page again."""
-    from orchestrator import screens
+    from orchestrator import looks
 
-    screens.report(run_uri, json_=json_)
+    looks.report(run_uri, json_=json_)
 
 
 @cli.command()
@@ -97,9 +114,9 @@ def report(run_uri: str, json_: bool) -> None:
 @as_json
 def status(run_uri: str, json_: bool) -> None:
     """Say how far a RUN is, and who works on it."""
-    from orchestrator import screens
+    from orchestrator import looks
 
-    screens.status(run_uri, json_=json_)
+    looks.status(run_uri, json_=json_)
 
 
 @cli.command()
@@ -118,7 +135,7 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
         run_uri,
         names=given["method"].split(","),
         fractions=_numbers(given["keep_fraction"]),
-        options=_pairs(given["options"]),
+        options=pairs_of(given["options"]),
         placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
         json_=json_,
     )
@@ -143,6 +160,42 @@ def verify(directory: str, json_: bool) -> None:
     from orchestrator import screens
 
     screens.verify(directory, json_=json_)
+
+
+@cli.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--layers", required=True, metavar="17,20-22", help="Layers to make again.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method, for these only."
+)
+@click.option("--workers", type=int, help="Ray actors. [as in the run]")
+@click.option("--address", help="Ray cluster. [as in the run]")
+@as_json
+def redo(run_uri: str, layers: str, json_: bool, **given: Any) -> None:
+    """Make some layers of RUN again, with another option if one is given.
+
+    The run is READY again once the result has proved itself again.
+    """
+    from orchestrator import screens
+
+    screens.redo(
+        run_uri,
+        layers=layers,
+        options=pairs_of(given["options"]),
+        placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
+        json_=json_,
+    )
+
+
+@cli.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@as_json
+def diff(run_a: str, run_b: str, json_: bool) -> None:
+    """Say in what two runs differ: recipe, data, versions, layers, evaluation."""
+    from orchestrator import looks
+
+    looks.diff(run_a, run_b, json_=json_)
 
 
 @cli.command()
@@ -201,6 +254,10 @@ def methods(json_: bool) -> None:
     screens.methods(json_=json_)
 
 
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of what happened."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -227,38 +284,13 @@ def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
     screens.statistics(action, run_uri, json_=json_)
 
 
-def _config(model: str | None, given: dict[str, Any]) -> Any:
-    from orchestrator.config import load_config
+def _terms(given: dict[str, Any]) -> Any:
+    """Take what workers cost out of the options, and return it."""
+    from orchestrator.forecast import Terms
 
-    options = {f"options.{key}": value for key, value in _pairs(given.pop("options", ())).items()}
-    recipe = given.pop("recipe")
-    given["steps"] = [_step(text) for text in given.pop("steps", ())] or None
-    values = {KEYS.get(name, name): value for name, value in given.items()}
-    return load_config(recipe, {"model": model, **values, **options})
-
-
-def _step(text: str) -> dict[str, Any]:
-    """Return the step that ``METHOD:F[:KEY=VALUE...]`` says; a colon is in no name and no value."""
-    method, *parts = text.split(":")
-    pairs = dict(part.partition("=")[::2] if "=" in part else ("keep_fraction", part)
-                 for part in parts)  # fmt: skip
-    sizes = {key: pairs.pop(key) for key in ("keep_fraction", "slice") if key in pairs}
-    if not method or not sizes:
-        raise ConfigError(
-            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with more of the last",
-            hint="such as --step modegpt:0.9:modules=mlp,vo, or --step slicegpt:slice=0.2",
-        )
-    try:
-        return {"method": method, **{k: float(v) for k, v in sizes.items()}, "options": pairs}
-    except ValueError as error:
-        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is no number") from error
-
-
-def _pairs(options: tuple[str, ...]) -> dict[str, str]:
-    for pair in options:
-        if "=" not in pair:
-            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
-    return dict(pair.split("=", 1) for pair in options)
+    price, losses = given.pop("price"), given.pop("preemptions_per_hour")
+    measured = given.pop("measure", False)
+    return Terms(price_per_hour=price, preemptions_per_hour=losses, measure=measured)
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,13 +1,27 @@
 """Connecting to a Ray cluster, or starting one for this command alone."""
 
 import contextlib
+import copy
+import io
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import state as ray_state
+from ray.autoscaler.sdk import request_resources
+from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RaySystemError, RpcError
+from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.clusters.capacity import cluster_file_here, most
+from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
@@ -18,7 +32,10 @@ HEALTH_CHECK = {
     "health_check_failure_threshold": 3,
     "object_manager_pull_timeout_ms": 2000,
 }
+LOSSES = ("preempted", "worker lost", "out of memory")  # kinds of events
 STORE_BYTES = 200 * 2**20
+COVER_SECONDS = 10.0  # between two looks for nodes that have come
+ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +48,7 @@ class ClusterFacts:
         cpus: logical cores for work.
         gpus: devices.
         dashboard: address of Ray's dashboard, or empty.
+        spot: a node says by its label that it is spot capacity.
     """
 
     address: str
@@ -38,6 +56,7 @@ class ClusterFacts:
     cpus: float
     gpus: float
     dashboard: str
+    spot: bool = False
 
 
 @contextlib.contextmanager
@@ -87,25 +106,189 @@ def connected(
         ray.shutdown()
 
 
+def draining() -> Mapping[str, float]:
+    """Return node id -> seconds left, of the nodes that were told that they will go.
+
+    Ray has no public call for it. Where a release has moved the private one, nothing drains: a node
+    that goes is then a node that is lost.
+    """
+    find = getattr(getattr(ray_state, "state", None), "get_draining_nodes", None)
+    if find is None:
+        return {}
+    try:
+        deadlines = find()  # node id -> milliseconds since the epoch, or 0 for none
+    except (RaySystemError, RpcError):
+        return {}  # the head is away for a moment
+    now = time.time()
+    return {n: at / 1000 - now if at else float("inf") for n, at in deadlines.items()}
+
+
+def drain(node: str, *, seconds: float, message: str, address: str = "") -> None:
+    """Tell Ray that a node goes in so many seconds: nothing new is placed there.
+
+    Args:
+        node: Ray's hex id.
+        seconds: until the machine is gone.
+        message: why, for Ray's own records.
+        address: of the head, ``host:port``; empty is the one this process is connected to.
+
+    Raises:
+        ClusterError: the head refuses, or cannot be reached.
+    """
+    client = ray._raylet.GcsClient(address=address or ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + seconds) * 1000)
+    try:
+        accepted, why = client.drain_node(node, reason, message, deadline_ms)
+    except (RaySystemError, RpcError) as error:
+        raise ClusterError(f"node {node} cannot be drained: {error}") from error
+    if not accepted:
+        raise ClusterError(f"node {node} cannot be drained: {why}")
+
+
+@contextlib.contextmanager
+def attached(address: str) -> Iterator[str]:
+    """Connect to a running cluster from one of its nodes; give Ray's id of that node.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ClusterError(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        yield ray.get_runtime_context().get_node_id()
+    finally:
+        ray.shutdown()
+
+
+def watchers(address: str) -> "contextlib.AbstractContextManager[Watchers | None]":
+    """Return who listens for notices: nobody on a cluster that is this machine alone."""
+    return contextlib.nullcontext() if address == "local" else Watchers()
+
+
+class Watchers:
+    """An actor on each node that listens for the notice of its cloud; a context manager.
+
+    They hold no cores, and end with the run.
+    """
+
+    def __init__(self, *, metadata: str = METADATA) -> None:
+        """Watch nobody yet; ``metadata`` is the base URL of the clouds' metadata service."""
+        self._metadata = metadata
+        self._actors: dict[str, Any] = {}
+        self._looked_at = -COVER_SECONDS
+
+    def __enter__(self) -> "Watchers":
+        """Watch the nodes that are there."""
+        self.cover()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Watch nobody any more."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+
+    def cover(self) -> None:
+        """Watch the nodes that have come since; the cluster is asked now and then only."""
+        now = time.monotonic()
+        if now - self._looked_at < COVER_SECONDS:
+            return
+        self._looked_at = now
+        for node in ray.nodes():
+            name = node["NodeID"]
+            # With the head goes the driver itself: there is nobody to move its work.
+            head = "node:__internal_head__" in node["Resources"]
+            if node["Alive"] and not head and name not in self._actors:
+                where = NodeAffinitySchedulingStrategy(name, soft=False)
+                self._actors[name] = (
+                    ray.remote(_Watcher)
+                    .options(num_cpus=0, max_restarts=0, scheduling_strategy=where)
+                    .remote()
+                )
+                self._actors[name].watch.remote(name, self._metadata)
+
+
+class _Watcher:
+    """Waits on one node for its notice."""
+
+    def watch(self, node: str, metadata: str) -> None:
+        """Drain the node once there is a notice; return where no cloud answers."""
+
+        def tell(notice: Notice) -> None:
+            drain(node, seconds=notice.seconds, message=f"notice of {notice.source}")
+
+        watch(tell, base=metadata)
+
+
+def want(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Ask the autoscaler for room for these at one time; none withdraws what was asked before."""
+    with contextlib.suppress(RaySystemError, RpcError):  # a head that is away grows nothing either
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
+
+
+def capacity() -> str:
+    """Return what the cluster has and what of it is free, in words."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    said = [
+        f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}"
+        for kind in ("CPU", "GPU")
+        if kind == "CPU" or kind in have
+    ]
+    return f"the cluster has {' and '.join(said)} free"
+
+
+def answers(actor_id: str | None) -> bool:
+    """Return whether the node of an actor takes connections; Ray notices later that it does not."""
+    if actor_id is None:
+        return True
+    try:
+        place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
+        found = {node["NodeID"]: node for node in ray.nodes()}.get(place)
+    except (RaySystemError, RpcError):
+        return True  # the head cannot be asked, so nothing is known of the node
+    if found is None or not found["Alive"]:
+        return False
+    return _listens(found["NodeManagerAddress"], found["NodeManagerPort"])
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def _facts(address: str, dashboard: str) -> ClusterFacts:
     resources = ray.cluster_resources()
+    labels = [node.get("Labels") or {} for node in ray.nodes() if node["Alive"]]
     return ClusterFacts(
         address=address,
         num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         dashboard=dashboard,
+        spot=any(each.get("ray.io/market-type") == "spot" for each in labels),
     )
 
 
 def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
     """Refuse what would otherwise wait for ever: Ray does not say that a request cannot fit."""
-    if num_cpus > facts.cpus or num_gpus > facts.gpus:
+    cpus, gpus, grown = facts.cpus, facts.gpus, ""
+    if facts.address != "local" and (num_cpus > cpus or num_gpus > gpus):
+        file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
+        most_cpus, most_gpus = most(file, "CPU"), most(file, "GPU")
+        if most_cpus > cpus or most_gpus > gpus:
+            cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"
+    if num_cpus > cpus or num_gpus > gpus:
         raise ClusterError(
-            f"the cluster at {facts.address!r} has {facts.cpus:g} cores and {facts.gpus:g} GPUs; "
+            f"the cluster at {facts.address!r}{grown} has {cpus:g} cores and {gpus:g} GPUs; "
             f"this run needs {num_cpus} and {num_gpus}",
             hint="use fewer --workers or --threads, or a larger cluster"
-            + (", or --device cpu" if num_gpus > facts.gpus else ""),
+            + (", or --device cpu" if num_gpus > gpus else ""),
         )
 
 
@@ -115,3 +298,91 @@ def _protect_token() -> None:
     with contextlib.suppress(OSError):  # no home directory, no token
         if token.is_file():
             token.chmod(0o600)
+
+
+def schema_refusal(values: Mapping[str, Any]) -> str:
+    """Return why ``ray up`` would refuse a cluster file, in a line; empty where it would not."""
+    # Not at the top: the launcher's modules are of use to one command only.
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    said = io.StringIO()  # what preparing prints is of use to `ray up` only
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate_config(prepare_config(copy.deepcopy(dict(values))))
+    except ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        return f"{where}: {error.message}" if where else str(error.message)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
+
+
+def metered(listener: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Return a listener that also keeps Ray's metrics of a run."""
+    meters = Meters()
+
+    def told(event: dict[str, Any]) -> None:
+        meters(event)
+        listener(event)
+
+    return told
+
+
+class Meters:
+    """Ray's metrics of a run, told by its events; they stand on ``/metrics`` of the driver's node.
+
+    Names are ``compress_*`` here and ``ray_compress_*`` there.
+    """
+
+    def __init__(self) -> None:
+        """Make the metrics; this process is connected to a cluster."""
+        self._tokens = metrics.Counter(
+            "compress_tokens", description="Tokens that passed a stage.", tag_keys=("kind",)
+        )
+        self._seconds = metrics.Histogram(
+            "compress_unit_seconds",
+            description="Seconds of a unit of work or a microbatch, on its worker.",
+            boundaries=[0.1, 1, 10, 60, 600, 3600],
+            tag_keys=("kind",),
+        )
+        self._layers = metrics.Gauge(
+            "compress_layers_done", description="Layers that this driver compressed."
+        )
+        self._queue = metrics.Gauge(
+            "compress_queue_depth",
+            description="Units or microbatches of a phase that are left.",
+            tag_keys=("phase",),
+        )
+        self._lost = metrics.Gauge(
+            "compress_workers_lost", description="Workers lost so far.", tag_keys=("reason",)
+        )
+        self._counts: Counter[str] = Counter()
+        self._phase, self._left = "", 0
+        for reason in LOSSES:  # a panel shows 0, not nothing
+            self._lost.set(0, tags={"reason": reason})
+        self._layers.set(0)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Count one event."""
+        kind = event["kind"]
+        if kind == "phase begins":
+            self._phase, self._left = event["unit"], event["tokens"]
+        elif kind in LOSSES:
+            self._counts[kind] += 1
+            self._lost.set(self._counts[kind], tags={"reason": kind})
+        elif event["worker"] and event["seconds"]:
+            self._count_unit(kind, event)
+        if self._phase:
+            self._queue.set(self._left, tags={"phase": self._phase})
+        if kind == "phase ends":
+            self._phase = ""
+
+    def _count_unit(self, kind: str, event: Mapping[str, Any]) -> None:
+        self._seconds.observe(event["seconds"], tags={"kind": kind})
+        self._left = max(0, self._left - 1)
+        if event["tokens"]:
+            self._tokens.inc(event["tokens"], tags={"kind": kind})
+        if kind in ("layer", "chosen"):
+            self._counts["layers"] += 1
+            self._layers.set(self._counts["layers"])

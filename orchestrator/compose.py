@@ -25,6 +25,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.outcome import step_facts
 from orchestrator.prepare import Prepared
 from orchestrator.refit import refit
+from orchestrator.repair import damaged, make_whole, spare_what_nobody_reads
 from orchestrator.stitch import code_hash, stitch, stitch_unit
 from planners.compose import leaves_all, only_turns
 from planners.plan import (
@@ -35,7 +36,7 @@ from planners.plan import (
 )
 from planners.units import Unit
 
-SPENT = ("model", "basis", "boundary", "draft", "refit")
+SPENT = ("model", "basis", "boundary", "draft", "partial", "refit")
 KEPT = ("stats", "tokens")  # with keep_statistics
 
 
@@ -68,6 +69,10 @@ def reach_last_step(context: RunContext) -> RunContext:
         chain[-1] = _recorded(chain[-1]) or _made(chain)
         chain.append(_behind(chain[-1], step, context))
     known = _recorded(chain[-1])
+    if known is not None:
+        # Its input is gone: where the result has a wrong byte, that must be made again first.
+        damaged(known)
+        spare_what_nobody_reads(known)
     if known is None or not _is_whole(known):
         _provide(chain[:-1])
         _tell(chain[-1])
@@ -91,7 +96,7 @@ def _first(context: RunContext) -> RunContext:
         prepared=step,
         form=step.plan.form,
         run=step.run,
-        ledger=_ledger(step),
+        ledger=_ledger(step, context),
         steps=(_facts(step, said),),
     )
 
@@ -137,7 +142,7 @@ def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext
         prepared=found,
         form=plan.form,
         run=step.run,
-        ledger=context.ledger if is_last and not reuse else _ledger(found),
+        ledger=context.ledger if is_last and not reuse else _ledger(found, context),
         turned=turned,
         steps=(*done.steps, _facts(found, origin)),
     )
@@ -158,6 +163,7 @@ def _made(chain: Sequence[RunContext]) -> RunContext:
         compress(context)
         refit(context)
         stitch(context)
+        make_whole(context)
         _record(context)
         for step in prepared.former:
             _drop(step)
@@ -277,13 +283,14 @@ def _recorded(context: RunContext) -> RunContext | None:
 
 def _is_whole(context: RunContext) -> bool:
     """Return whether everything that a step has made is still there."""
-    units = [*context.sums, *context.made, *context.refitting[1], stitch_unit(context)]
+    made = [unit for unit in context.made if unit.lasting]
+    units = [*context.sums, *made, *context.refitting[1], stitch_unit(context)]
     return all(context.ledger.done(unit) for unit in units)
 
 
-def _ledger(step: Prepared) -> Ledger:
+def _ledger(step: Prepared, context: RunContext) -> Ledger:
     reuse = Directory(step.statistics_uri) if step.statistics_uri else None
-    return Ledger(step.run, reuse=reuse)
+    return context.ledger.of_step(step.run, reuse=reuse)
 
 
 def _drop(step: Prepared) -> None:

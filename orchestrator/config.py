@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,6 +42,9 @@ class CalibrationConfig(_Section):
         sequence_length: tokens of each; None is the file's, of text the model's context up to 2048.
         bos: each sequence cut from text begins with the tokenizer's BOS, if it has one.
         microbatch_tokens: tokens that go through a stage in one call.
+        save_microbatches: a stage keeps its partial sums, to go on from after a loss, each time it
+            has seen so many; 0 is never. ``by cost`` is where it is worth it: saving takes at most
+            5 % of the time, and work of less than a minute is not saved.
     """
 
     source: str = Field(
@@ -53,6 +56,9 @@ class CalibrationConfig(_Section):
     sequence_length: int | None = Field(default=None, ge=2, description="a whole number from 2")
     bos: bool = Field(default=True, description="true or false")
     microbatch_tokens: int = Field(default=4096, ge=1, description="a whole number from 1")
+    save_microbatches: Annotated[int, Field(ge=0)] | Literal["by cost"] = Field(
+        default="by cost", description="a whole number from 0, or by cost"
+    )
 
 
 class EvaluationConfig(_Section):
@@ -117,6 +123,7 @@ class RunConfig(_Section):
         out: run directory; empty is ``runs/MODEL-METHOD-SIZE``.
         method: a file of ``actors/methods``.
         options: of the method; what is not given has the method's default.
+        layer_options: layer -> options of that layer alone, as `redo` leaves them.
         keep_fraction: true parameters kept over parameters before, in (0, 1].
         slice: nominal fraction of the residual width to remove, in [0, 1). At most one of the two
             is given; neither is ``keep_fraction`` 0.8.
@@ -127,8 +134,11 @@ class RunConfig(_Section):
         threads: CPU threads of each unit of work; part of what determines the bits.
         workers: how many.
         address: of a Ray cluster; ``local`` starts one for this command and stops it afterwards.
+        place_seconds: how long a worker may wait for a machine that can hold it.
         device: where the workers compute.
         calibration_dtype: of the activations.
+        statistics_dtype: of the sums as they are stored; float32 halves the disk they take and
+            rounds each by at most 6e-8 of itself. They are summed and factored in float64.
         worker_gib: memory a worker may use, in GiB; None is what its device has.
         keep_statistics: keep the statistics after the last unit that needs them.
         stats: another run, whose statistics are used where they are of the same model and data.
@@ -141,6 +151,9 @@ class RunConfig(_Section):
     method: str = Field(default="slicegpt", min_length=1, description="the name of a method")
     options: dict[str, str | int | float | bool] = Field(
         default={}, description="a mapping from option to value"
+    )
+    layer_options: dict[int, dict[str, str | int | float | bool]] = Field(
+        default={}, description="a mapping from layer to a mapping from option to value"
     )
     keep_fraction: float | None = Field(
         default=None, gt=0, le=1, description="a number above 0 and up to 1, such as 0.8"
@@ -161,9 +174,15 @@ class RunConfig(_Section):
     address: str = Field(
         default="local", min_length=1, description="local, auto, or the address of a Ray cluster"
     )
+    place_seconds: float = Field(
+        default=600, gt=0, le=MAX_COUNT, description="a number above 0, in seconds"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
     calibration_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto, float32, bfloat16 or float16"
+    )
+    statistics_dtype: Literal["float64", "float32"] = Field(
+        default="float64", description="float64 or float32"
     )
     worker_gib: float | None = Field(
         default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB"
@@ -186,6 +205,11 @@ class RunConfig(_Section):
         if both:
             raise ValueError(
                 f"{both[0]}: is given beside steps; each step has its own, so leave it out here"
+            )
+        if self.steps and self.layer_options:
+            raise ValueError(
+                "layer_options: is given beside steps; a layer has options of its own in a run of "
+                "one method only"
             )
         for index, (step, later) in enumerate(pairwise(self.steps)):
             if later.keep_fraction and later.keep_fraction > (step.keep_fraction or 1):
@@ -230,7 +254,8 @@ class Facts:
 
     Attributes:
         model_name: short name of the model, as in `actors.storage.sources.ModelSource`.
-        max_position_embeddings: longest sequence the model takes.
+        longest: longest sequence the model takes.
+        longest_key: of its config, which says so.
         options: of each step, as `resolve_options` returns them.
         device: where ``device: auto`` computes.
         calibration_dtype: what ``calibration_dtype: auto`` is.
@@ -238,7 +263,8 @@ class Facts:
     """
 
     model_name: str
-    max_position_embeddings: int
+    longest: int
+    longest_key: str
     options: Sequence[Mapping[str, Option]]
     device: Literal["cpu", "cuda"]
     calibration_dtype: Literal["float32", "bfloat16", "float16"]
@@ -311,6 +337,35 @@ def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str
     }
 
 
+# Options of a method that decide widths, statistics or what other units do.
+OF_ALL_LAYERS = frozenset({
+    "allocation", "modules", "round_to", "temperature", "grid", "probe_tokens", "servable",
+    "rotation", "pca_on", "slice_head", "schedule", "refit",
+})  # fmt: skip
+
+
+def resolve_layer_options(
+    spec: MethodSpec, given: Mapping[int, Mapping[str, object]]
+) -> dict[int, dict[str, Option]]:
+    """Return layer -> the options that it has for itself, each in the type of its default.
+
+    Raises:
+        ConfigError: the method has no such option, or no layer can have it alone.
+    """
+    found: dict[int, dict[str, Option]] = {}
+    for layer, options in given.items():
+        resolved_ = resolve_options(spec, options)
+        for name in options:
+            if name in OF_ALL_LAYERS:
+                own = [option.name for option in spec.options if option.name not in OF_ALL_LAYERS]
+                raise ConfigError(
+                    f"layer_options.{layer}.{name}: all layers of a run share it",
+                    hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
+                )
+        found[layer] = {name: resolved_[name] for name in options}
+    return found
+
+
 def resolved(config: RunConfig, facts: Facts) -> RunConfig:
     """Return the recipe with all that is left open replaced by what is used.
 
@@ -328,10 +383,10 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
     )
     length = config.calibration.sequence_length
     if length is None and not _holds_tokens(source):
-        length = min(DEFAULT_SEQUENCE_LENGTH, facts.max_position_embeddings)
+        length = min(DEFAULT_SEQUENCE_LENGTH, facts.longest)
     if length is not None:
         where = "calibration.sequence_length: is"
-        _check_length(length, facts.max_position_embeddings, where=where)
+        _check_length(length, facts, where=where)
     chain = [
         step.model_copy(update={"options": dict(options)})
         for step, options in zip(config.chain, facts.options, strict=True)
@@ -371,7 +426,7 @@ def with_tokens(
     sequences, length = calibration
     for key, longest in (("calibration", length), ("evaluation", evaluation[1])):
         where = f"{key}.source: has sequences of"
-        _check_length(longest, facts.max_position_embeddings, where=where)
+        _check_length(longest, facts, where=where)
     asked = config.calibration.sequence_length
     if asked not in (None, length):
         raise ConfigError(
@@ -448,6 +503,9 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) ->
         known = ", ".join(StepConfig.model_fields)
         said = _short(error["input"])
         return f"{step.rstrip('.')}: is {said}; it must be a mapping with keys of: {known}"
+    if loc[0] == "layer_options":
+        expected = RunConfig.model_fields["layer_options"].description
+        return f"layer_options: is {_short(error['input'])}; it must be {expected}"
     if loc[0] == "options" and len(loc) > 1:
         # What follows the option's name are the members of the union.
         said = _short(error["input"])
@@ -557,11 +615,11 @@ def _holds_tokens(source: str) -> bool:
     return source == "embedded" or source.startswith("tokens:")
 
 
-def _check_length(length: int, longest: int, *, where: str) -> None:
+def _check_length(length: int, facts: Facts, *, where: str) -> None:
+    longest = facts.longest
     if length > longest:
         raise ConfigError(
-            f"{where} {length} tokens, but the model takes at most {longest} "
-            "(max_position_embeddings)",
+            f"{where} {length} tokens, but the model takes at most {longest} ({facts.longest_key})",
             hint=f"use sequences of {longest} tokens or less",
         )
 

@@ -3,17 +3,17 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from actors.messages import CompressionJob, TokenStream
+from actors.messages import OF_A_LAYER, CompressionJob, TokenStream
 from actors.storage.files import Directory
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from planners.cost import model_parameters
-from planners.plan import ModelForm
+from planners.plan import ModelForm, fingerprint, to_json
 from planners.units import (
     Unit,
     carried_units,
@@ -36,7 +36,13 @@ class WorkContext:
 
     @contextlib.contextmanager
     def phase(self, name: str, *, total: int) -> Iterator[None]:
-        """Tell listeners that a phase of so many units begins, and how long it took."""
+        """Tell listeners that a phase of so many units begins, and how long it took.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop.
+        """
+        if self.pool.interruption.requested:
+            raise KeyboardInterrupt  # between two phases: nothing is under way
         started = time.time()
         self.journal.tell("phase begins", unit=name, tokens=total)
         try:
@@ -74,16 +80,25 @@ class RunContext(WorkContext):
 
     @property
     def made(self) -> list[Unit]:
-        """The basis, layer, embedding and head units of the method."""
+        """The stream, basis, layer, embedding and head units of the method."""
         prepared = self.prepared
-        return compression_units(
+        size = prepared.identity.microbatch_sequences
+        units = compression_units(
             self.sums,
-            method=prepared.spec.name,
-            revision=prepared.spec.revision,
+            spec=prepared.spec,
             options=prepared.options,
             form=self.form,
-            residual=prepared.spec.residual,
+            num_microbatches=-(-len(prepared.calibration) // size),
         )
+        return [self._with_own_options(unit) for unit in units]
+
+    def _with_own_options(self, unit: Unit) -> Unit:
+        """Return a layer's unit as that of the options that it alone has."""
+        own = self.prepared.layer_options.get(unit.index)
+        if not own or unit.kind not in OF_A_LAYER:
+            return unit
+        key = {"of": unit.fingerprint, "layer options": to_json(own)}
+        return replace(unit, fingerprint=fingerprint(key))
 
     @property
     def refitting(self) -> tuple[list[Unit], list[Unit]]:
@@ -94,7 +109,7 @@ class RunContext(WorkContext):
     @property
     def units(self) -> list[Unit]:
         """All units whose files or bases are in the result."""
-        made = [unit for unit in self.made if unit.kind != "draft"]
+        made = [unit for unit in self.made if unit.lasting and unit.kind != "draft"]
         return [*self.refitting[1], *made]
 
     @property
@@ -112,6 +127,7 @@ class RunContext(WorkContext):
             statistics_uri=prepared.statistics_uri,
             method=prepared.spec.name,
             options=prepared.options,
+            layer_options=prepared.layer_options,
             shape=prepared.plan.shape,
             form=self.form,
             stream=TokenStream(

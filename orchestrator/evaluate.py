@@ -1,7 +1,8 @@
 """Perplexity through the same stages that calibrate, and throughput in a process of its own."""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -10,8 +11,10 @@ from actors.evaluator import Evaluator
 from actors.messages import Microbatch, StepDone, ThroughputRequest, UnitDone, UnitTask
 from orchestrator.calibrate import assignments, boundary_name, cut
 from orchestrator.context import RunContext, WorkContext
-from orchestrator.executors import Executor, Resources, WorkerLost
+from orchestrator.executors import Executor, Resources, WorkerFailed, WorkerLost
+from orchestrator.failures import GO_ON, POLICIES, Failures, class_of, final_error
 from orchestrator.pipeline import Pass, PassPlan
+from orchestrator.pool import PLACE_SECONDS
 from orchestrator.prepare import Prepared
 from orchestrator.subjects import EvaluationPlan, Subject
 from planners.errors import ClusterError, NumericsError
@@ -152,10 +155,42 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
     return done.values
 
 
+def _say_nothing(kind: str, **fields: Any) -> None:
+    del kind, fields
+
+
 def in_fresh_process(
+    executor: Executor,
+    fresh: FreshProcess,
+    method: str,
+    request: object,
+    *,
+    tell: Callable[..., None] = _say_nothing,
+) -> UnitDone:
+    """Return what an evaluator in a process of its own says to a request.
+
+    One whose process is lost is followed by another; ``tell`` hears of it, as `Journal.tell`.
+
+    Raises:
+        ClusterError: too many were lost.
+        CompressionError: what the evaluator itself raised.
+    """
+    failures = Failures()
+    while True:
+        try:
+            return _once_in_fresh_process(executor, fresh, method, request)
+        except WorkerLost as lost:
+            if failures.exhausted(fresh.unit, lost):
+                raise ClusterError(
+                    f"{fresh.unit}: its process was lost: {lost}",
+                    hint=POLICIES[class_of(lost)].hint,
+                ) from lost
+            tell(class_of(lost), unit=fresh.unit, detail=str(lost))
+
+
+def _once_in_fresh_process(
     executor: Executor, fresh: FreshProcess, method: str, request: object
 ) -> UnitDone:
-    """Return what an evaluator in a process of its own says to a request."""
     gpus = 1.0 if fresh.device == "cuda" else 0.0
     handle = executor.spawn(
         Evaluator,
@@ -164,16 +199,21 @@ def in_fresh_process(
         resources=Resources(num_cpus=fresh.threads, num_gpus=gpus),
         name=f"evaluator-{fresh.unit}-{uuid4().hex[:8]}",
     )
+    settling, since = executor.settle(handle), time.monotonic()
     try:
         ticket = executor.call(handle, method, fresh.unit, request, label=fresh.unit)
+        while not executor.ready([settling], seconds=1.0):
+            if time.monotonic() - since > PLACE_SECONDS:
+                raise ClusterError(
+                    f"{fresh.unit}: no machine could hold its process for {PLACE_SECONDS:.0f} s; "
+                    f"{executor.capacity()}",
+                    hint=GO_ON,
+                )
         while not executor.ready([ticket], seconds=1.0):
             pass
         done: UnitDone = executor.result(ticket)
-    except WorkerLost as lost:
-        raise ClusterError(
-            f"{fresh.unit}: its process was lost: {lost}",
-            hint="what is done is kept; run the same command again",
-        ) from lost
+    except WorkerFailed as error:
+        raise final_error(fresh.unit, error, capsule="") from error
     finally:
         executor.kill(handle)
     return done
@@ -183,7 +223,9 @@ def run_in_fresh_process(context: RunContext, unit: Unit, method: str, request: 
     """Return what an evaluator says to a request, telling the journal; nothing is recorded yet."""
     config = context.prepared.config
     fresh = FreshProcess(unit=unit.name, threads=config.threads, device=config.device)
-    done = in_fresh_process(context.pool.executor, fresh, method, request)
+    done = in_fresh_process(
+        context.pool.executor, fresh, method, request, tell=context.journal.tell
+    )
     context.journal.tell(
         unit.kind, unit=unit.name, worker=done.worker, start=done.started, seconds=done.seconds
     )

@@ -6,13 +6,15 @@ from typing import Any
 from actors.messages import ThroughputRequest, VerifyRequest
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.records import Record, is_intact, read_records
+from actors.storage.records import Record, read_records, torn_records
 from orchestrator import cluster
 from orchestrator.evaluate import FreshProcess, in_fresh_process
 from orchestrator.executors import RayExecutor
+from orchestrator.rundir import READY, REPORT, finished_report
 from planners.errors import StorageError
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
+REDO = "run the command that made it again: that unit alone is done again"
 DROPPED = ("stats/", "basis/", "boundary/", "refit/", "draft/")  # gone once a run is READY
 
 
@@ -27,9 +29,8 @@ def verify(uri: str, *, threads: int = 1, device: str = "cpu") -> list[dict[str,
     model = uri
     checks: list[dict[str, Any]] = []
     if run.size("plan.json") is not None:
-        records = read_records(run)
-        checks.append(_files_as_recorded(run, records))
-        tensors = _tensors_of(records)
+        checks.append(check_files(run))
+        tensors = _tensors_of(read_records(run))
         model = run.below("model")
     checkpoint = Checkpoint(model)
     request = VerifyRequest(
@@ -75,21 +76,42 @@ def bench(
     return rows
 
 
-def _files_as_recorded(run: Directory, records: Mapping[str, Record]) -> dict[str, Any]:
-    ready = run.size("READY") is not None
+def check_files(run: Directory) -> dict[str, Any]:
+    """Compare every byte with the records, and see that each file of the result has one.
+
+    Raises:
+        StorageError: a file differs, or nothing vouches for it; the message names it.
+    """
+    records = read_records(run)
+    torn = torn_records(run)
+    if torn:
+        raise StorageError(f"{run.path(torn[0])}: is torn", hint=REDO)
+    ready = run.size(READY) is not None
     checked = 0
     for record in records.values():
-        dropped = ready and all(file.path.startswith(DROPPED) for file in record.files)
-        if dropped and any(run.size(file.path) is None for file in record.files):
-            continue
-        if not is_intact(run, record, hashes=True):
-            names = ", ".join(file.path for file in record.files)
-            raise StorageError(
-                f"{run.uri}: {names}: not as {record.unit} recorded it",
-                hint="run the command that made it again: that unit alone is done again",
-            )
-        checked += len(record.files)
+        for file in record.files:
+            if ready and file.path.startswith(DROPPED) and run.size(file.path) is None:
+                continue
+            if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
+                raise StorageError(
+                    f"{run.path(file.path)}: is not as {record.unit} recorded it", hint=REDO
+                )
+            checked += 1
+    vouched = {file.path for record in records.values() for file in record.files}
+    strange = [name for name in run.names("model") if name not in vouched and not _left(name)]
+    if strange:
+        raise StorageError(f"{run.path(strange[0])}: no record vouches for it", hint=REDO)
+    if ready and finished_report(run) is None:
+        raise StorageError(
+            f"{run.path(READY)}: is not the mark of this result, or {REPORT} not its report",
+            hint=REDO,
+        )
     return {"name": "every file as recorded", "passed": True, "detail": f"{checked} files"}
+
+
+def _left(name: str) -> bool:
+    """Return whether a file is what a killed worker left half-written."""
+    return name.endswith(".tmp")
 
 
 def _tensors_of(records: Mapping[str, Record]) -> dict[str, Any]:

@@ -5,28 +5,50 @@ call them like any object. One thread waits for answers and fetches only small o
 a thread blocked on a large or lost object stalls Ray's own failure handling.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import faulthandler
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator import cluster
 from planners.errors import CompressionError
+
+SYSTEM_ERRORS = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    NodeDiedError,
+    OutOfMemoryError,
+)
+STACK_SIGNAL = signal.SIGUSR2
+STACK_SECONDS = 5.0  # within which a worker's node shows its stack
 
 
 class WorkerLost(Exception):
-    """The process that held an actor is gone, or its call never answered.
+    """The process that held an actor is gone, or not to be used any more.
 
     Attributes:
-        reason: preempted, worker lost, or out of memory.
+        reason: a class of `orchestrator.failures`: preempted, node lost, worker crashed, ...
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -39,7 +61,16 @@ class InputLost(Exception):
 
 
 class WorkerFailed(Exception):
-    """The work raised an error of ours that no policy handles: a defect, with its traceback."""
+    """The work raised an error of ours that no policy handles: a defect, with its traceback.
+
+    Attributes:
+        summary: the last line of the traceback.
+    """
+
+    def __init__(self, traceback: str) -> None:
+        super().__init__(traceback)
+        lines = traceback.strip().splitlines()
+        self.summary = lines[-1].strip() if lines else "an error without a message"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +80,31 @@ class Resources:
     num_cpus: float
     num_gpus: float = 0.0
 
+    def __str__(self) -> str:
+        """Return it as people say it."""
+        gpus = f" and {self.num_gpus:g} GPU" if self.num_gpus else ""
+        return f"{self.num_cpus:g} CPU{gpus}"
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """As Ray writes it."""
+        return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whereabouts:
+    """Where an actor lives: its node, by Ray's hex id, its process, and where its stack is shown.
+
+    Attributes:
+        node: empty where there are no nodes.
+        pid: on that node.
+        stack_file: on that node; written when the process gets `STACK_SIGNAL`.
+    """
+
+    node: str = ""
+    pid: int = 0
+    stack_file: str = ""
+
 
 class Executor(Protocol):
     """Spawns actors, starts calls on them, and says which have answered."""
@@ -57,8 +113,12 @@ class Executor(Protocol):
         """Return a handle on a new actor; its construction may still be under way."""
         ...
 
+    def settle(self, handle: Any) -> Any:
+        """Return a ticket for the `Whereabouts` of an actor, which answers once it has a place."""
+        ...
+
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
-        """Start a call; return its ticket, or one for each of several returns.
+        """Start a call; return its ticket, or a tuple of one for each of several returns.
 
         A ticket may be an argument of a later call. Calls on one actor run in the order made.
         """
@@ -74,12 +134,33 @@ class Executor(Protocol):
         Raises:
             WorkerLost: its process is gone.
             InputLost: an argument is gone.
+            WorkerFailed: the call raised what it should not.
             CompressionError: what the call itself raised.
         """
         ...
 
     def kill(self, handle: Any) -> None:
         """End an actor's process; one that is gone already is no error."""
+        ...
+
+    def end(self, where: Whereabouts) -> None:
+        """End a process that does not listen; `kill` asks it to end."""
+        ...
+
+    def stack(self, where: Whereabouts) -> str:
+        """Return what a process is doing now, or empty where nobody can say."""
+        ...
+
+    def draining(self) -> Mapping[str, float]:
+        """Return node -> seconds left, of the nodes that were told that they will go."""
+        ...
+
+    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Ask the cluster to have room for these at one time; none withdraws what was asked."""
+        ...
+
+    def capacity(self) -> str:
+        """Return what the cluster has and what of it is free, in words."""
         ...
 
 
@@ -91,11 +172,20 @@ class LocalExecutor:
         del resources, name
         return actor_class(*args)
 
+    def settle(self, handle: Any) -> Any:
+        """Return a finished ticket: everything is here."""
+        del handle
+        return _Answer(Whereabouts())
+
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
         """Return finished tickets."""
         del label
         values = [arg.value if isinstance(arg, _Answer) else arg for arg in args]
-        answer = getattr(handle, method)(*values)
+        try:
+            answer = getattr(handle, method)(*values)
+        except Exception as error:  # noqa: BLE001 as on Ray: raised where the answer is taken
+            tickets = tuple(_Answer(None, error) for _ in range(num_returns))
+            return tickets[0] if num_returns == 1 else tickets
         if num_returns == 1:
             return _Answer(answer)
         return tuple(_Answer(part) for part in answer)
@@ -107,29 +197,50 @@ class LocalExecutor:
 
     def result(self, ticket: Any) -> Any:
         """Return the answer."""
+        if ticket.error is not None:
+            raise ticket.error
         return ticket.value
 
     def kill(self, handle: Any) -> None:
         """Forget the object."""
 
+    def end(self, where: Whereabouts) -> None:
+        """Do nothing: it is this process."""
+
+    def stack(self, where: Whereabouts) -> str:
+        """Return nothing: a call that does not return does not return here either."""
+        del where
+        return ""
+
+    def draining(self) -> Mapping[str, float]:
+        """Return nothing: there are no nodes."""
+        return {}
+
+    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Do nothing: there is no cluster that could grow."""
+
+    def capacity(self) -> str:
+        """Return nothing: whatever is asked for is here."""
+        return ""
+
 
 class _Answer:
     """A ticket of the local executor; compared and hashed by identity."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, value: Any, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
 
 
 class RayExecutor:
     """Runs every call on the Ray cluster this process is connected to."""
 
-    def __init__(self, *, environment: Mapping[str, str] | None = None) -> None:
-        """Use the current connection; workers see ``environment`` on top of their own."""
-        self._environment = dict(environment or {})
+    def __init__(self, *, watchers: cluster.Watchers | None = None) -> None:
+        """Use the current connection; ``watchers`` are told of nodes that come during the run."""
+        self._watchers = watchers
 
     def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
         """Return the handle of a new actor that Ray will not restart by itself."""
-        environment = dict(self._environment)
+        environment = {}
         if not resources.num_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # unset, a CPU actor would see every GPU
         remote = ray.remote(actor_class).options(
@@ -142,10 +253,15 @@ class RayExecutor:
         )
         return remote.remote(*args)
 
+    def settle(self, handle: Any) -> Any:
+        """Return a ticket that answers once the actor's process runs."""
+        return handle.__ray_call__.remote(_settled)
+
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
         """Return object refs; nothing is fetched."""
         bound = getattr(handle, method).options(num_returns=num_returns, name=label)
-        return bound.remote(*args)
+        tickets = bound.remote(*args)
+        return tickets if num_returns == 1 else tuple(tickets)  # Ray gives a list
 
     def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
         """Wait for the first answer, and take those that came with it."""
@@ -161,22 +277,123 @@ class RayExecutor:
         try:
             return ray.get(ticket)
         except RayTaskError as error:
-            # Before RayActorError: a lost argument arrives as an error of the healthy actor.
-            if isinstance(error, ObjectLostError) or isinstance(error.cause, ObjectLostError):
-                raise InputLost(str(error).splitlines()[0]) from error
-            if isinstance(error.cause, CompressionError):
-                raise error.cause from None
-            raise WorkerFailed(str(error)) from error
-        except OutOfMemoryError as error:
-            raise WorkerLost("out of memory", _first_line(error)) from error
-        except (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError) as error:
-            preempted = getattr(error, "preempted", False)
-            reason = "preempted" if preempted else "worker lost"
-            raise WorkerLost(reason, _first_line(error)) from error
+            raise _of_a_call(error) from error
+        except SYSTEM_ERRORS as error:
+            raise WorkerLost(_reason(error), _first_line(error)) from error
 
     def kill(self, handle: Any) -> None:
         """End the actor's process; Ray says nothing where it is gone already."""
         ray.kill(handle, no_restart=True)
+
+    def end(self, where: Whereabouts) -> None:
+        """Have a task on the process's own node end it; nobody waits for that."""
+        if where.pid:
+            _beside(where, _ended)
+
+    def stack(self, where: Whereabouts) -> str:
+        """Have a task on the worker's own node make the process write its stack, and read it.
+
+        The worker is not asked: it may hold the interpreter, or wait for ever in a library.
+        """
+        if not where.pid:
+            return ""
+        try:
+            found: str = ray.get(_beside(where, _shown_stack), timeout=STACK_SECONDS)
+        except GetTimeoutError:
+            return f"its node did not answer within {STACK_SECONDS:g} s"
+        except RayError as error:
+            return f"its node cannot be asked: {_first_line(error)}"
+        return found
+
+    def draining(self) -> Mapping[str, float]:
+        """Return node -> seconds left, of the nodes that were told that they will go."""
+        if self._watchers is not None:
+            self._watchers.cover()
+        return cluster.draining()
+
+    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Ask the autoscaler, where there is one."""
+        cluster.want(bundles)
+
+    def capacity(self) -> str:
+        """Return what the cluster has and what of it is free, in words."""
+        return cluster.capacity()
+
+
+def _settled(actor: Any) -> Whereabouts:
+    """Say where this process is, and have it show its stack whenever it gets the signal."""
+    del actor
+    descriptor, path = tempfile.mkstemp(prefix="compress-cluster-stack-", suffix=".txt")
+    # In C, at once, whatever the interpreter is doing.
+    faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
+    node = ray.get_runtime_context().get_node_id()
+    return Whereabouts(node=node, pid=os.getpid(), stack_file=path)
+
+
+def _beside(where: Whereabouts, work: Callable[[Whereabouts], Any]) -> Any:
+    """Start a task on the node of a process, that takes no core; return its ticket."""
+    task = ray.remote(work).options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(where.node, soft=False),
+    )
+    return task.remote(where)
+
+
+def _ended(where: Whereabouts) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(where.pid, signal.SIGKILL)
+
+
+def _shown_stack(where: Whereabouts) -> str:
+    path = Path(where.stack_file)
+    before = path.stat().st_size
+    try:
+        os.kill(where.pid, STACK_SIGNAL)
+    except ProcessLookupError:
+        return "its process is gone"
+    for _ in range(20):
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace")[before:]
+            if text:
+                return text
+    return "its process does not react to signals: it is stopped, or waits for a device"
+
+
+def _of_a_call(error: RayTaskError) -> Exception:
+    """Return what a call raised, in our own words."""
+    cause: Any = error
+    while isinstance(cause, RayTaskError) and cause.cause is not None and cause.cause is not cause:
+        cause = cause.cause
+    # The actor that answers is well: what is lost is an argument, or the actor that had made it.
+    if isinstance(error, SYSTEM_ERRORS) or isinstance(cause, SYSTEM_ERRORS):
+        return InputLost(_first_line(error))
+    if isinstance(cause, CompressionError):
+        cause.add_note(str(error))  # with the traceback in the worker
+        return cause
+    if _out_of_memory(cause):
+        return WorkerLost("out of memory", _first_line(cause))
+    return WorkerFailed(str(error))
+
+
+def _out_of_memory(cause: Exception) -> bool:
+    """Return whether a host or a device had no memory left; torch is not imported for it."""
+    named = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(cause)
+
+
+def _reason(error: Exception) -> str:
+    """Return the class of a loss: whether the node went, or the process alone."""
+    if isinstance(error, OutOfMemoryError):
+        return "out of memory"
+    if getattr(error, "preempted", False):
+        return "preempted"
+    if isinstance(error, NodeDiedError) or "node has died" in str(error):
+        return "node lost"
+    if isinstance(error, ActorUnavailableError) and not cluster.answers(error.actor_id):
+        return "node lost"  # Ray itself does not know yet
+    return "worker crashed"
 
 
 def _first_line(error: Exception) -> str:

@@ -15,13 +15,45 @@ from actors.storage.files import Directory
 from planners.errors import StorageError
 
 NAME = "lease.json"
+LOOK_SECONDS = 0.5  # a lease that was looked at is good for so long
+MAX_BYTES = 10_000
+MAX_TEXT = 255  # characters of a host's name
+MAX_SINCE = 4e9  # seconds since the epoch; the year 2096
 HEARTBEAT_SECONDS = 4.0
 EXPIRY_SECONDS = 16.0
+# After writing: as long as two drivers that started at once may need until both have written.
+# Each then reads the same file, so exactly one finds its own name in it.
+SETTLE_SECONDS = {True: 0.5, False: 2.0}  # by whether the directory is local
+
+
+class Hold:
+    """A lease as its holder sees it: another driver may take it from one that it takes for dead."""
+
+    def __init__(self, run: Directory, nonce: str) -> None:
+        self._run, self._nonce = run, nonce
+        self._looked = time.monotonic()
+
+    def require(self) -> None:
+        """See that it is still held, before anything is written that counts.
+
+        Raises:
+            StorageError: another driver took over.
+        """
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        now = holder(self._run)
+        if now is not None and now["nonce"] != self._nonce:
+            raise StorageError(
+                f"{self._run.uri} was taken over by process {now['pid']} on {now['host']}, which "
+                "took this one for dead",
+                hint="it goes on with the run; nothing more is written from here",
+            )
+        self._looked = time.monotonic()
 
 
 @contextlib.contextmanager
-def held(run: Directory) -> Iterator[str]:
-    """Hold the lease of a run for the length of a block; give this driver's nonce.
+def held(run: Directory) -> Iterator[Hold]:
+    """Hold the lease of a run for the length of a block.
 
     A holder that is a dead process of this host is replaced at once. A holder elsewhere, or one
     that cannot be told, is replaced when its heartbeat has stood still for one expiry.
@@ -38,12 +70,14 @@ def held(run: Directory) -> Iterator[str]:
         "beat": 0,
     }
     _wait_for_holder(run)
+    begun = time.monotonic()
     _write(run, me)
+    _settle(run, me, seconds=SETTLE_SECONDS[run.is_local] + time.monotonic() - begun)
     stop = threading.Event()
     beating = threading.Thread(target=_beat, args=(run, me, stop), daemon=True, name="lease")
     beating.start()
     try:
-        yield str(me["nonce"])
+        yield Hold(run, str(me["nonce"]))
     finally:
         stop.set()
         beating.join()
@@ -53,19 +87,31 @@ def held(run: Directory) -> Iterator[str]:
 
 def holder(run: Directory) -> dict[str, Any] | None:
     """Return who holds a run, or None where nobody does; a torn lease counts as none."""
-    if run.size(NAME) is None:
+    size = run.size(NAME)
+    if size is None or size > MAX_BYTES:
         return None
     try:
         lease = json.loads(run.read(NAME))
-        return lease if {"host", "pid", "since", "beat", "nonce"} <= set(lease) else None
-    except (ValueError, TypeError):
+    except (ValueError, RecursionError):
         return None
+    return lease if isinstance(lease, dict) and _is_sound(lease) else None
+
+
+def _is_sound(lease: dict[str, Any]) -> bool:
+    """Return whether every field is one that a driver writes: anybody may have written the file."""
+    texts = all(
+        isinstance(lease.get(k), str) and lease[k].isprintable() and len(lease[k]) <= MAX_TEXT
+        for k in ("nonce", "host", "started")
+    )
+    counts = all(type(lease.get(k)) is int and 0 <= lease[k] < 2**31 for k in ("pid", "beat"))
+    timed = type(lease.get("since")) in (int, float) and 0 <= lease["since"] < MAX_SINCE
+    return texts and counts and timed
 
 
 def is_dead(lease: dict[str, Any]) -> bool:
     """Return whether the holder is a process of this host that no longer runs."""
     here = lease["host"] == socket.gethostname()
-    return here and _process_start(int(lease["pid"])) != lease.get("started")
+    return here and _process_start(lease["pid"]) != lease.get("started")
 
 
 def _wait_for_holder(run: Directory) -> None:
@@ -83,11 +129,30 @@ def _wait_for_holder(run: Directory) -> None:
                 break
         else:
             return
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(first["since"]))
-    raise StorageError(
-        f"{run.uri} is held by process {first['pid']} on {first['host']} since {since}",
+    raise _held(run, first)
+
+
+def _held(run: Directory, lease: dict[str, Any]) -> StorageError:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lease["since"]))
+    return StorageError(
+        f"{run.uri} is held by process {lease['pid']} on {lease['host']} since {since}",
         hint="wait for it, stop it, or use another --out",
     )
+
+
+def _settle(run: Directory, me: dict[str, Any], *, seconds: float) -> None:
+    """Wait until a driver that started in the same instant has written too; the last one stays.
+
+    Stores offer no conditional write, so nobody can be stopped from writing. But whoever wrote last
+    is read by all, and the others leave.
+
+    Raises:
+        StorageError: another driver was faster.
+    """
+    time.sleep(seconds)
+    now = holder(run)
+    if now is not None and now["nonce"] != me["nonce"]:
+        raise _held(run, now)
 
 
 def _beat(run: Directory, me: dict[str, Any], stop: threading.Event) -> None:

@@ -1,11 +1,18 @@
 """Which units are done: the records of a run, checked against its files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from actors.messages import UnitDone
 from actors.storage.files import Directory
-from actors.storage.records import Record, is_intact, read_records, write_record
+from actors.storage.records import (
+    Record,
+    damaged_files,
+    delete_record,
+    is_intact,
+    read_records,
+    write_record,
+)
 from planners.units import Unit
 
 # What another run found out about the same model and data; its results are its own.
@@ -20,7 +27,12 @@ class Ledger:
     """
 
     def __init__(
-        self, run: Directory, *, reuse: Directory | None = None, verify_hashes: bool = False
+        self,
+        run: Directory,
+        *,
+        reuse: Directory | None = None,
+        verify_hashes: bool = False,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         """Read the records of earlier drivers; those whose files changed do not count.
 
@@ -29,24 +41,63 @@ class Ledger:
             reuse: another run, whose statistics and dense evaluation count too where they are of
                 the same model and data.
             verify_hashes: compare bytes, not only sizes.
+            fence: raises where this driver may write no more records.
         """
         self._run = run
-        self._records = _intact(run, hashes=verify_hashes)
-        found = {} if reuse is None else _intact(reuse, hashes=verify_hashes)
+        self._known = read_records(run)
+        self._records = _intact(run, self._known, hashes=verify_hashes)
+        self._spared: set[str] = set()
+        self._fence, self._verify_hashes = fence, verify_hashes
+        found = {}
+        if reuse is not None:
+            found = _intact(reuse, read_records(reuse), hashes=verify_hashes)
         self._reused = {n: record for n, record in found.items() if n.startswith(REUSABLE)}
         self.num_resumed = 0
 
+    def of_step(self, run: Directory, *, reuse: Directory | None = None) -> "Ledger":
+        """Return the records of a step of this run, which are read and written as these are."""
+        return Ledger(run, reuse=reuse, verify_hashes=self._verify_hashes, fence=self._fence)
+
     def done(self, unit: Unit) -> bool:
         """Return whether a unit with these inputs needs no more work."""
+        if unit.name in self._spared:
+            return True
         return bool(self._found(unit)) and not self.missing_taps(unit)
+
+    def is_known(self, unit: Unit) -> bool:
+        """Return whether a unit was done once: its numbers count, though its files may be gone."""
+        found = self._known.get(unit.name)
+        if found is None or found.fingerprint != unit.fingerprint:
+            return self.done(unit)
+        return set(unit.taps) <= set(_taps(found))
+
+    def spare(self, units: list[Unit]) -> None:
+        """Count known units as done though their files are gone: nothing will read those."""
+        self._spared = {unit.name for unit in units}
+
+    def damaged(self, units: list[Unit]) -> list[str]:
+        """Compare the bytes of units that are done with their records; return the wrong files.
+
+        Their units count as not done from here on.
+        """
+        wrong = []
+        for unit in units:
+            record = self._records.get(unit.name)
+            files = [] if record is None else damaged_files(self._run, record, hashes=True)
+            if files:
+                self.forget(unit)
+                wrong += files
+        return wrong
 
     def missing_taps(self, unit: Unit) -> set[str]:
         """Return the statistics that no file of a unit holds yet."""
+        if unit.name in self._spared:
+            return set()
         return set(unit.taps) - {tap for record in self._found(unit) for tap in _taps(record)}
 
     def record(self, unit: Unit) -> Record:
-        """Return the record of a unit that is done; of several, with the values of all."""
-        found = self._found(unit)
+        """Return the record of a unit that is known; of several, with the values of all."""
+        found = self._found(unit) or [self._known[unit.name]]
         values = {key: value for record in found for key, value in record.values.items()}
         return replace(found[-1], values=values)
 
@@ -61,8 +112,19 @@ class Ledger:
         return left
 
     def forget(self, unit: Unit) -> None:
-        """Count a unit as not done: what it left besides its files is gone."""
-        self._records.pop(unit.name, None)
+        """Count a unit as not done: its files are not its record's, or what it left is gone."""
+        for known in (self._records, self._known, self._reused):
+            known.pop(unit.name, None)
+        self._spared.discard(unit.name)
+
+    def drop(self, unit: Unit) -> None:
+        """Remove what a unit left: its record first, so that no record speaks of what is gone."""
+        record = self._records.get(unit.name)
+        self.forget(unit)
+        if record is not None:
+            delete_record(self._run, record)
+            for file in record.files:
+                self._run.delete(file.path)
 
     def commit(self, unit: Unit, done: UnitDone, *, attempt: int) -> Record:
         """Write the record of a unit whose files are in place."""
@@ -85,13 +147,14 @@ class Ledger:
             attempt=attempt,
             incarnation=done.incarnation,
         )
+        if self._fence is not None:
+            self._fence()
         write_record(self._run, record)
-        self._records[unit.name] = record
+        self._records[unit.name] = self._known[unit.name] = record
         return record
 
 
-def _intact(run: Directory, *, hashes: bool) -> dict[str, Record]:
-    found = read_records(run)
+def _intact(run: Directory, found: dict[str, Record], *, hashes: bool) -> dict[str, Record]:
     return {n: record for n, record in found.items() if is_intact(run, record, hashes=hashes)}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from planners.errors import ConfigError
 from planners.plan import Option, OptionSpec
 
 Decorator = Callable[[Any], Any]
@@ -17,6 +18,7 @@ KEYS = {
     "calibration_sequences": "calibration.sequences",
     "sequence_length": "calibration.sequence_length",
     "microbatch_tokens": "calibration.microbatch_tokens",
+    "save_microbatches": "calibration.save_microbatches",
     "evaluation": "evaluation.source",
     "evaluation_sequences": "evaluation.sequences",
 }
@@ -42,6 +44,12 @@ _COMPRESSION = (
                  help="How many. [all of a token file, 128 of text]"),
     click.option("--calibration-dtype", metavar="DTYPE",
                  help="float32, bfloat16 or float16. [float32 on a CPU, else the model's own]"),
+    click.option("--statistics-dtype", metavar="DTYPE",
+                 help="float64, or float32: half the disk for statistics, each rounded by at most "
+                 "6e-8 of itself. [float64]"),
+    click.option("--save-microbatches", type=int, metavar="N",
+                 help="Keep partial sums after so many, to go on from when a worker is lost; 0 is "
+                 "never. [where it takes at most 5 % of the time]"),
     click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
 )  # fmt: skip
 _MEASURING = (
@@ -71,6 +79,19 @@ _MACHINES = (
 )  # fmt: skip
 
 
+_TERMS = (
+    click.option("--price", type=click.FloatRange(min=0), metavar="P",
+                 help="Of one worker for an hour, for the plan to say what a run costs."),
+    click.option("--preemptions-per-hour", type=click.FloatRange(min=0), default=0.0, metavar="R",
+                 help="How often one worker is taken away. [0]"),
+)  # fmt: skip
+
+
+def terms_options(command: Any) -> Any:
+    """Add what workers cost and how long they last."""
+    return _added(command, _TERMS)
+
+
 def recipe_options(command: Any) -> Any:
     """Add every option of a run."""
     return _added(command, (*_COMPRESSION, *_MEASURING, *_MACHINES))
@@ -92,6 +113,54 @@ class RecipeCommand(click.Command):
                 (method, " ".join(f"{o.name}={_typed(o.default)}" for o in options))
                 for method, options in method_options().items()
             ])  # fmt: skip
+
+
+def config_of(model: str | None, given: dict[str, Any]) -> Any:
+    """Return the recipe that a command line asks for; ``given`` is what click parsed.
+
+    Raises:
+        ConfigError: an option is wrong, or the recipe file is.
+    """
+    from orchestrator.config import load_config
+
+    options = {f"options.{key}": value for key, value in pairs_of(given.pop("options", ())).items()}
+    recipe = given.pop("recipe")
+    given["steps"] = [step_of(text) for text in given.pop("steps", ())] or None
+    values = {KEYS.get(name, name): value for name, value in given.items()}
+    return load_config(recipe, {"model": model, **values, **options})
+
+
+def step_of(text: str) -> dict[str, Any]:
+    """Return the step that ``METHOD:F[:KEY=VALUE...]`` says; a colon is in no name and no value.
+
+    Raises:
+        ConfigError: the text is not of that form.
+    """
+    method, *parts = text.split(":")
+    pairs = dict(part.partition("=")[::2] if "=" in part else ("keep_fraction", part)
+                 for part in parts)  # fmt: skip
+    sizes = {key: pairs.pop(key) for key in ("keep_fraction", "slice") if key in pairs}
+    if not method or not sizes:
+        raise ConfigError(
+            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with more of the last",
+            hint="such as --step modegpt:0.9:modules=mlp,vo, or --step slicegpt:slice=0.2",
+        )
+    try:
+        return {"method": method, **{k: float(v) for k, v in sizes.items()}, "options": pairs}
+    except ValueError as error:
+        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is no number") from error
+
+
+def pairs_of(options: Sequence[str]) -> dict[str, str]:
+    """Return key -> value of texts such as ``round_to=16``.
+
+    Raises:
+        ConfigError: one of them is no pair.
+    """
+    for pair in options:
+        if "=" not in pair:
+            raise ConfigError(f"--option {pair}: must be KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in options)
 
 
 def method_options() -> dict[str, tuple[OptionSpec, ...]]:

@@ -1,11 +1,10 @@
 """Records and measurements -> the report's one document, as ``report.json`` holds it."""
 
 import math
-import platform
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -13,8 +12,10 @@ from typing import Any
 from orchestrator.config import recipe_values
 from orchestrator.context import RunContext
 from orchestrator.evaluate import Loss
+from orchestrator.failures import POLICIES
 from orchestrator.journal import read_events
 from orchestrator.refit import refit_losses
+from orchestrator.versions import environment
 from planners.cost import layer_parameters
 from planners.plan import dense_form, to_json
 
@@ -28,8 +29,7 @@ PHASES = (
     "evaluate",
     "throughput",
 )
-LIBRARIES = ("ray", "torch", "transformers", "safetensors", "numpy", "pyarrow")
-LOSSES = ("worker lost", "preempted", "out of memory")
+SHOWN = (*POLICIES, "gave up", "notice", "waiting", "placed", "silent")
 
 
 def outcome(
@@ -87,6 +87,7 @@ def outcome(
             "planned_worker_bytes": plan.worker_bytes,
         },
         "plan": {
+            "forecast": dict(prepared.expected),
             "worker_bytes": plan.worker_bytes,
             "disk_bytes": plan.disk_bytes,
             "calibration_flops": plan.calibration_flops,
@@ -100,8 +101,9 @@ def outcome(
         "events": [
             {"at": event["at"] - begun, "what": event["kind"], "detail": event["detail"]}
             for event in events
-            if event["kind"] in LOSSES
+            if event["kind"] in SHOWN
         ],
+        "failures": _failures(events),
         "verify": {"passed": True, **checks},
         "recipe": to_json(recipe_values(prepared.config)),
         "recipe_defaults": _defaults(
@@ -115,13 +117,12 @@ def outcome(
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 
-def environment() -> dict[str, Any]:
-    """Return versions and platform, as they are written into every run."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: metadata.version(name) for name in LIBRARIES},
-    }
+def _failures(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Return class -> how often this run met it, over all its drivers; not those it never met."""
+    met = Counter(event["kind"] for event in events)
+    last = (event["detail"] for event in events if event["kind"] == "gave up")
+    met.update(detail.partition(":")[0] for detail in last)
+    return {name: met[name] for name in POLICIES if met[name]}
 
 
 def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:
@@ -200,8 +201,15 @@ def step_facts(context: RunContext) -> dict[str, Any]:
 def _steps(context: RunContext) -> list[dict[str, Any]]:
     prepared = context.prepared
     if not context.steps:
-        only = {"name": prepared.spec.name, "options": dict(prepared.options)}
-        return [{**only, "modules": list(prepared.spec.modules)}]
+        own = prepared.layer_options.items()
+        return [
+            {
+                "name": prepared.spec.name,
+                "options": dict(prepared.options),
+                "layer_options": {str(layer): dict(options) for layer, options in own},
+                "modules": list(prepared.spec.modules),
+            }
+        ]
     *before, last = context.steps
     return [
         {key: value for key, value in step.items() if key not in ("sites", "errors")}

@@ -1,22 +1,41 @@
 """A pass: microbatches stream through the stages of a wave, in order, and survive lost workers.
 
 One thread feeds bounded queues. A stage sums microbatches in order whatever happens: when a worker
-is lost, its replacement loads the same layers and starts again, and whatever is lacking anywhere is
-passed once more by the stages before, back to the nearest one that still has it. A stage passes on
-what it has already summed without summing it twice, so the sums are the same bits as if nothing had
-happened.
+is lost, its replacement loads the same layers and goes on from their newest partial sums, or from
+the first microbatch, and whatever is lacking anywhere is passed once more by the stages before,
+back to the nearest one that still has it. A stage passes on what it has already summed without
+summing it twice, so the sums are the same bits as if nothing had happened.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
-from orchestrator.executors import InputLost, WorkerLost
+from actors.messages import Assignment, Microbatch, StepDone, Summing, UnitDone, UnitTask
+from orchestrator.capsule import Work
+from orchestrator.executors import InputLost, WorkerFailed, WorkerLost
+from orchestrator.failures import POLICIES, class_of
+from orchestrator.partials import BYTES_PER_SECOND, Partials, interval
 from orchestrator.pool import Pool
-from planners.placement import MAX_INFLIGHT, WINDOW
+from orchestrator.stalls import Watch
+from planners.errors import CompressionError
+from planners.flow import Flow, accept, submissions
 
-POLL_SECONDS = 0.5
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """Whether a pass keeps partial sums.
+
+    Attributes:
+        partials: those of the run.
+        every: microbatches between two; 0 is never, ``by cost`` as
+            `orchestrator.partials.interval` says.
+        stage_bytes: what each stage writes.
+    """
+
+    partials: Partials
+    every: int | Literal["by cost"]
+    stage_bytes: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,44 +47,41 @@ class PassPlan:
         assignments: one a stage, in order.
         microbatches: what is fed, in order; the index is the position in this sequence.
         publish: for each stage, what it publishes when it has seen all microbatches.
+        saving: of the sums before they are published; None where there are no sums.
     """
 
     kind: str
     assignments: Sequence[Assignment]
     microbatches: Sequence[Microbatch]
     publish: Sequence[Sequence[UnitTask]]
+    saving: Saving | None = None
 
 
 @dataclass(slots=True)
-class _StageState:
-    """Where one stage is.
+class _StageState(Flow):
+    """Where one stage is, with what is published and loaded beside the flow.
 
     Attributes:
-        next: first microbatch that it has not been given yet.
-        done: microbatches that it has summed.
-        lacking: what the stage behind is to be given next; of interest where it has passed here.
-        inflight: ticket -> microbatch and its output to be.
-        outputs: what is computed and not yet consumed by the stage behind.
+        saved: microbatches that are in its newest partial sums.
         publishing: ticket -> what is being published.
         to_publish: what is to be published once everything is summed.
         loading: ticket, while layers are being loaded.
+        saving: ticket, while partial sums are being written.
+        save_seconds: what the last save took, or 0.
     """
 
-    next: int = 0
-    done: int = 0
-    lacking: int = 0
-    inflight: dict[Any, tuple[int, Any]] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
+    saved: int = 0
     publishing: dict[Any, UnitTask] = field(default_factory=dict)
     to_publish: list[UnitTask] = field(default_factory=list)
     loading: Any = None
+    saving: Any = None
+    save_seconds: float = 0.0
 
     @property
-    def wanted(self) -> int:
-        """The microbatch to give it next: one it has to pass once more, or a new one."""
-        given = {index for index, _ in self.inflight.values()}
-        passed = self.lacking < self.next and self.lacking not in self.outputs.keys() | given
-        return self.lacking if passed else self.next
+    def tickets(self) -> list[Any]:
+        """All calls that have not answered."""
+        single = [t for t in (self.loading, self.saving) if t is not None]
+        return [*single, *self.inflight, *self.publishing]
 
 
 class Pass:
@@ -82,6 +98,7 @@ class Pass:
         self._pool, self._plan = pool, plan
         self._on_step, self._on_published = on_step, on_published
         self._stages = [_StageState(to_publish=list(units)) for units in plan.publish]
+        self._watch = Watch(pool)
         self._told: set[tuple[int, int]] = set()
 
     def run(self) -> None:
@@ -89,79 +106,136 @@ class Pass:
 
         Raises:
             CompressionError: a worker found broken input or numbers, or too many were lost.
+            KeyboardInterrupt: the user asked to stop; what was under way is safe.
         """
         for slot in range(len(self._stages)):
             self._load(slot)
         while not self._finished():
             self._feed()
-            tickets = [t for stage in self._stages for t in self._tickets(stage)]
-            for ticket in self._pool.executor.ready(tickets, seconds=POLL_SECONDS):
+            tickets = [t for stage in self._stages for t in stage.tickets]
+            if not tickets and self._pool.interruption.requested:
+                raise KeyboardInterrupt
+            for ticket in self._pool.ready(tickets, needed=range(len(self._stages))):
                 self._take(ticket)
+            self._give_up_the_stalled()
 
     def _finished(self) -> bool:
         total = len(self._plan.microbatches)
         return all(
-            stage.done == total and not (stage.to_publish or stage.publishing or stage.loading)
+            stage.done == total and not (stage.to_publish or stage.tickets)
             for stage in self._stages
         )
 
-    def _tickets(self, stage: _StageState) -> list[Any]:
-        loading = [stage.loading] if stage.loading is not None else []
-        return [*loading, *stage.inflight, *stage.publishing]
+    def _call(self, slot: int, kind: str, method: str, *args: Any, label: str, **how: Any) -> Any:
+        answers = self._pool.call(slot, method, *args, label=label, **how)
+        ticket = answers[0] if isinstance(answers, tuple) else answers
+        self._watch.begins(slot, ticket, f"{self._plan.kind} {kind}", label)
+        return answers
 
     def _load(self, slot: int) -> None:
-        assignment = self._plan.assignments[slot]
-        label = f"load[layers {assignment.first}-{assignment.last - 1}]"
-        self._stages[slot].loading = self._pool.call(slot, "load", assignment, label=label)
+        assignment, stage = self._plan.assignments[slot], self._stages[slot]
+        layers = frozenset(unit.index for unit in stage.to_publish)
+        partials = self._plan.saving.partials.found(layers) if self._plan.saving else ()
+        stage.loading = self._call(
+            slot, "load", "load", assignment, Summing(layers=layers, partials=partials),
+            label=f"load[{self._layers(slot)}]",
+        )  # fmt: skip
 
     def _feed(self) -> None:
-        lacking = len(self._plan.microbatches)  # nothing is behind the last stage
-        for slot, stage in reversed(list(enumerate(self._stages))):
-            stage.lacking = lacking
-            while len(stage.inflight) < MAX_INFLIGHT and self._may(slot, stage.wanted):
-                self._submit(slot, stage.wanted)
-            lacking = stage.wanted
-            if stage.done == len(self._plan.microbatches):
+        total = len(self._plan.microbatches)
+        for slot, stage in enumerate(self._stages):
+            stage.paused, stage.starting = self._pauses(slot), stage.loading is not None
+        for slot, index in submissions(self._stages, total):
+            self._submit(slot, index)
+        for slot, stage in enumerate(self._stages):
+            if self._saves(slot):
+                stage.saving = self._call(slot, "save", "save", label=f"save[{self._layers(slot)}]")
+            if stage.done == total and stage.loading is None:
                 for unit in stage.to_publish:
-                    ticket = self._pool.call(slot, "publish", unit, label=unit.unit)
+                    ticket = self._call(slot, "publish", "publish", unit, label=unit.unit)
                     stage.publishing[ticket] = unit
                 stage.to_publish = []
+            if self._leaves(slot):
+                self._restart(slot, WorkerLost("preempted", "its node was told that it will go"))
 
-    def _may(self, slot: int, index: int) -> bool:
-        """Return whether the input of a stage is at hand and its output has a place to wait."""
-        if index == len(self._plan.microbatches):
+    def _pauses(self, slot: int) -> bool:
+        """Return whether a stage is given nothing new for now."""
+        going = self._pool.seconds_left(slot) is not None
+        return going or self._stages[slot].loading is not None or self._pool.interruption.requested
+
+    def _saves(self, slot: int) -> bool:
+        """Return whether the sums of a stage are to be written now."""
+        stage, saving = self._stages[slot], self._plan.saving
+        unsaved = stage.done - stage.saved
+        busy = stage.saving is not None or stage.loading is not None
+        if saving is None or saving.every == 0 or not unsaved or busy or not stage.to_publish:
             return False
-        if slot > 0 and index not in self._stages[slot - 1].outputs:
+        if stage.done == len(self._plan.microbatches):
+            return False  # they are about to be published
+        left = self._pool.seconds_left(slot)
+        seconds = stage.save_seconds or saving.stage_bytes[slot] / BYTES_PER_SECOND
+        if left is not None:
+            return not stage.inflight and seconds < left
+        if self._pool.interruption.requested:
+            return not stage.inflight
+        if saving.every != "by cost":
+            return unsaved >= saving.every
+        step = self._pool.deadlines.expected(f"{self._plan.kind} step")
+        return step is not None and unsaved >= interval(step_seconds=step, save_seconds=seconds)
+
+    def _leaves(self, slot: int) -> bool:
+        """Return whether a stage moves now: its node goes, and nothing is left to wait for."""
+        stage, left = self._stages[slot], self._pool.seconds_left(slot)
+        if left is None or (not stage.tickets and not stage.to_publish and self._over(slot)):
             return False
-        last = slot == len(self._stages) - 1
-        return last or index - self._stages[slot + 1].next < WINDOW
+        return not stage.tickets or not self._fits(slot, left)
+
+    def _over(self, slot: int) -> bool:
+        """Return whether nobody needs a stage any more."""
+        total = len(self._plan.microbatches)
+        return all(stage.done == total for stage in self._stages[slot:])
+
+    def _fits(self, slot: int, left: float) -> bool:
+        """Return whether what a stage does now is likely to end before its node does."""
+        return self._watch.fits(slot, left)
 
     def _submit(self, slot: int, index: int) -> None:
-        stage, assignment = self._stages[slot], self._plan.assignments[slot]
-        last = slot == len(self._stages) - 1
+        stage = self._stages[slot]
+        packed = self._stages[slot - 1].outputs[index] if slot > 0 else None
+        done, output = self._call(
+            slot, "step", "step", self._as_sent(slot, index), packed, num_returns=2,
+            label=f"{self._plan.kind}[{self._layers(slot)}] mb {index}",
+        )  # fmt: skip
+        stage.submit(done, index, output)
+
+    def _as_sent(self, slot: int, index: int) -> Microbatch:
         microbatch = self._plan.microbatches[index]
-        here = replace(
+        last = slot == len(self._stages) - 1
+        return replace(
             microbatch,
             hand_over=not last,
             read_boundary=microbatch.read_boundary if slot == 0 else "",
             write_boundary=microbatch.write_boundary if last else "",
         )
-        packed = self._stages[slot - 1].outputs[index] if slot > 0 else None
-        label = f"{self._plan.kind}[layers {assignment.first}-{assignment.last - 1}] mb {index}"
-        done, output = self._pool.call(slot, "step", here, packed, num_returns=2, label=label)
-        stage.inflight[done] = (index, output)
-        stage.next += int(index == stage.next)
+
+    def _layers(self, slot: int) -> str:
+        assignment = self._plan.assignments[slot]
+        return f"layers {assignment.first}-{assignment.last - 1}"
 
     def _take(self, ticket: Any) -> None:
-        slot = next((s for s, g in enumerate(self._stages) if ticket in self._tickets(g)), None)
+        slot = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
         if slot is None:  # of a worker that was given up in this very round
             return
+        self._watch.answered(slot, ticket)
         try:
             answer = self._pool.executor.result(ticket)
         except WorkerLost as lost:
-            self._restart(slot, lost)
-        except InputLost:
+            self._fail(slot, ticket, lost)
+        except InputLost as lost:
+            self._pool.count(lost)
             self._lose_input(slot, ticket)
+        except (CompressionError, WorkerFailed) as error:
+            self._fail(slot, ticket, error)
         else:
             self._accept(slot, ticket, answer)
 
@@ -169,31 +243,70 @@ class Pass:
         stage = self._stages[slot]
         if ticket is stage.loading:
             stage.loading = None
+            if stage.to_publish:
+                stage.next = stage.done = stage.saved = answer.next
+        elif ticket is stage.saving:
+            stage.saving = None
+            self._accept_save(slot, answer)
         elif ticket in stage.publishing:
             self._pool.saw([answer])
             self._on_published(stage.publishing.pop(ticket), answer)
         else:
-            index, output = stage.inflight.pop(ticket)
-            stage.done += int(index == stage.done)  # else passed once more, or out of its turn
-            last = slot == len(self._stages) - 1
-            # Only now: a call that waits for the output of a lost worker would fail with it.
-            if not last and (index >= self._stages[slot + 1].next or index == stage.lacking):
-                stage.outputs[index] = output
+            index = accept(self._stages, slot, ticket)
             self._pool.saw([answer])
-            if slot > 0:  # consumed: the object store may have its memory back
-                self._stages[slot - 1].outputs.pop(index, None)
             if (slot, index) not in self._told:
                 self._told.add((slot, index))
                 self._on_step(slot, self._plan.microbatches[index], answer)
 
+    def _accept_save(self, slot: int, answer: Any) -> None:
+        saving, stage = self._plan.saving, self._stages[slot]
+        assert saving is not None  # it was asked for
+        self._pool.saw([answer])
+        saving.partials.accept(answer, worker=f"worker-{slot}")
+        stage.save_seconds = answer.seconds
+        stage.saved = min((p.next for p in answer.partials), default=stage.done)
+
+    def _give_up_the_stalled(self) -> None:
+        for slot in range(len(self._stages)):
+            if self._watch.stalled(slot):
+                lost = WorkerLost("stalled", f"{self._watch.label(slot)} did not answer")
+                self._fail(slot, self._watch.ticket(slot), lost)
+
+    def _fail(self, slot: int, ticket: Any, error: Exception) -> None:
+        """Go on with another worker, or stop where the same thing failed the same way before.
+
+        A stage is given up even where its process is well: what its sums are after half a step
+        nobody knows.
+        """
+        stage = self._stages[slot]
+        index = stage.inflight[ticket][0] if ticket in stage.inflight else None
+        where = "load" if index is None else f"microbatch-{index:05d}"
+        assignment = self._plan.assignments[slot]
+        name = f"{self._plan.kind}-layers-{assignment.first}-{assignment.last - 1}-{where}"
+        suspected = not POLICIES[class_of(error)].innocent
+        if self._pool.failures.exhausted(name, error) and suspected:
+            sent = None if index is None else self._as_sent(slot, index)
+            raise self._pool.stop(
+                Work(
+                    name=name,
+                    setup=self._pool.setup(slot),
+                    call={"assignment": assignment, "microbatch": sent},
+                ),
+                error,
+                run_uri=assignment.run_uri,
+            ) from error
+        lost = error if isinstance(error, WorkerLost) else WorkerLost(class_of(error), str(error))
+        self._restart(slot, lost)
+
     def _restart(self, slot: int, lost: WorkerLost) -> None:
         stage = self._stages[slot]
         self._pool.replace(slot, lost)
+        self._watch.forget(slot)
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
-        stage.inflight, stage.publishing, stage.outputs = {}, {}, {}
+        stage.publishing, stage.saving = {}, None
         if stage.to_publish:  # sums went with the worker; what is published or told stays done
-            stage.done = 0
-        stage.next = stage.done
+            stage.saved = 0
+        stage.restart(0 if stage.to_publish else stage.done)
         self._load(slot)
 
     def _lose_input(self, slot: int, ticket: Any) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from orchestrator.config import (
     DEFAULT_SEQUENCE_LENGTH,
     Facts,
     RunConfig,
+    resolve_layer_options,
     resolve_steps,
     resolved,
     with_tokens,
@@ -32,6 +33,7 @@ from planners.planning import Workload
 from planners.units import Identity
 
 GIB = 2**30
+MISTRAL_WINDOW = 4096
 USABLE = 0.8  # share of a machine's memory that its workers may plan with
 
 
@@ -60,6 +62,8 @@ class Prepared:
         former: the steps before this one, where several methods are applied in turn. What only
             their work will tell, such as the content hash of this one's input, is not known yet.
         carries: the next step's statistics follow from this one's, and are not measured again.
+        expected: what the run was to take, for the report to compare.
+        layer_options: layer -> options of the method for that layer alone.
     """
 
     config: RunConfig
@@ -81,6 +85,8 @@ class Prepared:
     extra_statistics: frozenset[Statistic] = frozenset()
     former: tuple["Prepared", ...] = ()
     carries: bool = False
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
 
     @property
     def run(self) -> Directory:
@@ -130,6 +136,8 @@ class Prepared:
             "method": self.spec.name,
             "method revision": self.spec.revision,
             "options": dict(self.options),
+            # None, not empty: runs from before there were any have none either.
+            "layer options": {str(k): dict(v) for k, v in self.layer_options.items()} or None,
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,
         }
@@ -140,6 +148,7 @@ class Prepared:
             **(steps if self.former else only),
             "microbatch sequences": self.identity.microbatch_sequences,
             "calibration_dtype": self.identity.compute_dtype,
+            "statistics_dtype": self.identity.statistics_dtype,
             "threads": self.identity.threads,
             "device": self.identity.device,
         }
@@ -166,7 +175,8 @@ def prepare(given: RunConfig) -> Prepared:
     device = _device(given)
     facts = Facts(
         model_name=source.name,
-        max_position_embeddings=_longest(checkpoint.config),
+        longest=_longest(checkpoint.config)[0],
+        longest_key=_longest(checkpoint.config)[1],
         options=options,
         device=device,
         calibration_dtype="float32" if device == "cpu" else shape.dtype,  # type: ignore[arg-type] # checked at the door
@@ -182,6 +192,7 @@ def prepare(given: RunConfig) -> Prepared:
         sequence_length=length,
         microbatch_sequences=min(microbatch, sequences),
         compute_dtype=config.calibration_dtype,
+        statistics_dtype=config.statistics_dtype,
         num_workers=config.workers,
         worker_bytes=int((config.worker_gib or 0) * GIB),
     )
@@ -205,6 +216,7 @@ def prepare(given: RunConfig) -> Prepared:
             compute_dtype=config.calibration_dtype,
             threads=config.threads,
             device=config.device,
+            statistics_dtype=config.statistics_dtype,
         ),
         calibration=calibration,
         evaluation=evaluation,
@@ -213,6 +225,7 @@ def prepare(given: RunConfig) -> Prepared:
         statistics_uri=config.stats,
         start=start,
         work=work,
+        layer_options=resolve_layer_options(specs[0], given.layer_options),
     )
     return chained(first, steps, checkpoint)
 
@@ -257,7 +270,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     own = "embedded" if given.model == "tiny" else "stdlib"
     text = given.evaluation.source or own
     held = text == "embedded" or text.startswith("tokens:")
-    longest = min(_longest(checkpoint.config), DEFAULT_SEQUENCE_LENGTH)
+    longest = min(_longest(checkpoint.config)[0], DEFAULT_SEQUENCE_LENGTH)
     ids = prepare_tokens(
         text,
         split="evaluation",
@@ -315,14 +328,19 @@ def _tokens(
     return calibration, evaluation
 
 
-def _longest(config: Mapping[str, Any]) -> int:
-    """Return the longest sequence that a pass with plain causal attention is right for."""
+def _longest(config: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the longest sequence that plain causal attention is right for, and what says so."""
     longest = config.get("max_position_embeddings", 2048)
-    windowed = config.get("model_type") != "qwen2" or config.get("use_sliding_window", False)
-    window = config.get("sliding_window") if windowed else None
+    model_type = config.get("model_type")
+    windowed = model_type != "qwen2" or config.get("use_sliding_window", False)
+    # What transformers takes where the config does not say; an explicit null is no window.
+    default = MISTRAL_WINDOW if model_type == "mistral" else None
+    window = config.get("sliding_window", default) if windowed else None
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
         raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
-    return min(longest, window) if isinstance(window, int) else longest
+    if isinstance(window, int) and window < longest:
+        return window, "sliding_window"
+    return longest, "max_position_embeddings"
 
 
 def _device(config: RunConfig) -> Literal["cpu", "cuda"]:

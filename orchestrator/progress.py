@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from orchestrator.failures import POLICIES
 from orchestrator.journal import Event
 
 LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
@@ -28,6 +29,7 @@ UNITS_OF = {
         "basis",
         "basis_shared",
         "basis_sequential",
+        "stream",
         "layer",
         "draft",
         "embedding",
@@ -38,7 +40,16 @@ UNITS_OF = {
     "verify": ("verify",),
     "throughput": ("throughput",),
 }
-TROUBLE = ("worker lost", "preempted", "out of memory")
+TROUBLE = tuple(POLICIES)
+GOES_ON = {  # what is done about it, after the words that say what happened
+    **dict.fromkeys(POLICIES, "It is tried again."),
+    **{name: "Its work goes on elsewhere." for name, p in POLICIES.items() if p.replaces},
+    "notice": "Its work moves.",
+    "waiting": "The run goes on when it has a place.",
+    "placed": "",
+    "silent": "Its stack is in the journal of the run.",
+    "stopping": "Ctrl-C again leaves at once.",
+}
 LAYERS = ("layer", "draft", "chosen", "damage", "losses", "carried")  # units that are a layer each
 FIRST_WORDS = {  # until the first unit of a phase is done
     "calibrate": "loading layers",
@@ -94,10 +105,8 @@ class ProgressScreen:
             self._console.print(f"calibrating what is not there: {event['detail']}")
         elif kind == "step":
             self._console.print(Text.assemble((event["unit"], "bold"), f": {event['detail']}"))
-        elif kind in TROUBLE:
-            detail = event["detail"].removeprefix(f"{kind}: ")
-            words = f" {event['worker']}: {detail} Its work goes on elsewhere."
-            self._console.print(Text.assemble((kind, "yellow"), words))
+        elif kind in GOES_ON:
+            self._console.print(_trouble(event))
 
     def _begin(self, event: Event) -> None:
         if event["unit"] == "run" or not event["tokens"]:
@@ -146,6 +155,15 @@ class ProgressScreen:
             self._console.print(f"{self._name}: {how} {event['seconds']:.1f} s")
         if event["unit"] == self._phase:
             self._phase, self._task = "", None
+
+
+def _trouble(event: Event) -> Text:
+    """Return one line about what went wrong, or is waited for, and what is done about it."""
+    kind = event["kind"]
+    detail = event["detail"].removeprefix(f"{kind}: ").partition("\n")[0].rstrip(".")
+    who = " ".join(part for part in (event["worker"], event["unit"]) if part)
+    words = f" {who}: {detail}. " if who and detail else f" {who or detail}. "
+    return Text.assemble((kind, "yellow"), words, GOES_ON[kind])
 
 
 def quiet(event: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The one path of a run, top to bottom."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,51 +11,94 @@ from orchestrator import cluster, lease
 from orchestrator.allocate import allocate
 from orchestrator.artefact import tell_missing
 from orchestrator.calibrate import calibrate
+from orchestrator.cluster import ClusterFacts
 from orchestrator.compose import reach_last_step, settle
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
 from orchestrator.executors import Executor, RayExecutor
+from orchestrator.interrupt import Interruption, interruptible
 from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
 from orchestrator.outcome import outcome
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared
 from orchestrator.refit import refit
+from orchestrator.repair import make_whole, require_whole, spare_what_nobody_reads
 from orchestrator.rundir import check_run, finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
 from orchestrator.verify import verify
+from planners.placement import shared_bytes
 
 
-def run(prepared: Prepared, *, listener: Listener, dashboard: bool = False) -> dict[str, Any]:
+def run(
+    prepared: Prepared,
+    *,
+    listener: Listener,
+    dashboard: bool = False,
+    verify_hashes: bool = False,
+    approve: Callable[[ClusterFacts], None] = lambda _: None,
+    expected: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Do a prepared run on a Ray cluster, or what is left of it, and return its report.
+
+    Args:
+        prepared: the run.
+        listener: hears of every event.
+        dashboard: start Ray's with a local cluster.
+        verify_hashes: compare the bytes of all files with their records first, not only sizes.
+        approve: sees the cluster before anything is asked of it, and may refuse by raising.
+        expected: what the run was to take, for the report to compare.
 
     Raises:
         CompressionError: see `planners.errors`; what is done is kept.
     """
     config = prepared.config
     require_directory(prepared.run)
-    with lease.held(prepared.run):
-        report = finished_report(prepared.run) if check_run(prepared) else None
+    with lease.held(prepared.run) as hold:
+        known = check_run(prepared)
+        report = finished_report(prepared.run, hashes=verify_hashes) if known else None
         if report is not None:
             return report
         with cluster.connected(
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
-            store_bytes=4 * prepared.plan.waves[0][0].bytes["boundaries"] * config.workers,
+            store_bytes=config.workers * shared_bytes(prepared.plan.waves[0][0]),
             dashboard=dashboard,
-        ):
+        ) as facts:
+            approve(facts)
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            return run_on(prepared, RayExecutor(), listener=listener)
+            with interruptible() as interruption, cluster.watchers(config.address) as watchers:
+                return run_on(
+                    replace(prepared, expected=dict(expected or {})),
+                    RayExecutor(watchers=watchers),
+                    listener=cluster.metered(listener),
+                    verify_hashes=verify_hashes,
+                    fence=hold.require,
+                    interruption=interruption,
+                )
 
 
-def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dict[str, Any]:
-    """Do an opened run on an executor; every phase skips the units that have a record."""
+def run_on(
+    prepared: Prepared,
+    executor: Executor,
+    *,
+    listener: Listener,
+    verify_hashes: bool = False,
+    fence: Callable[[], None] | None = None,
+    interruption: Interruption | None = None,
+) -> dict[str, Any]:
+    """Do an opened run on an executor; every phase skips the units that have a record.
+
+    ``fence`` is called before each record and before READY; it raises where another driver took
+    over. ``interruption`` is what Ctrl-C sets, where somebody listens to that.
+    """
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
+    pool.interruption = interruption or pool.interruption
     # Of several steps the first alone takes another run's statistics; dense losses serve all.
     known = prepared.statistics_uri or prepared.config.stats
     reuse = Directory(known) if known else None
@@ -62,7 +106,7 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
         prepared=prepared,
         form=prepared.plan.form,
         run=run,
-        ledger=Ledger(run, reuse=reuse),
+        ledger=Ledger(run, reuse=reuse, verify_hashes=verify_hashes, fence=fence),
         journal=journal,
         pool=pool,
     )
@@ -73,10 +117,13 @@ def run_on(prepared: Prepared, executor: Executor, *, listener: Listener) -> dic
             pool.close()  # what follows loads whole models
             checks = verify(context, stitched(context))
             speeds = throughput(context, [dense_subject(context.prepared), stitched(context)])
+            require_whole(context)
     finally:
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
+    if fence is not None:
+        fence()
     finish(context, report)
     return report
 
@@ -85,12 +132,14 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     """Return the context with its final widths, and the losses of both models."""
     context = reach_last_step(context)
     measuring = evaluation_plan(context.prepared)
+    spare_what_nobody_reads(context)
     calibrate(context)
     losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
     context = replace(context, form=allocate(context))
     compress(context)
     refit(context)
     stitch(context)
+    make_whole(context)
     settle(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))
     return context, losses
@@ -111,5 +160,10 @@ def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
         device=prepared.config.device,
     )
     waves = [wave for step in (*prepared.former, prepared) for wave in step.plan.waves]
-    num_workers = max(map(len, waves))
-    return Pool(executor, setup, num_workers=num_workers, journal=journal)
+    return Pool(
+        executor,
+        setup,
+        num_workers=max(map(len, waves)),
+        journal=journal,
+        place_seconds=prepared.config.place_seconds,
+    )

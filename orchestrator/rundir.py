@@ -4,25 +4,25 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 
 from actors.storage.files import Directory
-from actors.storage.records import read_records
-from actors.storage.tokens import tokens_to_parquet
+from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
 from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
+from orchestrator.finished import JOB, READY, REPORT, STITCH, finished_report, sha256
 from orchestrator.lease import NAME as LEASE
-from orchestrator.outcome import environment
 from orchestrator.prepare import Prepared
 from orchestrator.report import render_page
-from planners.errors import ConfigError, StorageError
+from orchestrator.versions import environment
+from planners.errors import ConfigError, DataError, StorageError
 from planners.plan import to_json
 
-READY = "READY"
-REPORT = "report.json"
+__all__ = ["READY", "REPORT", "check_run", "finish", "finished_report", "open_run", "recipe_of"]
 
 
 def check_run(prepared: Prepared) -> bool:
@@ -49,6 +49,8 @@ def open_run(prepared: Prepared) -> None:
     """
     run = prepared.run
     known = check_run(prepared)
+    if not known:
+        run.delete(READY)  # of a run whose plan was torn
     # First: from here on, whatever else lies here is of this run.
     facts = to_json(prepared.facts())
     run.write("plan.json", _json({"identity": facts, "plan": to_json(prepared.plan)}))
@@ -56,7 +58,7 @@ def open_run(prepared: Prepared) -> None:
         (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
         (EVALUATION_TOKENS, prepared.evaluation, prepared.config.evaluation.source),
     ):
-        if not known or run.size(name) is None:
+        if not known or not _holds_tokens(run, name, tokens):
             run.write(name, tokens_to_parquet(tokens, {"source": source}))
     run.write("run.yaml", to_yaml(prepared.config, prepared.given).encode())
     run.write("environment.json", _json(environment()))
@@ -77,35 +79,20 @@ def recipe_of(run: Directory) -> RunConfig:
     return config.model_copy(update={"out": run.uri})
 
 
-def finished_report(run: Directory) -> dict[str, Any] | None:
-    """Return the report of a run that is READY, or None where work is left.
-
-    A result whose files are no longer those of the records is not READY: the mark is taken away.
-    """
-    if run.size(READY) is None or run.size(REPORT) is None:
-        return None
-    if not _result_is_whole(run):
-        run.delete(READY)
-        return None
-    try:
-        report = json.loads(run.read(REPORT))
-    except ValueError:
-        return None  # torn; it follows from the records, and is written again
-    return report if isinstance(report, dict) else None
-
-
-def _result_is_whole(run: Directory) -> bool:
-    files = [file for record in read_records(run).values() for file in record.files]
-    return all(run.size(f.path) == f.bytes for f in files if f.path.startswith("model/"))
-
-
 def finish(context: RunContext, report: Mapping[str, Any]) -> None:
     """Write the report, mark the run READY, and drop what only the work needed."""
     run = context.run
-    run.write(REPORT, _json(report))
+    data = _json(report)
+    run.write(REPORT, data)
     run.write("report.html", render_page(report).encode())
     facts = to_json(context.prepared.facts())
-    run.write(READY, _json({"identity": facts, "created": report["created"]}))
+    mark = {
+        "identity": facts,
+        "created": report["created"],
+        "report": sha256(data),
+        "units": sorted({*(unit.name for unit in context.units), STITCH}),
+    }
+    run.write(READY, _json(mark))
     # Last: a driver that dies before READY finds everything that its successor needs.
     for name in _spent(run, keep_statistics=context.prepared.config.keep_statistics):
         run.delete(name)
@@ -113,7 +100,9 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
 
 def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
     """Return the files that served only the work, and what killed workers left half-written."""
-    passing = [name for folder in ("boundary", "draft", "refit") for name in run.names(folder)]
+    passing = [
+        name for folder in ("boundary", "draft", "partial", "refit") for name in run.names(folder)
+    ]
     sums = [*run.names("stats"), *run.names("basis")]
     written = [*sums, *run.names("model"), *run.names("records")]
     halves = {name for name in written if name.endswith(".tmp")}
@@ -127,7 +116,7 @@ def _refuse_what_is_no_run(run: Directory) -> None:
     strange = [
         name
         for name in run.entries()
-        if not name.startswith((".", LEASE)) and not name.endswith(".tmp")
+        if not name.startswith((".", LEASE, JOB)) and not name.endswith(".tmp")
     ]
     if strange:
         raise StorageError(
@@ -154,6 +143,15 @@ def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
             hint="use another --out, or the options of the run that is there",
         )
     return True
+
+
+def _holds_tokens(run: Directory, name: str, tokens: np.ndarray) -> bool:
+    if run.size(name) is None:
+        return False
+    try:
+        return bool(np.array_equal(tokens_from_parquet(run.read(name)), tokens))
+    except DataError:
+        return False
 
 
 def _short(value: object) -> str:

@@ -1,13 +1,11 @@
 """What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
 
 import json
-import shlex
+import sys
 import tempfile
-import time
-from collections import Counter
-from itertools import pairwise
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,76 +13,127 @@ from rich.text import Text
 from actors import methods as registry
 from actors.messages import WorkerSetup
 from actors.storage.files import Directory
-from actors.storage.records import read_records
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator import artefact, cluster, examine, lease
+from orchestrator import artefact, cluster, examine
+from orchestrator.api import Started, compress_as
+from orchestrator.cluster import ClusterFacts
 from orchestrator.config import RunConfig
+from orchestrator.consent import require_consent
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
 from orchestrator.evaluate import evaluate as measure
 from orchestrator.executors import RayExecutor
-from orchestrator.forecast import forecast, parse_cluster
+from orchestrator.forecast import Forecast, Terms, forecast, forecast_of, parse_cluster
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
+from orchestrator.looks import print_report
+from orchestrator.plan_screen import show, size_text
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
-from orchestrator.report import render_page, render_terminal
-from orchestrator.run import run as do_run
-from orchestrator.rundir import READY, REPORT, finished_report, recipe_of
+from orchestrator.redo import layers_of
+from orchestrator.redo import redo as do_redo
+from orchestrator.rundir import finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PAGE, points_of
 from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
 from planners.catalogue import CONFIGS
-from planners.errors import NumericsError, StorageError
-from planners.plan import RunPlan, StagePlan, to_json
+from planners.errors import NumericsError
+from planners.plan import to_json
 
 # Paths and messages are printed as they are: a "[" or ":" in them has no meaning here.
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _out = Console(highlight=False, markup=False, emoji=False)
 
 
-def run(config: RunConfig, *, dashboard: bool, dry_run: bool, json_: bool) -> None:
-    """Do a run, showing how it goes on stderr, and print its report."""
-    prepared = prepare(config)
+def run(
+    config: RunConfig,
+    terms: Terms,
+    *,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
+    **how: Any,
+) -> None:
+    """Show the plan of a run, do it, showing how it goes on stderr, and print its report."""
     if dry_run:
+        prepared = prepare(config)
         artefact.require_same(prepared)
-        _print_prepared(prepared, json_=json_)
+        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return
-    _err.print(Text(prepared.title, style="bold"), "->", prepared.config.out, soft_wrap=True)
-    was_ready = finished_report(prepared.run) is not None
-    num_workers = max(len(w) for s in (*prepared.former, prepared) for w in s.plan.waves)
-    with ProgressScreen(_err, num_workers=num_workers) as listener:
-        report = do_run(prepared, listener=listener, dashboard=dashboard)
+    was_ready = False
+
+    def started(prepared: Prepared) -> Started:
+        nonlocal was_ready
+        found = forecast_of(prepared, terms)
+        was_ready = finished_report(prepared.run) is not None
+        if was_ready:
+            title = Text(prepared.title, style="bold")
+            _err.print(title, "->", prepared.config.out, soft_wrap=True)
+        else:
+            show(_err, found, title=prepared.title, out=prepared.config.out)
+
+        def approve(facts: ClusterFacts) -> None:
+            require_consent(found, facts, yes=yes, ask=_asked if sys.stdin.isatty() else None)
+
+        return Started(
+            listening=ProgressScreen(_err, num_workers=found.num_workers),
+            approve=approve,
+            expected=found.to_json(),
+        )
+
+    report = compress_as(config, started, **how)
     if was_ready:
         _err.print("it was READY before; this is its report")
-    _print_report(report, json_=json_)
+    print_report(report, json_=json_)
 
 
-def plan(config: RunConfig, *, cluster_text: str | None, json_: bool) -> None:
+def _asked(question: str) -> bool:
+    return click.confirm(question, err=True)
+
+
+def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bool) -> None:
     """Print the plan of a run; for a model whose weights are not here, from its config alone."""
     if cluster_text is None and config.model not in CONFIGS:
-        _print_prepared(prepare(config), json_=json_)
+        prepared = prepare(config)
+        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return
     devices = parse_cluster(cluster_text) if cluster_text else None
-    plans = forecast(config, devices)
+    found = forecast(config, devices, terms)
     where = cluster_text or f"{config.workers} worker" + ("s" if config.workers > 1 else "")
     method = " + ".join(step.method for step in config.chain)
     facts = {"model": config.model, "method": method, "cluster": where}
     title = f"{config.model} · {method} · {where}"
-    steps = [(s.method, p) for s, p in zip(config.chain, plans, strict=True)]
-    _print_plan(steps, title=title, out="not started", facts=facts, json_=json_)
+    _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
 
 
-def _print_prepared(prepared: Prepared, *, json_: bool) -> None:
+def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None:
     _print_plan(
-        [(step.spec.name, step.plan) for step in (*prepared.former, prepared)],
+        found,
         title=prepared.title,
         out=prepared.config.out,
         facts=prepared.facts(),
         json_=json_,
     )
+
+
+def _print_plan(
+    found: Forecast, *, title: str, out: str, facts: dict[str, Any], json_: bool
+) -> None:
+    if json_:
+        document = {
+            "identity": to_json(facts),
+            "plan": to_json(found.plan),
+            "forecast": found.to_json(),
+        }
+        if found.job.former:
+            document["steps"] = [
+                {"method": job.spec.name, "plan": to_json(job.plan)} for job in found.steps
+            ]
+        print(json.dumps(document))  # noqa: T201 the one document
+        return
+    show(_out, found, title=title, out=out)
 
 
 def evaluate(config: RunConfig, *, json_: bool) -> None:
@@ -121,60 +170,6 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
             f"over {loss.num_tokens:,} predicted tokens in sequences of {ids.shape[1]}, "
             f"source {prepared.source}",
         )
-
-
-def report(run_uri: str, *, json_: bool) -> None:
-    """Print the report of a finished run, and write its page again."""
-    run_ = Directory(run_uri)
-    found = _finished(run_)
-    run_.write("report.html", render_page(found).encode())
-    _print_report(found, json_=json_)
-
-
-def status(run_uri: str, *, json_: bool) -> None:
-    """Print how many units of each kind are done, and who holds the run."""
-    run_ = Directory(run_uri)
-    if run_.size("plan.json") is None:
-        raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    try:
-        num_layers = json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"]
-    except (ValueError, LookupError, TypeError):
-        num_layers = 0  # torn by a crash; the run writes it again
-    done = _units_done(run_)
-    steps = _steps_done(run_)
-    holder = lease.holder(run_)
-    alive = holder is not None and not lease.is_dead(holder)
-    verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
-    if json_:
-        print(  # noqa: T201 the one document
-            json.dumps(
-                {
-                    "run": run_uri,
-                    "verdict": verdict,
-                    "done": dict(sorted(done.items())),
-                    **({"steps": steps} if steps else {}),
-                    "holder": holder if alive else None,
-                }
-            )
-        )
-        return
-    _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("units")
-    table.add_column("done", justify="right")
-    for kind, count in sorted(done.items()):
-        of = f" of {num_layers}" if num_layers and kind in ("damage", "layer", "statistics") else ""
-        table.add_row(kind, f"{count}{of}")
-    _print_steps(steps)
-    _out.print(table if done else "no unit of work is done")
-    if alive and holder is not None:
-        since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
-        _out.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
-    elif verdict != "READY" and run_.is_local:
-        resume = shlex.join(["compress-cluster", "run", "-r", run_.path("run.yaml")])
-        _out.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
-    elif verdict != "READY":
-        _out.print("nobody works on it; the command that began it goes on with it")
 
 
 def sweep(
@@ -217,7 +212,23 @@ def export(run_uri: str, point: str, *, json_: bool) -> None:
     base = prepare(recipe_of(Directory(run_uri)))
     with ProgressScreen(_err, num_workers=base.config.workers) as listener:
         found = do_export(base, point, listener=listener)
-    _print_report(found, json_=json_)
+    print_report(found, json_=json_)
+
+
+def redo(
+    run_uri: str,
+    *,
+    layers: str,
+    options: dict[str, str],
+    placement: dict[str, Any],
+    json_: bool,
+) -> None:
+    """Make some layers of a run again and print the new report."""
+    wanted = layers_of(layers)
+    config = recipe_of(Directory(run_uri)).model_copy(update=placement)
+    with ProgressScreen(_err, num_workers=config.workers) as listener:
+        found = do_redo(config, wanted, options, listener=listener)
+    print_report(found, json_=json_)
 
 
 def verify(directory: str, *, json_: bool) -> None:
@@ -274,7 +285,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
             table.add_column(column, justify="left" if column == "taps" else "right")
         for row in rows:
             table.add_row(
-                str(row["layer"]), f"{row['num_tokens']:,}", _size(row["bytes"]),
+                str(row["layer"]), f"{row['num_tokens']:,}", size_text(row["bytes"]),
                 ", ".join(row["taps"]),
             )  # fmt: skip
         _out.print(table)
@@ -290,7 +301,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
         _out.print(table)
     else:
         _out.print(
-            f"{found['files']} files of {found['layers']} layers, {_size(found['bytes'])}: as "
+            f"{found['files']} files of {found['layers']} layers, {size_text(found['bytes'])}: as "
             "recorded; every sum finite, every gram symmetric",
             soft_wrap=True,
         )
@@ -330,143 +341,6 @@ def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener:
         return measure(context, plan_, subject)
     finally:
         pool.close()
-
-
-def _finished(run_: Directory) -> dict[str, Any]:
-    found = finished_report(run_)
-    if found is None:
-        raise StorageError(
-            f"{run_.uri}: has no finished run ({READY} and {REPORT})",
-            hint=f"compress-cluster status {run_.uri} says how far it is",
-        )
-    return found
-
-
-def _print_steps(steps: list[dict[str, Any]]) -> None:
-    for number, step in enumerate(steps, start=1):
-        said = "done" if step["done"].get("step") else f"{sum(step['done'].values())} units done"
-        _out.print(f"step {number}, {step['method']}: {said}")
-
-
-def _units_done(run_: Directory) -> Counter[str]:
-    return Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
-
-
-def _steps_done(run_: Directory) -> list[dict[str, Any]]:
-    """Return method and units done of every step, where a run has several."""
-    try:
-        asked = json.loads(run_.read("plan.json"))["identity"].get("steps", [])
-        names = [str(step["method"]) for step in asked]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return []  # torn by a crash; the run writes it again
-    folders = [run_.below(f"steps/{n}-{name}") for n, name in enumerate(names[:-1], start=1)]
-    found = [*map(Directory, folders), run_]
-    return [
-        {"method": name, "done": dict(sorted(_units_done(each).items()))}
-        for name, each in zip(names, found, strict=False)
-    ]
-
-
-def _unit_kinds(run_: Directory) -> list[str]:
-    return [
-        name.replace("-layer", "").replace("-site", "").replace("-part", "")
-        for name in read_records(run_)
-    ]
-
-
-def _print_report(found: dict[str, Any], *, json_: bool) -> None:
-    if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
-    else:
-        _out.print(render_terminal(found), crop=False)
-
-
-def _print_plan(
-    steps: list[tuple[str, RunPlan]], *, title: str, out: str, facts: dict[str, Any], json_: bool
-) -> None:
-    plan_ = steps[-1][1]
-    several = len(steps) > 1
-    if json_:
-        found = {"identity": to_json(facts), "plan": to_json(plan_)}
-        if several:
-            found["steps"] = [{"method": name, "plan": to_json(each)} for name, each in steps]
-        print(json.dumps(found))  # noqa: T201 the one document
-        return
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("how much")
-    shape, form = plan_.shape, plan_.form
-    largest = max((stage for wave in plan_.waves for stage in wave), key=_stage_bytes)
-    # Files of a step are there until the next one is done.
-    plans = [each for _, each in steps]
-    disk = max((a.disk_bytes + b.disk_bytes for a, b in pairwise(plans)), default=plan_.disk_bytes)
-    rows = {
-        "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
-        f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
-        f"vocabulary {shape.vocab_size}, {shape.dtype}",
-        "parameters": f"{plan_.parameters_before:,} -> {plan_.parameters_after:,} "
-        f"({plan_.keep_fraction:.4f} kept, true counts)",
-        **(
-            {
-                f"step {number}, {name}": f"{each.parameters_after:,} left "
-                f"({each.keep_fraction:.4f}); {_widths(each)}"
-                for number, (name, each) in enumerate(steps, start=1)
-            }
-            if several
-            else {"widths": _widths(plan_)}
-        ),
-        "result": "a stock model" if form.native else "needs trust_remote_code=True",
-        "calibration": f"{plan_.calibration_tokens:,} tokens, "
-        f"{sum(each.calibration_flops for each in plans) / 1e12:,.3g} TFLOP",
-        "waves": f"{len(plan_.waves)} of {max(map(len, plan_.waves))} stages: "
-        + _layers_of(plan_.waves),
-        "worker memory": f"{_size(plan_.worker_bytes)} ("
-        + ", ".join(f"{kind} {_size(size)}" for kind, size in largest.bytes.items())
-        + ")",
-        "disk": _size(disk),
-        "run directory": out,
-    }
-    for what, how_much in rows.items():
-        table.add_row(what, how_much)
-    _out.print(table)
-
-
-def _stage_bytes(stage: StagePlan) -> int:
-    return sum(stage.bytes.values())
-
-
-def _layers_of(waves: tuple[tuple[StagePlan, ...], ...]) -> str:
-    """Return which layers go together; of many waves the first two and the last."""
-    said = [", ".join(f"{s.first}-{s.last - 1}" for s in wave) for wave in waves]
-    shown = said if len(said) <= 3 else [*said[:2], "...", said[-1]]  # noqa: PLR2004 a table cell
-    return "layers " + " | ".join(shown)
-
-
-def _size(count: float) -> str:
-    """Return bytes as people read them, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:  # noqa: PLR2004 binary units
-            return f"{count:,.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"  # noqa: PLR2004
-        count /= 1024
-    return f"{count:,.1f} TiB"
-
-
-def _widths(plan_: Any) -> str:
-    shape, layers = plan_.shape, plan_.form.layers
-    said = []
-    for name, before, values in (
-        ("residual", shape.hidden, [layer.residual_in for layer in layers]),
-        ("intermediate", shape.intermediate, [layer.intermediate for layer in layers]),
-        ("q/k head", shape.head_dim, [layer.qk_head_dim for layer in layers]),
-        ("v/o head", shape.head_dim, [layer.vo_head_dim for layer in layers]),
-    ):
-        low, high = min(values), max(values)
-        if low < before:
-            said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
-    ranks = ", ".join(f"{name} {rank}" for name, rank in layers[0].ranks.items())
-    if ranks:
-        said.append(f"ranks: {ranks}")
-    return "; ".join(said) or "unchanged"
 
 
 def _word(value: object) -> str:

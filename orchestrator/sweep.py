@@ -22,6 +22,7 @@ from orchestrator.report import render_pareto
 from orchestrator.run import compress_and_evaluate, dense_subject, new_pool, run
 from orchestrator.rundir import open_run
 from planners.errors import ConfigError, PlanError
+from planners.placement import shared_bytes
 from planners.plan import Target
 from planners.planning import Workload, make_plan
 
@@ -96,9 +97,9 @@ def sweep(base: Prepared, points: Sequence[Prepared], *, listener: Listener) -> 
         config.address,
         num_cpus=config.workers * config.threads,
         num_gpus=config.workers if config.device == "cuda" else 0,
-        store_bytes=4 * base.plan.waves[0][0].bytes["boundaries"] * config.workers,
-    ):  # fmt: skip
-        return sweep_on(base, points, RayExecutor(), listener=listener)
+        store_bytes=config.workers * shared_bytes(base.plan.waves[0][0]),
+    ), cluster.watchers(config.address) as watchers:  # fmt: skip
+        return sweep_on(base, points, RayExecutor(watchers=watchers), listener=listener)
 
 
 def sweep_on(

@@ -1,5 +1,8 @@
 """Parameters, bytes and floating point operations, from integers alone."""
 
+from dataclasses import replace
+
+from planners.packing import packed_elements
 from planners.plan import (
     LINEARS,
     LayerForm,
@@ -36,22 +39,33 @@ def has_bias(shape: ModelShape, form: LayerForm, name: str) -> bool:
     return form.v_bias if name == "v_proj" else shape.has_bias(name)
 
 
-def linear_parameters(shape: ModelShape, form: LayerForm, name: str) -> int:
-    """Return the elements stored for one linear, its bias included."""
+def linear_weights(shape: ModelShape, form: LayerForm, name: str) -> int:
+    """Return the elements of one linear's matrix, or of both its factors."""
     out_dim, in_dim = linear_dims(shape, form, name)
     rank = form.ranks.get(name)
-    weight = out_dim * in_dim if rank is None else rank * (out_dim + in_dim)
-    return weight + (out_dim if has_bias(shape, form, name) else 0)
+    return out_dim * in_dim if rank is None else rank * (out_dim + in_dim)
+
+
+def linear_parameters(shape: ModelShape, form: LayerForm, name: str) -> int:
+    """Return the elements stored for one linear, its bias included."""
+    out_dim, _ = linear_dims(shape, form, name)
+    bias = out_dim if has_bias(shape, form, name) else 0
+    return linear_weights(shape, form, name) + bias
 
 
 def layer_parameters(shape: ModelShape, form: LayerForm) -> int:
     """Return the elements stored for one layer in that form."""
     total = sum(linear_parameters(shape, form, name) for name in LINEARS)
-    if form.shortcuts:
-        total += form.residual_mid * (form.residual_in + form.residual_out)
+    total += _shortcut_parameters(form)
     if form.norm_weights:
         total += form.residual_in + form.residual_mid
     return total
+
+
+def _shortcut_parameters(form: LayerForm) -> int:
+    if not form.shortcuts:
+        return 0
+    return form.residual_mid * (form.residual_in + form.residual_out)
 
 
 def model_parameters(shape: ModelShape, form: ModelForm) -> int:
@@ -101,34 +115,70 @@ def tap_dim(shape: ModelShape, tap: str, form: LayerForm | None = None) -> int:
     }[tap]
 
 
-def statistic_elements(shape: ModelShape, statistic: Statistic) -> int:
-    """Return the float64 numbers that one statistic of one layer holds."""
-    dim = tap_dim(shape, statistic.tap)
+def statistic_elements(
+    shape: ModelShape, statistic: Statistic, form: LayerForm | None = None
+) -> int:
+    """Return the numbers that one statistic of a layer holds; grams are packed.
+
+    Without a ``form``, of a layer that nothing touched.
+    """
+    layer = form or dense_form(shape)
+    dim = tap_dim(shape, statistic.tap, layer)
     if statistic.kind == "gram":
-        return dim * dim + dim  # with the sum of x
+        return packed_elements(dim) + dim  # with the sum of x
     if statistic.kind == "normed_gram":
-        return dim * dim
+        return packed_elements(dim)
     if statistic.kind == "head_gram":
-        return dim * shape.head_dim + dim
+        return dim * layer.vo_head_dim + dim
     if statistic.kind.startswith("probe"):
         return int(statistic.kind.removeprefix("probe")) * dim  # at most float64
     return dim // 2 if statistic.kind == "pair_energy" else 1
 
 
-def forward_flops(shape: ModelShape, *, tokens: int, sequence_length: int) -> int:
+def forward_flops(
+    shape: ModelShape, *, tokens: int, sequence_length: int, form: ModelForm | None = None
+) -> int:
     """Return multiply-adds times two of the layers' forward pass, causal attention included."""
-    weights = sum(out * inner for out, inner in map(shape.linear_dims, LINEARS))
-    attention = 2 * shape.num_heads * shape.head_dim * (sequence_length // 2)
-    return 2 * shape.num_layers * tokens * (weights + attention)
+    total = 0
+    for layer in (form or dense_model_form(shape)).layers:
+        weights = sum(linear_weights(shape, layer, name) for name in LINEARS)
+        heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
+        total += weights + _shortcut_parameters(layer) + heads * (sequence_length // 2)
+    return 2 * tokens * total
 
 
-def gram_flops(shape: ModelShape, statistics: frozenset[Statistic], *, tokens: int) -> int:
-    """Return multiply-adds times two of the grams of all layers."""
+def gram_flops(
+    shape: ModelShape,
+    statistics: frozenset[Statistic],
+    *,
+    tokens: int,
+    form: ModelForm | None = None,
+) -> int:
+    """Return multiply-adds times two of the grams of all layers, of which half is computed."""
     per_token = 0
-    for statistic in statistics:
-        dim = tap_dim(shape, statistic.tap)
-        if statistic.kind in ("gram", "normed_gram"):
-            per_token += dim * dim
-        elif statistic.kind == "head_gram":
-            per_token += dim * shape.head_dim
-    return 2 * shape.num_layers * tokens * per_token
+    for layer in (form or dense_model_form(shape)).layers:
+        for statistic in statistics:
+            dim = tap_dim(shape, statistic.tap, layer)
+            if statistic.kind in ("gram", "normed_gram"):
+                per_token += packed_elements(dim)
+            elif statistic.kind == "head_gram":
+                per_token += dim * layer.vo_head_dim
+    return 2 * tokens * per_token
+
+
+def widest_layer(form: ModelForm) -> LayerForm:
+    """Return a layer of the largest of each width in a model; its ranks are those of all layers."""
+    layers = form.layers
+    first = layers[0]
+    shared = [name for name in first.ranks if all(name in layer.ranks for layer in layers)]
+    return replace(
+        first,
+        residual_in=max(layer.residual_in for layer in layers),
+        residual_mid=max(layer.residual_mid for layer in layers),
+        residual_out=max(layer.residual_out for layer in layers),
+        intermediate=max(layer.intermediate for layer in layers),
+        qk_head_dim=max(layer.qk_head_dim for layer in layers),
+        vo_head_dim=max(layer.vo_head_dim for layer in layers),
+        ranks={name: max(layer.ranks[name] for layer in layers) for name in shared},
+        shortcuts=any(layer.shortcuts for layer in layers),
+    )

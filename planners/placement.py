@@ -3,12 +3,22 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from planners.cost import BYTES_OF, layer_parameters, statistic_elements
+from planners.cost import (
+    BYTES_OF,
+    dense_model_form,
+    layer_parameters,
+    statistic_elements,
+    widest_layer,
+)
 from planners.errors import PlanError
-from planners.plan import ModelShape, StagePlan, Statistic, dense_form
+from planners.memory import LIBRARIES, forward_bytes, load_bytes, loss_bytes, table_bytes
+from planners.plan import ModelForm, ModelShape, StagePlan, Statistic, dense_form
 
 WINDOW = 4  # microbatches that may wait before a stage
 MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
+HELD = 2  # boundary activations in a worker's own memory; those that wait are in shared memory
+UNBOUNDED = 2**62
+ROOM = 4  # times what waits at one time: the object store frees late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,22 +29,35 @@ class Load:
         layer: weights of one dense layer.
         statistics: sums of one layer.
         microbatch: one boundary activation.
-        workspace: what one layer's forward and one factorisation need on top, at their peak.
+        workspace: what one layer's forward, or its losses, or its loading need on top.
+        table: the embedding, or the head: what each end of the model holds beside layers.
+        unit: the peak of the largest unit of compression, for which layers are dropped.
+        libraries: what the libraries take beside tensors.
     """
 
     layer: int
     statistics: int
     microbatch: int
     workspace: int
+    table: int = 0
+    unit: int = 0
+    libraries: int = 0
 
-    def stage(self, num_layers: int) -> dict[str, int]:
-        """Return the planned bytes by kind of a worker that holds ``num_layers`` layers."""
-        return {
-            "weights": num_layers * self.layer,
+    def stage(self, num_layers: int, *, tables: int = 0) -> dict[str, int]:
+        """Return the planned bytes by kind of a worker that holds so many layers and tables."""
+        held = {
+            "weights": num_layers * self.layer + tables * self.table,
             "statistics": num_layers * self.statistics,
-            "boundaries": (WINDOW + MAX_INFLIGHT) * self.microbatch,
-            "workspace": self.workspace,
+            "boundaries": HELD * self.microbatch,
+            "libraries": self.libraries,
         }
+        beside = self.unit + self.libraries - sum(held.values())
+        return {**held, "workspace": max(self.workspace, beside)}
+
+    def shortfall(self, worker_bytes: int, *, num_layers: int) -> int:
+        """Return the bytes that a worker lacks for one layer of so many; above 0 if any."""
+        tables = 2 if num_layers == 1 else 1  # a model of one layer has both its ends there
+        return sum(self.stage(1, tables=tables).values()) - worker_bytes
 
 
 def load_of(
@@ -43,27 +66,41 @@ def load_of(
     *,
     microbatch_tokens: int,
     compute_dtype: str,
+    unit: int = 0,
+    start: ModelForm | None = None,
 ) -> Load:
-    """Return the bytes that a layer, its statistics and its microbatches take."""
-    width = BYTES_OF[compute_dtype]
-    hidden = shape.hidden
-    heads = shape.num_heads * shape.head_dim
-    forward = microbatch_tokens * (4 * hidden + 2 * heads + 3 * shape.intermediate) * width
-    # A product of one microbatch in float32 exists beside its float64 sum.
-    grams = [statistic_elements(shape, s) for s in statistics]
-    product = max(grams, default=0) * 4
-    logits = min(microbatch_tokens, LOGIT_TOKENS) * shape.vocab_size * 4 * 3
-    table = shape.vocab_size * hidden * BYTES_OF[shape.dtype]
-    factor = 5 * hidden * hidden * 8
-    return Load(
-        layer=layer_parameters(shape, dense_form(shape)) * width,
-        statistics=sum(grams) * 8,
-        microbatch=microbatch_tokens * hidden * width,
-        workspace=max(forward + product, logits + table, factor),
+    """Return the bytes that a layer, its statistics and its microbatches take.
+
+    Args:
+        shape: of the model.
+        statistics: that are summed of each layer.
+        microbatch_tokens: that pass a stage in one call.
+        compute_dtype: of the pass.
+        unit: the peak of the largest unit of compression, where there is any.
+        start: widths of the model that passes; those of one that nothing touched if None. Where it
+            is given the dense model passes the same stages too, to be evaluated.
+    """
+    width, tokens = BYTES_OF[compute_dtype], microbatch_tokens
+    start = start or dense_model_form(shape)
+    widest = widest_layer(start)
+    sums = sum(statistic_elements(shape, s, widest) for s in statistics)
+    passing = max(
+        forward_bytes(shape, statistics, tokens=tokens, dtype=compute_dtype, form=widest),
+        forward_bytes(shape, frozenset(), tokens=tokens, dtype=compute_dtype),
     )
-
-
-LOGIT_TOKENS = 1024  # rows of logits that exist at one time
+    losing = loss_bytes(shape, tokens=tokens, dtype=compute_dtype)
+    # Shortcuts of a former step may make a layer larger than the dense one.
+    largest = max((dense_form(shape), *start.layers), key=lambda f: layer_parameters(shape, f))
+    loading = load_bytes(shape, dtype=compute_dtype, form=largest)
+    return Load(
+        layer=layer_parameters(shape, largest) * width,
+        statistics=sums * 8,
+        microbatch=tokens * shape.hidden * width,
+        workspace=max(passing, losing, loading),
+        table=table_bytes(shape, dtype=compute_dtype),
+        unit=unit,
+        libraries=LIBRARIES,
+    )
 
 
 def place(
@@ -80,36 +117,49 @@ def place(
     Raises:
         PlanError: one layer does not fit a worker; the message says by how many bytes.
     """
-    most = shape.num_layers
-    if worker_bytes is not None:
-        fixed = sum(load.stage(0).values())
-        per_layer = load.layer + load.statistics
-        most = (worker_bytes - fixed) // per_layer
-        if most < 1:
-            missing = fixed + per_layer - worker_bytes
-            raise PlanError(
-                f"a worker of {worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
-                hint="give workers more memory, or a smaller microbatch or sequence length",
-            )
     num_stages = min(num_workers, shape.num_layers)
-    num_waves = -(-shape.num_layers // (num_stages * most))
-    cuts = _even_cuts(shape.num_layers, num_waves)
+    memory = worker_bytes if worker_bytes is not None else UNBOUNDED
+    missing = load.shortfall(memory, num_layers=shape.num_layers)
+    if missing > 0:
+        raise PlanError(
+            f"a worker of {memory:,} bytes is {missing:,} bytes too small for one layer",
+            hint="give workers more memory, or a smaller microbatch or sequence length",
+        )
+    # A worker can hold one layer, so the last number of waves always fits.
+    for num_waves in range(1, shape.num_layers + 1):
+        waves = _waves(shape.num_layers, load, num_waves=num_waves, num_stages=num_stages)
+        if all(sum(stage.bytes.values()) <= memory for wave in waves for stage in wave):
+            break
+    return waves
+
+
+def _waves(
+    num_layers: int, load: Load, *, num_waves: int, num_stages: int
+) -> tuple[tuple[StagePlan, ...], ...]:
+    """Return the layers in so many waves of at most so many stages, both as even as can be."""
     waves = []
-    for first, last in cuts:
+    for first, last in _even_cuts(num_layers, num_waves):
         inner = _even_cuts(last - first, min(num_stages, last - first))
         waves.append(
-            tuple(
-                StagePlan(
-                    first=first + a,
-                    last=first + b,
-                    embedding=first + a == 0,
-                    head=first + b == shape.num_layers,
-                    bytes=load.stage(b - a),
-                )
-                for a, b in inner
-            )
+            tuple(_stage(load, first + a, first + b, num_layers=num_layers) for a, b in inner)
         )
     return tuple(waves)
+
+
+def _stage(load: Load, first: int, last: int, *, num_layers: int) -> StagePlan:
+    embedding, head = first == 0, last == num_layers
+    return StagePlan(
+        first=first,
+        last=last,
+        embedding=embedding,
+        head=head,
+        bytes=load.stage(last - first, tables=int(embedding) + int(head)),
+    )
+
+
+def shared_bytes(stage: StagePlan) -> int:
+    """Return the shared memory that one stage's waiting activations need."""
+    return ROOM * (WINDOW + MAX_INFLIGHT) * stage.bytes["boundaries"] // HELD
 
 
 def _even_cuts(count: int, parts: int) -> list[tuple[int, int]]:

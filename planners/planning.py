@@ -1,6 +1,6 @@
 """Model, method, target and workers -> the plan of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planners import refit
@@ -9,13 +9,23 @@ from planners.cost import (
     dense_start,
     forward_flops,
     gram_flops,
-    layer_parameters,
     model_parameters,
     statistic_elements,
 )
 from planners.errors import PlanError
-from planners.placement import load_of, place
-from planners.plan import MethodSpec, ModelShape, Option, RunPlan, Start, Statistic, Target
+from planners.fitting import Attempt, ways_to_fit
+from planners.memory import unit_bytes
+from planners.placement import Load, load_of, place
+from planners.plan import (
+    MethodSpec,
+    ModelForm,
+    ModelShape,
+    Option,
+    RunPlan,
+    Start,
+    Statistic,
+    Target,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +37,7 @@ class Workload:
         sequence_length: tokens of each.
         microbatch_sequences: sequences that go through a stage in one call.
         compute_dtype: of the forward pass.
+        statistics_dtype: of grams on disk.
         num_workers: workers at hand.
         worker_bytes: memory of each.
         extra_statistics: summed too, for others.
@@ -38,10 +49,11 @@ class Workload:
     compute_dtype: str
     num_workers: int
     worker_bytes: int
+    statistics_dtype: str = "float64"
     extra_statistics: frozenset[Statistic] = frozenset()
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 what a plan is made of
     shape: ModelShape,
     spec: MethodSpec,
     options: Mapping[str, Option],
@@ -49,54 +61,62 @@ def make_plan(
     target: Target,
     work: Workload,
     start: Start | None = None,
+    others: Sequence[tuple[MethodSpec, Mapping[str, Option]]] = (),
 ) -> RunPlan:
     """Return the plan: widths, stages, waves, bytes and operations, from integers alone.
 
-    Without a ``start`` the step begins with the model that nothing touched.
+    Args:
+        shape: of the model.
+        spec: of the method.
+        options: of the method, complete.
+        target: how small.
+        work: data and workers.
+        start: what the step begins with; the model that nothing touched if None.
+        others: methods with their options, to be named where they would fit and this one does not.
 
     Raises:
         PlanError: the method refuses the model, the target is out of reach, or a layer does not
-            fit a worker.
+            fit a worker: then by how many bytes, and the cheapest ways to fit.
     """
-    reason = spec.refuses(shape, options)
-    if reason:
-        raise PlanError(f"{spec.name} cannot take this model: {reason}")
-    if target.slice is not None and not spec.residual:
-        raise PlanError(
-            f"slice: is {target.slice}, a fraction of the residual width, which {spec.name} keeps",
-            hint="use --keep-fraction, the true fraction of the parameters",
-        )
+    _require_possible(shape, spec, options, target=target, work=work)
     start = start or dense_start(shape)
     form = spec.form(shape, start, target, options)
     statistics = spec.statistics(options) | work.extra_statistics
     tokens = work.sequences * work.sequence_length
-    load = load_of(
-        shape,
-        statistics,
-        microbatch_tokens=work.microbatch_sequences * work.sequence_length,
-        compute_dtype=work.compute_dtype,
-    )
-    # Shortcuts of a former step may make a layer larger than the dense one.
-    largest = max(layer_parameters(shape, layer) for layer in start.form.layers)
-    load = replace(load, layer=max(load.layer, largest * BYTES_OF[work.compute_dtype]))
-    refitted = bool(options.get("refit"))
-    if refitted:
-        if work.sequences < refit.MIN_SEQUENCES:
-            raise PlanError(
-                f"refit: {work.sequences} calibration sequence is too few; some are held out",
-                hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
-            )
-        more = refit.workspace_bytes(shape, layer_bytes=load.layer)
-        load = replace(load, workspace=load.workspace + more)
+    load = _load(shape, spec, options, form=form, start=start, work=work)
+    missing = load.shortfall(work.worker_bytes, num_layers=shape.num_layers)
+    if missing > 0:
+        attempt = Attempt(
+            spec=spec,
+            options=options,
+            microbatch_sequences=work.microbatch_sequences,
+            sequence_length=work.sequence_length,
+            compute_dtype=work.compute_dtype,
+            worker_bytes=work.worker_bytes,
+        )
+
+        def shortfall(tried: Attempt) -> int:
+            return _shortfall(shape, tried, target=target, work=work, start=start)
+
+        ways = ways_to_fit(attempt, shortfall, others=others)
+        raise PlanError(
+            f"a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
+            hint="what would fit, the cheapest first: " + "; ".join(ways),
+        )
     waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
     before, after = start.parameters_before, model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
-    sums = sum(statistic_elements(shape, s) for s in statistics) * 8 * shape.num_layers
+    stored = BYTES_OF[work.statistics_dtype]
+    layers = start.form.layers
+    sums = sum(statistic_elements(shape, s, f) for s in statistics for f in layers) * stored
     # A chain of sites keeps the stream it reads and the one it writes.
-    streams = 2 if options.get("schedule") == "sequential" else int(len(waves) > 1)
+    sequential = options.get("schedule") == "sequential"
+    streams = 2 if sequential else int(len(waves) > 1)
     boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
+    if sequential:  # a gram for each shard of a site
+        boundaries += int(options["shards"]) * shape.hidden**2 * 8
     drafts = 0
-    if refitted:
+    if options.get("refit"):
         stream = tokens * shape.hidden * BYTES_OF[work.compute_dtype]
         drafts = refit.disk_bytes(after * width, stream_bytes=stream)
     bases = 0
@@ -112,8 +132,83 @@ def make_plan(
         bytes_before=before * width,
         bytes_after=after * width,
         calibration_tokens=tokens,
-        calibration_flops=forward_flops(shape, tokens=tokens, sequence_length=work.sequence_length)
-        + gram_flops(shape, statistics, tokens=tokens),
+        calibration_flops=forward_flops(
+            shape, tokens=tokens, sequence_length=work.sequence_length, form=start.form
+        )
+        + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
         disk_bytes=after * width + sums + boundaries + bases + drafts,
     )
+
+
+def _require_possible(
+    shape: ModelShape,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    *,
+    target: Target,
+    work: Workload,
+) -> None:
+    reason = spec.refuses(shape, options)
+    if reason:
+        raise PlanError(f"{spec.name} cannot take this model: {reason}")
+    if target.slice is not None and not spec.residual:
+        raise PlanError(
+            f"slice: is {target.slice}, a fraction of the residual width, which {spec.name} keeps",
+            hint="use --keep-fraction, the true fraction of the parameters",
+        )
+    if options.get("refit") and work.sequences < refit.MIN_SEQUENCES:
+        raise PlanError(
+            f"refit: {work.sequences} calibration sequence is too few; some are held out",
+            hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
+        )
+
+
+def _load(
+    shape: ModelShape,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    *,
+    form: ModelForm,
+    start: Start,
+    work: Workload,
+) -> Load:
+    return load_of(
+        shape,
+        spec.statistics(options) | work.extra_statistics,
+        microbatch_tokens=work.microbatch_sequences * work.sequence_length,
+        compute_dtype=work.compute_dtype,
+        unit=unit_bytes(
+            shape,
+            form,
+            spec=spec,
+            options=options,
+            tokens=(
+                work.microbatch_sequences * work.sequence_length,
+                work.sequences * work.sequence_length,
+            ),
+            dtype=work.compute_dtype,
+            start=start.form,
+        ),
+        start=start.form,
+    )
+
+
+def _shortfall(
+    shape: ModelShape, tried: Attempt, *, target: Target, work: Workload, start: Start
+) -> int:
+    """Return the bytes that a worker lacks for another way of doing the step.
+
+    Raises:
+        PlanError: that way cannot be planned at all.
+    """
+    if tried.spec.refuses(shape, tried.options):
+        raise PlanError(f"{tried.spec.name} cannot take this model")
+    changed = replace(
+        work,
+        microbatch_sequences=tried.microbatch_sequences,
+        compute_dtype=tried.compute_dtype,
+    )
+    form = tried.spec.form(shape, start, target, tried.options)
+    load = _load(shape, tried.spec, tried.options, form=form, start=start, work=changed)
+    return load.shortfall(tried.worker_bytes, num_layers=shape.num_layers)

@@ -1,11 +1,20 @@
 """The units of work of a run, what each depends on, and what determines its bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from planners import refit
-from planners.plan import SCHEMA_VERSION, ModelForm, Option, Statistic, fingerprint, to_json
+from planners.plan import (
+    SCHEMA_VERSION,
+    MethodSpec,
+    ModelForm,
+    Option,
+    Statistic,
+    fingerprint,
+    to_json,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +28,7 @@ class Unit:
         inputs: names of the units whose files it reads.
         fingerprint: sha256 of what determines its bytes.
         taps: the statistics that its files must hold; more are welcome, and change none of these.
+        lasting: its record stays; else record and files go once all that read them are done.
     """
 
     name: str
@@ -27,6 +37,7 @@ class Unit:
     inputs: tuple[str, ...]
     fingerprint: str
     taps: tuple[str, ...] = ()
+    lasting: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +51,7 @@ class Identity:
         compute_dtype: dtype of the calibration forward.
         threads: threads of one unit.
         device: device class, ``cpu`` or the name of the accelerator.
+        statistics_dtype: of the grams as they are stored between the pass and the methods.
     """
 
     model_revision: str
@@ -48,6 +60,7 @@ class Identity:
     compute_dtype: str
     threads: int
     device: str
+    statistics_dtype: str = "float64"
 
 
 def statistics_units(
@@ -94,32 +107,65 @@ def layer_statistics(
     return sorted(s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last)
 
 
+def needed(units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:
+    """Return the units to do: those that last, and what they cannot be done without.
+
+    Args:
+        units: each behind its inputs.
+        done: whether a unit has its record and its files.
+    """
+    found: list[Unit] = []
+    wanted: set[str] = set()
+    for unit in reversed(units):
+        if (unit.lasting or unit.name in wanted) and not done(unit):
+            found.insert(0, unit)
+            wanted.update(unit.inputs)
+    return found
+
+
+def spent(unit: Unit, units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:
+    """Return the inputs of a unit that do not last and that nobody has a use for any more."""
+    return [
+        other
+        for other in units
+        if other.name in unit.inputs
+        and not other.lasting
+        and all(done(reader) for reader in units if other.name in reader.inputs)
+    ]
+
+
 def compression_units(
     sums: Sequence[Unit],
     *,
-    method: str,
-    revision: int,
+    spec: MethodSpec,
     options: Mapping[str, Option],
     form: ModelForm,
-    residual: bool,
+    num_microbatches: int,
 ) -> list[Unit]:
-    """Return the basis, layer, embedding and head units of one method.
+    """Return the stream, basis, layer, embedding and head units of one method.
 
     Layers that are to be refitted are drafts: `refit_units` says what comes of them.
+
+    Args:
+        sums: the statistics units.
+        spec: of the method.
+        options: of the method, complete.
+        form: widths of the result.
+        num_microbatches: of the calibration tokens, where units stream them.
     """
     common = {
         "schema": SCHEMA_VERSION,
-        "method": method,
-        "revision": revision,
+        "method": spec.name,
+        "revision": spec.revision,
         "options": to_json(options),
     }
     num_layers = len(form.layers)
-    bases = _basis_units(sums, common, form) if residual else []
+    units = _basis_units(sums, common, form, num_microbatches) if spec.residual else []
+    bases = [unit for unit in units if unit.lasting]
 
     def basis(site: int) -> tuple[Unit, ...]:
         return (bases[site if len(bases) > 1 else 0],) if bases else ()
 
-    units = list(bases)
     refitted = bool(options.get("refit"))
     kind, name = ("draft", "draft-layer-{:05d}") if refitted else ("layer", "layer-{:05d}")
     for layer in range(num_layers):
@@ -195,14 +241,17 @@ def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
     return chain, chosen
 
 
-def _basis_units(sums: Sequence[Unit], common: Mapping[str, Any], form: ModelForm) -> list[Unit]:
+def _basis_units(
+    sums: Sequence[Unit], common: Mapping[str, Any], form: ModelForm, num_microbatches: int
+) -> list[Unit]:
     if common["options"].get("rotation") == "shared":
         key = {**common, "dim": form.embedding_dim}
         return [_unit("basis_shared", -1, "basis-shared", tuple(sums), key)]
     dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
     dims.append(form.layers[-1].residual_out)
     if common["options"].get("schedule") == "sequential":
-        return _chain(sums[0], common, dims)
+        shards = len(shard_cuts(common["options"], num_microbatches))
+        return _chain(sums[0], common, dims, shards)
     return [
         _unit("basis", s, "basis-site-{:05d}", (sums[min(s // 2, len(sums) - 1)],),
               {**common, "site": s, "dim": dim})
@@ -210,13 +259,40 @@ def _basis_units(sums: Sequence[Unit], common: Mapping[str, Any], form: ModelFor
     ]  # fmt: skip
 
 
-def _chain(tokens: Unit, common: Mapping[str, Any], dims: Sequence[int]) -> list[Unit]:
-    """Return one basis unit a site, each behind all before it; the first reads tokens alone."""
+def shard_cuts(options: Mapping[str, Any], num_microbatches: int) -> list[tuple[int, int]]:
+    """Return the shards of the calibration tokens that pass a site side by side.
+
+    They follow from the recipe, never from the workers at hand: each is summed by itself, and sums
+    of other parts round in other ways.
+    """
+    count = max(1, min(int(options["shards"]), num_microbatches))
+    edges = [i * num_microbatches // count for i in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _chain(
+    tokens: Unit, common: Mapping[str, Any], dims: Sequence[int], num_shards: int
+) -> list[Unit]:
+    """Return the stream units of each site, one a shard, and behind them the site's basis.
+
+    A shard of a site needs the basis of the site before and its own shard there; the first site
+    reads tokens alone.
+    """
     units: list[Unit] = []
+    before: list[Unit] = []  # the basis of the site before, and its streams
     for site, dim in enumerate(dims):
-        # All before it: streams between sites are no unit's files, and may have to be made again.
-        key = {**common, "site": site, "dim": dim, "tokens": tokens.fingerprint}
-        units.append(_unit("basis_sequential", site, "basis-site-{:05d}", tuple(units), key))
+        here: list[Unit] = []
+        for shard in range(num_shards):
+            inputs = (before[0], before[1 + shard]) if before else ()
+            key = {**common, "site": site, "shard": [shard, num_shards]}
+            key["tokens"] = tokens.fingerprint
+            name = f"stream-site-{site:05d}-shard-{shard:05d}"
+            unit = _unit("stream", site * num_shards + shard, name, inputs, key)
+            here.append(replace(unit, lasting=False))
+        key = {**common, "site": site, "dim": dim}
+        basis = _unit("basis_sequential", site, "basis-site-{:05d}", here, key)
+        units += [*here, basis]
+        before = [basis, *here]
     return units
 
 

@@ -81,8 +81,11 @@ def save_tokens(path: Path, num_sequences: int, *, length: int = LENGTH, seed: i
     return path
 
 
-def prepared_run(model: Path, out: Path, **recipe: Any) -> Prepared:
-    """Return a run of a model of `save_model`, ready to start; ``recipe`` has keys of a recipe."""
+def prepared_run(model: Path, out: Path | str, **recipe: Any) -> Prepared:
+    """Return a run of a model of `save_model`, ready to start; ``recipe`` has keys of a recipe.
+
+    ``source`` is where the model is read from, if not from its folder.
+    """
     calibration = {
         "source": f"tokens:{model}/tokens/calibration.safetensors",
         "microbatch_tokens": 4 * LENGTH,
@@ -93,21 +96,25 @@ def prepared_run(model: Path, out: Path, **recipe: Any) -> Prepared:
         **recipe.pop("evaluation", {}),
     }
     size = {} if {"keep_fraction", "steps"} & recipe.keys() else {"slice": 0.25}
-    given = {"model": str(model), "out": str(out), "device": "cpu", **size, **recipe,
+    source = str(recipe.pop("source", model))
+    given = {"model": source, "out": str(out), "device": "cpu", **size, **recipe,
              "calibration": calibration, "evaluation": evaluation}  # fmt: skip
     return prepare(load_config(None, given))
 
 
 def worker_gib(model: Path, *, num_layers: int) -> float:
     """Return the memory of a worker that holds so many layers of a model and not one more."""
-    stage = prepared_run(model, model / "unused").plan.waves[0][0]
-    fixed = stage.bytes["boundaries"] + stage.bytes["workspace"]
-    of_layers = stage.bytes["weights"] + stage.bytes["statistics"]
+    plan = prepared_run(model, model / "unused").plan
+    stage, shape = plan.waves[0][0], plan.shape
+    table = shape.vocab_size * shape.hidden * 4
+    held = {"weights", "statistics"}
+    fixed = table + sum(size for kind, size in stage.bytes.items() if kind not in held)
+    of_layers = sum(stage.bytes[kind] for kind in held) - 2 * table
     needed = fixed + of_layers * num_layers // (stage.last - stage.first)
     return (needed + 0.5) / 2**30  # whole bytes again, once it is rounded down
 
 
-def run_local(model: Path, out: Path, **how: Any) -> dict[str, Any]:
+def run_local(model: Path, out: Path | str, **how: Any) -> dict[str, Any]:
     """Do a whole run and return its report.
 
     ``how`` is keys of a recipe, and ``executor`` and ``listener``: this process and nobody, if not
@@ -117,7 +124,7 @@ def run_local(model: Path, out: Path, **how: Any) -> dict[str, Any]:
     return run_on(prepared, executor, listener=listener)
 
 
-def compress_local(model: Path, out: Path, **how: Any) -> dict[str, float]:
+def compress_local(model: Path, out: Path | str, **how: Any) -> dict[str, float]:
     """Do a run whose driver dies before it verifies; return name -> perplexity.
 
     What takes the longest for a small model is thereby left out: verification, timing, the report.
@@ -139,9 +146,27 @@ class DeadDriverError(Exception):
     """A driver that is gone in the middle of its work."""
 
 
+class DyingDriver:
+    """A listener that ends the driver when so many events of some kind have been seen."""
+
+    def __init__(self, kind: str, count: int, *, unit: str | None = None) -> None:
+        self._kind, self._left, self._unit = kind, count, unit
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == self._kind and self._unit in (None, event["unit"]):
+            self._left -= 1
+            if self._left == 0:
+                raise DeadDriverError
+
+
+def started(out: Path | str) -> dict[str, float]:
+    """Return unit -> when the work that its record tells of began."""
+    return {name: record.started for name, record in read_records(Directory(str(out))).items()}
+
+
 def _opened(
     model: Path,
-    out: Path,
+    out: Path | str,
     *,
     executor: Executor | None = None,
     listener: Listener | None = None,
@@ -156,13 +181,13 @@ def _ignore(event: Event) -> None:
     del event
 
 
-def perplexity(out: Path, name: str) -> float:
+def perplexity(out: Path | str, name: str) -> float:
     """Return the perplexity of a model by the records of its evaluation alone."""
     parts = _parts(out, name)
     return math.exp(math.fsum(p["nats"] for p in parts) / sum(p["num_tokens"] for p in parts))
 
 
-def _parts(out: Path, name: str) -> list[Any]:
+def _parts(out: Path | str, name: str) -> list[Any]:
     records = read_records(Directory(str(out)))
     return [r.values for unit, r in records.items() if unit.startswith(f"evaluation-{name}-")]
 

@@ -3,7 +3,7 @@
 import atexit
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from orchestrator import cluster
+from tests.stores import KEYS, FaultyStore, new_bucket, s3_server, uri_of
 
 _remote_code = tempfile.TemporaryDirectory(prefix="compress-cluster-tests-")
 atexit.register(_remote_code.cleanup)
@@ -46,3 +47,30 @@ def local_ray() -> Iterator[None]:
     """Start one small Ray cluster for all tests that need one."""
     with cluster.connected("local", num_cpus=4, num_gpus=0, store_bytes=0):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Start one S3 server on loopback for all tests that need one; give its port."""
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Return a function from a path to its URI in a new bucket."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    bucket = new_bucket(s3_port)
+    return lambda path: uri_of(s3_port, f"{bucket}/{path}")
+
+
+@pytest.fixture
+def faulty(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+    """Give a proxy before the S3 server, with a new bucket; it fails where it is told to."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    store = FaultyStore(s3_port)
+    store.bucket = new_bucket(s3_port)
+    yield store
+    store.close()

@@ -137,6 +137,7 @@ class MoDeGPT:
             factor = hidden_factor(weights, sums, options)
             errors["mlp"] = _cut_mlp(new, factor, form.intermediate)
             rungs["mlp"] = factor.rung
+            del factor  # the largest matrix of all
         if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
             _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
@@ -154,20 +155,18 @@ def hidden_factor(
     weights: Weights, sums: Mapping[str, Tensor], options: Mapping[str, Option]
 ) -> Nystrom:
     """Return the factorisation that serves every width of a layer's MLP."""
-    down = weights["down_proj.weight"].to(torch.float64).T  # (intermediate, hidden)
+    down = weights["down_proj.weight"].T  # (intermediate, hidden)
     gram = sums["mlp_hidden.gram"]
-    gram = (gram + gram.T) / 2
     return nystrom(gram, down, ridge=float(options["ridge"]), where="tap mlp_hidden")
 
 
 def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
-    kept, outputs = found.refit(keep)
+    kept, outputs = found.refit(keep, dtype=new["down_proj.weight"].dtype)
     for name in ("gate_proj", "up_proj"):
         new[f"{name}.weight"] = new[f"{name}.weight"][kept]
         if f"{name}.bias" in new:
             new[f"{name}.bias"] = new[f"{name}.bias"][kept]
-    down = new["down_proj.weight"]
-    new["down_proj.weight"] = outputs.T.to(down.dtype).contiguous()
+    new["down_proj.weight"] = outputs.T.contiguous()
     return found.relative_error(keep)
 
 
@@ -376,6 +375,13 @@ SPEC = MethodSpec(
             name="grid",
             default="0.9,0.75,0.6,0.45,0.3,0.15",
             help="kept fractions at which damage is measured",
+        ),
+        OptionSpec(
+            name="damage",
+            default="layer",
+            choices=("layer", "loss"),
+            help="of a cut: the error of its layer's output, or the rise of the model's loss, "
+            "which takes every cut through all layers behind",
         ),
         OptionSpec(
             name="probe_tokens", default=8192, minimum=1, help="tokens on which it is measured"

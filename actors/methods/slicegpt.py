@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actors.numerics.gram import symmetric
-from actors.numerics.linalg import eigh_descending
+from actors.numerics.linalg import BLOCK, eigh_descending
+from actors.numerics.packed import Symmetric, diagonal
 from planners.allocation import largest_width
 from planners.cost import model_parameters
 from planners.errors import PlanError
@@ -59,13 +59,13 @@ class Basis:
         return float(kept / self.values.clamp_min(0).sum())
 
 
-def site_basis(gram: Float[Tensor, "hidden hidden"], *, keep_dim: int, where: str) -> Basis:
+def site_basis(gram: Symmetric, *, keep_dim: int, where: str) -> Basis:
     """Return the ``keep_dim`` principal axes of one site.
 
     Raises:
         NumericsError: the gram is not finite or cannot be decomposed.
     """
-    spectrum = eigh_descending(symmetric(gram), where=where)
+    spectrum = eigh_descending(gram, where=where)
     return Basis(
         vectors=spectrum.vectors[:, :keep_dim].contiguous(),
         values=spectrum.values,
@@ -73,12 +73,15 @@ def site_basis(gram: Float[Tensor, "hidden hidden"], *, keep_dim: int, where: st
     )
 
 
-def shared_gram(grams: list[Float[Tensor, "hidden hidden"]]) -> Float[Tensor, "hidden hidden"]:
+def shared_gram(grams: list[Tensor]) -> Symmetric:
     """Return the sum of the sites' grams, each scaled to trace one.
 
     Without the scaling the last layers, whose residual stream is largest, would decide alone.
     """
-    return torch.stack([gram / gram.trace() for gram in grams]).sum(dim=0)
+    total = torch.zeros_like(grams[0], dtype=torch.float64)
+    for gram in grams:
+        total.add_(gram / diagonal(gram).sum())
+    return total
 
 
 def sliced_layer(weights: Weights, *, bases: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
@@ -130,12 +133,10 @@ def _between(
     for name, (norm, basis) in reads.items():
         scale = weights[f"{norm}.weight"].to(torch.float64) * gain
         reader = _part(weights, name, "first")
-        weight = weights[f"{reader}.weight"]
-        new[f"{reader}.weight"] = ((weight.to(torch.float64) * scale) @ basis).to(weight.dtype)
+        new[f"{reader}.weight"] = turned_rows(weights[f"{reader}.weight"], basis=basis, scale=scale)
     for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
         writer = _part(weights, name, "second")
-        weight = weights[f"{writer}.weight"]
-        new[f"{writer}.weight"] = (basis.T @ weight.to(torch.float64)).to(weight.dtype)
+        new[f"{writer}.weight"] = _turned_columns(weights[f"{writer}.weight"], basis)
         if f"{writer}.bias" in weights:
             bias = weights[f"{writer}.bias"]
             new[f"{writer}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
@@ -148,14 +149,30 @@ def _part(weights: Weights, name: str, factor: str) -> str:
     return name if f"{name}.weight" in weights else f"{name}.{factor}"
 
 
+def _turned_columns(weight: Tensor, basis: Tensor) -> Tensor:
+    if _is_identity(basis):
+        return weight.clone()
+    blocks = torch.split(weight, BLOCK, dim=1)
+    turned = [(basis.T @ block.to(torch.float64)).to(weight.dtype) for block in blocks]
+    return torch.cat(turned, dim=1)
+
+
+def _is_identity(basis: Tensor) -> bool:
+    dim, keep = basis.shape
+    return dim == keep and torch.equal(basis, torch.eye(dim).to(basis))
+
+
 def turned_rows(
     rows: Float[Tensor, "rows hidden"], *, basis: Tensor, scale: Tensor | None = None
 ) -> Float[Tensor, "rows keep"]:
-    """Return rows of an embedding (or of a head, with the final norm's scale) in a basis."""
-    rows64 = rows.to(torch.float64)
-    if scale is not None:
-        rows64 = rows64 * scale.to(torch.float64)
-    return (rows64 @ basis).to(rows.dtype)
+    """Return rows that read a site, with the scale of the norm before it, in a basis."""
+    turned, turns = [], not _is_identity(basis)
+    for block in torch.split(rows, BLOCK):  # float64 copies of full size would double the memory
+        rows64 = block.to(torch.float64)
+        if scale is not None:
+            rows64 = rows64 * scale.to(torch.float64)
+        turned.append((rows64 @ basis if turns else rows64).to(rows.dtype))
+    return torch.cat(turned)
 
 
 def _site_kind(options: Mapping[str, Option]) -> str:
@@ -272,6 +289,13 @@ SPEC = MethodSpec(
             help="all sites at once from the dense model, or one after the other, each behind the "
             "sites that are sliced already: slower, and usually a little better",
         ),
+        OptionSpec(
+            name="shards",
+            default=8,
+            minimum=1,
+            help="schedule=sequential: parts of the tokens that pass a site side by side, each on "
+            "a worker; other parts, other bits",
+        ),
     ),
     statistics=_statistics,
     refuses=_refuses,
@@ -289,8 +313,11 @@ class SliceGPT:
     def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
         """Return the basis of one site, or of all sites where several grams are given.
 
+        Any orthogonal basis is exact where all of it is kept. There the model's own axes stand,
+        which cost no product, in the head of a large vocabulary least of all.
+
         Args:
-            grams: (hidden, hidden) each, float64.
+            grams: of the width of the residual stream.
             keep_dim: axes to keep.
             where: names the site in errors.
 
@@ -298,7 +325,9 @@ class SliceGPT:
             NumericsError: a gram is not finite or cannot be decomposed.
         """
         gram = grams[0] if len(grams) == 1 else shared_gram(grams)
-        return site_basis(gram, keep_dim=keep_dim, where=where)
+        basis = site_basis(gram, keep_dim=keep_dim, where=where)
+        whole = keep_dim == len(basis.vectors)
+        return replace(basis, vectors=torch.eye(keep_dim).to(basis.vectors)) if whole else basis
 
     def apply(
         self, weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, form: LayerForm

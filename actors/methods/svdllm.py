@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actors.numerics.gram import symmetric
-from actors.numerics.linalg import cholesky_psd, eigh_descending
+from actors.numerics.linalg import BLOCK, cholesky_psd, eigh_descending
+from actors.numerics.packed import Symmetric, congruence
 from planners.plan import (
     LINEARS,
     LayerForm,
@@ -62,9 +62,7 @@ class Axes:
     rung: str
 
 
-def output_axes(
-    weight: Float[Tensor, "out inner"], gram: Float[Tensor, "inner inner"], *, where: str
-) -> Axes:
+def output_axes(weight: Float[Tensor, "out inner"], gram: Symmetric, *, where: str) -> Axes:
     """Return the axes of the narrower side.
 
     Raises:
@@ -72,24 +70,24 @@ def output_axes(
     """
     out_dim, in_dim = weight.shape
     if out_dim <= in_dim:
-        spectrum = eigh_descending(symmetric(weight @ gram @ weight.T), where=where)
+        spectrum = eigh_descending(congruence(weight.to(torch.float64), gram), where=where)
         factor, rung = None, spectrum.rung
     else:
-        factor, rung = cholesky_psd(symmetric(gram), ridge=1e-10, where=where)  # x^T x = L L^T
-        whitened = weight @ factor  # (out, in)
-        spectrum = eigh_descending(symmetric(whitened.T @ whitened), where=where)
+        factor, rung = cholesky_psd(gram, ridge=1e-10, where=where)  # x^T x = L L^T
+        # Of the whitened weight W L only its gram is formed: the tall side is met in blocks.
+        spectrum = eigh_descending(congruence(factor.T, _inner_gram(weight)), where=where)
     energy = spectrum.values.clamp_min(0)
     return Axes(vectors=spectrum.vectors, energy=energy, factor=factor, rung=rung)
 
 
 def low_rank(
-    weight: Float[Tensor, "out inner"], gram: Float[Tensor, "inner inner"], *, rank: int, where: str
+    weight: Float[Tensor, "out inner"], gram: Symmetric, *, rank: int, where: str
 ) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float, str]:
     """Return both factors, ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram, and the rung.
 
     Args:
-        weight: float64.
-        gram: of the linear's input, float64.
+        weight: of any dtype; the factors are in float64.
+        gram: of the linear's input.
         rank: columns between the factors.
         where: names the layer and linear in errors.
 
@@ -99,12 +97,25 @@ def low_rank(
     found = output_axes(weight, gram, where=where)
     axes = found.vectors[:, :rank]
     if found.factor is None:
-        first, second = axes.T @ weight, axes
+        first, second = axes.T @ weight.to(torch.float64), axes  # axes are (out, rank)
     else:
-        second = (weight @ found.factor) @ axes
+        unwhitened = found.factor @ axes
+        second = torch.empty(len(weight), rank, dtype=torch.float64, device=weight.device)
+        for rows, into in zip(*(torch.split(t, BLOCK) for t in (weight, second)), strict=True):
+            torch.mm(rows.to(torch.float64), unwhitened, out=into)
         first = torch.linalg.solve_triangular(found.factor.T, axes, upper=True).T
     lost = found.energy[rank:].sum() / found.energy.sum().clamp_min(1e-300)
     return first, second, float(lost.sqrt()), found.rung
+
+
+def _inner_gram(weight: Float[Tensor, "out inner"]) -> Float[Tensor, "inner inner"]:
+    """Return ``W^T W`` in float64."""
+    inner = weight.shape[1]
+    total = torch.zeros(inner, inner, dtype=torch.float64, device=weight.device)
+    for rows in torch.split(weight, BLOCK):
+        rows = rows.to(torch.float64)
+        total.addmm_(rows.T, rows)
+    return total
 
 
 class SVDLLM:
@@ -134,7 +145,7 @@ class SVDLLM:
             weight = new.pop(f"{name}.weight")
             gram = sums[f"{TAP_OF[name]}.gram"]
             first, second, errors[name], rungs[name] = low_rank(
-                weight.to(torch.float64), gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
+                weight, gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
             )
             new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
             new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
@@ -160,8 +171,7 @@ class SVDLLM:
         """
         found = {}
         for name in _linears(options):
-            weight = weights[f"{name}.weight"].to(torch.float64)
-            tap = TAP_OF[name]
+            weight, tap = weights[f"{name}.weight"], TAP_OF[name]
             axes = output_axes(weight, sums[f"{tap}.gram"], where=f"{name}, tap {tap}")
             rank = form.ranks.get(name, len(axes.energy))
             found[name] = float(axes.energy[rank:].sum().sqrt())

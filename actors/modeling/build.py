@@ -1,6 +1,6 @@
 """A checkpoint's own layer classes, built without memory and filled one layer at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from transformers.utils import logging as transformers_logging
 from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
 
 transformers_logging.disable_progress_bar()
+
+Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Skeleton:
@@ -45,11 +47,14 @@ class Skeleton:
         """Longest sequence that full causal attention is right for, or None."""
         return getattr(self.config, "sliding_window", None)
 
-    def layer(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Return layer ``index`` holding these tensors, named as below the layer."""
+    def layer(self, index: int, tensors: Named) -> nn.Module:
+        """Return layer ``index`` holding these tensors, named as below the layer.
+
+        Of pairs that are read one at a time, one at a time is in memory in the dtype it came in.
+        """
         return self._filled(self._model.model.layers[index], tensors)
 
-    def final_norm(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def final_norm(self, tensors: Named) -> nn.Module:
         """Return the norm before the head."""
         return self._filled(self._model.model.norm, tensors)
 
@@ -59,12 +64,13 @@ class Skeleton:
         cos, sin = self._rotary(hidden, position_ids=positions)
         return cos, sin
 
-    def _filled(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def _filled(self, module: nn.Module, tensors: Named) -> nn.Module:
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         moved = {
             name: tensor.to(self._device, self._dtype)
             if tensor.is_floating_point()
             else tensor.to(self._device)
-            for name, tensor in tensors.items()
+            for name, tensor in pairs
         }
         module.load_state_dict(moved, strict=True, assign=True)
         return module.requires_grad_(requires_grad=False)

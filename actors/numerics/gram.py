@@ -9,6 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actors.numerics.packed import Symmetric, blocks
+
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def product(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "dim dim"]:
     """Return ``x^T x`` of one microbatch in float32, accumulated in float32.
@@ -16,17 +20,32 @@ def product(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "dim dim"]:
     A half-precision ``x`` is converted first unless the device multiplies it into float32 exactly
     as well (CUDA): a product that leaves in half precision has lost its small eigenvalues.
     """
-    if x.dtype == torch.float64:
-        return x.T @ x
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(x.T, x, out_dtype=torch.float32)
-    x32 = x.to(torch.float32)
-    return x32.T @ x32
+    x = _multiplied_as(x)
+    return _product(x, x)
 
 
-def accumulate(total: Float[Tensor, "dim dim"], x: Float[Tensor, "tokens dim"]) -> None:
-    """Add the product of one microbatch to ``total``, in place: a second copy would not fit."""
-    total.add_(product(x))
+def _multiplied_as(x: Tensor) -> Tensor:
+    """Return x in the dtype in which it is multiplied."""
+    if x.dtype == torch.float64 or (x.is_cuda and x.dtype in HALVES):
+        return x
+    return x.to(torch.float32)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return torch.mm(x.T, y, out_dtype=torch.float32) if x.dtype in HALVES else x.T @ y
+
+
+def accumulate(total: Symmetric, x: Float[Tensor, "tokens dim"]) -> None:
+    """Add the product of one microbatch to ``total``, in place: a second copy would not fit.
+
+    A packed total is summed a block of rows at a time: half the work, and no product of full size.
+    """
+    if total.ndim > 1:
+        total.add_(product(x))
+        return
+    x = _multiplied_as(x)
+    for block, rows in blocks(total):
+        rows.add_(_product(x[:, block.first : block.last], x[:, block.first :]))
 
 
 def rms_normed(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from actors.numerics.packed import Symmetric, all_finite, diagonal, permuted, unpacked, width
 from planners.errors import NumericsError
 
 DAMPINGS = (0.0, 1e-12, 1e-8, 1e-4)  # relative to the mean of the diagonal
 SINGULAR = 1e-9  # a pivot below this much of the mean of the diagonal, times the width, is none
+MAX_EIGH_DIM = 16384  # 8.6 GB with vectors and workspace, and the better part of an hour of a core
+BLOCK = 1024  # columns of a triangular solve, and rows that are multiplied at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,68 +30,155 @@ class Spectrum:
     rung: str
 
 
-def eigh_descending(matrix: Float[Tensor, "dim dim"], *, where: str) -> Spectrum:
+def eigh_descending(matrix: Symmetric, *, where: str) -> Spectrum:
     """Return the spectrum of a symmetric matrix, in float64.
 
     Args:
-        matrix: symmetric, positive semi-definite up to rounding.
+        matrix: positive semi-definite up to rounding.
         where: names the layer and tap in the error.
 
     Raises:
-        NumericsError: ``matrix`` has an entry that is not finite, or no rung of the ladder held.
+        NumericsError: ``matrix`` has an entry that is not finite, is wider than `MAX_EIGH_DIM`, or
+            no rung of the ladder held.
     """
-    if not torch.isfinite(matrix).all():
-        raise NumericsError(f"{where}: the gram has entries that are NaN or infinite")
-    matrix = matrix.to(torch.float64)
-    scale = matrix.diagonal().mean()
+    dim = width(matrix)
+    if dim > MAX_EIGH_DIM:
+        raise NumericsError(
+            f"{where}: an eigendecomposition of a {dim} x {dim} gram takes {32 * dim**2:,} bytes "
+            f"and {9 * dim**3:.1e} operations; the widest that is done is {MAX_EIGH_DIM}",
+            hint="a method that needs a Cholesky factor only takes a tenth of the time",
+        )
+    _require_finite(matrix, where)
+    scale = diagonal(matrix).mean()
+    whole = unpacked(matrix)
     for device in dict.fromkeys((matrix.device.type, "cpu")):
         for damping in DAMPINGS:
             # Damping does not turn eigenvectors; it only helps the iteration to converge.
-            shifted = matrix.to(device, copy=True)
-            shifted.diagonal().add_(damping * scale.to(device))
+            shift = damping * scale.to(device)
+            shifted = whole.to(device)
+            shifted.diagonal().add_(shift)
             try:
                 values, vectors = torch.linalg.eigh(shifted)
             except torch.linalg.LinAlgError:
                 continue
-            if torch.isfinite(values).all() and torch.isfinite(vectors).all():
+            finally:
+                shifted.diagonal().sub_(shift)
+            if all_finite(values) and all_finite(vectors):
                 rung = "eigh" if damping == 0.0 else f"eigh damped {damping:g} on {device}"
-                return _ordered(values - damping * scale.to(device), vectors, rung)
-    raise NumericsError(f"{where}: no eigendecomposition of a {tuple(matrix.shape)} gram converged")
+                del whole, shifted
+                return _ordered(values - shift, vectors, rung)
+    raise NumericsError(f"{where}: no eigendecomposition of a ({dim}, {dim}) gram converged")
 
 
 def _ordered(values: Tensor, vectors: Tensor, rung: str) -> Spectrum:
     values, vectors = values.flip(0), vectors.flip(1)
-    largest = vectors.abs().argmax(dim=0)
-    sign = vectors.gather(0, largest[None, :]).sign()
-    # An eigenvector's sign is a library's whim; fixed here so that files compare across machines.
-    return Spectrum(values=values, vectors=vectors * sign, rung=rung)
+    for columns in torch.split(vectors, BLOCK, dim=1):
+        largest = columns.abs().argmax(dim=0)
+        # An eigenvector's sign is a library's whim; fixed here so that files compare across
+        # machines.
+        columns.mul_(columns.gather(0, largest[None, :]).sign())
+    return Spectrum(values=values, vectors=vectors, rung=rung)
 
 
 def cholesky_psd(
-    matrix: Float[Tensor, "dim dim"], *, ridge: float, where: str
+    matrix: Symmetric,
+    *,
+    ridge: float,
+    where: str,
+    order: Int[Tensor, " dim"] | None = None,
 ) -> tuple[Float[Tensor, "dim dim"], str]:
     """Return the lower factor of ``matrix + ridge * mean(diag) * I`` in float64, and its rung.
 
+    Beside ``matrix`` there is one other matrix of full size, the factor.
+
     Args:
-        matrix: symmetric, positive semi-definite up to rounding.
+        matrix: positive semi-definite up to rounding.
         ridge: relative to the mean of the diagonal (to 1 where that is zero: nothing was ever
             active); raised step by step where it is too small.
         where: names the layer and tap in the error.
+        order: rows and columns are taken in this order.
 
     Raises:
         NumericsError: ``matrix`` has an entry that is not finite, or no rung of the ladder held.
     """
-    if not torch.isfinite(matrix).all():
-        raise NumericsError(f"{where}: the gram has entries that are NaN or infinite")
-    mean = matrix.diagonal().mean()
+    _require_finite(matrix, where)
+    mean = diagonal(matrix).mean()
     scale = mean if mean > 0 else torch.ones_like(mean)
     for damping in DAMPINGS:
-        shifted = matrix.to(torch.float64, copy=True)
+        shifted = unpacked(matrix) if order is None else permuted(matrix, order)
         shifted.diagonal().add_((ridge + damping) * scale)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed and torch.isfinite(factor).all():
+        factor, failed = _factored_in_place(shifted)
+        if not failed and all_finite(factor):
             pivot = float(factor.diagonal().min().square() / scale)
             named = "cholesky" if damping == 0.0 else f"cholesky damped {damping:g}"
             # A singular matrix may pass: then the ridge, or rounding, is all its last pivots have.
             return factor, f"{named}, singular" if pivot < SINGULAR * len(factor) else named
-    raise NumericsError(f"{where}: a {tuple(matrix.shape)} gram is not positive semi-definite")
+        del shifted, factor  # before the next one is made
+    dim = width(matrix)
+    raise NumericsError(f"{where}: a ({dim}, {dim}) gram is not positive semi-definite")
+
+
+def _factored_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor in the memory of ``matrix``, and whether it failed.
+
+    Only the lower triangle is looked at.
+    """
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    # LAPACK's order is by columns: the transposed view's upper factor is our lower one, row-major.
+    turned = matrix.mT
+    torch.linalg.cholesky_ex(turned, upper=True, out=(turned, failed))
+    return matrix, bool(failed)
+
+
+def inverse_diagonal(factor: Float[Tensor, "dim dim"]) -> Float[Tensor, " dim"]:
+    """Return the diagonal of ``(L L^T)^-1``, a block of columns of ``L^-1`` at a time."""
+    dim = len(factor)
+    found = torch.empty(dim, dtype=factor.dtype, device=factor.device)
+    for first in range(0, dim, BLOCK):
+        last = min(first + BLOCK, dim)
+        columns = torch.zeros(dim - first, last - first, dtype=factor.dtype, device=factor.device)
+        columns.diagonal().fill_(1)  # of L^-1 from row ``first`` on; above it they are zero
+        _solve_lower(factor[first:, first:], columns)
+        found[first:last] = columns.square_().sum(dim=0)
+    return found
+
+
+def _solve_lower(factor: Tensor, right: Tensor) -> None:
+    """Replace ``right`` by ``L^-1 right``; torch's own would copy the corner of a matrix first."""
+    for first in range(0, len(factor), BLOCK):
+        rows = slice(first, first + BLOCK)
+        if first:
+            right[rows].addmm_(factor[rows, :first], right[:first], alpha=-1)
+        corner = factor[rows, rows].contiguous()
+        right[rows] = torch.linalg.solve_triangular(corner, right[rows], upper=False)
+
+
+def solve_lower_transposed(
+    factor: Float[Tensor, "dim dim"], right: Float[Tensor, "keep out"]
+) -> Float[Tensor, "keep out"]:
+    """Return ``L_kk^-T right``, L_kk the leading corner of the factor, without a copy of it."""
+    keep = len(right)
+    found = right.clone()
+    for first in reversed(range(0, keep, BLOCK)):
+        last = min(first + BLOCK, keep)
+        if last < keep:
+            found[first:last].addmm_(factor[last:keep, first:last].T, found[last:], alpha=-1)
+        corner = factor[first:last, first:last].T.contiguous()
+        found[first:last] = torch.linalg.solve_triangular(corner, found[first:last], upper=True)
+    return found
+
+
+def lower_transposed_times(
+    factor: Float[Tensor, "dim dim"], right: Float[Tensor, "dim out"]
+) -> Float[Tensor, "dim out"]:
+    """Return ``L^T right``: half the work of a product that does not know of the triangle."""
+    found = torch.empty_like(right)
+    for first in range(0, len(factor), BLOCK):
+        rows = slice(first, first + BLOCK)
+        torch.mm(factor[first:, rows].T, right[first:], out=found[rows])
+    return found
+
+
+def _require_finite(matrix: Symmetric, where: str) -> None:
+    if not all_finite(matrix):
+        raise NumericsError(f"{where}: the gram has entries that are NaN or infinite")

@@ -12,7 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actors.numerics.linalg import cholesky_psd
+from actors.numerics.linalg import (
+    BLOCK,
+    cholesky_psd,
+    inverse_diagonal,
+    lower_transposed_times,
+    solve_lower_transposed,
+)
+from actors.numerics.packed import Symmetric, diagonal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +38,15 @@ class Nystrom:
     turned: Float[Tensor, "dim out"]
     rung: str
 
-    def refit(self, keep_dim: int) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep out"]]:
-        """Return the kept units, ascending, and the output weights refitted to them."""
-        block = self.factor[:keep_dim, :keep_dim]
-        weights = torch.linalg.solve_triangular(block.T, self.turned[:keep_dim], upper=True)
+    def refit(
+        self, keep_dim: int, *, dtype: torch.dtype = torch.float64
+    ) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep out"]]:
+        """Return the kept units, ascending, and the output weights refitted to them in a dtype."""
         kept, position = self.order[:keep_dim].sort()
-        return kept, weights[position]
+        # A block of outputs at a time: float64 weights of full size would be one too many.
+        parts = torch.split(self.turned[:keep_dim], BLOCK, dim=1)
+        solved = [solve_lower_transposed(self.factor, t)[position].to(dtype) for t in parts]
+        return kept, torch.cat(solved, dim=1)
 
     def relative_error(self, keep_dim: int) -> float:
         """Return ``||Z W - Z_S W'||_F / ||Z W||_F`` over the calibration tokens, ridge included."""
@@ -44,27 +54,19 @@ class Nystrom:
         return float((energy[keep_dim:].sum() / energy.sum().clamp_min(1e-300)).sqrt())
 
 
-def ridge_leverage(
-    gram: Float[Tensor, "dim dim"], *, ridge: float, where: str
-) -> Float[Tensor, " dim"]:
+def ridge_leverage(gram: Symmetric, *, ridge: float, where: str) -> Float[Tensor, " dim"]:
     """Return ``diag(C (C + r I)^-1)`` with r relative to the mean of the diagonal, in [0, 1]."""
-    scale = float(gram.diagonal().mean()) * ridge
+    scale = float(diagonal(gram).mean()) * ridge
     return 1 - scale * _inverse_diagonal(gram, ridge=ridge, where=where)
 
 
-def _inverse_diagonal(
-    gram: Float[Tensor, "dim dim"], *, ridge: float, where: str
-) -> Float[Tensor, " dim"]:
+def _inverse_diagonal(gram: Symmetric, *, ridge: float, where: str) -> Float[Tensor, " dim"]:
     factor, _ = cholesky_psd(gram, ridge=ridge, where=where)
-    inverse = torch.linalg.solve_triangular(
-        factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
-    )
-    found: Tensor = inverse.square().sum(dim=0)
-    return found
+    return inverse_diagonal(factor)
 
 
 def nystrom(
-    gram: Float[Tensor, "dim dim"],
+    gram: Symmetric,
     weights: Float[Tensor, "dim out"],
     *,
     ridge: float,
@@ -73,7 +75,7 @@ def nystrom(
     """Return the factorisation of a hidden layer with output ``Z weights``.
 
     Args:
-        gram: ``Z^T Z``, float64.
+        gram: ``Z^T Z``.
         weights: output weights, one row a unit.
         ridge: relative to the mean of the gram's diagonal.
         where: names the layer in errors.
@@ -83,6 +85,10 @@ def nystrom(
     """
     # The order of the leverages, also where a small ridge rounds them all to 1.
     order = _inverse_diagonal(gram, ridge=ridge, where=where).argsort(stable=True)
-    factor, rung = cholesky_psd(gram[order][:, order], ridge=ridge, where=where)
-    turned = factor.T @ weights.to(torch.float64)[order]
+    factor, rung = cholesky_psd(gram, ridge=ridge, where=where, order=order)
+    dims = (len(factor), weights.shape[1])
+    turned = torch.empty(dims, dtype=torch.float64, device=factor.device)
+    parts, places = (torch.split(t, BLOCK, dim=1) for t in (weights, turned))
+    for part, into in zip(parts, places, strict=True):
+        into.copy_(lower_transposed_times(factor, part[order].to(torch.float64)))
     return Nystrom(order=order, factor=factor, turned=turned, rung=rung)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.numerics.packed import all_finite
 from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.quoting import shown
@@ -149,7 +150,7 @@ class Checkpoint:
             raise ModelError(f"{self.directory.path(name)}: the checkpoint has no such tensor")
         location = self.locations[name]
         tensor = read_tensor(self.directory, location.file, location.entry, rows=rows)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"{self.directory.path(location.file)}: tensor {name} has {bad} entries that are "
@@ -163,17 +164,26 @@ class Checkpoint:
         A compressed one has roles that a dense one has not, such as ``attn_shortcut.weight``,
         ``rope_pairs`` and ``q_proj.first.weight``, and may lack norms.
         """
+        return dict(self.stream_layer(layer))
+
+    def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield role and tensor of one layer, one at a time, each checked to be finite."""
         family = load_family(self.shape.family)
         if self.config.get("model_type") == COMPRESSED:
-            found = self.read_prefix(family.layer.format(i=layer) + ".")
-            return {family.role_of(name): tensor for name, tensor in found.items()}
-        names = family.layer_tensors(self.shape, layer)
-        return {role: self.read(name) for role, (name, _) in names.items()}
+            for name, tensor in self.stream_prefix(family.layer.format(i=layer) + "."):
+                yield family.role_of(name), tensor
+            return
+        for role, (name, _) in family.layer_tensors(self.shape, layer).items():
+            yield role, self.read(name)
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin so, by the rest of their names."""
-        names = [name for name in self.locations if name.startswith(prefix)]
-        return {name[len(prefix) :]: self.read(name) for name in names}
+        return dict(self.stream_prefix(prefix))
+
+    def stream_prefix(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield them one at a time, so that each may be converted before the next is read."""
+        for name in [name for name in self.locations if name.startswith(prefix)]:
+            yield name[len(prefix) :], self.read(name)
 
     def read_blocks(self, name: str) -> Iterator[Tensor]:
         """Return a tensor in blocks of rows, each checked to be finite."""
@@ -212,8 +222,9 @@ def read_json(directory: Directory, name: str) -> dict[str, Any]:
     size = directory.size(name)
     where = directory.path(name)
     if size is None:
+        missing = "file" if directory.has_bucket() else "bucket"
         raise ModelError(
-            f"{where}: there is no such file", hint="a model directory holds config.json"
+            f"{where}: there is no such {missing}", hint="a model directory holds config.json"
         )
     if size > MAX_JSON_BYTES:
         raise ModelError(f"{where}: {size} bytes are too many for a JSON file of a model")

@@ -11,6 +11,7 @@ from planners.families import load as load_family
 DOOR_BYTES = 1_000_000_000  # below this all values are looked at; above it workers do as they read
 
 CODE = "modeling_compressed.py"  # what our own results bring along
+PAIRS = ".rope_pairs"  # which pairs of channels narrower query and key heads kept
 GENERATION = "generation_config.json"
 
 # What transformers raises about a config that it cannot take: it promises no class of its own.
@@ -61,7 +62,8 @@ def check_classes(checkpoint: Checkpoint) -> None:
     """Build a model's classes without memory; see that a compressed one has their tensors.
 
     Raises:
-        ModelError: the config is not one that they can be built from, or a tensor does not fit.
+        ModelError: the config is not one that they can be built from, or a tensor does not fit, or
+            holds what no such tensor can.
     """
     from actors.modeling.build import Skeleton  # seconds, for transformers
 
@@ -80,6 +82,25 @@ def check_classes(checkpoint: Checkpoint) -> None:
             f"{where}: asks for tensor {wrong[0]} of shape {list(expected[wrong[0]])}; "
             f"in the weights it is {found}"
         )
+    if compressed:
+        _check_pairs(checkpoint)
+
+
+def _check_pairs(checkpoint: Checkpoint) -> None:
+    """Refuse pairs of rope channels that a model cannot turn, or would turn twice."""
+    half = checkpoint.config["head_dim"] // 2
+    for name, place in checkpoint.locations.items():
+        if not name.endswith(PAIRS):
+            continue
+        where = f"{checkpoint.directory.path(place.file)}: tensor {shown(name)}"
+        if place.entry.dtype != "I64":
+            raise ModelError(f"{where} is {place.entry.dtype}; it must be I64")
+        pairs = checkpoint.read(name)  # (kv_heads, kept pairs)
+        wrong = pairs[(pairs < 0) | (pairs >= half)]
+        if wrong.numel():
+            raise ModelError(f"{where} names pair {int(wrong[0])}; pairs are 0 to {half - 1}")
+        if any(len(row.unique()) != len(row) for row in pairs):
+            raise ModelError(f"{where} names a pair twice in one head")
 
 
 def _check_generation(checkpoint: Checkpoint) -> None:

@@ -2,22 +2,30 @@
 
 Local files are written under a temporary name, flushed to the disk and renamed, so that a name
 either holds all its bytes or does not exist. On an object store the object becomes visible when its
-stream is closed, which says the same; nothing is ever renamed there.
+upload is completed, which says the same; nothing is ever renamed there. A read gives all bytes that
+were asked for, or an error.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pyarrow import fs
 
 from actors.storage.quoting import shown
+from actors.storage.retries import ShortReadError, attempt, explained
+from actors.storage.stores import open_store
 from planners.errors import StorageError
+
+BUFFER_BYTES = 2**23  # an object up to this is one request; a larger one goes in parts of this size
+PIECE_BYTES = 2**22  # read at one time where the whole is not wanted
+MARK_BYTES = 16
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +71,14 @@ class Directory:
         _refuse_password(uri)
         try:
             if "://" in uri:
-                self._fs, root = fs.FileSystem.from_uri(uri)
+                self._fs, self._sink, root = open_store(uri)
                 self.uri = uri
             else:
-                self._fs, root = fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+                self._fs = self._sink = fs.LocalFileSystem()
+                root = str(Path(uri).expanduser().resolve())
                 self.uri = root  # a process elsewhere has another working directory
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop.
-            raise StorageError(f"{shown(uri)[1:-1]}: {_reason(error)}") from error
+            raise explained(error, shown(uri)[1:-1]) from error
         self.root = root.rstrip("/")
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
         if not self.is_local and not self.root:
@@ -97,24 +106,29 @@ class Directory:
         Raises:
             StorageError: the file cannot be written, the message says why and where.
         """
-        full = f"{self.root}/{name}"
-        temporary = f"{full}.{uuid4().hex[:12]}.tmp" if self.is_local else full
-        with _as_storage_error(self.path(name)):
-            if self.is_local:
-                self._fs.create_dir(full.rpartition("/")[0], recursive=True)
-            stream = self._fs.open_output_stream(temporary, compression=None)
-            try:
-                hashing = HashingStream(stream)
-                yield hashing
-                stream.close()
-                if self.is_local:
-                    _flush_and_rename(temporary, full)
-            except BaseException:
-                if self.is_local:
-                    with contextlib.suppress(OSError):  # of what could not be flushed
-                        stream.close()
-                    Path(temporary).unlink(missing_ok=True)
-                raise
+        if self.is_local:
+            with self._storage_errors(name), self._local_file(name) as stream:
+                yield stream
+            return
+        upload = _Upload(lambda: self._sink.open_output_stream(self._full(name), compression=None))
+
+        def put() -> None:
+            with self._fs.open_output_stream(self._full(name), compression=None) as target:
+                target.write(upload.held)
+
+        try:
+            with self._storage_errors(name):
+                stream = HashingStream(upload)
+                yield stream
+            if not upload.is_streaming:
+                self._do(name, put)
+            else:
+                with self._storage_errors(name):
+                    upload.close()
+        except BaseException:
+            if upload.is_streaming:
+                self._withdraw(name, upload)
+            raise
 
     def write(self, name: str, data: bytes) -> FileEntry:
         """Write a whole file.
@@ -132,8 +146,12 @@ class Directory:
         Raises:
             StorageError: it cannot be read.
         """
-        with _as_storage_error(self.path(name)), self._fs.open_input_file(self._full(name)) as file:
-            return bytes(file.read())
+
+        def whole() -> bytes:
+            with self._fs.open_input_file(self._full(name)) as file:
+                return bytes(_filled(file, file.size()))
+
+        return self._do(name, whole)
 
     def read_range(self, name: str, start: int, size: int) -> bytearray:
         """Return ``size`` bytes from ``start`` on, in memory of their own.
@@ -141,54 +159,187 @@ class Directory:
         Raises:
             StorageError: it cannot be read, or is shorter than that.
         """
-        with _as_storage_error(self.path(name)), self._fs.open_input_file(self._full(name)) as file:
-            data = bytearray(size)
-            file.seek(start)
-            got = file.readinto(data)
-        if got != size:
+
+        def part() -> bytearray:
+            with self._fs.open_input_file(self._full(name)) as file:
+                file.seek(start)
+                return _filled(file, min(size, max(file.size() - start, 0)))
+
+        data = self._do(name, part)
+        if len(data) != size:
             raise StorageError(
-                f"{self.path(name)}: {got} bytes at {start} where {size} were expected"
+                f"{self.path(name)}: {len(data)} bytes at {start} where {size} were expected"
             )
         return data
 
+    def pieces(self, name: str) -> Iterator[bytearray]:
+        """Give a whole file a piece at a time, for what need not be in memory at once.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        file = self._do(name, lambda: self._fs.open_input_file(self._full(name)))
+        with file:
+            total = file.size()
+            for start in range(0, total, PIECE_BYTES):
+                size = min(PIECE_BYTES, total - start)
+
+                def piece(start: int = start, size: int = size) -> bytearray:
+                    file.seek(start)
+                    return _filled(file, size)
+
+                yield self._do(name, piece)
+
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None where there is none."""
-        with _as_storage_error(self.path(name)):
-            info = self._fs.get_file_info(self._full(name))
+        info = self._do(name, lambda: self._fs.get_file_info(self._full(name)))
         return int(info.size) if info.type == fs.FileType.File else None
+
+    def has_bucket(self) -> bool:
+        """Return whether what the URI begins with exists: a missing file may be a missing store."""
+        bucket = self.root.partition("/")[0]
+        if self.is_local:
+            return True
+        found = self._do("", lambda: self._fs.get_file_info(bucket).type)
+        return bool(found != fs.FileType.NotFound)
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names of the files below a folder, sorted; none where it does not exist."""
         selector = fs.FileSelector(
             self._full(folder).rstrip("/"), recursive=True, allow_not_found=True
         )
-        with _as_storage_error(self.path(folder)):
-            infos = self._fs.get_file_info(selector)
+        infos = self._do(folder, lambda: self._fs.get_file_info(selector))
         start = len(self.root) + 1
         return sorted(i.path[start:] for i in infos if i.type == fs.FileType.File)
 
     def entries(self) -> list[str]:
         """Return the names of the files and folders that lie directly in the root, sorted."""
         selector = fs.FileSelector(self.root, recursive=False, allow_not_found=True)
-        with _as_storage_error(self.path("")):
-            return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        infos = self._do("", lambda: self._fs.get_file_info(selector))
+        return sorted(info.base_name for info in infos)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""
-        with _as_storage_error(self.path(name)):
-            if self.size(name) is not None:
+
+        def remove() -> None:
+            # Another driver, or the try before this one, may have been faster.
+            with contextlib.suppress(FileNotFoundError):
                 self._fs.delete_file(self._full(name))
+
+        if self.size(name) is not None:
+            self._do(name, remove)
 
     def sha256(self, name: str) -> str:
         """Return the hash of a file's bytes, read in pieces."""
         digest = hashlib.sha256()
-        with _as_storage_error(self.path(name)), self._fs.open_input_file(self._full(name)) as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
+        for piece in self.pieces(name):
+            digest.update(piece)
         return digest.hexdigest()
+
+    def _do(self, name: str, action: Callable[[], _T]) -> _T:
+        return attempt(action, where=self.path(name), retry=not self.is_local)
+
+    @contextlib.contextmanager
+    def _storage_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise explained(error, self.path(name)) from error
+
+    @contextlib.contextmanager
+    def _local_file(self, name: str) -> Iterator[HashingStream]:
+        full = self._full(name)
+        temporary = f"{full}.{uuid4().hex[:12]}.tmp"
+        self._fs.create_dir(full.rpartition("/")[0], recursive=True)
+        stream = self._fs.open_output_stream(temporary, compression=None)
+        try:
+            yield HashingStream(stream)
+            stream.close()
+            _flush_and_rename(temporary, full)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of what could not be flushed
+                stream.close()
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _withdraw(self, name: str, upload: "_Upload") -> None:
+        """Leave no object of an upload that failed in the middle.
+
+        Arrow has no way to give an upload up: it completes what it has when the stream is closed,
+        at the latest when the stream is collected. So it is closed here, and the object removed.
+        """
+        with contextlib.suppress(OSError):
+            upload.abandon()
+        with contextlib.suppress(StorageError):
+            self.delete(name)
 
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+
+class _Upload:
+    """Bytes on their way to an object: held back while they are few, then sent in parts.
+
+    What is held back can be sent again; nothing of it is visible before it is whole.
+    """
+
+    def __init__(self, open_stream: Callable[[], Any]) -> None:
+        self._open = open_stream
+        self._held = bytearray()
+        self._stream: Any = None
+
+    @property
+    def is_streaming(self) -> bool:
+        """Part of it is on its way."""
+        return self._stream is not None
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), BUFFER_BYTES):
+            self._held += view[start : start + BUFFER_BYTES]
+            if len(self._held) > BUFFER_BYTES:
+                self._send()
+
+    @property
+    def held(self) -> bytes:
+        """What was not sent yet; all of it, where nothing is on its way."""
+        return bytes(self._held)
+
+    def close(self) -> None:
+        """Send what is left, and make the object visible."""
+        if self._held:
+            self._send()
+        self._stream.close()
+
+    def abandon(self) -> None:
+        """Send nothing more; what was sent may become visible."""
+        if not self._stream.closed:
+            self._stream.close()
+
+    def _send(self) -> None:
+        if self._stream is None:
+            self._stream = self._open()
+        held, self._held = bytes(self._held), bytearray()
+        self._stream.write(held)
+
+
+def _filled(file: Any, size: int) -> bytearray:
+    """Return the next ``size`` bytes of a file.
+
+    Where a store's answer is too short and says so itself, Arrow counts it as whole and leaves the
+    rest of the memory as it was. So the end of it is marked before, and must have changed: a mark
+    of 16 random bytes is in no file by chance, a shorter one is drawn anew with each try.
+
+    Raises:
+        ShortReadError: fewer came.
+    """
+    data = bytearray(size)
+    if size:
+        mark = os.urandom(min(size, MARK_BYTES))
+        data[-len(mark) :] = mark
+        if file.readinto(data) != size or data[-len(mark) :] == mark:
+            raise ShortReadError(f"fewer bytes came than the {size} that were asked for")
+    return data
 
 
 def _refuse_password(uri: str) -> None:
@@ -209,21 +360,3 @@ def _flush_and_rename(temporary: str, full: str) -> None:
     finally:
         os.close(descriptor)
     Path(temporary).replace(full)
-
-
-@contextlib.contextmanager
-def _as_storage_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: there is no such file") from error
-    except OSError as error:
-        raise StorageError(f"{path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the last clause of a library's message: the cause, without its call stack."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "No space left" in text:
-        return "no space left on the disk"
-    return "permission denied" if "Permission denied" in text else text

@@ -1,11 +1,14 @@
 """The proof that a unit of work is done: its record, written after its files."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from actors.storage.files import Directory, FileEntry
 from planners.errors import StorageError
+
+SEAL = "seal"  # sha256 of all else in a record, so that one wrong byte in it counts as torn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,14 @@ class Record:
 
 def write_record(run: Directory, record: Record) -> None:
     """Write a record; the unit is done from here on."""
-    run.write(_path(record.unit), json.dumps(asdict(record), indent=1, sort_keys=True).encode())
+    fields = asdict(record)
+    sealed = {**fields, SEAL: _seal(fields)}
+    run.write(_path(record.unit), json.dumps(sealed, indent=1, sort_keys=True).encode())
+
+
+def delete_record(run: Directory, record: Record) -> None:
+    """Remove a record; the unit is not done from here on."""
+    run.delete(_path(record.unit))
 
 
 def read_records(run: Directory) -> dict[str, Record]:
@@ -56,6 +66,13 @@ def read_records(run: Directory) -> dict[str, Record]:
     return records
 
 
+def torn_records(run: Directory) -> list[str]:
+    """Return the names of files among the records that are none, or not as they were written."""
+    names = [name for name in run.names("records") if name.endswith(".json")]
+    whole = {_path(unit) for unit in read_records(run)}
+    return [name for name in names if name not in whole]
+
+
 def read_record(run: Directory, unit: str) -> Record:
     """Return the record of a unit that is done.
 
@@ -70,24 +87,35 @@ def read_record(run: Directory, unit: str) -> Record:
 
 def is_intact(run: Directory, record: Record, *, hashes: bool) -> bool:
     """Return whether all files of a record are there with their sizes, and hashes where asked."""
-    for file in record.files:
-        if run.size(file.path) != file.bytes:
-            return False
-        if hashes and run.sha256(file.path) != file.sha256:
-            return False
-    return True
+    return not damaged_files(run, record, hashes=hashes)
+
+
+def damaged_files(run: Directory, record: Record, *, hashes: bool) -> list[str]:
+    """Return the files of a record that are gone, of another size, or of other bytes if asked."""
+    return [
+        file.path
+        for file in record.files
+        if run.size(file.path) != file.bytes or (hashes and run.sha256(file.path) != file.sha256)
+    ]
 
 
 def _path(unit: str) -> str:
     return f"records/{unit}.json"
 
 
+def _seal(fields: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def _parsed(data: bytes) -> Record | None:
     try:
         fields = json.loads(data)
+        seal = fields.pop(SEAL)
+        if seal != _seal(fields):
+            return None  # a digit of a number is a torn record too
         files = tuple(FileEntry(**file) for file in fields.pop("files"))
         return Record(**fields, files=files)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -2,6 +2,8 @@
 
 import difflib
 import errno
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import huggingface_hub as hub  # its parts are imported when first used
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from planners.errors import CompressionError, ModelError, StorageError
 
@@ -27,6 +29,7 @@ ALIASES = (EMBEDDED, *HUB_ALIASES)
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt"]
 _HUB_COPIES = ["consolidated*"]  # the same weights once more, under other names
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONNECT_SECONDS = 5.0
 _HTTP_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # httpx's, passed on
 _OBJECT_STORES = ("s3://", "gs://")
@@ -132,7 +135,10 @@ def _local_model(name: str) -> ModelSource:
 def _download(repo_id: str, *, revision: str, name: str) -> ModelSource:
     """Return the local copy of a model on the Hub; only what is missing travels."""
     try:
+        blobs = _blobs(repo_id)
+        before = _listed(blobs)
         folder = Path(_snapshot(repo_id, revision))
+        _check_hashes(folder, new=_listed(blobs) - before, repo_id=repo_id)
     except (_HTTP_ERROR, errors.HFValidationError, OSError) as error:
         raise _explained(error, repo_id=repo_id, revision=revision) from error
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
@@ -167,6 +173,39 @@ def _snapshot(repo_id: str, revision: str) -> str:
         except errors.LocalEntryNotFoundError:
             raise error from None  # Why the Hub could not be asked says more.
     return download(local_files_only=False)
+
+
+def _blobs(repo_id: str) -> Path:
+    """Return where the cache keeps the files of a repository, each by the hash the Hub gave."""
+    owner, _, model = repo_id.partition("/")
+    return Path(constants.HF_HUB_CACHE) / f"models--{owner}--{model}" / "blobs"
+
+
+def _listed(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _check_hashes(folder: Path, *, new: set[str], repo_id: str) -> None:
+    """Compare what was downloaded just now with the sha256 that the Hub states for large files.
+
+    The download itself compares sizes only. A file that differs is removed, to be fetched anew.
+
+    Raises:
+        ModelError: a file has other bytes.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        stated = Path(os.path.realpath(path)).name
+        if stated in new and _SHA256.fullmatch(stated):
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != stated:
+                Path(os.path.realpath(path)).unlink()
+                path.unlink()
+                raise ModelError(
+                    f"model {repo_id}: {path.name} arrived with other bytes than the Hub states "
+                    f"(sha256 {found[:12]}…, not {stated[:12]}…)",
+                    hint="it was removed; run the same command again to fetch it anew",
+                )
 
 
 def _explained(error: Exception, *, repo_id: str, revision: str) -> CompressionError:

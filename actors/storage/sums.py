@@ -1,4 +1,7 @@
-"""Whether a file of statistics holds what it should: sums of products of real tokens."""
+"""Whether a file of statistics holds what it should: sums of products of real tokens.
+
+A gram of one axis is packed (`planners.packing`). Of two axes it is whole, as once all were.
+"""
 
 import torch
 from torch import Tensor
@@ -7,6 +10,7 @@ from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.tensors import read_header, read_tensor
 from planners.errors import StorageError
+from planners.packing import blocks_of, dim_of_packed
 
 BLOCK_BYTES = 128 * 2**20  # of a gram that are in memory at one time, twice
 # Products are formed in float32, where (i, j) and (j, i) may be rounded apart.
@@ -28,6 +32,8 @@ def check_sums(directory: Directory, name: str, *, num_tokens: int) -> None:
             found = int(read_tensor(directory, name, entry)[0])
             if found != num_tokens:
                 raise StorageError(f"{where} is {found}; its record says {num_tokens}")
+        elif key.endswith("gram") and len(entry.shape) == 1:
+            _check_packed(directory, name, entry, where)
         elif key.endswith("gram") and len(entry.shape) == 2:  # noqa: PLR2004 a matrix
             _check_large(directory, name, entry, where)
         else:
@@ -36,6 +42,18 @@ def check_sums(directory: Directory, name: str, *, num_tokens: int) -> None:
             if key.endswith("gram"):
                 diagonal = tensor.diagonal(dim1=-2, dim2=-1)
                 _check_block(tensor, tensor.transpose(-2, -1), diagonal, diagonal, where)
+
+
+def _check_packed(directory: Directory, name: str, entry: TensorEntry, where: str) -> None:
+    try:
+        dim = dim_of_packed(entry.shape[0])
+    except ValueError as error:
+        raise StorageError(f"{where}: {error}") from error
+    for block in blocks_of(dim):
+        rows = read_tensor(directory, name, entry, rows=(block.start, block.stop))
+        _require_finite(rows, where)
+        square = rows.view(block.shape)[:, : block.shape[0]]
+        _check_block(square, square.T, square.diagonal(), square.diagonal(), where)
 
 
 def _check_large(directory: Directory, name: str, entry: TensorEntry, where: str) -> None:

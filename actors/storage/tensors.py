@@ -1,7 +1,9 @@
 """Tensors in safetensors files: read by byte range, written as a stream."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ TORCH_DTYPE = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+PIECE = 2**24  # elements that exist in both dtypes while a tensor is written in another
 
 
 def read_header(directory: Directory, name: str) -> dict[str, TensorEntry]:
@@ -54,6 +57,27 @@ def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
     return {key: read_tensor(directory, name, entry) for key, entry in header.items()}
 
 
+def map_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
+    """Return all tensors of one of our own files: a local file's pages, in memory while in use.
+
+    What is changed in them stays in this process.
+    """
+    if not directory.is_local:
+        return read_tensors(directory, name)
+    header = read_header(directory, name)
+    with Path(directory.path(name)).open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    found = {}
+    for key, entry in header.items():
+        dtype = TORCH_DTYPE[entry.dtype]
+        count = entry.size // dtype.itemsize
+        flat = torch.empty(0, dtype=dtype)
+        if count:
+            flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.start)
+        found[key] = flat.reshape(entry.shape)
+    return found
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order, without a copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -75,15 +99,33 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     *,
     metadata: Mapping[str, str] | None = None,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> FileEntry:
-    """Write tensors as one file, one at a time, in the order of their names."""
+    """Write tensors as one file, one at a time, in the order of their names.
+
+    Args:
+        directory: where.
+        name: of the file.
+        tensors: name -> tensor.
+        metadata: of the header.
+        stored: the dtype of those that are written in another than their own.
+    """
     ordered = dict(sorted(tensors.items()))
-    layout = {key: (NAME_OF[t.dtype], tuple(t.shape)) for key, t in ordered.items()}
+    dtypes = {key: (stored or {}).get(key, t.dtype) for key, t in ordered.items()}
+    layout = {key: (NAME_OF[dtypes[key]], tuple(t.shape)) for key, t in ordered.items()}
     with directory.writing(name) as stream:
         stream.write(header_bytes(layout, metadata or {}))
-        for tensor in ordered.values():
-            stream.write(tensor_bytes(tensor))
+        for key, tensor in ordered.items():
+            for piece in _pieces(tensor, dtypes[key]):
+                stream.write(tensor_bytes(piece))
     return stream.entry(name)
+
+
+def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    if tensor.dtype == dtype:
+        yield tensor
+    else:
+        yield from (piece.to(dtype) for piece in torch.split(tensor.flatten(), PIECE))
 
 
 def write_rows(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from actors.storage.copies import MAX_TOKENIZER_BYTES, local_tokenizer
 from actors.storage.quoting import said, shown
 from actors.storage.sources import embedded_model
 from actors.storage.texts import MAX_PIECE, piece_end, read_texts, require_file
@@ -29,7 +30,6 @@ MAX_DEFAULT_SEQUENCES = 128
 _TENSOR = "input_ids"
 _MIN_CHARACTERS = 2_000_000  # so much text is looked at, if there is so much, however few are asked
 _MIN_SURPLUS = 4  # times the tokens that are needed
-_MAX_TOKENIZER_BYTES = 2**26  # twice that of the largest vocabularies in use
 _MIN_LENGTH = 2  # the first token is not predicted
 _NUM_AXES = 2
 _PACKED = "one int64 tensor input_ids of shape (sequences, tokens)"
@@ -102,7 +102,7 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
     Args:
         source: see above.
         split: ``calibration`` or ``evaluation``.
-        tokenizer_uri: local directory of the model.
+        tokenizer_uri: directory of the model.
         vocab_size: all ids are below it.
         sequence_length: tokens of a sequence, BOS included; text needs it.
         num_sequences: None is all that a token file holds; of text as many as there are up to
@@ -122,7 +122,8 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
         path = Path(os.path.expanduser(source.removeprefix("tokens:")))  # noqa: PTH111 never raises
         tokens = _read_tokens(path, num_sequences=num_sequences)
     elif source == "embedded":
-        _check_embedded_fits(Path(tokenizer_uri))
+        with local_tokenizer(tokenizer_uri) as folder:
+            _check_embedded_fits(folder)
         tokens = _read_tokens(
             embedded_model() / f"{split}.safetensors", num_sequences=num_sequences
         )
@@ -130,13 +131,14 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
     elif sequence_length is None:
         raise DataError(f"{source}: text has no sequence length of its own; give one")
     else:
-        tokenizer = load_tokenizer(Path(tokenizer_uri))
+        with local_tokenizer(tokenizer_uri) as folder:
+            tokenizer = load_tokenizer(folder)
         bos_id = tokenizer.bos_token_id if bos else None
         piece = sequence_length - (bos_id is not None)
         whole = num_sequences is None and source == "wikitext2" and split == "evaluation"
         enough = math.inf if whole else (num_sequences or MAX_DEFAULT_SEQUENCES) * piece
         texts = read_texts(source, split=split)
-        stream = _tokenise(texts, _guarded(tokenizer, Path(tokenizer_uri)), enough=enough)
+        stream = _tokenise(texts, _guarded(tokenizer, tokenizer_uri), enough=enough)
         if num_sequences is None and not whole:
             num_sequences = min(max(len(stream) // piece, 1), MAX_DEFAULT_SEQUENCES)
         tokens = pack(
@@ -255,10 +257,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def _check_size(directory: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"):
         path = directory / name
-        if path.is_file() and path.stat().st_size > _MAX_TOKENIZER_BYTES:
+        if path.is_file() and path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise DataError(
                 f"{path}: {path.stat().st_size} bytes are too many for a tokenizer, over "
-                f"{_MAX_TOKENIZER_BYTES}"
+                f"{MAX_TOKENIZER_BYTES}"
             )
 
 
@@ -279,7 +281,7 @@ class _Broken:
         RecursionError,
     )
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | str) -> None:
         self._directory = directory
 
     def __enter__(self) -> None:
@@ -298,7 +300,7 @@ class _Broken:
             ) from error
 
 
-def _guarded(tokenizer: Tokenizer, directory: Path) -> Callable[[str], Tokens]:
+def _guarded(tokenizer: Tokenizer, directory: str) -> Callable[[str], Tokens]:
     """Return a function from text to ids that names the directory when the tokenizer fails."""
 
     def ids(text: str) -> Tokens:

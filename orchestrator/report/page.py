@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.report import layers, numbers, spectra, summary, timeline
+from orchestrator.report import expected, layers, numbers, spectra, summary, timeline
 from orchestrator.report.canvas import Plot
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import events as read_events
@@ -77,6 +77,7 @@ def _headline(report: Document) -> dict[str, Any]:
         "tiles": summary.tiles(report),
         "asked": summary.asked(report),
         "measured_on": summary.measured_on(report),
+        "refit_note": summary.refit_note(report),
         "throughput_note": summary.throughput_note(report),
         "loading_code": summary.loading_code(report),
         "created": str(report.get("created") or ""),
@@ -110,6 +111,8 @@ def _facts(report: Document) -> dict[str, Any]:
         "total_seconds": numbers.seconds_text(section(report, "seconds").get("total")),
         "memory": _memory(report),
         "planned": _planned(report),
+        "expected": expected.expectations(report),
+        "expected_source": expected.source(report),
         "checks": [check for check in verify.get("checks") or () if isinstance(check, dict)],
         "settings": _settings(report),
         "environment": _flat(section(report, "environment")),

@@ -155,6 +155,18 @@ def measured_on(report: Document) -> str:
     return f"Perplexity over {' '.join(said)}" + (f"; source {source}." if source else ".")
 
 
+def refit_note(report: Document) -> str:
+    """Return what the second pass found on held-out sequences; empty where there was none."""
+    found = section(report, "refit")
+    losses = section(found, "held_out_perplexity")
+    if not losses:
+        return ""
+    after = f"perplexity {decimal(losses.get('refitted'))} instead of "
+    after += f"{decimal(losses.get('drafted'))} (dense {decimal(losses.get('dense'))})"
+    used = "the refitted layers are used" if found.get("used") else "the layers stand as drafted"
+    return f"Refit, on held-out calibration sequences: {after}; {used}."
+
+
 def throughput_note(report: Document) -> str:
     """Return why speeds are missing or how they were measured; empty when nothing is said."""
     note = section(report, "throughput").get("throughput_note") or report.get("throughput_note")

@@ -29,7 +29,8 @@ def render_terminal(report: Document) -> RenderableType:
     verdict = f" {_printable(summary.verdict(report))} "
     head = Text.assemble((verdict, "bold reverse green" if ready else "bold reverse red"), "  ")
     head.append(_printable(summary.title(report)), style="bold")
-    small = [summary.asked(report), summary.measured_on(report), summary.throughput_note(report)]
+    notes = (summary.asked, summary.measured_on, summary.refit_note, summary.throughput_note)
+    small = [note(report) for note in notes]
     return Group(
         head,
         _plain(summary.sentence(report)),

@@ -16,7 +16,7 @@ MAX_BARS = 1500
 _KINDS = (
     ("calibrate",),
     ("statistics",),
-    ("basis", "basis_shared", "basis_sequential"),
+    ("basis", "basis_shared", "basis_sequential", "stream"),
     ("layer", "draft", "refit_start", "refit_layer", "refit_losses", "chosen"),
     ("embedding", "head"),
     ("stitch",),

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from orchestrator.config import load_config
 from orchestrator.prepare import prepare_evaluation
@@ -125,3 +126,54 @@ def load_as_users_do(uri):
     request = VerifyRequest(uri=uri, family="llama", tensors={}, ids=ids, whole=True)
     with contextlib.suppress(CompressionError):
         Evaluator(1, "cpu").verify("verify", request)
+
+
+@pytest.fixture(scope="session")
+def narrow(sound, tmp_path_factory):
+    """A result whose query and key heads kept some of their pairs."""
+    out = tmp_path_factory.mktemp("narrow") / "run"
+    compress_local(
+        sound, out, method="modegpt", keep_fraction=0.9, options={"allocation": "uniform"}
+    )
+    return out / "model"
+
+
+def test_pairs_as_they_were_written_are_taken(narrow, tmp_path, sound):
+    assert broken_pairs(narrow, tmp_path, sound, lambda pairs: pairs) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda pairs: pairs + 4, "names pair"),
+        (lambda pairs: pairs - 4, "names pair -"),
+        (lambda pairs: pairs * 2**40, "names pair"),
+        (lambda pairs: pairs * 0, "names a pair twice"),
+        (lambda pairs: pairs.float(), "must be I64"),
+        (lambda pairs: pairs.int(), "must be I64"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(narrow, tmp_path, sound, change, words):
+    said = broken_pairs(narrow, tmp_path, sound, change)
+    assert words in said
+    assert "rope_pairs" in said
+
+
+def broken_pairs(narrow, tmp_path, sound, change):
+    """Return why a result with other pairs in its first layer is refused."""
+    model = shutil.copytree(narrow, tmp_path / "model")
+    path = model / "layer-00000.safetensors"
+    tensors = load_file(path)
+    (name,) = [key for key in tensors if key.endswith("rope_pairs")]
+    assert tensors[name].shape[1] > 1
+    save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
+    tokens = f"tokens:{sound}/tokens/evaluation.safetensors"
+
+    def evaluate():
+        overrides = {"model": str(model), "device": "cpu", "evaluation.source": tokens}
+        return prepare_evaluation(load_config(None, overrides))
+
+    if change(tensors[name]) is tensors[name]:
+        evaluate()
+        return None
+    return refusal(ModelError, evaluate)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from actors.numerics.packed import unpacked
 from actors.storage import sums
 from actors.storage.files import Directory
 from actors.storage.records import read_records, write_record
@@ -20,12 +21,14 @@ from tests.builders import (
     LENGTH,
     DeadDriverError,
     compress_local,
+    perplexity,
     prepared_run,
     save_model,
     save_tokens,
 )
 
 UNIFORM = {"method": "modegpt", "keep_fraction": 0.8, "options": {"allocation": "uniform"}}
+FFN = 56  # of the model of tests.builders
 TAPS = ["k_rope.pair_energy", "mlp_hidden.gram", "q_rope.pair_energy", "v.head_gram"]
 
 
@@ -73,12 +76,17 @@ def test_show_says_what_the_sums_are_of(first, model):
     assert found["taps"] == TAPS
 
 
-@pytest.mark.parametrize("block_bytes", [1, 3000, 2**30])
-def test_verify_passes_what_a_run_wrote(first, monkeypatch, block_bytes):
-    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)  # a gram in one block, or in many
+def test_verify_passes_what_a_run_wrote(first):
     found = command("verify", first)
     assert found["passed"]
     assert found["layers"] == found["files"] == 3
+
+
+@pytest.mark.parametrize("block_bytes", [1, 3000, 2**30])
+def test_verify_passes_grams_that_are_stored_whole(kept, monkeypatch, block_bytes):
+    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)  # a gram in one block, or in many
+    rewritten(Directory(str(kept)), whole)
+    assert command("verify", kept)["passed"]
 
 
 def test_verify_names_a_file_with_another_byte(kept):
@@ -96,13 +104,13 @@ def test_verify_names_a_file_that_is_gone(kept):
         artefact.verified(Directory(str(kept)))
 
 
-def rewritten(run, change):
+def rewritten(run, change, *, layer=1):
     """Change the sums of a layer and its record with them, as a fault before the record would."""
-    name = "stats/layer-00001.safetensors"
+    name = f"stats/layer-{layer:05d}.safetensors"
     tensors = read_tensors(run, name)
     change(tensors)
     entry = write_tensors(run, name, tensors)
-    record = read_records(run)["statistics-layer-00001"]
+    record = read_records(run)[f"statistics-layer-{layer:05d}"]
     write_record(run, type(record)(**{**_fields(record), "files": (entry,)}))
 
 
@@ -110,14 +118,22 @@ def _fields(record):
     return {name: getattr(record, name) for name in record.__slots__}
 
 
+def whole(tensors):
+    tensors["mlp_hidden.gram"] = unpacked(tensors["mlp_hidden.gram"])
+
+
 def broken(tensors, key, index, value):
-    tensors[key][index] = value
+    if index is None:
+        tensors[key] = tensors[key][:-1].clone()
+    else:
+        tensors[key][index] = value
 
 
 FAULTS = {
-    "NaN or infinite": ("mlp_hidden.gram", (40, 3), torch.nan),
-    "not symmetric": ("mlp_hidden.gram", (40, 3), 1e6),
-    "negative": ("mlp_hidden.gram", (50, 50), -1.0),
+    "NaN or infinite": ("mlp_hidden.gram", (40 * FFN + 3,), torch.nan),
+    "not symmetric": ("mlp_hidden.gram", (40 * FFN + 3,), 1e6),
+    "negative": ("mlp_hidden.gram", (50 * FFN + 50,), -1.0),
+    "no packed symmetric matrix": ("mlp_hidden.gram", None, None),
     "v.head_gram is not symmetric": ("v.head_gram", (1, 2, 3), 1e6),
     "v.head_gram has a negative": ("v.head_gram", (1, 2, 2), -1.0),
     "q_rope.pair_energy has entries": ("q_rope.pair_energy", (0, 0), torch.inf),
@@ -125,10 +141,26 @@ FAULTS = {
 }
 
 
+WHOLE_FAULTS = {
+    "NaN or infinite": ("mlp_hidden.gram", (40, 3), torch.nan),
+    "not symmetric": ("mlp_hidden.gram", (40, 3), 1e6),
+    "negative": ("mlp_hidden.gram", (50, 50), -1.0),
+}
+
+
 @pytest.mark.parametrize("block_bytes", [3000, 2**30])
-@pytest.mark.parametrize("words", FAULTS)
-def test_verify_refuses_sums_that_can_be_none(kept, monkeypatch, words, block_bytes):
+@pytest.mark.parametrize("words", WHOLE_FAULTS)
+def test_verify_refuses_whole_grams_that_can_be_none(kept, monkeypatch, words, block_bytes):
     monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)
+    run = Directory(str(kept))
+    rewritten(run, whole)
+    rewritten(run, lambda tensors: broken(tensors, *WHOLE_FAULTS[words]))
+    with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
+        artefact.verified(run)
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_verify_refuses_sums_that_can_be_none(kept, words):
     run = Directory(str(kept))
     rewritten(run, lambda tensors: broken(tensors, *FAULTS[words]))
     with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
@@ -165,6 +197,27 @@ def test_statistics_of_the_same_model_and_data_serve_another_size(first, model, 
     assert not (tmp_path / "stats").exists()
 
 
+def test_statistics_that_are_stored_whole_give_the_same_result(kept, first, model, tmp_path):
+    for layer in range(3):
+        rewritten(Directory(str(kept)), whole, layer=layer)
+    recipe = {**UNIFORM, "keep_fraction": 0.7}
+    compressed(model, tmp_path / "whole", **recipe, stats=str(kept))
+    compressed(model, tmp_path / "packed", **recipe, stats=str(first))
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "packed")
+
+
+def test_statistics_in_single_precision_take_half_and_change_next_to_nothing(
+    model, first, tmp_path
+):
+    halves = compress_local(model, tmp_path, **UNIFORM, statistics_dtype="float32")
+    tensors = read_tensors(Directory(str(tmp_path)), "stats/layer-00001.safetensors")
+    exact = read_tensors(Directory(str(first)), "stats/layer-00001.safetensors")
+    assert tensors["mlp_hidden.gram"].dtype == torch.float32
+    assert torch.equal(tensors["mlp_hidden.gram"], exact["mlp_hidden.gram"].float())
+    assert torch.equal(tensors["v.head_gram"], exact["v.head_gram"])  # small: as it is summed
+    assert halves["compressed"] == pytest.approx(perplexity(first, "compressed"), rel=1e-4)
+
+
 def test_what_the_statistics_lack_is_said_and_only_that_is_calibrated(first, model, tmp_path):
     recipe = {**UNIFORM, "options": {"allocation": "influence"}}
     events = compressed(model, tmp_path / "more", **recipe, stats=str(first))
@@ -190,6 +243,7 @@ def test_statistics_of_another_model_are_refused(first, tmp_path):
 
 OTHERS = {
     "calibration_dtype": {"calibration_dtype": "bfloat16"},
+    "statistics_dtype": {"statistics_dtype": "float32"},
     "threads": {"threads": 2},
     "microbatch sequences": {"calibration": {"microbatch_tokens": LENGTH}},
 }

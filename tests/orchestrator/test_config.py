@@ -40,7 +40,8 @@ SPEC = MethodSpec(
 DEFAULTS = {"rotation": "per_site", "round_to": 8, "damping": 0.01, "refit": True}
 FACTS = Facts(
     model_name="tiny",
-    max_position_embeddings=256,
+    longest=256,
+    longest_key="max_position_embeddings",
     options=(DEFAULTS,),
     device="cpu",
     calibration_dtype="float32",
@@ -330,7 +331,7 @@ def test_evaluation_uses_the_same_source_where_it_has_a_part_of_its_own(
 def test_text_is_as_long_as_the_model_takes_up_to_2048():
     typed = load_config(None, {"calibration.source": "stdlib"})
     for longest, length in ((256, 256), (131_072, 2048)):
-        facts = replace(FACTS, max_position_embeddings=longest)
+        facts = replace(FACTS, longest=longest)
         assert resolved(typed, facts).calibration.sequence_length == length
 
 

@@ -11,8 +11,11 @@ import time
 import pytest
 
 from actors.storage.files import Directory
+from actors.storage.records import read_records
 from orchestrator import lease
-from orchestrator.run import run
+from orchestrator.executors import LocalExecutor
+from orchestrator.run import run, run_on
+from orchestrator.rundir import open_run
 from planners.errors import StorageError
 from tests.builders import prepared_run, save_model
 
@@ -79,7 +82,20 @@ def test_the_lease_is_given_back(directory):
         pass
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b'{"pid": 1}'])
+HOSTILE = [
+    {"pid": "1; rm"}, {"pid": True}, {"pid": -1}, {"pid": 10**30}, {"beat": [1]}, {"beat": 0.5},
+    {"since": "now"}, {"since": 1e300}, {"since": None}, {"host": 7}, {"host": "a\x1b[2J"},
+    {"host": "x" * 300}, {"nonce": {}}, {"started": 4}, {"padding": "x" * 20_000},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=lambda c: str(c)[:30])
+def test_a_lease_that_no_driver_writes_holds_nobody_up(directory, changes):
+    directory.write(lease.NAME, json.dumps({**lease_of(), **changes}).encode())
+    assert lease.holder(directory) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b'{"pid": 1}', b"[" * 9000])
 def test_a_torn_lease_holds_nobody_up(directory, data):
     directory.write(lease.NAME, data)
     with lease.held(directory):
@@ -146,3 +162,66 @@ def test_a_driver_that_was_taken_for_dead_leaves_the_lease_to_its_successor(dire
         time.sleep(3 * lease.HEARTBEAT_SECONDS)
         assert lease.holder(directory) == successor
     assert lease.holder(directory) == successor
+
+
+RACER = """
+import sys, time
+from actors.storage.files import Directory
+from orchestrator import lease
+from planners.errors import StorageError
+directory = Directory(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with lease.held(directory) as hold:
+        print("held", flush=True)
+        time.sleep(4)
+        hold.require()
+        print("still held", flush=True)
+except StorageError as error:
+    print(error.exit_code, error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_of_drivers_that_start_at_the_same_instant_exactly_one_goes_on(directory, s3, where):
+    uri = directory.uri if where == "local" else s3("run")
+    environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, uri],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    said = [racer.communicate(timeout=60)[0] for racer in racers]
+    assert sum("still held" in each for each in said) == 1
+    assert (
+        sum("6 " in each and ("is held by" in each or "taken over" in each) for each in said) == 2
+    )
+
+
+def test_a_driver_that_lost_its_lease_records_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.0)
+    prepared = prepared_run(save_model(tmp_path / "model"), tmp_path / "run")
+    open_run(prepared)
+
+    def take_over(event):
+        if event["kind"] == "layer":
+            theirs = lease_of(host="elsewhere")
+            prepared.run.write(lease.NAME, json.dumps(theirs).encode())
+
+    with (
+        pytest.raises(StorageError, match=r"taken over by process .* on elsewhere") as caught,
+        lease.held(prepared.run) as hold,
+    ):
+        run_on(prepared, LocalExecutor(), listener=take_over, fence=hold.require)
+    assert caught.value.exit_code == 6
+    layers = [unit for unit in read_records(prepared.run) if unit.startswith("layer-")]
+    assert len(layers) == 1
+    assert lease.holder(prepared.run)["host"] == "elsewhere"

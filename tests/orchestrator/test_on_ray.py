@@ -74,7 +74,7 @@ def test_workers_killed_in_calibration_and_compression_change_no_bit(model, undi
     compress_local(model, tmp_path, executor=executor, listener=murderer, workers=2)
     assert murderer.killed == ["worker-0", "worker-1"]
     assert result_files(tmp_path) == undisturbed
-    lost = [e for e in read_events(Directory(str(tmp_path))) if e["kind"] == "worker lost"]
+    lost = [e for e in read_events(Directory(str(tmp_path))) if e["kind"] == "worker crashed"]
     assert [event["worker"] for event in lost] == murderer.killed
 
 

@@ -2,8 +2,8 @@ import pytest
 from click.testing import CliRunner
 
 from actors import methods
-from orchestrator.cli import _config, cli
-from orchestrator.options import method_options
+from orchestrator.cli import cli
+from orchestrator.options import config_of, method_options
 from planners.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def test_help_of_a_run_names_every_default_of_every_method():
 
 
 def test_steps_are_written_with_colons_and_survive_commas():
-    found = _config(
+    found = config_of(
         "tiny",
         {
             "recipe": None,
@@ -35,5 +35,5 @@ def test_steps_are_written_with_colons_and_survive_commas():
 @pytest.mark.parametrize("text", ["modegpt", ":0.9", "modegpt:modules=mlp", "modegpt:x", ""])
 def test_a_step_that_says_no_size_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match="--step") as caught:
-        _config("tiny", {"recipe": None, "steps": (text,)})
+        config_of("tiny", {"recipe": None, "steps": (text,)})
     assert "number" in str(caught.value) or "--step modegpt:0.9" in caught.value.hint

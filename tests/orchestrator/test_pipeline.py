@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.executors import InputLost, LocalExecutor, WorkerLost
-from orchestrator.pool import MAX_LOSSES
+from orchestrator.executors import InputLost, LocalExecutor, Whereabouts, WorkerLost
+from orchestrator.failures import POLICIES
 from planners.errors import ClusterError
 from tests.builders import compress_local, perplexity, save_model, worker_gib
 
@@ -35,6 +35,11 @@ class UnreliableExecutor(LocalExecutor):
     def spawn(self, actor_class, *args, resources, name):
         return Process(super().spawn(actor_class, *args, resources=resources, name=name))
 
+    def settle(self, handle):
+        ticket = Ticket(handle, next(self._order))
+        ticket.value = Whereabouts()
+        return ticket
+
     def call(self, handle, method, *args, num_returns=1, label):
         if handle.actor is not None and self._happens(method):
             handle.actor = None
@@ -43,7 +48,7 @@ class UnreliableExecutor(LocalExecutor):
             self.num_lost_workers += 1
         tickets = [Ticket(handle, next(self._order)) for _ in range(num_returns)]
         if handle.actor is None:
-            tickets[0].error = WorkerLost("worker lost", label)
+            tickets[0].error = WorkerLost("node lost", label)
         elif any(isinstance(arg, Ticket) and self._is_lost(arg) for arg in args):
             self.num_lost_inputs += 1
             tickets[0].error = InputLost(label)
@@ -63,7 +68,7 @@ class UnreliableExecutor(LocalExecutor):
 
     def result(self, ticket):
         if ticket.process.actor is None and self._random.random() < 0.5:
-            raise WorkerLost("worker lost", "before its answer arrived")
+            raise WorkerLost("node lost", "before its answer arrived")
         if ticket.error is not None:
             raise ticket.error
         return ticket.value
@@ -197,7 +202,7 @@ def test_lost_workers_and_inputs_are_told_and_made_good(model, undisturbed, tmp_
     executor = UnreliableExecutor(1, max_losses=12, loss=0.2)
     compress_local(model, tmp_path, executor=executor, workers=3, listener=events.append)
     assert executor.num_lost_inputs
-    lost = [event for event in events if event["kind"] == "worker lost"]
+    lost = [event for event in events if event["kind"] == "node lost"]
     assert len(lost) == executor.num_lost_workers > 0
     assert {event["worker"] for event in lost} <= {"worker-0", "worker-1", "worker-2"}
     assert_same(tmp_path, undisturbed)
@@ -223,4 +228,4 @@ def test_a_pass_that_loses_every_worker_ends_the_run(model, tmp_path):
     with pytest.raises(ClusterError, match="workers were lost") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
     assert "what is done is kept" in caught.value.hint
-    assert executor.num_lost_workers == MAX_LOSSES + 1
+    assert executor.num_lost_workers == POLICIES["node lost"].budget + 1

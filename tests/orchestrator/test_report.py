@@ -373,6 +373,18 @@ def test_throughput_that_was_not_measured_says_why() -> None:
     assert "too large" in terminal_text(report)
 
 
+@pytest.mark.parametrize(
+    ("used", "words"), [(True, "refitted layers are used"), (False, "layers stand as drafted")]
+)
+def test_a_second_pass_says_what_it_found_and_what_is_used(used: bool, words: str) -> None:
+    losses = {"dense": 2.5, "drafted": 3.25, "refitted": 2.88}
+    report = sample_report() | {"refit": {"held_out_perplexity": losses, "used": used}}
+    for text in (render_page(report), " ".join(terminal_text(report).split())):
+        assert words in text
+        assert "2.88" in text
+        assert "3.25" in text
+
+
 def test_defaults_of_the_recipe_are_marked() -> None:
     page = sample_page().replace("<wbr>", "")
     row = re.search(r"<tr><th[^>]*>method\.pca_on</th>.*?</tr>", page)

@@ -5,18 +5,19 @@ from collections import Counter
 import pytest
 
 from actors.storage.files import Directory
-from actors.storage.records import read_records
 from orchestrator.journal import read_events
 from orchestrator.run import run
 from orchestrator.rundir import finished_report
 from planners.errors import ConfigError, NumericsError, StorageError
 from tests.builders import (
     DeadDriverError,
+    DyingDriver,
     compress_local,
     prepared_run,
     result_files,
     run_local,
     save_model,
+    started,
     worker_gib,
 )
 
@@ -31,24 +32,6 @@ def undisturbed(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     compress_local(model, out)
     return result_files(out)
-
-
-def started(out):
-    """Return unit -> when the work that its record tells of began."""
-    return {name: record.started for name, record in read_records(Directory(str(out))).items()}
-
-
-class DyingDriver:
-    """A listener that ends the driver when so many events of some kind have been seen."""
-
-    def __init__(self, kind, count, *, unit=None):
-        self._kind, self._left, self._unit = kind, count, unit
-
-    def __call__(self, event):
-        if event["kind"] == self._kind and self._unit in (None, event["unit"]):
-            self._left -= 1
-            if self._left == 0:
-                raise DeadDriverError
 
 
 DEATHS = (
@@ -112,7 +95,11 @@ def test_a_driver_may_die_again_and_again(model, undisturbed, tmp_path):
 LOSSES = {
     "a layer's file": (["model/layer-00002.safetensors"], {"layer-00002"}),
     "a layer's record": (["records/layer-00001.json"], {"layer-00001"}),
-    "a basis": (["basis/basis-site-00003.safetensors"], {"basis-site-00003"}),
+    "a basis that all that read it have read": (["basis/basis-site-00003.safetensors"], set()),
+    "a basis and what was made of it": (
+        ["basis/basis-site-00000.safetensors", "model/embedding.safetensors"],
+        {"basis-site-00000", "embedding"},
+    ),
     "statistics": (["stats/layer-00001.safetensors"], {"statistics-layer-00001"}),
     "the head": (["model/head.safetensors"], {"head"}),
     "an evaluation": (
@@ -130,11 +117,11 @@ LOSSES = {
 @pytest.mark.parametrize("lost", LOSSES)
 def test_only_what_is_lost_is_done_again(model, undisturbed, tmp_path, lost):
     files, units = LOSSES[lost]
-    compress_local(model, tmp_path)
+    compress_local(model, tmp_path, keep_statistics=True)
     before = started(tmp_path)
     for name in files:
         (tmp_path / name).unlink()
-    compress_local(model, tmp_path)
+    compress_local(model, tmp_path, keep_statistics=True)
     after = started(tmp_path)
     assert {name for name in before if after[name] != before[name]} == units
     assert result_files(tmp_path) == undisturbed
@@ -225,16 +212,72 @@ def test_a_finished_run_that_lost_a_file_is_made_whole(model, undisturbed, tmp_p
     assert result_files(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", ["layer-00001", "embedding", "head"])
-def test_one_flipped_bit_is_found_before_a_run_is_ready(model, tmp_path, name, whole):
+def test_one_flipped_bit_is_found_and_mended_before_a_run_is_ready(
+    model, undisturbed, tmp_path, name
+):
+    compress_local(model, tmp_path)
+    before = started(tmp_path)
+    flip(tmp_path / "model" / f"{name}.safetensors")
+    events = []
+    run_local(model, tmp_path, listener=events.append)
+    assert [e["detail"] for e in events if e["kind"] == "damaged"] == [f"model/{name}.safetensors"]
+    after = started(tmp_path)
+    assert {unit for unit in before if after[unit] != before[unit]} == {name}
+    assert result_files(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_bit_that_flips_while_the_result_is_verified_is_found(
+    model, undisturbed, tmp_path, whole
+):
     how = {} if whole else {"worker_gib": worker_gib(model, num_layers=2)}
-    compress_local(model, tmp_path, **how)
-    path = tmp_path / "model" / f"{name}.safetensors"
+
+    def spoil(event):
+        if event["kind"] == "phase begins" and event["unit"] == "verify":
+            flip(tmp_path / "model" / "layer-00001.safetensors")
+
+    with pytest.raises(NumericsError, match="every tensor as computed"):
+        run_local(model, tmp_path, listener=spoil, **how)
+    assert not (tmp_path / "READY").exists()
+    assert not (tmp_path / "report.json").exists()
+    run_local(model, tmp_path, **how)
+    assert result_files(tmp_path) == undisturbed
+
+
+def test_storage_that_spoils_what_is_written_again_and_again_ends_in_an_error(model, tmp_path):
+    def spoil(event):
+        if event["unit"] == "layer-00001":
+            flip(tmp_path / "model" / "layer-00001.safetensors")
+
+    with pytest.raises(StorageError, match=r"layer-00001.safetensors: is not what was written"):
+        run_local(model, tmp_path, listener=spoil)
+    assert not (tmp_path / "READY").exists()
+
+
+def flip(path):
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
     path.write_bytes(data)
-    with pytest.raises(NumericsError, match="every tensor as computed"):
-        run_local(model, tmp_path, **how)
-    assert not (tmp_path / "READY").exists()
-    assert not (tmp_path / "report.json").exists()
+
+
+def test_after_ready_one_layer_costs_its_own_statistics_and_sites_alone(
+    model, undisturbed, tmp_path
+):
+    run_local(model, tmp_path)
+    assert Directory(str(tmp_path)).names("stats") == []
+    before = started(tmp_path)
+    flip(tmp_path / "model" / "layer-00002.safetensors")
+    prepared = prepared_run(model, tmp_path)
+    assert finished_report(prepared.run) is not None, "sizes are as they were"
+    assert finished_report(prepared.run, hashes=True) is None
+    run_local(model, tmp_path)
+    after = started(tmp_path)
+    assert {unit for unit in before if after[unit] != before[unit]} == {
+        "layer-00002",
+        "statistics-layer-00002",
+        "statistics-layer-00003",
+        *(f"basis-site-{site:05d}" for site in (4, 5, 6)),
+    }
+    assert result_files(tmp_path) == undisturbed
+    assert finished_report(prepared.run, hashes=True)["verdict"] == "READY"

@@ -52,7 +52,7 @@ def run_plans(draw):
     form = draw(model_forms(shape))
     load = load_of(shape, frozenset(), microbatch_tokens=8, compute_dtype="float32")
     workers = draw(st.integers(1, 3))
-    memory = sum(load.stage(1).values()) + draw(st.integers(0, 3)) * load.layer
+    memory = sum(load.stage(1, tables=2).values()) + draw(st.integers(0, 3)) * load.layer
     return RunPlan(
         shape=shape,
         form=form,

@@ -11,7 +11,14 @@ from actors import methods
 from orchestrator.config import resolve_options
 from planners.cost import dense_start
 from planners.plan import ModelShape, Statistic, Target
-from planners.units import Identity, compression_units, layer_statistics, statistics_units
+from planners.units import (
+    Identity,
+    compression_units,
+    layer_statistics,
+    needed,
+    spent,
+    statistics_units,
+)
 
 SPEC = methods.spec("slicegpt")
 IDENTITY = Identity(
@@ -27,7 +34,9 @@ def shape_of(num_layers):
     )  # fmt: skip
 
 
-def units_of(num_layers=3, *, identity=IDENTITY, slice_=0.25, revision=1, **options):
+def units_of(
+    num_layers=3, *, identity=IDENTITY, slice_=0.25, revision=1, num_microbatches=5, **options
+):
     """Return the statistics units and those of compression."""
     options = resolve_options(SPEC, options)
     form = SPEC.form(
@@ -35,7 +44,11 @@ def units_of(num_layers=3, *, identity=IDENTITY, slice_=0.25, revision=1, **opti
     )
     sums = statistics_units(identity, SPEC.statistics(options), num_layers)
     rest = compression_units(
-        sums, method="slicegpt", revision=revision, options=options, form=form, residual=True
+        sums,
+        spec=replace(SPEC, revision=revision),
+        options=options,
+        form=form,
+        num_microbatches=num_microbatches,
     )
     return [*sums, *rest]
 
@@ -77,15 +90,49 @@ def test_a_shared_rotation_reads_every_layer_and_is_read_by_every_layer(num_laye
     assert {unit.inputs for unit in rest} == {("basis-shared",)}
 
 
-@given(st.integers(1, 40))
-def test_sequential_sites_form_a_chain_that_reads_no_statistics(num_layers):
-    units = {unit.name: unit for unit in units_of(num_layers, schedule="sequential")}
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
+def test_sequential_sites_form_a_chain_that_reads_no_statistics(num_layers, shards, microbatches):
+    sequential = {"schedule": "sequential", "shards": shards}
+    found = units_of(num_layers, num_microbatches=microbatches, **sequential)
+    units = {unit.name: unit for unit in found}
+    num_shards = min(shards, microbatches)
     sites = [f"basis-site-{s:05d}" for s in range(2 * num_layers + 1)]
     for site, name in enumerate(sites):
-        assert units[name].inputs == tuple(sites[:site])
+        streams = [f"stream-site-{site:05d}-shard-{k:05d}" for k in range(num_shards)]
+        assert units[name].inputs == tuple(streams)
+        for stream in streams:
+            before = (sites[site - 1], stream.replace(f"site-{site:05d}", f"site-{site - 1:05d}"))
+            assert units[stream].inputs == (before if site else ())
     for layer in range(num_layers):
         assert units[f"layer-{layer:05d}"].inputs == tuple(sites[2 * layer : 2 * layer + 3])
     assert not any(unit.taps for unit in units.values())
+    assert {unit.kind for unit in units.values() if not unit.lasting} == {"stream"}
+
+
+@given(st.data())
+def test_what_is_needed_is_what_lasts_and_what_it_cannot_be_done_without(data):
+    units = units_of(3, num_microbatches=4, schedule="sequential", shards=3)
+    done = data.draw(st.sets(st.sampled_from(units)))
+    found = needed(units, done=lambda unit: unit in done)
+    names = {unit.name for unit in found}
+    assert names.isdisjoint(unit.name for unit in done)
+    assert names >= {unit.name for unit in units if unit.lasting and unit not in done}
+    recorded = {unit.name for unit in done}
+    for unit in found:
+        assert set(unit.inputs) <= names | recorded
+        # Nothing is streamed for its own sake.
+        assert unit.lasting or any(unit.name in reader.inputs for reader in found)
+
+
+def test_a_stream_is_spent_when_its_gram_is_summed_and_it_has_passed_on():
+    units = units_of(1, num_microbatches=2, schedule="sequential", shards=2)
+    by_name = {unit.name: unit for unit in units}
+    passed = by_name["stream-site-00001-shard-00000"]
+    site = by_name["basis-site-00000"]
+    read = by_name["stream-site-00000-shard-00000"]
+    assert spent(passed, units, done=lambda unit: unit in (passed, site, read)) == [read]
+    assert spent(passed, units, done=lambda unit: unit in (passed, read)) == []
+    assert spent(site, units, done=lambda unit: unit in (site, read)) == []
 
 
 @pytest.mark.parametrize("field", list(Identity.__slots__))

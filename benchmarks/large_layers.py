@@ -1,0 +1,177 @@
+"""Layers of Llama-2-70B's shapes go through every method on a machine of 24 GiB, within the plan.
+
+Claim: two layers of the exact shapes (hidden 8192, FFN 28672, 64 heads, 8 KV heads), random
+bfloat16 weights, go through calibration and compression with each method, one layer resident at a
+time, in the memory that the plan states: the FFN's 6.6 GB gram is packed, mapped, and factored in
+place. The same script with ``--shrink`` does the same at a fraction of the widths.
+
+    .venv/bin/python benchmarks/large_layers.py [--shrink N] [--methods a,b] [--folder DIR]
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from result_file import Goal, Result, load_average, report, table
+from shaped import VOCABULARY, config_of, gib, run_apart, run_here, write_checkpoint, write_tokens
+
+from orchestrator.config import load_config
+from orchestrator.prepare import prepare
+
+MODEL = "llama-2-70b"
+LAYERS = 2
+SEQUENCES, LENGTH = 4, 128  # few hundred tokens
+OVER_PLAN = 1.0  # of the plan, that the peak may reach
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "modegpt": {"keep_fraction": 0.75, "options.allocation": "uniform"},
+    "svdllm": {"keep_fraction": 0.75},
+    "slicegpt": {"slice": 0.25},
+}
+METHOD = """\
+Each method has a process of its own, with one thread's worth of worker for both cores: the path of
+`compress-cluster run` up to verification, in bfloat16, on a local directory. Memory is anonymous
+memory above what the imports took, sampled every 20 ms; mapped files do not count. Driver and
+worker are one process here. The bound on memory is such that the plan has one layer in a wave."""
+
+
+def measured(method: str, folder: Path, *, threads: int, statistics_dtype: str) -> dict[str, Any]:
+    """Return what a run of one method found."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        recipe = {
+            "model": str(folder / "model"),
+            "method": method,
+            **METHODS[method],
+            "out": f"{out}/run",
+            "calibration.source": f"tokens:{folder}/tokens.safetensors",
+            "evaluation.source": f"tokens:{folder}/evaluation.safetensors",
+            "calibration.microbatch_tokens": SEQUENCES * LENGTH // 2,
+            "calibration_dtype": "bfloat16",
+            "statistics_dtype": statistics_dtype,
+            "device": "cpu",
+            "threads": threads,
+        }
+        found = run_apart(Path(__file__), {**recipe, "worker_gib": one_layer_gib(recipe)})
+    print(f"{method}: {found['peak_bytes']:,} bytes of {found['planned_bytes']:,} planned")
+    return found
+
+
+def one_layer_gib(recipe: Mapping[str, Any]) -> float:
+    """Return the memory in which the plan has one layer in a wave, and not two."""
+    plan = prepare(load_config(None, {**recipe, "worker_gib": 1000.0})).plan
+    by_kind = plan.waves[0][0].bytes
+    layers = by_kind["weights"] + by_kind["statistics"]
+    total = sum(by_kind.values()) - layers * (LAYERS - 1) // LAYERS
+    return (total + 2**20) / 2**30
+
+
+def main() -> None:
+    """Measure every method and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shrink", type=int, default=1, help="divides all widths [%(default)s]")
+    parser.add_argument("--methods", default=",".join(METHODS), help="[%(default)s]")
+    parser.add_argument("--folder", type=Path, help="scratch, where a checkpoint may lie already")
+    parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
+    parser.add_argument("--statistics-dtype", default="float64", help="[%(default)s]")
+    parser.add_argument("--quick", action="store_true", help="a toy run that writes nothing")
+    parser.add_argument("--recipe", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.recipe:
+        torch.set_num_threads(given.recipe["threads"])
+        print(json.dumps(run_here(given.recipe)))
+        return
+    shrink = 16 if given.quick else given.shrink
+    config = config_of(MODEL, num_layers=LAYERS, shrink=shrink, vocabulary=VOCABULARY)
+    load = load_average()
+    with tempfile.TemporaryDirectory(prefix="large-layers-") as scratch:
+        folder = given.folder or Path(scratch)
+        write_checkpoint(folder / "model", config)
+        for name, count in (("tokens", SEQUENCES), ("evaluation", 1)):
+            write_tokens(
+                folder / f"{name}.safetensors",
+                num_sequences=count,
+                sequence_length=LENGTH,
+                vocabulary=VOCABULARY,
+            )
+        found = {
+            method: measured(
+                method, folder, threads=given.threads, statistics_dtype=given.statistics_dtype
+            )
+            for method in given.methods.split(",")
+        }
+    _report(config, found, given, load=load)
+
+
+def _report(
+    config: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+    given: argparse.Namespace,
+    *,
+    load: str,
+) -> None:
+    rows = [
+        (
+            method,
+            one["num_waves"],
+            gib(one["peak_bytes"]),
+            gib(one["planned_bytes"]),
+            f"{one['peak_bytes'] / one['planned_bytes']:.2f}",
+            f"{one['seconds']['calibrate']:.0f}",
+            f"{one['seconds']['compress']:.0f}",
+            ", ".join(sorted({r for each in one["rungs"].values() for r in each.values()})) or "-",
+        )
+        for method, one in found.items()
+    ]
+    goals = [
+        Goal(
+            text=f"{method}: one layer resident at a time, peak within the plan",
+            measured=f"{one['num_waves']} waves, {gib(one['peak_bytes'])} of "
+            f"{gib(one['planned_bytes'])} GiB",
+            met=one["num_waves"] == LAYERS
+            and one["peak_bytes"] <= OVER_PLAN * one["planned_bytes"],
+        )
+        for method, one in found.items()
+    ]
+    columns = (
+        "method",
+        "waves",
+        "peak, GiB",
+        "plan, GiB",
+        "peak / plan",
+        "calibrate, s",
+        "compress, s",
+        "rungs",
+    )
+    units = [
+        (method, name, f"{seconds:.0f}")
+        for method, one in found.items()
+        for name, seconds in sorted(one["units"].items())
+    ]
+    report(
+        Result(
+            claim="large_layers" if given.shrink == 1 else f"large_layers_shrink{given.shrink}",
+            method=METHOD,
+            configuration={
+                "model": f"{LAYERS} layers of {MODEL}, widths over {given.shrink}: {dict(config)}",
+                "tokens": f"{SEQUENCES} x {LENGTH}, random",
+                "statistics_dtype": given.statistics_dtype,
+                "threads": given.threads,
+                **{name: dict(how) for name, how in METHODS.items()},
+            },
+            tables={
+                "By method:": table(columns, rows),
+                "Seconds of each unit:": table(("method", "unit", "seconds"), units),
+            },
+            goals=goals,
+            notes=[],
+            load=load,
+        ),
+        keep=not given.quick,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The one way into a run, for the command line and for Python."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.cluster import ClusterFacts
+from orchestrator.config import RunConfig, load_config
+from orchestrator.forecast import Terms, forecast_of
+from orchestrator.journal import Listener
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.run import run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """What whoever wants a run has to say once it has been checked.
+
+    Attributes:
+        listening: gives who hears of every event, for as long as the run takes.
+        approve: sees the cluster before anything is asked of it, and may refuse by raising.
+        expected: what the run is to take, for the report to compare.
+    """
+
+    listening: AbstractContextManager[Listener]
+    approve: Callable[[ClusterFacts], None] = lambda _: None
+    expected: Mapping[str, Any] | None = None
+
+
+def compress(model: str, *, listener: Listener, **recipe: Any) -> dict[str, Any]:
+    """Compress a model and return its report; see `orchestrator.compress`."""
+
+    def started(prepared: Prepared) -> Started:
+        expected = forecast_of(prepared, Terms()).to_json()
+        return Started(listening=contextlib.nullcontext(listener), expected=expected)
+
+    return compress_as(load_config(None, {**recipe, "model": model}), started)
+
+
+def compress_as(
+    config: RunConfig,
+    started: Callable[[Prepared], Started],
+    *,
+    dashboard: bool = False,
+    verify_hashes: bool = False,
+) -> dict[str, Any]:
+    """Do what a recipe says, or what is left of it, and return the report.
+
+    Args:
+        config: the recipe.
+        started: is given the checked run before anything starts.
+        dashboard: start Ray's dashboard with a local cluster.
+        verify_hashes: compare the bytes of what is done, not only sizes.
+
+    Raises:
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    prepared = prepare(config)
+    said = started(prepared)
+    with said.listening as listener:
+        return run(
+            prepared,
+            listener=listener,
+            dashboard=dashboard,
+            verify_hashes=verify_hashes,
+            approve=said.approve,
+            expected=said.expected,
+        )

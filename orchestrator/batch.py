@@ -1,0 +1,373 @@
+"""Many runs as one: what shares model and text is calibrated once, within a budget."""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.storage.files import Directory
+from actors.storage.records import require_directory
+from orchestrator import lease
+from orchestrator.artefact import IDENTITY
+from orchestrator.config import SINGLE, RunConfig, load_config
+from orchestrator.journal import Event, Listener
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.run import run
+from orchestrator.rundir import finished_report
+from planners.errors import CompressionError, ConfigError
+from planners.plan import Target
+
+STATE = "batch.json"
+KEYS = ("out", "budget", "defaults", "runs")
+BUDGET_KEYS = ("hours", "money", "price_per_worker_hour")
+MANY = ("model", "method", "keep_fraction", "slice")  # may be lists: every combination is a run
+MAX_RUNS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a batch may use, all its drivers together.
+
+    Attributes:
+        hours: of wall-clock time while runs go on; None is as long as it takes.
+        money: in the currency of the price; None is as much as it takes.
+        price_per_worker_hour: of one worker; 0 where it is not known.
+    """
+
+    hours: float | None = None
+    money: float | None = None
+    price_per_worker_hour: float = 0.0
+
+    def left(self, spent: "Spent") -> float:
+        """Return the share of the budget that is left, at most 1; 0 or less where it is spent."""
+        shares = [1.0]
+        if self.hours is not None:
+            shares.append(1 - spent.seconds / 3600 / self.hours)
+        if self.money is not None:
+            shares.append(1 - spent.worker_seconds / 3600 * self.price_per_worker_hour / self.money)
+        return min(shares)
+
+
+@dataclass(slots=True)
+class Spent:
+    """What the runs of a batch have used so far."""
+
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One run of a batch.
+
+    Attributes:
+        name: of its folder below the batch's.
+        where: which entry of the file it is from.
+        priority: higher comes earlier.
+        prepared: checked and ready to start.
+    """
+
+    name: str
+    where: str
+    priority: int
+    prepared: Prepared
+
+    @property
+    def calibration(self) -> tuple[Any, ...]:
+        """What runs that can share their statistics have in common; of several steps, nothing."""
+        if self.prepared.former:
+            return (self.name,)
+        facts = self.prepared.facts()
+        return tuple(facts[key] for key in IDENTITY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What became of a run of a batch.
+
+    Attributes:
+        name: of its folder.
+        state: ``READY``, ``failed``, or ``waiting``.
+        keep_fraction: true fraction of the result; 0 where there is none.
+        dense_perplexity: of the input; 0 where it was not measured.
+        perplexity: of the result; 0 where there is none.
+        seconds: that it took, all its drivers together.
+        calibration: ``own``, the name of the run whose statistics it used, or empty.
+        error: why it failed.
+    """
+
+    name: str
+    state: str
+    keep_fraction: float = 0.0
+    dense_perplexity: float = 0.0
+    perplexity: float = 0.0
+    seconds: float = 0.0
+    calibration: str = ""
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch file that was checked: nothing in it can fail for a reason known beforehand."""
+
+    out: str
+    budget: Budget
+    entries: Sequence[Entry]
+    shared: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    spent: Spent = field(default_factory=Spent)
+
+
+class _BudgetSpentError(Exception):
+    """Leaves a run in the middle; what is done is kept."""
+
+
+def read_batch(path: str) -> Batch:
+    """Return a batch whose every run has been prepared.
+
+    Raises:
+        CompressionError: a run cannot be done; the message says which entry it is from.
+    """
+    file = _mapping_of(path)
+    unknown = set(file) - set(KEYS)
+    if unknown:
+        raise ConfigError(f"{path}: {min(unknown)}: unknown key; known: {', '.join(KEYS)}")
+    if not isinstance(file.get("out"), str) or not file["out"]:
+        raise ConfigError(f"{path}: out: must be the directory that the runs go below")
+    budget = _budget(path, file.get("budget", {}))
+    runs = file.get("runs")
+    if not isinstance(runs, list) or not runs:
+        raise ConfigError(f"{path}: runs: must be a list with an entry or more")
+    out = Directory(file["out"])
+    entries: dict[str, Entry] = {}
+    for number, given in enumerate(runs, start=1):
+        where = f"{path}: runs, entry {number}"
+        for entry in _entries(where, out, file.get("defaults", {}), given):
+            if entry.name in entries:
+                raise ConfigError(
+                    f"{where}: {entry.name} is a run of {entries[entry.name].where} already",
+                    hint="leave one out, or give it an `out` of its own",
+                )
+            entries[entry.name] = entry
+        if len(entries) > MAX_RUNS:
+            raise ConfigError(f"{where}: more than {MAX_RUNS} runs")
+    # A stable sort: within a priority, runs of one calibration follow each other.
+    groups = list(dict.fromkeys(entry.calibration for entry in entries.values()))
+    ordered = sorted(
+        entries.values(), key=lambda e: (-e.priority, groups.index(e.calibration))
+    )  # fmt: skip
+    return Batch(out=out.uri, budget=budget, entries=ordered)
+
+
+def do_batch(batch: Batch, *, listener: Listener, on_run: Any) -> list[Row]:
+    """Do what is left of a batch and return its table; a run that fails does not stop the others.
+
+    Args:
+        batch: from `read_batch`.
+        listener: is told the events of each run.
+        on_run: is called with each entry before it starts.
+
+    Raises:
+        StorageError: the directory cannot be written, or another driver works on this batch.
+    """
+    folder = Directory(batch.out)
+    require_directory(folder)
+    with lease.held(folder):
+        _read_state(folder, batch)
+        for entry in batch.entries:
+            if finished_report(entry.prepared.run) is not None:
+                continue
+            if batch.budget.left(batch.spent) <= 0:
+                break
+            on_run(entry)
+            if not _do(batch, entry, listener):
+                break
+            _write_state(folder, batch)
+        _drop_statistics(batch)
+        _write_state(folder, batch)
+    return table_of(batch)
+
+
+def table_of(batch: Batch) -> list[Row]:
+    """Return what became of each run so far."""
+    return [_row(batch, entry) for entry in batch.entries]
+
+
+def _do(batch: Batch, entry: Entry, listener: Listener) -> bool:
+    """Do one run; return whether the budget lets another one start."""
+    prepared = _sharing(batch, entry)
+    clock = time.monotonic()
+
+    def charge() -> None:
+        nonlocal clock
+        now = time.monotonic()
+        batch.spent.seconds += now - clock
+        batch.spent.worker_seconds += (now - clock) * prepared.config.workers
+        clock = now
+
+    def listen(event: Event) -> None:
+        listener(event)
+        charge()
+        if batch.budget.left(batch.spent) <= 0:
+            raise _BudgetSpentError
+
+    batch.errors.pop(entry.name, None)
+    try:
+        run(prepared, listener=listen)
+    except CompressionError as error:
+        batch.errors[entry.name] = f"{type(error).__name__}: {error}"
+    except _BudgetSpentError:
+        return False
+    finally:
+        charge()
+        _write_state(Directory(batch.out), batch)
+    return True
+
+
+def _sharing(batch: Batch, entry: Entry) -> Prepared:
+    """Return a run that uses the statistics of another of its kind, or keeps its own for them."""
+    if entry.prepared.former:
+        batch.shared[entry.name] = "own"
+        return entry.prepared
+    kind = [e for e in batch.entries if e.calibration == entry.calibration]
+    others = [e for e in kind if e.name != entry.name]
+    wanted = frozenset(s for e in kind for s in e.prepared.statistics)
+    donors = [e for e in others if e.prepared.run.names("stats")]
+    waiting = [e for e in others if finished_report(e.prepared.run) is None]
+    config = entry.prepared.config
+    if donors:
+        batch.shared[entry.name] = donors[0].name
+        return replace(
+            entry.prepared,
+            config=config.model_copy(update={"stats": donors[0].prepared.run.uri}),
+            statistics_uri=donors[0].prepared.run.uri,
+        )
+    batch.shared[entry.name] = "own"
+    return replace(
+        entry.prepared,
+        config=config.model_copy(
+            update={"keep_statistics": config.keep_statistics or bool(waiting)}
+        ),
+        extra_statistics=wanted,
+    )
+
+
+def _drop_statistics(batch: Batch) -> None:
+    """Drop the statistics that no run of this batch has a use for any more."""
+    for entry in batch.entries:
+        kind = [e for e in batch.entries if e.calibration == entry.calibration]
+        done = all(finished_report(e.prepared.run) is not None for e in kind)
+        if done and not entry.prepared.config.keep_statistics:
+            for name in entry.prepared.run.names("stats"):
+                entry.prepared.run.delete(name)
+
+
+def _row(batch: Batch, entry: Entry) -> Row:
+    report = finished_report(entry.prepared.run)
+    error = batch.errors.get(entry.name, "")
+    shared = batch.shared.get(entry.name, "")
+    if report is None:
+        state = "failed" if error else "waiting"
+        return Row(name=entry.name, state=state, calibration=shared, error=error)
+    measured = report["evaluation"]
+    return Row(
+        name=entry.name,
+        state="READY",
+        keep_fraction=report["parameters"]["keep_fraction"],
+        dense_perplexity=measured["dense"]["perplexity"],
+        perplexity=measured["compressed"]["perplexity"],
+        seconds=report["seconds"]["total"],
+        calibration=shared,
+    )
+
+
+def _entries(where: str, out: Directory, defaults: object, given: object) -> Iterator[Entry]:
+    values = _merged(where, defaults, given)
+    priority, own = values.pop("priority", 0), values.pop("out", None)
+    if not isinstance(priority, int):
+        raise ConfigError(f"{where}: priority: is {priority!r}; it must be a whole number")
+    many = {k: v if isinstance(v, list) else [v] for k, v in values.items() if k in MANY}
+    if own is not None and any(len(choices) != 1 for choices in many.values()):
+        raise ConfigError(f"{where}: out: names one folder, and this entry is several runs")
+    for choice in itertools.product(*many.values()):
+        recipe = {**values, **dict(zip(many, choice, strict=True))}
+        try:
+            config = load_config(None, recipe)
+            name = own or _name(config)
+            asked = config.model_copy(update={"out": out.below(name)})
+            yield Entry(name=name, where=where, priority=priority, prepared=prepare(asked))
+        except CompressionError as error:
+            raise type(error)(f"{where}: {error}", hint=error.hint) from error
+
+
+def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
+    """Return an entry with the defaults below it; its own way to say a size replaces theirs."""
+    if not isinstance(defaults, dict) or not isinstance(given, dict):
+        raise ConfigError(f"{where}: it and defaults must be mappings with keys of a recipe")
+    if "stats" in given or "stats" in defaults:
+        raise ConfigError(f"{where}: stats: a batch shares its own statistics; leave it out")
+    left_out = {"keep_fraction", "slice"} if {"keep_fraction", "slice"} & given.keys() else set()
+    if "steps" in given:
+        left_out = set(SINGLE)
+    elif set(SINGLE) & given.keys():
+        left_out.add("steps")
+    return {**{k: v for k, v in defaults.items() if k not in left_out}, **given}
+
+
+def _name(config: RunConfig) -> str:
+    model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.rstrip("/").rpartition("/")[2]).strip("-")
+    return "-".join([model, *(f"{step.method}-{_size(step.target)}" for step in config.chain)])
+
+
+def _size(target: Target) -> str:
+    if target.slice is not None:
+        return f"slice{target.slice:g}"
+    return f"keep{target.keep_fraction:g}"
+
+
+def _budget(path: str, given: object) -> Budget:
+    if not isinstance(given, dict) or set(given) - set(BUDGET_KEYS):
+        raise ConfigError(f"{path}: budget: must be a mapping of {', '.join(BUDGET_KEYS)}")
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(f"{path}: budget.{key}: is {value!r}; it must be a number above 0")
+    if "money" in given and "price_per_worker_hour" not in given:
+        raise ConfigError(
+            f"{path}: budget.money: says nothing without budget.price_per_worker_hour"
+        )
+    return Budget(**given)
+
+
+def _mapping_of(path: str) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", hint="give a batch file") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: must be a mapping with: {', '.join(KEYS)}")
+    return found
+
+
+def _read_state(folder: Directory, batch: Batch) -> None:
+    """Take what earlier drivers spent and shared; a torn note counts as nothing spent."""
+    if folder.size(STATE) is None:
+        return
+    try:
+        found = json.loads(folder.read(STATE))
+        batch.spent = Spent(**found["spent"])
+        batch.shared = {row["name"]: row["calibration"] for row in found["runs"]}
+    except (ValueError, KeyError, TypeError):
+        return
+
+
+def _write_state(folder: Directory, batch: Batch) -> None:
+    document = {"spent": asdict(batch.spent), "runs": [asdict(row) for row in table_of(batch)]}
+    folder.write(STATE, json.dumps(document, indent=1, sort_keys=True).encode())

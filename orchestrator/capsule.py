@@ -1,0 +1,212 @@
+"""A failure that comes again, in a file: what was asked, of what, with which versions and seeds.
+
+    python -m orchestrator.capsule RUN/failures/layer-00003.json
+
+does the work once more, in one process without a cluster, and shows the traceback. It reads the
+run and writes nothing into it.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import yaml
+
+from actors.messages import (
+    Assignment,
+    CompressionJob,
+    Microbatch,
+    TokenStream,
+    UnitTask,
+    WorkerSetup,
+)
+from actors.stage import Stage
+from actors.storage.files import Directory, HashingStream
+from actors.storage.records import read_record
+from actors.units import do_unit
+from orchestrator.failures import class_of
+from orchestrator.versions import environment
+from planners.errors import CompressionError, StorageError
+from planners.plan import ModelShape, Statistic, model_form_from_json, to_json
+
+FOLDER = "failures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What failed, so that it can be done again.
+
+    Attributes:
+        name: of the unit, or of the microbatch in a stage; it names the capsule.
+        setup: threads and device of the worker.
+        call: the messages that it got, by their names.
+        inputs: the units whose files it reads.
+        fingerprint: of what determines its bytes, where it is a unit.
+    """
+
+    name: str
+    setup: WorkerSetup
+    call: Mapping[str, Any]
+    inputs: Sequence[str] = ()
+    fingerprint: str = ""
+
+
+def write_capsule(run: Directory, work: Work, error: Exception, *, met: Sequence[str]) -> str:
+    """Write the capsule of a failure; return the command that does the work again."""
+    name = f"{FOLDER}/{work.name}.json"
+    document = {
+        "unit": work.name,
+        "fingerprint": work.fingerprint,
+        "class": class_of(error),
+        "met_before": list(met),
+        "error": str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "worker": to_json(work.setup),
+        "inputs": [_input(run, unit) for unit in work.inputs],
+        "versions": environment(),
+        "recipe": _recipe(run),
+        "reproduce": _command(run.path(name)),
+        "call": {key: _plain(message) for key, message in work.call.items()},
+    }
+    run.write(name, json.dumps(document, indent=1, sort_keys=True).encode())
+    return f"to do it again here: {document['reproduce']}"
+
+
+def reproduce(location: str) -> None:
+    """Do the work of a capsule once more, in this process; return if it does not fail.
+
+    Raises:
+        Exception: what the work raised.
+        StorageError: there is no capsule, or it is none of ours.
+    """
+    folder, _, name = location.rpartition("/")
+    try:
+        document = json.loads(Directory(folder or ".").read(name))
+        call, setup = document["call"], WorkerSetup(**document["worker"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{location}: is not a capsule of ours: {error}") from error
+    torch.set_num_threads(setup.threads)
+    with tempfile.TemporaryDirectory(prefix="compress-cluster-capsule-") as scratch:
+        if "job" in call:
+            job = _job(call["job"])
+            task = UnitTask(**{**call["task"], "inputs": tuple(call["task"]["inputs"])})
+            run = _ReadOnly(job.run_uri, Directory(scratch))
+            with torch.inference_mode():
+                do_unit(task, job, run=run, device=setup.device)
+        else:
+            _pass(_assignment(call["assignment"]), call["microbatch"], setup)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do the work of the capsule that is named; return 1 if it fails again."""
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.capsule", description=__doc__)
+    parser.add_argument("capsule", help="RUN/failures/UNIT.json")
+    location = parser.parse_args(arguments).capsule
+    try:
+        reproduce(location)
+    except CompressionError as error:
+        traceback.print_exception(error)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 whatever it is, it is what was asked for
+        traceback.print_exception(error)
+        return 1
+    print("it did not fail here")  # noqa: T201 the answer
+    return 0
+
+
+class _ReadOnly(Directory):
+    """A run that is read where it lies and written elsewhere, so that nothing in it changes."""
+
+    def __init__(self, uri: str, scratch: Directory) -> None:
+        super().__init__(uri)
+        self._scratch = scratch
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[HashingStream]:
+        """Give a stream into the scratch directory."""
+        with self._scratch.writing(name) as stream:
+            yield stream
+
+
+def _pass(assignment: Assignment, sent: Mapping[str, Any] | None, setup: WorkerSetup) -> None:
+    """Load the layers that a stage held; pass a microbatch to them, from its tokens on.
+
+    What came before them is computed here, a layer at a time, so that no other worker is needed.
+    """
+    if sent is None:
+        Stage(setup).load(assignment)
+        return
+    packed = None
+    for layer in range(assignment.last):
+        held = layer >= assignment.first
+        last = layer == assignment.last - 1
+        one = replace(
+            assignment,
+            first=layer,
+            last=layer + 1,
+            embedding=layer == 0,
+            head=assignment.head and last,
+            statistics=assignment.statistics if held else frozenset(),
+        )
+        stage = Stage(setup)
+        stage.load(one)
+        microbatch = Microbatch(**{
+            **sent, "rows": tuple(sent["rows"]), "index": 0, "hand_over": not last,
+            "read_boundary": "", "write_boundary": "",
+        })  # fmt: skip
+        _, packed = stage.step(microbatch, packed)
+
+
+def _plain(message: Any) -> Any:
+    if isinstance(message, Assignment):
+        known = to_json(replace(message, statistics=frozenset()))
+        return {**known, "statistics": sorted([s.tap, s.kind] for s in message.statistics)}
+    return to_json(message)
+
+
+def _assignment(data: Mapping[str, Any]) -> Assignment:
+    found = frozenset(Statistic(tap, kind) for tap, kind in data["statistics"])
+    return Assignment(**{**data, "statistics": found})
+
+
+def _job(data: Mapping[str, Any]) -> CompressionJob:
+    return CompressionJob(**{
+        **data,
+        "shape": ModelShape(**data["shape"]),
+        "form": model_form_from_json(data["form"]),
+        "stream": TokenStream(**data["stream"]),
+    })  # fmt: skip
+
+
+def _input(run: Directory, unit: str) -> dict[str, Any]:
+    try:
+        record = read_record(run, unit)
+    except StorageError:
+        return {"unit": unit}  # of another run, whose statistics are reused
+    return {
+        "unit": unit,
+        "fingerprint": record.fingerprint,
+        "files": [to_json(file) for file in record.files],
+    }
+
+
+def _recipe(run: Directory) -> Any:
+    return yaml.safe_load(run.read("run.yaml")) if run.size("run.yaml") else {}
+
+
+def _command(path: str) -> str:
+    return shlex.join(["python", "-m", "orchestrator.capsule", path])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

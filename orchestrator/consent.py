@@ -1,0 +1,45 @@
+"""Asking before money is spent: a cluster that somebody pays for is used only with consent."""
+
+from collections.abc import Callable
+
+from orchestrator.cluster import ClusterFacts
+from orchestrator.forecast import Forecast
+from orchestrator.plan_screen import money_text
+from planners.errors import ConfigError
+
+
+def costs_money(found: Forecast, facts: ClusterFacts) -> bool:
+    """Return whether workers of a cluster are likely to be paid for.
+
+    One that this command started itself costs nothing; another does if a price was given, or if its
+    nodes have accelerators or are said to be spot capacity.
+    """
+    if facts.address == "local":
+        return False
+    return found.terms.price_per_hour is not None or facts.gpus > 0 or facts.spot
+
+
+def require_consent(
+    found: Forecast, facts: ClusterFacts, *, yes: bool, ask: Callable[[str], bool] | None
+) -> None:
+    """Return if the run may go on.
+
+    Args:
+        found: what the run comes to.
+        facts: the cluster that it would use.
+        yes: the answer was given beforehand.
+        ask: puts a question to the user; None where nobody is there to answer.
+
+    Raises:
+        ConfigError: the answer was no, or nobody can be asked.
+    """
+    if yes or not costs_money(found, facts):
+        return
+    where = f"{found.num_workers} workers of the cluster at {facts.address}"
+    if ask is None:
+        raise ConfigError(
+            f"{where} may cost money ({money_text(found)}), and nobody is here to be asked",
+            hint="add --yes to go on without a question",
+        )
+    if not ask(f"{where}: {money_text(found)}. Go on?"):
+        raise ConfigError("nothing was started", hint="--yes goes on without a question")

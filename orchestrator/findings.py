@@ -1,0 +1,108 @@
+"""Prints what was found wrong: a table for people, JSON for machines, an exit code for scripts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.clusters.document import Finding
+from planners.errors import ClusterError, ConfigError, DataError
+
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
+_out = Console(highlight=False, markup=False, emoji=False)
+
+
+def cluster_file(path: str, *, json_: bool) -> None:
+    """Print the findings of a cluster file.
+
+    Raises:
+        ConfigError: it has errors, or cannot be read.
+    """
+    from orchestrator.clusters.lint import lint  # imports Ray's launcher
+
+    found = lint(path)
+    if json_:
+        print(json.dumps({"file": path, "findings": [asdict(f) for f in found]}))  # noqa: T201 the one document
+    else:
+        for finding in found:
+            _print_finding(path, finding)
+    errors = sum(finding.level == "error" for finding in found)
+    if not json_:
+        _out.print(_counts(found) if found else f"{path}: nothing found")
+    if errors and not json_:
+        raise ConfigError(f"{path}: {errors} error" + ("s" if errors > 1 else ""))
+    if errors:
+        raise SystemExit(ConfigError.exit_code)
+
+
+def machine(out: str, *, offline: bool, json_: bool) -> None:
+    """Print what is wrong with this machine.
+
+    Raises:
+        SystemExit: something is; with the exit code of a cluster that does not fit.
+    """
+    from orchestrator.doctor import examine  # imports torch
+
+    checks = examine(out, offline=offline)
+    if json_:
+        print(json.dumps({"checks": [asdict(check) for check in checks]}))  # noqa: T201 the one document
+    for check in checks if not json_ else ():
+        head = Text.assemble((f"{check.level:<8}", COLOURS[check.level]), (check.name, "bold"))
+        _out.print(head, check.said, soft_wrap=True)
+        if check.fix:
+            _out.print(Text(f"        {check.fix}", style="dim"), soft_wrap=True)
+    if any(check.level == "error" for check in checks):
+        raise SystemExit(ClusterError.exit_code)
+
+
+def text(source: str, *, evaluation: str, model: str, sequence_length: int, json_: bool) -> None:
+    """Print what a text source holds and how much of it is wrong.
+
+    Raises:
+        DataError: a share is over its limit.
+    """
+    from orchestrator.data_lint import LIMITS, lint_texts
+
+    found = lint_texts(source, evaluation=evaluation, model=model, sequence_length=sequence_length)
+    measures = found.pop("measures")
+    if json_:
+        print(json.dumps({**found, "measures": [asdict(m) for m in measures]}))  # noqa: T201 the one document
+    else:
+        for key, value in found.items():
+            _out.print(Text(f"{key.replace('_', ' ')} ", style="dim"), _said(value), soft_wrap=True)
+        for m in measures:
+            warn, fail = LIMITS[m.name]
+            head = Text.assemble((f"{m.level:<8}", COLOURS[m.level]), (m.name, "bold"))
+            limits = f"(warns from {warn:.2%}, fails from {fail:.0%})"
+            _out.print(head, f"{m.share:.2%} {m.meaning} {limits}", soft_wrap=True)
+            if m.fix:
+                _out.print(Text(f"        {m.fix}", style="dim"), soft_wrap=True)
+    wrong = [m.name for m in measures if m.level == "error"]
+    if wrong and json_:
+        raise SystemExit(DataError.exit_code)
+    if wrong:
+        raise DataError(f"{source}: over the limit: {', '.join(wrong)}")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(each)}" for key, each in value.items())
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
+
+
+def _print_finding(path: str, finding: Finding) -> None:
+    where = f"{path}:{finding.line}"
+    head = Text.assemble(
+        (finding.level, COLOURS[finding.level]), f" {where} ", (finding.path, "bold")
+    )
+    _out.print(head, soft_wrap=True)
+    _out.print(f"  {finding.why}", soft_wrap=True)
+    _out.print(Text(f"  fix: {finding.fix}", style="dim"), soft_wrap=True)
+
+
+def _counts(found: Sequence[Finding]) -> str:
+    levels = [finding.level for finding in found]
+    said = [(levels.count(level), level) for level in ("error", "warning", "note")]
+    return ", ".join(f"{n} {level}" + ("s" if n > 1 else "") for n, level in said if n)

@@ -1,0 +1,203 @@
+"""Jobs on a cluster that is elsewhere, through the job API of Ray's dashboard.
+
+Plain HTTP and no Ray: a laptop needs neither the cluster's version nor a port of it besides the one
+that `ray dashboard` tunnels.
+"""
+
+import contextlib
+import ipaddress
+import json
+import os
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from planners.errors import ClusterError, ConfigError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+TIMEOUT_SECONDS = 10.0
+SUBMIT_SECONDS = 60.0  # the head starts a process before it answers
+OWNER_ONLY = 0o600
+REFUSED = (401, 403)
+NOT_FOUND = 404
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: the token is for this server, not for where it points."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """Return no new request."""
+        del args
+
+
+class JobClient:
+    """The job API of one cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Name a cluster; nothing is sent.
+
+        Raises:
+            ConfigError: the address is none, holds a password, or would send a job over the
+                network to a cluster that lets everybody in.
+        """
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"--to {address}: must be the URL of a dashboard, such as {DEFAULT_ADDRESS}",
+                hint="`ray dashboard cluster.yaml` makes one on this machine",
+            )
+        if parts.username or parts.password:
+            raise ConfigError("--to: no user or password in the URL; it is written into files")
+        self.address = address.rstrip("/")
+        self._token = _token()
+        if not self._token and not is_loopback(parts.hostname):
+            raise ConfigError(
+                f"--to {address}: is not this machine, and there is no token: whoever listens "
+                "would get the job, and whoever can reach it runs code there",
+                hint="`ray dashboard cluster.yaml` makes a tunnel from 127.0.0.1; the token of a "
+                "cluster is in ~/.ray/auth_token",
+            )
+        # No proxy of the environment stands between this machine and a loopback address.
+        proxies: dict[str, str] | None = {} if is_loopback(parts.hostname) else None
+        self._opener = urllib.request.build_opener(
+            _NoRedirect(), urllib.request.ProxyHandler(proxies)
+        )
+
+    def ray_version(self) -> str:
+        """Return the version of Ray there.
+
+        Raises:
+            ClusterError: there is no cluster, or it does not let this client in.
+        """
+        found = self._call("GET", "/api/version")
+        return str(found.get("ray_version", "unknown"))
+
+    def submit(
+        self, entrypoint: str, *, submission_id: str, env: dict[str, str], metadata: dict[str, str]
+    ) -> None:
+        """Start a command on the head; it goes on when this process ends.
+
+        Raises:
+            ClusterError: there is no cluster, or it does not take the job.
+        """
+        job = {
+            "entrypoint": entrypoint,
+            "submission_id": submission_id,
+            "runtime_env": {"env_vars": env},
+            "metadata": metadata,
+            "entrypoint_num_cpus": 0,  # the head has none to give
+        }
+        self._call("POST", "/api/jobs/", job, seconds=SUBMIT_SECONDS)
+
+    def info(self, submission_id: str) -> dict[str, Any] | None:
+        """Return what is known of a job, or None where the cluster knows none of that name.
+
+        Raises:
+            ClusterError: there is no cluster, or it does not let this client in.
+        """
+        try:
+            found: dict[str, Any] = self._call("GET", f"/api/jobs/{submission_id}")
+        except _NotFoundError:
+            return None
+        return found
+
+    def logs(self, submission_id: str) -> str:
+        """Return all that a job has printed so far.
+
+        Raises:
+            ClusterError: there is no cluster, or it knows no such job.
+        """
+        return str(self._call("GET", f"/api/jobs/{submission_id}/logs").get("logs", ""))
+
+    def stop(self, submission_id: str) -> bool:
+        """Ask a job to end, as Ctrl-C would; return whether it was running.
+
+        Raises:
+            ClusterError: there is no cluster, or it knows no such job.
+        """
+        return bool(self._call("POST", f"/api/jobs/{submission_id}/stop", {}).get("stopped"))
+
+    def _call(
+        self,
+        verb: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        seconds: float = TIMEOUT_SECONDS,
+    ) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = urllib.request.Request(
+            self.address + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers=headers,
+            method=verb,
+        )
+        try:
+            with self._opener.open(request, timeout=seconds) as answer:
+                found = json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error) from error
+        except (OSError, HTTPException) as error:  # URLError is one
+            reason = getattr(error, "reason", error)
+            raise ClusterError(
+                f"no cluster at {self.address}: {reason}",
+                hint="is it up, and is its tunnel open? `ray up cluster.yaml`, then "
+                "`ray dashboard cluster.yaml` in another terminal",
+            ) from error
+        except ValueError as error:
+            raise ClusterError(f"{self.address} is no dashboard of Ray: {error}") from error
+        if not isinstance(found, dict):
+            raise ClusterError(f"{self.address} is no dashboard of Ray")
+        return found
+
+    def _refusal(self, error: urllib.error.HTTPError) -> ClusterError:
+        if error.code in REFUSED:
+            which = "is not the one of this cluster" if self._token else "is missing"
+            return ClusterError(
+                f"{self.address} does not let this machine in: the token {which}",
+                hint="copy ~/.ray/auth_token from the machine that started the cluster, or set "
+                "RAY_AUTH_TOKEN",
+            )
+        text = error.read(2000).decode(errors="replace").strip()
+        lines = [line for line in text.splitlines() if line.strip()]
+        kind = _NotFoundError if error.code == NOT_FOUND else ClusterError
+        return kind(f"{self.address} answers {error.code}: {lines[-1] if lines else error.reason}")
+
+
+class _NotFoundError(ClusterError):
+    """The cluster is there, what was asked for is not."""
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def token_file() -> Path:
+    """Return where the token of clusters lies, as Ray looks for it."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _token() -> str:
+    """Return the token, as Ray finds it; its file is readable by its owner only from here on."""
+    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if given:
+        return given
+    path = token_file()
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & 0o077:
+            path.chmod(OWNER_ONLY)  # Ray leaves it open to all users
+        return path.read_text().strip()
+    return ""

@@ -1,0 +1,89 @@
+"""Making some layers of a run again, with another option for these alone."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator import lease
+from orchestrator.config import RunConfig
+from orchestrator.finished import READY
+from orchestrator.journal import Listener
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.run import run
+from orchestrator.rundir import check_run
+from planners.errors import ConfigError
+from planners.plan import to_json
+
+UNITS = ("layer", "draft-layer", "refit-layer")  # what one layer of a result comes from
+
+
+def with_overrides(config: RunConfig, layers: list[int], options: Mapping[str, str]) -> RunConfig:
+    """Return a recipe in which some layers have options of their own, beside those they had."""
+    own = {layer: dict(values) for layer, values in config.layer_options.items()}
+    for layer in layers:
+        own[layer] = {**own.get(layer, {}), **options}
+    kept = {layer: values for layer, values in sorted(own.items()) if values}
+    return config.model_copy(update={"layer_options": kept})
+
+
+def redo(
+    config: RunConfig, layers: list[int], options: Mapping[str, str], *, listener: Listener
+) -> dict[str, Any]:
+    """Make layers of a run again, verify the whole result again, and return the new report.
+
+    Args:
+        config: the recipe of the run.
+        layers: which.
+        options: of the method, for these layers alone; none makes them as they were.
+        listener: told how it goes.
+
+    Raises:
+        ConfigError: there is no such layer, or an option is not one that a layer can have alone.
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    if config.steps and options:
+        raise ConfigError(
+            f"--option {next(iter(options))}: {config.out} is a run of several steps, whose layers "
+            "have no options of their own",
+            hint="leave --option out, and they are made as they were",
+        )
+    old, new = prepare(config), prepare(with_overrides(config, layers, options))
+    beyond = [layer for layer in layers if layer >= old.plan.shape.num_layers]
+    if beyond:
+        raise ConfigError(
+            f"--layers {beyond[0]}: the model has layers 0 to {old.plan.shape.num_layers - 1}"
+        )
+    check_run(old)
+    withdraw(new, layers)
+    return run(new, listener=listener)
+
+
+def withdraw(new: Prepared, layers: list[int]) -> None:
+    """Take READY away and forget layers; the directory then holds the run with overrides."""
+    directory = new.run
+    with lease.held(directory):
+        directory.delete(READY)
+        plan = {"identity": to_json(new.facts()), "plan": to_json(new.plan)}
+        directory.write("plan.json", json.dumps(plan, indent=1, sort_keys=True).encode())
+        for layer in layers:
+            for unit in UNITS:
+                directory.delete(f"records/{unit}-{layer:05d}.json")
+
+
+def layers_of(text: str) -> list[int]:
+    """Return the layers that ``17,20-22`` names, in order.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not dash:
+            last = first
+        if not first.isdecimal() or not last.isdecimal() or len(part) > len("9999-9999"):
+            raise ConfigError(f"--layers {text}: must be layers and ranges, such as 17,20-22")
+        found |= set(range(int(first), int(last) + 1))
+    if not found:
+        raise ConfigError(f"--layers {text}: names no layer")
+    return sorted(found)

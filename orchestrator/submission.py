@@ -1,0 +1,251 @@
+"""A run as a job: sent to a cluster, found again from its run directory alone, kept alive there."""
+
+import hashlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from actors.storage.files import Directory
+from actors.storage.records import require_directory
+from orchestrator.config import RunConfig
+from orchestrator.finished import JOB
+from orchestrator.jobs import ENDED, JobClient
+from planners.errors import ClusterError, ConfigError, StorageError
+
+PACKAGE = "compress-cluster"
+AGAIN = (1, 4, 6)  # a defect, the cluster, storage: another try may do better
+INTERRUPTED = 130
+PAUSE_SECONDS = 5.0  # before the next try; doubled each time
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Where the driver of a run was sent.
+
+    Attributes:
+        address: of the dashboard, as the sender saw it.
+        submission_id: its name there.
+        submitted: seconds since the epoch.
+        tries: drivers that may be started, one after the other.
+        version: of this package at the sender.
+    """
+
+    address: str
+    submission_id: str
+    submitted: float
+    tries: int
+    version: str
+
+
+def submit(config: RunConfig, *, address: str, tries: int) -> Job:
+    """Send a run to a cluster and note in its run directory where it went.
+
+    Raises:
+        ConfigError: the run has no directory that both can see, or is already under way.
+        ClusterError: there is no cluster, it has another Ray, or it does not let this client in.
+        StorageError: the run directory cannot be written.
+    """
+    if not config.out:
+        raise ConfigError(
+            "--out: must be given: this machine and the cluster meet there",
+            hint="--out s3://BUCKET/runs/NAME, or a folder that both share",
+        )
+    run = Directory(config.out)
+    client = JobClient(address)
+    theirs, ours = client.ray_version(), metadata.version("ray")
+    if theirs != ours:
+        raise ClusterError(
+            f"the cluster at {address} has Ray {theirs}; this machine has {ours}",
+            hint="install the same versions on both: pip install -c constraints.txt",
+        )
+    require_directory(run)
+    _refuse_second(run)
+    out = run.uri if not run.is_local else str(Path(run.root).resolve())
+    recipe = {**config.model_dump(exclude_unset=True), "out": out, "address": "auto"}
+    job = Job(
+        address=client.address,
+        submission_id=f"compress-{hashlib.sha256(out.encode()).hexdigest()[:8]}-{uuid4().hex[:8]}",
+        submitted=time.time(),
+        tries=tries,
+        version=metadata.version(PACKAGE),
+    )
+    words = ["compress-cluster", "job", "--sent-by", job.version, "--tries", str(tries)]
+    entrypoint = shlex.join([*words, "--recipe", json.dumps(recipe, sort_keys=True)])
+    # Before it is sent: a job that the cluster took and did not say so can still be found.
+    run.write(JOB, json.dumps(asdict(job), indent=1, sort_keys=True).encode())
+    try:
+        client.submit(
+            entrypoint,
+            submission_id=job.submission_id,
+            env={"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"},
+            metadata={"run": out, "model": config.model},
+        )
+    except ClusterError:
+        if client.info(job.submission_id) is None:
+            run.delete(JOB)
+            raise
+    return job
+
+
+def job_of(run: Directory) -> Job | None:
+    """Return where the driver of a run was sent, or None where it was not; a torn note is none."""
+    if run.size(JOB) is None:
+        return None
+    try:
+        return Job(**json.loads(run.read(JOB)))
+    except (ValueError, TypeError):
+        return None
+
+
+def required_job(run: Directory) -> Job:
+    """Return where the driver of a run was sent.
+
+    Raises:
+        StorageError: the run was not submitted.
+    """
+    job = job_of(run)
+    if job is None:
+        raise StorageError(
+            f"{run.uri}: was not submitted to a cluster", hint="compress-cluster submit does that"
+        )
+    return job
+
+
+def state(job: Job) -> str:
+    """Return what a job's cluster says of it: ``RUNNING``, ``FAILED``, ...; or why it says nothing.
+
+    Raises:
+        ConfigError: the address in the note is none.
+    """
+    try:
+        info = JobClient(job.address).info(job.submission_id)
+    except ClusterError as error:
+        return f"unknown: {error}"
+    return "unknown to the cluster" if info is None else str(info["status"])
+
+
+def described(run: Directory) -> dict[str, Any] | None:
+    """Return the job of a run with its ``state``, or None where it was not submitted."""
+    job = job_of(run)
+    return None if job is None else {**asdict(job), "state": state(job)}
+
+
+def follow(run: Directory, *, to_end: bool) -> Iterator[str]:
+    """Yield what the job of a run prints; to its end, or what there is.
+
+    Raises:
+        StorageError: the run was not submitted.
+        ClusterError: there is no cluster, or it knows no such job.
+    """
+    job = required_job(run)
+    client, told = JobClient(job.address), 0
+    while True:
+        info = client.info(job.submission_id)
+        if info is None:
+            raise ClusterError(
+                f"the cluster at {job.address} knows no job {job.submission_id}",
+                hint="it is another cluster, or was started anew; submit again goes on",
+            )
+        text = client.logs(job.submission_id)
+        if len(text) > told:
+            yield text[told:]
+            told = len(text)
+        if not to_end or info["status"] in ENDED:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def cancel(run: Directory) -> bool:
+    """Ask the job of a run to end, as Ctrl-C would; return whether it was running.
+
+    Raises:
+        StorageError: the run was not submitted.
+        ClusterError: there is no cluster, or it knows no such job.
+    """
+    job = required_job(run)
+    return JobClient(job.address).stop(job.submission_id)
+
+
+def keep_alive(command: list[str], *, tries: int, say: Callable[[str], None]) -> int:
+    """Run a command until it succeeds, fails for good, or has been tried so often.
+
+    A driver that was killed is started again, and so is one that the cluster or storage failed;
+    wrong input would only be wrong again. Returns the exit code of the last one.
+    """
+    pause = PAUSE_SECONDS
+    for attempt in range(1, tries + 1):
+        code = _run(command)
+        if code == 0 or attempt == tries or not _may_do_better(code):
+            return code if code >= 0 else 128 - code
+        died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
+        say(f"the driver {died}; try {attempt + 1} of {tries} begins in {pause:.0f} s")
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError("tries is 1 or more")
+
+
+def do_job(recipe: str, *, sent_by: str, tries: int, say: Callable[[str], None]) -> int:
+    """Do on the head what `submit` sent; return the exit code.
+
+    Raises:
+        ClusterError: this package is of another version here than where it was sent from.
+    """
+    here = metadata.version(PACKAGE)
+    if sent_by != here:
+        raise ClusterError(
+            f"{PACKAGE} is {here} on the cluster and {sent_by} where this was sent from",
+            hint="make wheel and `ray up` again, or install the cluster's version",
+        )
+    with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(recipe)  # JSON is YAML
+        command = [sys.executable, "-m", "orchestrator", "run", "-r", str(path), "--yes"]
+        return keep_alive(command, tries=tries, say=say)
+
+
+def _run(command: list[str]) -> int:
+    """Return the exit code of a command; a request to end goes on to it, and is waited for."""
+    process = subprocess.Popen(command)
+    asked: list[bool] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        del number, frame
+        asked.append(True)
+        process.send_signal(signal.SIGINT)  # stops as Ctrl-C does: what is done is kept
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        code = process.wait()
+        return INTERRUPTED if asked else code
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _may_do_better(code: int) -> bool:
+    """Return whether another try is worth it; to be told to stop is no failure."""
+    told = (-signal.SIGTERM, -signal.SIGINT)
+    return code in AGAIN or (code < 0 and code not in told)
+
+
+def _refuse_second(run: Directory) -> None:
+    job = job_of(run)
+    if job is not None and state(job) in ("PENDING", "RUNNING"):
+        raise ConfigError(
+            f"{run.uri}: is under way already, as job {job.submission_id} at {job.address}",
+            hint=f"compress-cluster watch {run.uri}, or cancel it first",
+        )

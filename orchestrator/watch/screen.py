@@ -1,0 +1,158 @@
+"""A snapshot as a screen, and as lines of a log."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.journal import Event
+from orchestrator.progress import TROUBLE
+from orchestrator.watch.snapshot import DONE, MEASURED, STATES, SUMMED, WAITING, Phase, Snapshot
+
+CELLS = {  # a letter too: colour alone tells some people nothing
+    WAITING: ("·", "bright_black"),
+    SUMMED: ("s", "black on cyan"),
+    MEASURED: ("m", "black on yellow"),
+    DONE: ("█", "green"),
+}
+VERDICTS = {"READY": "bold green", "running": "bold cyan", "stopped": "bold red"}
+ROW = 40  # layers in a row of the grid, at most
+MAX_WORKERS = 12
+
+
+def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> RenderableType:
+    """Return a run as a screen of so many columns; ``price`` is of a worker-hour, 0 if unknown."""
+    parts: list[RenderableType] = [_head(snapshot, price), Text()]
+    if snapshot.phase is not None:
+        parts += [_progress(snapshot.phase, width), Text()]
+    if snapshot.layers:
+        parts += [_grid(snapshot, width), Text()]
+    if snapshot.workers:
+        parts += [_workers(snapshot, now), Text()]
+    parts += [_event_line(event, width) for event in snapshot.events]
+    return Group(*parts)
+
+
+def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
+    """Yield what a log should say of a snapshot that it did not say of the one before."""
+    told = [] if before is None else list(before.events)
+    for event in now.events:
+        if event not in told:
+            yield f"{_clock(event['at'])} {_words(event)}"
+    if now.phase is not None and (before is None or before.phase != now.phase):
+        yield _phase_words(now.phase)
+    if before is None or before.verdict != now.verdict:
+        yield f"{now.verdict} {now.uri}" + (f" ({now.holder})" if now.holder else "")
+
+
+def _head(snapshot: Snapshot, price: float) -> RenderableType:
+    said = [duration(snapshot.seconds)]
+    if price:
+        said.append(f"{snapshot.worker_hours * price:,.2f} spent")
+    lost = [f"{count} {kind}" for kind, count in snapshot.troubles.items()]
+    head = Text.assemble(
+        (f" {snapshot.verdict} ", f"{VERDICTS.get(snapshot.verdict, 'bold')} reverse"),
+        f"  {snapshot.title}  ",
+        " · ".join(said),
+    )
+    if lost:
+        head.append(f"  {', '.join(lost)}", "yellow")
+    where = Text(snapshot.uri, style="dim", overflow="fold")
+    if snapshot.holder:
+        where.append(f"  {snapshot.holder}")
+    return Group(head, where)
+
+
+def _progress(phase: Phase, width: int) -> RenderableType:
+    table = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=max(1, phase.total), completed=phase.done, width=max(10, width // 4))
+    table.add_row(Text(phase.name, style="bold"), bar, _phase_rest(phase))
+    return table
+
+
+def _phase_rest(phase: Phase) -> str:
+    said = [f"{phase.done}/{phase.total}"]
+    if phase.tokens_per_second:
+        said.append(f"{phase.tokens_per_second:,.0f} tok/s")
+    if phase.seconds_left is not None:
+        said.append(f"{duration(phase.seconds_left)} left of it")
+    return " · ".join(said)
+
+
+def _phase_words(phase: Phase) -> str:
+    return f"{phase.name}: {_phase_rest(phase)}"
+
+
+def _grid(snapshot: Snapshot, width: int) -> RenderableType:
+    label = len(str(len(snapshot.layers)))
+    row = max(10, min(ROW, (width - label - 8) // 10 * 10))
+    text = Text()
+    for start in range(0, len(snapshot.layers), row):
+        text.append(f"{'layers' if not start else '':<7}{start:>{label}} ", "dim")
+        for state in snapshot.layers[start : start + row]:
+            text.append(*CELLS[state])
+        text.append("\n")
+    counts = Counter(snapshot.layers)
+    text.append(" " * (label + 8))
+    for state in STATES:
+        if counts[state]:
+            text.append(*CELLS[state])
+            text.append(f" {counts[state]} {state}   ", "dim")
+    return text
+
+
+def _workers(snapshot: Snapshot, now: float) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("worker", no_wrap=True)
+    table.add_column("last did", no_wrap=True, overflow="ellipsis")
+    table.add_column("ago", justify="right", no_wrap=True)
+    table.add_column("units", justify="right", no_wrap=True)
+    table.add_column("busy", justify="right", no_wrap=True)
+    table.add_column("lost", justify="right", no_wrap=True)
+    for worker in snapshot.workers[:MAX_WORKERS]:
+        busy = worker.busy_seconds / snapshot.seconds if snapshot.seconds else 0.0
+        table.add_row(
+            worker.name,
+            worker.unit,
+            duration(now - worker.at) if snapshot.verdict == "running" else "",
+            f"{worker.count:,}",
+            f"{min(1.0, busy):.0%}",
+            Text(str(worker.lost), style="yellow") if worker.lost else "",
+        )
+    more = len(snapshot.workers) - MAX_WORKERS
+    return Group(table, Text(f"and {more} more", style="dim")) if more > 0 else table
+
+
+def _event_line(event: Event, width: int) -> RenderableType:
+    text = Text(_words(event), style="yellow" if event["kind"] in TROUBLE else "", no_wrap=True)
+    line = Text.assemble((f"{_clock(event['at'])} ", "dim"), text)
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _words(event: Event) -> str:
+    kind, unit = event["kind"], event["unit"]
+    if kind == "phase begins":
+        return f"{unit} begins"
+    if kind == "phase ends":
+        return f"{unit} done in {duration(event['seconds'])}"
+    detail = event["detail"].removeprefix(f"{kind}: ")
+    return f"{kind} {event['worker']}: {detail}" if event["worker"] else f"{kind}: {detail}"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: ``42 s``, ``3 min``, ``2 h 05 min``."""
+    if seconds < 10:  # noqa: PLR2004 a digit more where it matters
+        return f"{max(0.0, seconds):.1f} s"
+    if seconds < 100:  # noqa: PLR2004
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"  # noqa: PLR2004

@@ -1,0 +1,208 @@
+"""What a worker holds at its peak, in bytes: while tokens pass, and in each kind of unit.
+
+Counted from what the actors do, buffer by buffer; `benchmarks/plan_truth.py` compares it with what
+was measured. A unit of compression holds no layers of the pass: they were dropped before.
+"""
+
+from collections.abc import Mapping
+
+from planners import refit
+from planners.cost import (
+    BYTES_OF,
+    layer_parameters,
+    linear_dims,
+    statistic_elements,
+    tap_dim,
+)
+from planners.packing import ROWS as BLOCK_ROWS
+from planners.plan import (
+    LINEARS,
+    LayerForm,
+    MethodSpec,
+    ModelForm,
+    ModelShape,
+    Option,
+    Statistic,
+    dense_form,
+)
+from planners.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
+
+DOUBLE, SINGLE = 8, 4
+LOGIT_TOKENS = 1024  # rows of logits that exist at one time
+ROWS = 8192  # of a table that are in memory at one time
+LIBRARIES = 64 * 2**20  # what torch and transformers take at their first use, beside tensors
+
+
+def forward_bytes(
+    shape: ModelShape,
+    statistics: frozenset[Statistic],
+    *,
+    tokens: int,
+    dtype: str,
+    form: LayerForm | None = None,
+) -> int:
+    """Return what one layer's forward and its sums need beside weights and sums.
+
+    Without a ``form``, of a layer that nothing touched.
+    """
+    layer = form or dense_form(shape)
+    width = BYTES_OF[dtype]
+    hidden = max(layer.residual_in, layer.residual_mid, layer.residual_out)
+    head_dim = max(layer.qk_head_dim, layer.vo_head_dim)
+    heads, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+    # The residual, its normed copy and what they are made of; then attention, or the MLP.
+    attention = 3 * hidden + 4 * heads + 3 * kv
+    mlp = 3 * hidden + 3 * layer.intermediate
+    peak = tokens * max(attention, mlp) * width
+    for statistic in statistics:
+        dim = tap_dim(shape, statistic.tap, layer)
+        if statistic.kind not in ("gram", "normed_gram"):
+            continue
+        # The product of a block of rows in float32 exists beside the float64 sums; a narrower
+        # input, or one that is normed, has a float32 copy too.
+        copies = int(width < SINGLE) + int(statistic.kind == "normed_gram")
+        kept = tokens * (3 * hidden + dim) * width
+        product = min(dim, BLOCK_ROWS) * dim
+        peak = max(peak, kept + (product + tokens * dim * copies) * SINGLE)
+    return peak
+
+
+def loss_bytes(shape: ModelShape, *, tokens: int, dtype: str) -> int:
+    """Return what the losses of one microbatch need beside the head."""
+    rows = min(tokens, LOGIT_TOKENS)
+    copies = 2 + int(BYTES_OF[dtype] < SINGLE)  # the logits, in float32 too, and their softmax
+    return rows * shape.vocab_size * SINGLE * copies + 3 * tokens * shape.hidden * BYTES_OF[dtype]
+
+
+def table_bytes(shape: ModelShape, *, dtype: str) -> int:
+    """Return the embedding, or the head, in a stage."""
+    return shape.vocab_size * shape.hidden * BYTES_OF[dtype]
+
+
+def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) -> int:
+    """Return what loading needs beside what is loaded: the tensors as they are stored."""
+    stored = BYTES_OF[shape.dtype]
+    if stored == BYTES_OF[dtype]:
+        return max(out * inner for out, inner in map(shape.linear_dims, LINEARS)) * stored
+    return layer_parameters(shape, form or dense_form(shape)) * stored
+
+
+def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
+    shape: ModelShape,
+    form: ModelForm,
+    *,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    tokens: tuple[int, int],
+    dtype: str,
+    start: ModelForm | None = None,
+) -> int:
+    """Return the peak of the largest unit of compression.
+
+    Args:
+        shape: of the model.
+        form: of the result.
+        spec: of the method.
+        options: of the method.
+        tokens: of one microbatch, and of all of them.
+        dtype: of the pass.
+        start: widths of the input model; those of one that nothing touched if None.
+    """
+    statistics = spec.statistics(options)
+    peaks = [_table_unit(shape, residual=spec.residual)]
+    if spec.residual:
+        peaks.append(_basis(shape, options))
+    inputs = start.layers if start is not None else (dense_form(shape),) * shape.num_layers
+    known: list[tuple[LayerForm, LayerForm]] = []  # layers alike are counted once
+    for before, layer in zip(inputs, form.layers, strict=True):
+        if (before, layer) in known:
+            continue
+        known.append((before, layer))
+        cells = layer_parameters(shape, before) * BYTES_OF[dtype]
+        passing = forward_bytes(shape, frozenset(), tokens=tokens[0], dtype=dtype, form=before)
+        if spec.residual:
+            peaks.append(_turned_layer(shape, before, layer))
+            if options.get("schedule") == "sequential":
+                peaks.append(2 * cells + passing + 4 * shape.hidden**2 * DOUBLE)
+        else:
+            peaks.append(_shrunk_layer(shape, before, layer, statistics))
+        if spec.measures(options) == "damage":
+            damage = _damage(shape, before, layer, statistics, tokens=tokens[1], dtype=dtype)
+            peaks.append(damage)
+        if options.get("refit"):
+            streams = 3 * tokens[0] * shape.hidden * BYTES_OF[dtype]
+            peaks.append(refit.workspace_bytes(shape, layer_bytes=cells) + passing + streams)
+    return max(peaks)
+
+
+def _table_unit(shape: ModelShape, *, residual: bool) -> int:
+    rows = min(ROWS, shape.vocab_size) * shape.hidden
+    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * DOUBLE if residual else 0))
+
+
+def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
+    square = shape.hidden**2 * DOUBLE
+    if options.get("rotation") == "shared":
+        return (3 * shape.num_sites + 1) * square  # all grams, scaled, and side by side
+    return eigh_bytes(shape.hidden) + square
+
+
+def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+    """Return a layer between its bases: the widest linear twice in float64, and the result."""
+    stored = BYTES_OF[shape.dtype]
+    widths = (form.residual_in, form.residual_mid, form.residual_out)
+    bases = shape.hidden * sum(widths) * DOUBLE
+    # Of two factors one is turned: the other has no side in the residual stream.
+    dims = {name: linear_dims(shape, start, name) for name in LINEARS}
+    largest = max(
+        min(out * inner, start.ranks.get(name, out) * max(out, inner))
+        for name, (out, inner) in dims.items()
+    )
+    whole = layer_parameters(shape, start) + layer_parameters(shape, form)
+    turned = largest * DOUBLE * (2 + max(widths) / shape.hidden)
+    return int(whole * stored + bases + turned)
+
+
+def _shrunk_layer(
+    shape: ModelShape, start: LayerForm, form: LayerForm, statistics: frozenset[Statistic]
+) -> int:
+    """Return a layer with its sums, the result, and the largest factorisation beside them."""
+    stored = BYTES_OF[shape.dtype]
+    sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
+    whole = layer_parameters(shape, start) + layer_parameters(shape, form)
+    return int(whole * stored + sums + _factorisation(shape, start, form))
+
+
+def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+    peaks = [0]
+    if form.intermediate < start.intermediate:
+        peaks.append(nystrom_bytes(start.intermediate, start.residual_out))
+    if form.vo_head_dim < start.vo_head_dim:
+        peaks.append(3 * shape.num_heads * start.vo_head_dim * start.residual_mid * DOUBLE)
+    for name in form.ranks.keys() - start.ranks.keys():
+        out_dim, in_dim = linear_dims(shape, start, name)
+        peaks.append(low_rank_bytes(max(out_dim, in_dim), min(out_dim, in_dim)))
+    return max(peaks)
+
+
+def _damage(
+    shape: ModelShape,
+    start: LayerForm,
+    form: LayerForm,
+    statistics: frozenset[Statistic],
+    *,
+    tokens: int,
+    dtype: str,
+) -> int:
+    """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way."""
+    width = BYTES_OF[dtype]
+    cells = layer_parameters(shape, start)
+    probes = [int(s.kind.removeprefix("probe")) for s in statistics if s.kind.startswith("probe")]
+    probe = min(max(probes, default=0), tokens)
+    held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
+    sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
+    probe_bytes = forward_bytes(shape, frozenset(), tokens=probe, dtype=dtype, form=start)
+    # What is measured as damage is float32, the output and its difference beside it.
+    passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
+    factoring = _factorisation(shape, start, form)
+    return int(held + sums + max(factoring, cells * width + passing))

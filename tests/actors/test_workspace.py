@@ -1,0 +1,87 @@
+"""Factorisations hold what the plan says they hold: measured, at widths where a copy would show."""
+
+import pytest
+import torch
+
+from actors.memory import PeakMemory, anonymous_bytes
+from actors.methods.svdllm import low_rank
+from actors.numerics.gram import accumulate
+from actors.numerics.linalg import eigh_descending
+from actors.numerics.nystrom import nystrom
+from actors.numerics.packed import packed, zeros
+from actors.storage.files import Directory
+from actors.storage.tensors import map_tensors, write_tensors
+from planners.packing import ROWS, packed_elements
+from planners.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
+
+SLACK = 24 * 2**20  # of libraries' own buffers and of what the allocator keeps
+
+pytestmark = pytest.mark.skipif(not anonymous_bytes(), reason="the system does not tell memory")
+
+
+def mapped_gram(dim, folder):
+    """Return a packed gram in pages of a file, as a unit gets it."""
+    x = torch.randn(200, dim, generator=torch.Generator().manual_seed(0)).double()
+    matrix = x.T @ x
+    matrix.diagonal().add_(1.0)
+    directory = Directory(str(folder))
+    write_tensors(directory, "stats.safetensors", {"gram": packed(matrix)})
+    return map_tensors(directory, "stats.safetensors")["gram"]
+
+
+def watched(work):
+    """Return the most memory that some work takes, its result included."""
+    peak = PeakMemory()
+    kept = work()
+    found = peak.bytes()
+    del kept
+    return found
+
+
+def test_a_hidden_layer_is_factored_in_one_matrix_of_its_width(tmp_path):
+    dim, out_dim = 3072, 512
+    weights = torch.randn(dim, out_dim, dtype=torch.bfloat16)
+
+    def work(dim):
+        gram = mapped_gram(dim, tmp_path)
+        return lambda: nystrom(gram, weights[:dim], ridge=1e-3, where="").refit(dim // 2)
+
+    work(256)()
+    found = watched(work(dim))
+    assert 8 * dim * dim <= found <= nystrom_bytes(dim, out_dim) + SLACK
+    assert found < 2 * 8 * dim * dim  # not two, whatever is planned
+
+
+def test_an_eigendecomposition_takes_four_matrices_of_its_width(tmp_path):
+    def work(dim):
+        gram = mapped_gram(dim, tmp_path)
+        return lambda: eigh_descending(gram, where="")
+
+    work(256)()
+    found = watched(work(1536))
+    assert 8 * 2 * 1536**2 <= found <= eigh_bytes(1536) + SLACK
+
+
+@pytest.mark.parametrize("out_dim", [512, 4096], ids=["narrow output", "wide output"])
+def test_two_factors_of_a_weight_never_take_its_gram_whole(tmp_path, out_dim):
+    dim = 4096 if out_dim == 512 else 512
+
+    def work(dim, out_dim):
+        gram = mapped_gram(dim, tmp_path)
+        weight = torch.randn(out_dim, dim, dtype=torch.bfloat16)
+        return lambda: low_rank(weight, gram, rank=min(dim, out_dim) // 2, where="")
+
+    work(256, 300)()
+    found = watched(work(dim, out_dim))
+    assert found <= low_rank_bytes(4096, 512) + SLACK
+    assert low_rank_bytes(4096, 512) + SLACK < 8 * 4096**2  # the gram of the wide side
+
+
+def test_a_sum_is_added_without_a_product_of_its_size():
+    dim, tokens = 4096, 64
+    total = zeros(dim, device="cpu").fill_(1.0)  # touched, hence there
+    assert total.numel() == packed_elements(dim)
+    x = torch.randn(tokens, dim)
+    accumulate(zeros(256, device="cpu"), x[:, :256])
+    found = watched(lambda: accumulate(total, x))
+    assert found <= 4 * dim * (ROWS + tokens) + SLACK < 4 * dim * dim

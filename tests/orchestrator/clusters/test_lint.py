@@ -1,0 +1,292 @@
+"""Our cluster files pass Ray's validator and our lint; each deliberate mistake is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator import cluster
+from orchestrator.cli import main
+from orchestrator.clusters.lint import lint
+
+ROOT = Path(__file__).resolve().parents[3]
+OURS = [
+    "cluster.yaml",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "examples/clusters").iterdir()),
+]
+HEAD = ("available_node_types", "head")
+WORKER = ("available_node_types", "spot-l40s")
+CONFIG = (*WORKER, "node_config")
+
+
+def changed(base, key, value):
+    # Through JSON: what YAML's anchors share is then one thing each.
+    document = json.loads(json.dumps(yaml.safe_load((ROOT / base).read_text())))
+    inner = document
+    for part in key[:-1]:
+        inner = inner.setdefault(part, {}) if isinstance(inner, dict) else inner[part]
+    if value is None:
+        del inner[key[-1]]
+    else:
+        inner[key[-1]] = value
+    return document
+
+
+def found_in(document, tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return lint(str(path))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_cluster_files_have_nothing_but_an_address_to_fill_in(name):
+    found = lint(str(ROOT / name))
+    assert [f for f in found if f.level != "note"] == []
+    assert len(found) <= 1
+
+
+@pytest.mark.parametrize("name", [n for n in OURS if "skypilot" not in n])
+def test_our_cluster_files_pass_the_validator_of_ray(name):
+    assert cluster.schema_refusal(yaml.safe_load((ROOT / name).read_text())) == ""
+
+
+def test_a_file_of_the_wheel_and_of_the_token_is_where_the_setup_looks_for_it():
+    for name in OURS:
+        text = (ROOT / name).read_text()
+        assert "~/compress-cluster/dist: ./dist" in text
+        assert "-c ~/compress-cluster/dist/constraints.txt ~/compress-cluster/dist/*.whl" in text
+
+
+MISTAKES = {
+    "a spot head": (
+        "cluster.yaml", (*HEAD, "node_config", "InstanceMarketOptions"), {"MarketType": "spot"},
+        "error", "available_node_types.head.node_config", "the head is a spot machine",
+    ),
+    "work on the head": (
+        "cluster.yaml", (*HEAD, "resources", "CPU"), 4,
+        "error", "available_node_types.head.resources.CPU", "the head takes work",
+    ),
+    "machines that stay": (
+        "cluster.yaml", (*WORKER, "min_workers"), 2,
+        "error", "available_node_types.spot-l40s.min_workers", "2 machines are paid for",
+    ),
+    "a worker that cannot start": (
+        "cluster.yaml", (*WORKER, "max_workers"), 0,
+        "error", "available_node_types.spot-l40s.max_workers", "no machine of this type",
+    ),
+    "an on-demand worker": (
+        "cluster.yaml", (*CONFIG, "InstanceMarketOptions"), None,
+        "warning", "available_node_types.spot-l40s.node_config", "on-demand: three",
+    ),
+    "a label that is not so": (
+        "cluster.yaml", (*WORKER, "labels", "market"), "on-demand",
+        "error", "available_node_types.spot-l40s.labels.market", "machine that is spot",
+    ),
+    "a label that matches nothing": (
+        "cluster.yaml", (*WORKER, "labels", "gpu"), "l40 s",
+        "error", "available_node_types.spot-l40s.labels.gpu", "is no label",
+    ),
+    "an unknown setting of the machine": (
+        "cluster.yaml", (*CONFIG, "InstanceMarketOption"), {"MarketType": "spot"},
+        "error", "available_node_types.spot-l40s.node_config.InstanceMarketOption",
+        "no such setting",
+    ),
+    "an unknown setting further in": (
+        "cluster.yaml", (*CONFIG, "BlockDeviceMappings", 0, "Ebs", "VolumSize"), 300,
+        "error", "available_node_types.spot-l40s.node_config.BlockDeviceMappings.0.Ebs.VolumSize",
+        "no such setting",
+    ),
+    "a persistent request": (
+        "cluster.yaml",
+        (*CONFIG, "InstanceMarketOptions", "SpotOptions", "SpotInstanceType"), "persistent",
+        "error",
+        "available_node_types.spot-l40s.node_config.InstanceMarketOptions.SpotOptions.SpotInstanceType",
+        "after `ray down`",
+    ),
+    "a machine that stops": (
+        "cluster.yaml",
+        (*CONFIG, "InstanceMarketOptions", "SpotOptions", "InstanceInterruptionBehavior"), "stop",
+        "error", "available_node_types.spot-l40s.node_config.InstanceMarketOptions.SpotOptions"
+        ".InstanceInterruptionBehavior", "keeps its disk",
+    ),
+    "the first metadata service": (
+        "cluster.yaml", (*CONFIG, "MetadataOptions"), None,
+        "error", "available_node_types.spot-l40s.node_config.MetadataOptions", "IMDSv1",
+    ),
+    "no image": (
+        "cluster.yaml", (*CONFIG, "ImageId"), None,
+        "error", "available_node_types.spot-l40s.node_config.ImageId", "Ubuntu 18.04",
+    ),
+    "stopped spot machines": (
+        "cluster.yaml", ("provider", "cache_stopped_nodes"), True,
+        "error", "provider.cache_stopped_nodes", "cannot be stopped",
+    ),
+    "one zone": (
+        "cluster.yaml", ("provider", "availability_zone"), "us-west-2a",
+        "warning", "provider.availability_zone", "one zone",
+    ),
+    "long idle": (
+        "cluster.yaml", ("idle_timeout_minutes",), 240,
+        "warning", "idle_timeout_minutes", "240 minutes more",
+    ),
+    "a head that is not there": (
+        "cluster.yaml", ("head_node_type",), "haed",
+        "error", "head_node_type", "'haed' is no node type",
+    ),
+    "an open dashboard": (
+        "cluster.yaml", ("head_start_ray_commands", 1),
+        "RAY_AUTH_MODE=token ray start --head --dashboard-host=0.0.0.0",
+        "error", "head_start_ray_commands.1", "job API runs any command",
+    ),
+    "a head without its token": (
+        "cluster.yaml", ("head_start_ray_commands", 1), "ray start --head",
+        "error", "head_start_ray_commands.1", "without its token",
+    ),
+    "a worker without its token": (
+        "cluster.yaml", ("worker_start_ray_commands", 1), "ray start --address=$RAY_HEAD_IP:6379",
+        "error", "worker_start_ray_commands.1", "without its token",
+    ),
+    "the token turned off": (
+        "cluster.yaml", ("setup_commands", 0), "export RAY_AUTH_MODE=disabled",
+        "error", "setup_commands.0", "anyone who reaches a port",
+    ),
+    "no token on the nodes": (
+        "cluster.yaml", ("file_mounts",), {"~/compress-cluster/dist": "./dist"},
+        "error", "file_mounts", "no token",
+    ),
+    "open ports": (
+        "cluster.yaml", ("provider", "security_group", "IpPermissions", 0),
+        {"FromPort": 8265, "ToPort": 8265, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]},
+        "error", "provider.security_group.IpPermissions.0", "ports 8265-8265 are open",
+    ),
+    "ssh for the world": (
+        "cluster.yaml",
+        ("provider", "security_group", "IpPermissions", 0, "IpRanges", 0, "CidrIp"), "0.0.0.0/0",
+        "warning", "provider.security_group.IpPermissions.0", "ssh is open",
+    ),
+    "a second door": (
+        "cluster.yaml", ("head_start_ray_commands", 1),
+        "RAY_AUTH_MODE=token ray start --head --ray-client-server-port=10001",
+        "warning", "head_start_ray_commands.1", "Ray Client",
+    ),
+    "a secret": (
+        "cluster.yaml", ("setup_commands", 0), "export HF_TOKEN=hf_" + "a" * 34,
+        "error", "setup_commands.0", "a secret stands here",
+    ),
+    "another Ray": (
+        "cluster.yaml", ("setup_commands", 0), "pip install 'ray[default]==2.9.0'",
+        "error", "setup_commands.0", "installs Ray 2.9.0",
+    ),
+    "another version of ours": (
+        "cluster.yaml", ("setup_commands", 2), "pip install compress-cluster==9.9.9",
+        "error", "setup_commands.2", "installs compress-cluster 9.9.9",
+    ),
+    "an old Python": (
+        "cluster.yaml", ("setup_commands", 1), "python3.9 -m venv ~/venv",
+        "error", "setup_commands.1", "Python 3.9 is too old",
+    ),
+    "not installed": (
+        "cluster.yaml", ("setup_commands",), ["true"],
+        "error", "setup_commands", "no command installs",
+    ),
+    "versions of the day": (
+        "cluster.yaml", ("setup_commands", 2), "pip install ~/compress-cluster/dist/*.whl",
+        "warning", "setup_commands", "versions are left to the day",
+    ),
+    "another Ray in the image": (
+        "cluster.yaml", ("docker",),
+        {"image": "rayproject/ray:2.40.0-py312-cu128", "container_name": "ray"},
+        "error", "docker.image", "holds Ray 2.40.0",
+    ),
+    "a slow health check": (
+        "cluster.yaml", ("head_start_ray_commands", 1),
+        "RAY_AUTH_MODE=token ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml",
+        "warning", "head_start_ray_commands.1", "after a minute",
+    ),
+    "no autoscaler": (
+        "cluster.yaml", ("head_start_ray_commands", 1), "RAY_AUTH_MODE=token ray start --head",
+        "error", "head_start_ray_commands.1", "no autoscaler",
+    ),
+    "a system config on a worker": (
+        "cluster.yaml", ("worker_start_ray_commands", 1),
+        "RAY_AUTH_MODE=token ray start --address=$RAY_HEAD_IP:6379 --system-config='{}'",
+        "error", "worker_start_ray_commands.1", "only the head",
+    ),
+    "Ray's default start": (
+        "cluster.yaml", ("head_start_ray_commands",), ["ray stop"],
+        "error", "head_start_ray_commands", "Ray's defaults start the head",
+    ),
+    "nobody listens": (
+        "cluster.yaml", ("worker_start_ray_commands",),
+        ["RAY_AUTH_MODE=token ray start --address=$RAY_HEAD_IP:6379"],
+        "warning", "worker_start_ray_commands", "nobody listens for the notice",
+    ),
+    "what Ray itself refuses": (
+        "cluster.yaml", ("max_wokers",), 8, "error", "", "Ray refuses it",
+    ),
+    "an unknown setting on GCP": (
+        "examples/clusters/gcp.yaml",
+        ("available_node_types", "spot-l4", "node_config", "schedulling"), [{"preemptible": True}],
+        "error", "available_node_types.spot-l4.node_config.schedulling", "no such setting",
+    ),
+    "a spot head on GCP": (
+        "examples/clusters/gcp.yaml",
+        ("available_node_types", "head", "node_config", "scheduling"), [{"preemptible": True}],
+        "error", "available_node_types.head.node_config", "the head is a spot machine",
+    ),
+    "a run on the machine's disk": (
+        "examples/clusters/skypilot.yaml", ("envs", "OUT"), "/tmp/run",
+        "error", "run", "goes with it",
+    ),
+    "SkyPilot without spot": (
+        "examples/clusters/skypilot.yaml", ("resources", "use_spot"), False,
+        "warning", "resources.use_spot", "on-demand",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found_with_its_line_and_its_fix(name, tmp_path):
+    base, key, value, level, path, why = MISTAKES[name]
+    found = [f for f in found_in(changed(base, key, value), tmp_path) if why in f.why]
+    assert [(f.level, f.path) for f in found] == [(level, path)]
+    assert found[0].fix
+    line = (tmp_path / "file.yaml").read_text().splitlines()[found[0].line - 1]
+    if not path.split(".")[-1].isdigit():
+        assert not path or any(f"{part}:" in line for part in path.split("."))
+
+
+def test_the_settings_of_ec2_are_those_of_its_own_description():
+    session = pytest.importorskip("botocore.session")
+    model = session.get_session().get_service_model("ec2")
+    known = json.loads((ROOT / "orchestrator/clusters/ec2.json").read_text())
+    for name, members in known.items():
+        assert set(members) == set(model.shape_for(name).members)
+
+
+def test_the_command_says_where_and_leaves_with_2(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(changed("cluster.yaml", (*WORKER, "min_workers"), 1)))
+    with pytest.raises(SystemExit) as left:
+        main(["cluster", "lint", str(path)])
+    assert left.value.code == 2
+    out = capsys.readouterr()
+    assert f"error {path}:" in out.out
+    assert "fix: min_workers: 0" in out.out
+    assert "1 error" in out.err
+
+
+def test_the_command_is_content_with_our_file(capsys):
+    main(["cluster", "lint", str(ROOT / "cluster.yaml"), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert [f["level"] for f in document["findings"]] == ["note"]
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "\x00"])
+def test_what_is_no_cluster_file_is_refused_in_a_line(text, tmp_path, capsys):
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(SystemExit) as left:
+        main(["cluster", "lint", str(tmp_path / "f.yaml")])
+    assert left.value.code == 2
+    assert "ConfigError" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""A run as seen from its directory alone, as a screen and as lines of a log."""
+
+import io
+import json
+import time
+
+import pytest
+from rich.console import Console
+
+from actors.storage.files import Directory
+from actors.storage.records import Record, write_record
+from orchestrator import lease
+from orchestrator.cli import main
+from orchestrator.journal import Journal
+from orchestrator.watch.screen import lines, screen
+from orchestrator.watch.snapshot import DONE, MEASURED, SUMMED, WAITING, Watcher
+from tests.builders import compress_local, run_local, save_model
+
+NOTICE = "node 4f1c8a was taken away by the spot market after a notice of 120 s"
+
+
+def ignore(_):
+    pass
+
+
+def begun(folder, num_layers=80, num_workers=8):
+    """Write what a run of a large model leaves in its middle, by the run's own writers."""
+    run = Directory(str(folder))
+    shape = {"num_layers": num_layers, "model_type": "llama"}
+    plan = {"plan": {"shape": shape}, "identity": {"method": "modegpt"}}
+    run.write("plan.json", json.dumps(plan).encode())
+    journal = Journal(run, ignore)
+    now = time.time()
+    names = [f"worker-{slot}" for slot in range(num_workers)]
+    journal.tell("phase begins", unit="run", at=now - 4000)
+    journal.tell("phase begins", unit="calibrate", tokens=256, at=now - 4000)
+    for index in range(256):
+        journal.tell("calibrate", unit=f"microbatch {index}", worker=names[index % num_workers],
+                     start=now - 3990 + index * 10, seconds=9.0, tokens=4096,
+                     at=now - 3980 + index * 10)  # fmt: skip
+    journal.tell("preempted", worker="worker-3", at=now - 2000,
+                 detail=f"preempted: {NOTICE}")  # fmt: skip
+    journal.tell("phase ends", unit="calibrate", seconds=2600.0, at=now - 1400)
+    journal.tell("phase begins", unit="compress", tokens=num_layers + 2, at=now - 900)
+    for index in range(num_layers):
+        if index < 70:
+            write_record(run, Record(unit=f"statistics-layer-{index:05d}", fingerprint="f"))
+        if index < 45:
+            write_record(run, Record(unit=f"damage-layer-{index:05d}", fingerprint="f"))
+        if index % 2 and index < 40:
+            write_record(run, Record(unit=f"layer-{index:05d}", fingerprint="f"))
+            journal.tell("layer", unit=f"layer-{index:05d}", worker=names[index % num_workers],
+                         start=now - 800 + index, seconds=30.0, at=now - 780 + index)  # fmt: skip
+    journal.flush()
+    return run
+
+
+def drawn(snapshot, width):
+    console = Console(width=width, color_system=None, file=io.StringIO())
+    console.print(screen(snapshot, price=1.5, now=time.time(), width=width))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_screen_shows_layers_workers_phase_money_and_losses_in_its_width(tmp_path, width):
+    run = begun(tmp_path)
+    with lease.held(run):
+        snapshot = Watcher(run.uri).snapshot()
+    text = drawn(snapshot, width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for word in ("running", "compress", "20/82", "worker-7", "preempted", "spent"):
+        assert word in text
+    assert snapshot.verdict == "running"
+    assert snapshot.layers[1] == DONE
+    assert snapshot.layers[44] == MEASURED
+    assert snapshot.layers[60] == SUMMED
+    assert snapshot.layers[75] == WAITING
+    assert snapshot.troubles == {"preempted": 1}
+    assert [w.lost for w in snapshot.workers] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert snapshot.worker_hours == pytest.approx(4000 * 8 / 3600, rel=0.01)
+
+
+def test_what_is_left_of_a_phase_follows_from_the_rate_so_far(tmp_path):
+    run = begun(tmp_path)
+    with lease.held(run):
+        phase = Watcher(run.uri).snapshot().phase
+    assert (phase.done, phase.total) == (20, 82)
+    assert phase.seconds_left == pytest.approx(900 / 20 * 62, rel=0.01)
+
+
+def test_a_driver_that_is_gone_is_not_shown_as_running(tmp_path):
+    run = begun(tmp_path)
+    assert Watcher(run.uri).snapshot().verdict == "stopped"
+    run.write("lease.json", json.dumps({
+        "nonce": "n", "host": lease.socket.gethostname(), "pid": 2**22 + 1, "started": "1",
+        "since": 0.0, "beat": 1,
+    }).encode())  # fmt: skip
+    snapshot = Watcher(run.uri).snapshot()
+    assert snapshot.verdict == "stopped"
+    assert "is gone" in snapshot.holder
+
+
+def test_a_torn_plan_and_a_torn_event_file_are_read_when_they_are_whole(tmp_path):
+    run = begun(tmp_path)
+    whole = run.read("plan.json")
+    run.write("plan.json", whole[:20])
+    run.write("events/9.parquet", b"PAR1 torn")
+    watcher = Watcher(run.uri)
+    assert watcher.snapshot().layers == []
+    run.write("plan.json", whole)
+    assert len(watcher.snapshot().layers) == 80
+
+
+def test_a_log_says_each_thing_once(tmp_path):
+    run = begun(tmp_path)
+    watcher = Watcher(run.uri)
+    first = watcher.snapshot()
+    said = list(lines(None, first))
+    assert any("preempted worker-3" in line for line in said)
+    assert said[-1].startswith("stopped ")
+    assert list(lines(first, watcher.snapshot())) == []
+
+
+def test_a_run_that_goes_on_is_seen_from_outside_while_it_does(tmp_path):
+    """Look in the middle of a real run, from within its own listener."""
+    seen = []
+    out = tmp_path / "run"
+
+    def look(event):
+        if event["kind"] == "phase begins":
+            with_lease = Watcher(str(out))
+            seen.append(with_lease.snapshot().layers)
+
+    compress_local(save_model(tmp_path / "model"), out, listener=look)
+    assert [DONE] * 3 in seen
+    assert seen[0] == [WAITING] * 3
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_finished_run_and_leaves(tmp_path, capsys):
+    out = tmp_path / "run"
+    run_local(save_model(tmp_path / "model"), out)
+    main(["watch", str(out)])
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"READY {out}"
+    main(["watch", str(out), "--once"])
+    assert "3 done" in capsys.readouterr().out
+
+
+def test_where_there_is_no_run_it_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["watch", str(tmp_path)])
+    assert left.value.code == 6
+    assert "there is no run here" in capsys.readouterr().err
