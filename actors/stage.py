@@ -90,13 +90,8 @@ class Stage:
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
             tensors = one_ahead(checkpoint.stream_prefix(prefix))
-<<<<<<< HEAD
-            self._layers[index] = self._skeleton.layer(index, tensors)
-            if assignment.statistics and (summing is None or index in summing.layers):
-=======
             self._layers[index] = skeleton.layer(index, tensors)
-            if assignment.statistics:
->>>>>>> size
+            if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 self._statistics[index] = LayerStatistics(
                     wanted, checkpoint.shape, family, device=device
@@ -111,15 +106,10 @@ class Stage:
             name = family.embedding if tied else family.head
             self._head = checkpoint.read(name).to(device, dtype)
             prefix = family.final_norm.removesuffix("weight")
-<<<<<<< HEAD
-            self._norm = self._skeleton.final_norm(checkpoint.read_prefix(prefix))
+            self._norm = skeleton.final_norm(checkpoint.read_prefix(prefix))
         give_back()
         seconds = time.monotonic() - started
         return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
-=======
-            self._norm = skeleton.final_norm(checkpoint.read_prefix(prefix))
-        return time.monotonic() - started
->>>>>>> size
 
     def drop(self) -> None:
         """Forget layers and statistics."""
@@ -258,12 +248,8 @@ class Stage:
             self._tokens[microbatch.tokens] = torch.from_numpy(array)
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
-<<<<<<< HEAD
     def _through(self, hidden: Tensor, *, observed: set[int]) -> Tensor:
-=======
-    def _through(self, hidden: Tensor, *, observe: bool) -> Tensor:
         assert self._skeleton is not None  # a pass loads its layers first
->>>>>>> size
         angles = self._skeleton.angles(hidden)
         for index, layer in self._layers.items():
             sums = self._statistics[index] if index in observed else None
