@@ -51,6 +51,7 @@ class Stage:
         self._setup = setup
         self._peak = PeakMemory()
         self._layers: dict[int, nn.Module] = {}
+        self._skeleton: Skeleton | None = None
         self._statistics: dict[int, LayerStatistics] = {}
         self._tokens: dict[str, Tensor] = {}
         self._next: dict[int, int] = {}  # layer -> first microbatch that it has not summed
@@ -83,12 +84,13 @@ class Stage:
         self._assignment = assignment
         self._run = Directory(assignment.run_uri)
         self._tokens = {}
-        self._skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
+        skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
+        self._skeleton = skeleton
         family = load_family(assignment.family)
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
             tensors = one_ahead(checkpoint.stream_prefix(prefix))
-            self._layers[index] = self._skeleton.layer(index, tensors)
+            self._layers[index] = skeleton.layer(index, tensors)
             if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 form = checkpoint.form.layers[index]
@@ -105,7 +107,7 @@ class Stage:
             name = family.embedding if tied else family.head
             self._head = checkpoint.read(name).to(device, dtype)
             prefix = family.final_norm.removesuffix("weight")
-            self._norm = self._skeleton.final_norm(checkpoint.read_prefix(prefix))
+            self._norm = skeleton.final_norm(checkpoint.read_prefix(prefix))
         give_back()
         seconds = time.monotonic() - started
         return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
@@ -113,6 +115,7 @@ class Stage:
     def drop(self) -> None:
         """Forget layers and statistics."""
         self._layers, self._statistics = {}, {}
+        self._skeleton = None  # it has the modules that were filled, and with them the weights
         self._embedding = self._head = self._norm = None
         self._next, self._saved = {}, {}
         give_back()
@@ -247,6 +250,7 @@ class Stage:
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
     def _through(self, hidden: Tensor, *, observed: set[int]) -> Tensor:
+        assert self._skeleton is not None  # a pass loads its layers first
         angles = self._skeleton.angles(hidden)
         for index, layer in self._layers.items():
             sums = self._statistics[index] if index in observed else None

@@ -39,7 +39,7 @@ from spot_cluster import SpotCluster
 KINDS = ("worker", "node", "freeze", "drain", "two nodes", "all workers", "driver")
 PHASES = ("calibrate", "compress", "stitch", "evaluate", "verify")
 STORES = ("local", "s3")
-METHODS = ("slicegpt", "modegpt")
+METHODS = {"slicegpt": {}, "modegpt": {"options.grid": "0.5"}}
 NODES, WORKERS = 4, 3
 NOTICE_SECONDS = 4
 LATEST = 6  # a loss comes at one of the first so many events of its phase
@@ -90,7 +90,7 @@ def schedule(seed: int) -> list[Disturbance]:
             kind=kind,
             phase=phase,
             store=store,
-            method=rng.choice(METHODS),
+            method=rng.choice(list(METHODS)),
             event=rng.randrange(LATEST) if phase in ("calibrate", "compress", "evaluate") else 0,
         )
         for kind, phase, store in itertools.product(KINDS, PHASES, STORES)
@@ -182,7 +182,8 @@ class Harness:
     def run(self, method: str, out: str, disturb: Disturb | None = None) -> Course:
         """Run the command until READY; ``disturb`` hears each event until it says that it acted."""
         self._number += 1
-        recipe = {**self._recipe, "method": method, "out": out, "address": self._cluster.address}
+        own = {"method": method, "out": out, "address": self._cluster.address}
+        recipe = {**self._recipe, **METHODS[method], **own}
         course, begun = Course(), time.monotonic()
         while course.commands < MAX_COMMANDS:
             course.commands += 1

@@ -58,10 +58,11 @@ def run(
     The plan is shown first; on a cluster that may cost money it is asked about. The result is
     RUN/model. The same command again goes on where this one stopped.
     """
-    terms = _terms(given)
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
+    costs = {name: given.pop(name) for name in ("price", "preemptions_per_hour")}
     config = config_of(model, given)
     click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
+    terms = _terms(costs)
     from orchestrator import screens
 
     screens.run(config, terms, **how, yes=yes, json_=json_)

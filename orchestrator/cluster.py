@@ -32,7 +32,7 @@ HEALTH_CHECK = {
     "health_check_failure_threshold": 3,
     "object_manager_pull_timeout_ms": 2000,
 }
-LOSSES = ("preempted", "worker lost", "out of memory")  # kinds of events
+LOSSES = ("preempted", "node lost", "worker crashed", "stalled", "out of memory")  # kinds of events
 STORE_BYTES = 200 * 2**20
 COVER_SECONDS = 10.0  # between two looks for nodes that have come
 ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection

@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -19,6 +20,8 @@ from planners.errors import ClusterError, ConfigError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_SECONDS = 10.0
+NO_AGENT = "No available agent"  # what Ray says before its first node has registered
+AGENT_SECONDS = 60.0
 SUBMIT_SECONDS = 60.0  # the head starts a process before it answers
 OWNER_ONLY = 0o600
 REFUSED = (401, 403)
@@ -91,7 +94,16 @@ class JobClient:
             "metadata": metadata,
             "entrypoint_num_cpus": 0,  # the head has none to give
         }
-        self._call("POST", "/api/jobs/", job, seconds=SUBMIT_SECONDS)
+        until = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                self._call("POST", "/api/jobs/", job, seconds=SUBMIT_SECONDS)
+            except _NotYetError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1.0)
+            else:
+                return
 
     def info(self, submission_id: str) -> dict[str, Any] | None:
         """Return what is known of a job, or None where the cluster knows none of that name.
@@ -168,7 +180,13 @@ class JobClient:
         text = error.read(2000).decode(errors="replace").strip()
         lines = [line for line in text.splitlines() if line.strip()]
         kind = _NotFoundError if error.code == NOT_FOUND else ClusterError
+        if NO_AGENT in text:
+            kind = _NotYetError
         return kind(f"{self.address} answers {error.code}: {lines[-1] if lines else error.reason}")
+
+
+class _NotYetError(ClusterError):
+    """The cluster is so young that nothing there can start a job yet."""
 
 
 class _NotFoundError(ClusterError):

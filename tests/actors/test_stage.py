@@ -1,6 +1,8 @@
 """A stage as an object: what it passes on, what it sums, and what it refuses."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -161,3 +163,12 @@ def test_tables_that_old_checkpoints_hold_are_left_alone(staged, model, tmp_path
     step = microbatch(0, hand_over=True)
     found, expected = (staged(checkpoint=folder).step(step, None)[1] for folder in (old, model))
     assert torch.equal(unpack(found, device="cpu"), unpack(expected, device="cpu"))
+
+
+def test_what_a_stage_forgets_is_out_of_memory(staged):
+    stage = staged()
+    weights = [weakref.ref(p) for layer in stage._layers.values() for p in layer.parameters()]
+    assert weights
+    stage.drop()
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)

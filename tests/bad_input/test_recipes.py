@@ -183,7 +183,7 @@ def test_steps_wider_than_the_model_are_refused(refused):
 
 
 def test_a_worker_too_small_for_a_layer_is_refused_by_the_bytes_it_lacks(refused):
-    refused(PlanError, "bytes too small for one layer", "more memory", worker_gib=1e-6)
+    refused(PlanError, "bytes too small for one layer", "with that much memory", worker_gib=1e-6)
 
 
 def test_sequences_longer_than_the_model_takes_are_refused(refused):

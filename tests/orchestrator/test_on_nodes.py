@@ -87,7 +87,10 @@ def test_a_frozen_node_is_noticed_within_15_seconds(nodes, model, undisturbed, t
 
 
 @pytest.mark.parametrize("phase", ["calibrate", "basis"])
-def test_a_drained_node_is_left_before_it_goes(nodes, model, undisturbed, tmp_path, phase):
+def test_a_drained_node_is_left_before_it_goes(
+    nodes, model, undisturbed, tmp_path, monkeypatch, phase
+):
+    monkeypatch.setattr("orchestrator.pool.DRAIN_SECONDS", 0.0)  # the whole run takes seconds
     executor = WatchedExecutor()
     leaving = []
 

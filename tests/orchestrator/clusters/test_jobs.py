@@ -3,7 +3,9 @@
 import signal
 import socket
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -86,3 +88,30 @@ def test_a_job_is_not_sent_over_the_network_to_a_cluster_that_lets_everybody_in(
 def test_what_is_no_dashboard_is_refused(address):
     with pytest.raises(ConfigError, match="--to"):
         JobClient(address)
+
+
+class _YoungCluster(BaseHTTPRequestHandler):
+    """Answers as a head does whose nodes have not registered yet, and later as one that is well."""
+
+    refusals = 2
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        young = type(self).refusals > 0
+        type(self).refusals -= 1
+        self.send_response(500 if young else 200)
+        self.end_headers()
+        said = "No available agent to submit job, please try again later." if young else "{}"
+        self.wfile.write(said.encode())
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+def test_a_cluster_that_has_only_just_come_up_gets_the_job_a_little_later():
+    with ThreadingHTTPServer(("127.0.0.1", 0), _YoungCluster) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = JobClient(f"http://127.0.0.1:{server.server_port}")
+        client.submit("true", submission_id="one", env={}, metadata={})
+        server.shutdown()
+    assert _YoungCluster.refusals == -1
