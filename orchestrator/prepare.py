@@ -182,7 +182,8 @@ def prepare(given: RunConfig) -> Prepared:
         calibration_dtype="float32" if device == "cpu" else shape.dtype,  # type: ignore[arg-type] # checked at the door
         worker_gib=round(_machine_gib() * USABLE / given.workers, 1),
     )
-    config = resolved(given, facts)
+    layer_options = resolve_layer_options(specs[0], given.layer_options)
+    config = resolved(given, facts).model_copy(update={"layer_options": layer_options})
     calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
     config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
     sequences, length = calibration.shape
@@ -225,7 +226,7 @@ def prepare(given: RunConfig) -> Prepared:
         statistics_uri=config.stats,
         start=start,
         work=work,
-        layer_options=resolve_layer_options(specs[0], given.layer_options),
+        layer_options=layer_options,
     )
     return chained(first, steps, checkpoint)
 

@@ -10,6 +10,7 @@ from planners.errors import NumericsError
 from planners.plan import LayerForm, ModelForm, ModelShape, Start
 
 LEAST_LOG = 1e-12  # of a loss: what loses nothing gives all it can, and not more
+FLOOR = 0.5  # of the share that its type keeps: what every matrix keeps at the least
 
 Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its parameters
 
@@ -41,9 +42,14 @@ def by_type(
     """Return ranks by truncation loss, type by type: what would lose more gives less.
 
     SVD-LLM v2 (arXiv:2503.12340): all matrices of one type (q_proj of all layers, ...) give the
-    same share together; of it layer i gives in proportion to ``1 / log(loss_i)``, at most all. Here
-    it is ``log(1 + loss)``, which is positive for any loss and the same for those of large models.
-    The share is found so that the true budget is met; less than one rank of it is left over.
+    same share together; of it layer i gives in proportion to ``1 / log(loss_i)``. Here it is
+    ``log(1 + loss)``, which is positive for any loss and the same for those of large models. The
+    share is found so that the true budget is met; less than one rank of it is left over.
+
+    The loss is that at one share for all, and says nothing of what a matrix loses at the rank that
+    it is left. So none keeps less than `FLOOR` of the share that its type keeps, up to a rank;
+    what it may not give, the others of its type give, in the same proportion. Without that, small
+    budgets leave the matrices of small loss next to nothing, and the model with them.
 
     Args:
         shape: of the model.
@@ -63,7 +69,8 @@ def by_type(
     }
 
     def form(share: float) -> ModelForm:
-        given = {name: filled(each, mean=1 - share) for name, each in weights.items()}
+        most = 1 - FLOOR * share
+        given = {name: filled(each, mean=1 - share, most=most) for name, each in weights.items()}
         return _form(shape, start, names, lambda layer, name: 1 - given[name][layer])
 
     within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
@@ -71,18 +78,18 @@ def by_type(
     return _raised(shape, form(within), form(over), budget=budget)
 
 
-def filled(weights: Sequence[float], *, mean: float) -> list[float]:
-    """Return ``min(1, c w)`` for each weight, c so that their mean is ``mean``.
+def filled(weights: Sequence[float], *, mean: float, most: float = 1.0) -> list[float]:
+    """Return ``min(most, c w)`` for each weight, c so that their mean is ``mean``.
 
-    ``weights`` are positive, ``mean`` is in [0, 1].
+    ``weights`` are positive, ``mean`` is in [0, ``most``].
     """
     order = sorted(range(len(weights)), key=lambda i: -weights[i])
     found = [0.0] * len(weights)
     left = mean * len(weights)
     for position, index in enumerate(order):
-        # From the largest weight on: those that c would lift over 1 are at 1, the rest share.
+        # From the largest weight on: those that c would lift over the most have it, the rest share.
         rest = math.fsum(weights[i] for i in order[position:])
-        found[index] = min(1.0, max(0.0, left * weights[index] / rest))
+        found[index] = min(most, max(0.0, left * weights[index] / rest))
         left -= found[index]
     return found
 

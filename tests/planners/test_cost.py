@@ -1,6 +1,6 @@
 """Counts of parameters, against models that are really built."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from hypothesis import given
@@ -14,10 +14,11 @@ from planners.cost import (
     dense_model_form,
     dense_parameters,
     forward_flops,
+    layer_parameters,
     model_parameters,
     statistic_elements,
 )
-from planners.plan import LINEARS, ModelShape, Statistic
+from planners.plan import LINEARS, ModelShape, Statistic, dense_form
 from tests.strategies import model_forms, shapes
 
 TAPS = ("resid_attn", "resid_mlp", "resid_out", "attn_in", "o_in", "mlp_in", "mlp_hidden", "v")
@@ -92,6 +93,30 @@ def test_what_nothing_touched_counts_as_the_dense_model(shape):
 def test_a_statistic_takes_as_many_numbers_as_are_planned(shape, statistic):
     held = LayerStatistics([statistic], shape, families.load("llama"), device="cpu")
     assert statistic_elements(shape, statistic) == sum(s.numel() for s in held.sums.values())
+
+
+@given(shapes(), st.sampled_from(STATISTICS), st.integers(1, 8), st.integers(1, 8))
+def test_a_statistic_of_a_layer_that_is_cut_takes_as_many_numbers_as_are_planned(
+    shape, statistic, width, pairs
+):
+    form = replace(
+        dense_form(shape), residual_in=width, residual_mid=width + 1, residual_out=width + 2,
+        intermediate=3 * width, qk_head_dim=2 * pairs, vo_head_dim=pairs,
+    )  # fmt: skip
+    held = LayerStatistics([statistic], shape, families.load("llama"), device="cpu", form=form)
+    planned = statistic_elements(shape, statistic, form)
+    assert planned == sum(s.numel() for s in held.sums.values())
+
+
+def test_a_layer_of_two_factors_and_shortcuts_multiplies_what_it_stores():
+    shape = ModelShape(
+        family="llama", model_type="llama", num_layers=2, hidden=16, intermediate=24, num_heads=4,
+        num_kv_heads=2, head_dim=4, vocab_size=50, tied=False,
+    )  # fmt: skip
+    layer = replace(dense_form(shape), ranks={"q_proj": 3}, shortcuts=True, norm_weights=False)
+    form = replace(dense_model_form(shape), layers=(layer, layer))
+    stored = sum(layer_parameters(shape, each) for each in form.layers)
+    assert forward_flops(shape, tokens=1, sequence_length=1, form=form) == 2 * stored
 
 
 def test_the_forward_pass_of_one_token_multiplies_every_weight_of_the_layers_once():

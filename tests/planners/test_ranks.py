@@ -14,7 +14,7 @@ from planners.allocation import uniform
 from planners.cost import dense_parameters, dense_start, linear_dims, model_parameters
 from planners.errors import NumericsError, PlanError
 from planners.plan import LINEARS, ModelShape, Start, Target
-from planners.ranks import by_type, filled, one_share
+from planners.ranks import FLOOR, by_type, filled, one_share
 from tests.strategies import shapes
 
 SHAPE = ModelShape(
@@ -76,6 +76,31 @@ def test_a_matrix_that_loses_more_keeps_more_within_its_type(problem, data):
 
 
 @given(problems(), st.data())
+def test_no_matrix_keeps_less_than_half_of_what_its_type_keeps(problem, data):
+    shape, names, _ = problem
+    smallest = least(problem)
+    assume(smallest < 1)
+    form = allocated(problem, data.draw(st.floats(smallest, 1.0)))
+    for name in names:
+        out_dim, in_dim = linear_dims(shape, form.layers[0], name)
+        whole = out_dim * in_dim / (out_dim + in_dim)  # the rank at which nothing is saved
+        kept = [layer.ranks.get(name, whole) for layer in form.layers]
+        mean = math.fsum(kept) / len(kept)
+        # One rank that was cut off, and the one that the mean may have been raised by.
+        assert all(rank >= FLOOR * mean - 1.5 for rank in kept)
+
+
+def test_a_matrix_that_loses_nothing_is_not_cut_to_nothing():
+    losses = [1e-9, 1e5, 1e5, 1e5]
+    findings = [{"losses": dict.fromkeys(LINEARS, loss)} for loss in losses]
+    form = allocated((SHAPE, list(LINEARS), findings), 0.5)
+    first, *others = (layer.ranks["q_proj"] for layer in form.layers)
+    share = (first + sum(others)) / 4
+    assert FLOOR * share - 1 <= first < others[0]
+    assert 0.5 * dense_parameters(SHAPE) - model_parameters(SHAPE, form) < 2 * SHAPE.intermediate
+
+
+@given(problems(), st.data())
 def test_equal_losses_are_one_share_for_all_but_for_the_last_rank(problem, data):
     shape, names, _ = problem
     same = [{"losses": dict.fromkeys(names, 3.0)}] * shape.num_layers
@@ -100,13 +125,14 @@ def test_what_is_removed_goes_as_one_over_the_logarithm_of_the_loss():
     assert max(products) - min(products) <= 2 / full * math.log1p(losses[-1])
 
 
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.floats(0, 1))
-def test_shares_are_in_proportion_until_they_are_all(weights, mean):
-    found = filled(weights, mean=mean)
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.floats(0, 1), st.floats(0.01, 1))
+def test_shares_are_in_proportion_until_they_are_the_most(weights, part, most):
+    mean = part * most
+    found = filled(weights, mean=mean, most=most)
     assert math.fsum(found) == pytest.approx(mean * len(weights), abs=1e-9)
-    scale = [f / w for f, w in zip(found, weights, strict=True) if f < 1 - 1e-9]
+    scale = [f / w for f, w in zip(found, weights, strict=True) if f < most - 1e-9]
     assert not scale or max(scale) == pytest.approx(min(scale), rel=1e-6, abs=1e-12)
-    assert all(0 <= f <= 1 for f in found)
+    assert all(0 <= f <= most for f in found)
 
 
 def test_ranks_of_a_step_build_on_the_widths_of_the_one_before():
