@@ -24,7 +24,6 @@ from planners.errors import StorageError
 
 BUFFER_BYTES = 2**23  # an object up to this is one request; a larger one goes in parts of this size
 PIECE_BYTES = 2**22  # read at one time where the whole is not wanted
-MARK_BYTES = 16
 _T = TypeVar("_T")
 
 
@@ -327,19 +326,24 @@ def _filled(file: Any, size: int) -> bytearray:
     """Return the next ``size`` bytes of a file.
 
     Where a store's answer is too short and says so itself, Arrow counts it as whole and leaves the
-    rest of the memory as it was. So the end of it is marked before, and must have changed: a mark
-    of 16 random bytes is in no file by chance, a shorter one is drawn anew with each try.
+    rest of the memory as it was. So the last byte is set before, and must have changed; where what
+    came happens to be the same byte, it comes once more onto the opposite one.
 
     Raises:
         ShortReadError: fewer came.
     """
     data = bytearray(size)
-    if size:
-        mark = os.urandom(min(size, MARK_BYTES))
-        data[-len(mark) :] = mark
-        if file.readinto(data) != size or data[-len(mark) :] == mark:
-            raise ShortReadError(f"fewer bytes came than the {size} that were asked for")
-    return data
+    if not size:
+        return data
+    begin = file.tell()
+    for mark in (0x55, 0xAA):
+        data[-1] = mark
+        file.seek(begin)
+        if file.readinto(data) != size:
+            break
+        if data[-1] != mark:
+            return data
+    raise ShortReadError(f"fewer bytes came than the {size} that were asked for")
 
 
 def _refuse_password(uri: str) -> None:

@@ -84,7 +84,7 @@ def test_the_screen_keeps_numbers_whole(columns, cluster):
 
 def test_what_does_not_fit_names_three_ways_and_each_of_them_fits():
     with pytest.raises(PlanError, match=r"[\d,]+ bytes too small for one layer") as caught:
-        of_70b("8xT4-16GB", method="svdllm")
+        of_70b("8xT4-14GB", method="svdllm")
     ways = caught.value.hint.partition(": ")[2].split("; ")
     assert 2 <= len(ways) <= 3
     assert "--worker-gib" in ways[-1]
@@ -94,7 +94,10 @@ def test_what_does_not_fit_names_three_ways_and_each_of_them_fits():
         recipe = {"method": pairs.get("--method", "svdllm")}
         if "--microbatch-tokens" in pairs:
             recipe["calibration.microbatch_tokens"] = int(pairs["--microbatch-tokens"])
-        assert of_70b("8xT4-16GB", **recipe).plan.waves
+        if "--option" in pairs:
+            key, value = pairs["--option"].split("=")
+            recipe[f"options.{key}"] = value
+        assert of_70b("8xT4-14GB", **recipe).plan.waves
     # As much memory as it asks for is enough, and it asks for no more than it says.
     gib = float(ways[-1].split()[1])
     assert of_70b("8xT4-20GB", method="svdllm").plan.waves if gib < 18 else True
@@ -139,7 +142,7 @@ def test_a_cluster_without_price_or_devices_is_not_asked_about(model, tmp_path):
 
 @pytest.mark.slow
 def test_a_measurement_is_kept_and_used_and_says_what_it_is_of(cache, model, tmp_path):
-    prepared = prepared_run(model, tmp_path / "out", method="modegpt")
+    prepared = prepared_run(model, tmp_path / "out", method="modegpt", keep_fraction=0.8)
     assert "not measured" in forecast_of(prepared, Terms()).clock.source
     found = forecast_of(prepared, Terms(measure=True))
     assert found.clock.source.startswith("measured on ")
@@ -149,7 +152,8 @@ def test_a_measurement_is_kept_and_used_and_says_what_it_is_of(cache, model, tmp
     assert all(sample.seconds > 0 for sample in found.clock.samples.values())
     assert len(list(cache.iterdir())) == 1
     assert forecast_of(prepared, Terms()).clock == found.clock
-    other = prepared_run(model, tmp_path / "out", method="modegpt", threads=2)
+    how = {"method": "modegpt", "keep_fraction": 0.8, "threads": 2}
+    other = prepared_run(model, tmp_path / "out", **how)
     assert "not measured" in forecast_of(other, Terms()).clock.source
 
 

@@ -1,5 +1,6 @@
 """Object storage that stalls, lies and fails: a whole object, or one clear line."""
 
+import io
 import random
 import time
 
@@ -206,3 +207,27 @@ def test_what_is_held_back_of_an_upload_is_bounded(s3, monkeypatch):
             stream.write(LARGE[start : start + 1_000_000])
             assert len(stream._stream._held) <= files.BUFFER_BYTES + 1_000_000
     assert directory.read("new") == LARGE
+
+
+class ShortFile(io.BytesIO):
+    """Says that it read everything, and leaves the end of the memory as it was."""
+
+    def __init__(self, data, given):
+        super().__init__(data)
+        self._given = given
+
+    def readinto(self, memory):
+        start = self.tell()
+        data = self.getvalue()[start : start + min(self._given, len(memory))]
+        memory[: len(data)] = data
+        return len(memory)
+
+
+@pytest.mark.parametrize("last", [0x00, 0x55, 0xAA, 0xFF])
+@pytest.mark.parametrize("size", [1, 8, 40])
+def test_an_answer_is_whole_or_an_error_whatever_its_last_byte(size, last):
+    data = bytes([last]) * size
+    assert files._filled(ShortFile(data, size), size) == data
+    for given in range(size):
+        with pytest.raises(retries.ShortReadError):
+            files._filled(ShortFile(data, given), size)
