@@ -64,11 +64,12 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     cuts: list[tuple[str, int, Tensor]] = []
     for module in methods.spec(job.method).cuts(job.options):
         full = layer_widths(start)
+        factored: dict[str, Any] = {}  # once for all levels of a module
         curves[module] = [[full[module], 0.0]]
         for width in levels(full[module], module, shares, round_to=int(job.options["round_to"])):
             form = cut_layer(start, full | {module: width})
             new, _ = methods.load(job.method).compress(
-                weights, sums, shape=shape, form=form, options=job.options
+                weights, sums, shape=shape, form=form, options=job.options, factored=factored
             )
             cut = _halved(new, form, config, shape, probe)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.

@@ -205,4 +205,5 @@ def _damage(
     # What is measured as damage is float32, the output and its difference beside it.
     passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
     factoring = _factorisation(shape, start, form)
-    return int(held + sums + max(factoring, cells * width + passing))
+    # The factor serves all levels, so it is there while each of them is tried.
+    return int(held + sums + factoring + cells * width + passing)

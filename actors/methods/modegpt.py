@@ -116,6 +116,7 @@ class MoDeGPT:
         shape: ModelShape,
         form: LayerForm,
         options: Mapping[str, Option],
+        factored: dict[str, Nystrom] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the tensors of one layer with the widths of ``form``, and the errors of its parts.
 
@@ -125,6 +126,7 @@ class MoDeGPT:
             shape: of the model.
             form: widths to reach.
             options: of the method.
+            factored: where factorisations that serve all widths are kept from call to call.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
@@ -134,10 +136,12 @@ class MoDeGPT:
         rungs: dict[str, str] = {}
         # A module that a step before has shrunk, in whatever way, is left as it is.
         if form.intermediate < _rows(weights, "gate_proj"):
-            factor = hidden_factor(weights, sums, options)
-            errors["mlp"] = _cut_mlp(new, factor, form.intermediate)
-            rungs["mlp"] = factor.rung
-            del factor  # the largest matrix of all
+            known = {} if factored is None else factored
+            if "mlp" not in known:
+                known["mlp"] = hidden_factor(weights, sums, options)
+            errors["mlp"] = _cut_mlp(new, known["mlp"], form.intermediate)
+            rungs["mlp"] = known["mlp"].rung
+            del known  # the largest matrix of all, unless the caller keeps it
         if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
             _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):

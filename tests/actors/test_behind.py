@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from actors import methods
+from actors.methods import modegpt
+from actors.numerics.nystrom import nystrom
 from actors.storage.checkpoint import Checkpoint
 from planners.plan import dense_form
 from tests.builders import compress_local, prepared_run, save_model
@@ -55,3 +57,20 @@ def test_damage_is_the_rise_of_the_loss_of_the_whole_model(model, tmp_path):
             form=replace(dense_form(shape), intermediate=int(width)),
         )  # fmt: skip
         assert damage == pytest.approx(rise_of_loss(model, ids, layer, cut), abs=2e-6)
+
+
+def test_one_factorisation_serves_all_levels(model, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        modegpt, "nystrom", lambda *args, **how: calls.append(1) or nystrom(*args, **how)
+    )
+
+    def count(event):
+        if event["kind"] == "phase begins":
+            calls.append(event["unit"])
+
+    options = {"modules": "mlp,vo", "grid": "0.75,0.5,0.25", "probe_tokens": 100}
+    recipe = {"method": "modegpt", "keep_fraction": 0.8, "options": options}
+    compress_local(model, tmp_path / "run", listener=count, **recipe)
+    allocating = calls[calls.index("allocate") + 1 : calls.index("compress")]
+    assert allocating == [1] * Checkpoint(str(model)).shape.num_layers
