@@ -92,10 +92,14 @@ def _commands() -> str:
     rows = []
     for name in cli.list_commands(context):
         command = cli.commands[name]
+        if command.hidden:
+            continue
         arguments = [p for p in command.params if isinstance(p, click.Argument)]
         usage = [a.make_metavar(context) for a in arguments]
         if isinstance(command, click.Group):
-            usage = ["|".join(sorted(command.commands)), "RUN"]
+            inner = next(iter(command.commands.values())).params
+            named = [p.make_metavar(context) for p in inner if isinstance(p, click.Argument)]
+            usage = ["|".join(sorted(command.commands)), *named]
         words = " ".join(["compress-cluster", name, *usage]).replace("|", "\\|")
         rows.append((f"`{words}`", command.get_short_help_str(limit=200)))
     return table(("command", "does"), rows)
