@@ -176,6 +176,29 @@ def schema() -> None:
     click.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
+@click.group()
+def recipes() -> None:
+    """Recipes that come with the package, for `run -r NAME`."""
+
+
+@recipes.command("ls")
+@as_json
+def recipes_ls(json_: bool) -> None:
+    """List them, and what each is for."""
+    from orchestrator import findings
+
+    findings.recipes(json_=json_)
+
+
+@recipes.command("show")
+@click.argument("name")
+def recipes_show(name: str) -> None:
+    """Print one, to be changed and given to -r as a file."""
+    from orchestrator.recipes import text
+
+    click.echo(text(name), nl=False)
+
+
 @click.command(hidden=True)
 @click.option("--sent-by", required=True)
 @click.option("--tries", type=int, required=True)
@@ -200,5 +223,6 @@ COMMANDS: tuple[click.Command, ...] = (
     watch,
     doctor,
     data,
+    recipes,
     schema,
 )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from orchestrator import recipes
 from planners.errors import ConfigError
 from planners.plan import MethodSpec, Option, OptionSpec, Target
 
@@ -275,7 +276,7 @@ def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> Run
     """Return the recipe in a YAML file with the command line's values on top.
 
     Args:
-        recipe_path: the file; None is an empty recipe.
+        recipe_path: the file, or the name of a recipe of the package; None is an empty recipe.
         overrides: dotted key, e.g. ``calibration.source`` or ``options.round_to``, -> value. A
             None was not given on the command line and changes nothing. A ``slice`` here replaces
             a ``keep_fraction`` of the file, and the other way round.
@@ -462,12 +463,20 @@ def recipe_values(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in SINGLE}
 
 
+def _recipe_text(path: Path) -> str:
+    """Return a file, or where there is none the recipe of that name that comes with the package."""
+    if not path.exists() and str(path) in recipes.available():
+        return recipes.text(str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def _read_recipe(path: Path) -> dict[object, object]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(_recipe_text(path))
     except OSError as error:
         raise ConfigError(
-            f"recipe {path}: {error.strerror}", hint="give the path of a YAML file"
+            f"recipe {path}: {error.strerror}",
+            hint="give the path of a YAML file, or a name from `compress-cluster recipes ls`",
         ) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
+from orchestrator import recipes as shipped
 from orchestrator.clusters.document import Finding
 from planners.errors import ClusterError, ConfigError, DataError
 
@@ -35,6 +37,21 @@ def cluster_file(path: str, *, json_: bool) -> None:
         raise ConfigError(f"{path}: {errors} error" + ("s" if errors > 1 else ""))
     if errors:
         raise SystemExit(ConfigError.exit_code)
+
+
+def recipes(*, json_: bool) -> None:
+    """Print the recipes that come with the package."""
+    found = shipped.available()
+    if json_:
+        print(json.dumps({"recipes": found}))  # noqa: T201 the one document
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, purpose in found.items():
+        table.add_row(Text(name, style="bold"), purpose)
+    _out.print(table)
+    _out.print(
+        Text("compress-cluster run MODEL -r NAME takes one; recipes show NAME prints it", "dim")
+    )
 
 
 def machine(out: str, *, offline: bool, json_: bool) -> None:

@@ -75,7 +75,8 @@ _MACHINES = (
     click.option("--microbatch-tokens", type=int, metavar="N",
                  help="Tokens that a stage takes at a time; other cuts, other bits. [4096]"),
     click.option("-r", "--recipe", metavar="FILE.yaml",
-                 help="Any of these from a file, such as the run.yaml of a run."),
+                 help="Any of these from a file, such as the run.yaml of a run, or a name from "
+                 "`compress-cluster recipes ls`."),
 )  # fmt: skip
 
 
