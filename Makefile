@@ -4,7 +4,7 @@ PYTHONS := python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check lint wheel clean
+.PHONY: help demo test nightly check lint wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -14,10 +14,13 @@ demo: $(INSTALLED)  ## compress the model that ships with the package, and show 
 	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 test: $(INSTALLED)  ## run every test that needs no GPU
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not nightly"
 
 check: lint  ## lint, then run the fast tests
-	$(BIN)/pytest -m "not ray and not gpu and not slow"
+	$(BIN)/pytest -m "not ray and not gpu and not slow and not nightly"
+
+nightly: $(INSTALLED)  ## run all cases of the tests of which `make test` runs a sample
+	$(BIN)/pytest -m nightly
 
 lint: $(INSTALLED)  ## check format, style, types and the import contracts
 	$(BIN)/ruff format --check

@@ -116,7 +116,7 @@ def run_again(model, out):
 def cases():
     """Yield every pair of file and tear; a sample of them is fast."""
     for number, (name, tear) in enumerate(itertools.product(FILES, TEARS)):
-        marks = () if number % 13 == 0 else (pytest.mark.slow,)
+        marks = () if number % 13 == 0 else (pytest.mark.nightly,)
         yield pytest.param(name, tear, id=f"{name}-{tear.__name__}", marks=marks)
 
 
