@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private import state as ray_state
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import autoscaler_pb2
@@ -35,6 +36,7 @@ HEALTH_CHECK = {
 LOSSES = ("preempted", "node lost", "worker crashed", "stalled", "out of memory")  # kinds of events
 STORE_BYTES = 200 * 2**20
 COVER_SECONDS = 10.0  # between two looks for nodes that have come
+LISTEN_SECONDS = 3.0  # within which a head takes a connection
 ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
 
 
@@ -91,6 +93,7 @@ def connected(
                 _system_config=HEALTH_CHECK,
             )
         else:
+            _require_listener(address)
             context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ClusterError(
@@ -260,6 +263,24 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _require_listener(address: str) -> None:
+    """See that something takes connections: Ray itself tries for minutes, and does not say so.
+
+    Raises:
+        OSError: nothing does.
+    """
+    found = services.get_ray_address_from_environment(address, None)
+    if found is None:
+        raise ConnectionError("none runs here")
+    host, _, port = found.rpartition(":")
+    if not host or not port.isdigit() or "//" in host:
+        return  # a form of address that Ray knows and we do not
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing listens at {found}: {error}") from error
 
 
 def _facts(address: str, dashboard: str) -> ClusterFacts:

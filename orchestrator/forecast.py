@@ -344,7 +344,8 @@ def _said_of_all(clocks: Sequence[Clock]) -> Clock:
 
 def _clock(setting: Setting, device: str, terms: Terms) -> Clock | None:
     """Return what was measured here, if this machine is like the workers, or else an estimate."""
-    at_hand = setting.device == "cpu" or device.upper() in _accelerator().upper()
+    here = _accelerator().upper()
+    at_hand = setting.device == "cpu" or bool(here and device.upper() in here)
     if terms.measure and not at_hand:
         raise ConfigError(
             f"--measure: this machine has no {device} to measure on",

@@ -117,15 +117,15 @@ def _time(forecast: Forecast) -> RenderableType:
     lines: list[RenderableType] = []
     if found.money is not None:
         money = [f"{m:,.2f}" for m in (found.money.p10, found.money.p50, found.money.p90)]
-        table.add_row("money", "", *money, style=bold)
+        table.add_row("money, as in --price", "", *money, style=bold)
     if forecast.terms.preemptions_per_hour:
         lost = [f"{x:.0f}" for x in (found.losses.p10, found.losses.p50, found.losses.p90)]
         table.add_row("workers lost", "", *lost)
     workers = f"{forecast.num_workers} worker{'s' if forecast.num_workers > 1 else ''}"
     lines.append(
         Text(
-            f"times are {clock.source}; {found.draws} simulated runs on {workers}, which compute "
-            f"{found.busy:.0%} of the time",
+            f"times are {clock.source}; {found.draws} simulated runs on {workers}, busy "
+            f"{found.busy:.0%} of the time; Ray's own start is not in it",
             style="dim" if clock.samples else "yellow",
         )
     )

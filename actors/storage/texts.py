@@ -76,8 +76,9 @@ def _open_source(source: str, split: str) -> Iterator[str]:
     path = Path(source)
     reader = _FILE_READERS.get(path.suffix.lower())
     if reader is None:
+        what = "is a file of another kind" if path.is_file() else "is no source of text"
         raise DataError(
-            f"unknown text source {source!r}",
+            f"{shown(source)} {what}",
             hint=f"stdlib, wikitext2, or the path of a file ending in {', '.join(_FILE_READERS)}",
         )
     require_file(path, hint="give the path of an existing local file")

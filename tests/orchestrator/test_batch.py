@@ -191,7 +191,7 @@ def test_a_wrong_file_is_refused_with_the_key(document, said, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_three_nodes_of_which_two_die_there_are_two_calibrations_and_the_same_bytes(
     models, tmp_path
 ):

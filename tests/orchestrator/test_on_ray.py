@@ -2,14 +2,17 @@
 
 import os
 import signal
+import time
 from collections import Counter
 
 import pytest
 import ray
 
 from actors.storage.files import Directory
+from orchestrator import cluster
 from orchestrator.executors import RayExecutor
 from orchestrator.journal import read_events
+from planners.errors import ClusterError
 from tests.builders import compress_local, result_files, run_local, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -91,3 +94,12 @@ def test_a_whole_run_on_one_worker_is_ready_and_writes_the_same_bytes(model, und
     assert report["verify"]["passed"]
     assert (tmp_path / "READY").exists()
     assert result_files(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1"])
+def test_where_nothing_listens_there_is_no_cluster_and_that_is_said_at_once(address):
+    begun = time.monotonic()
+    joining = cluster.connected(address, num_cpus=1, num_gpus=0, store_bytes=0)
+    with pytest.raises(ClusterError, match="nothing listens"), joining:
+        pass
+    assert time.monotonic() - begun < 10
