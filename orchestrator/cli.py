@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Everything heavy is imported inside the commands."""
 
 import json
+import os
 import shlex
 import sys
 from typing import Any
@@ -276,7 +277,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         resume = f"to go on: {shlex.join(['compress-cluster', *arguments])}"
         _complain("Interrupted", "what is done is kept", resume, json_=json_)
-        sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Ctrl-C went to Ray's processes too: on its way out Ray would make another code of this.
+        os._exit(INTERRUPTED)
 
 
 def _statistics(action: str, run_uri: str, *, json_: bool) -> None:

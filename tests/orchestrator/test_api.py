@@ -15,7 +15,7 @@ from tests.builders import LENGTH, save_model
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compress_is_the_run_of_the_command_line(tmp_path):
     model, out = save_model(tmp_path / "model"), tmp_path / "run"
     tokens = f"tokens:{model}/tokens"

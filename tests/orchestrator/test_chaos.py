@@ -18,7 +18,6 @@ LOSSES = [
     Disturbance(kind="freeze", phase="compress", event=2, store="local", method="slicegpt"),
     Disturbance(kind="drain", phase="calibrate", event=2, store="local", method="slicegpt"),
     Disturbance(kind="driver", phase="evaluate", event=1, store="s3", method="slicegpt"),
-    Disturbance(kind="all workers", phase="verify", event=0, store="local", method="slicegpt"),
 ]
 
 

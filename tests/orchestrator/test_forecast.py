@@ -147,7 +147,8 @@ def test_a_measurement_is_kept_and_used_and_says_what_it_is_of(cache, model, tmp
     found = forecast_of(prepared, Terms(measure=True))
     assert found.clock.source.startswith("measured on ")
     kinds = {"load", "calibrate", "evaluate", "evaluate_compressed", "statistics", "damage",
-             "layer", "embedding", "head", "verify", "throughput", "stitch"}  # fmt: skip
+             "layer", "embedding", "head", "verify", "throughput", "stitch",
+             "load_compressed"}  # fmt: skip
     assert set(found.clock.samples) == kinds
     assert all(sample.seconds > 0 for sample in found.clock.samples.values())
     assert len(list(cache.iterdir())) == 1

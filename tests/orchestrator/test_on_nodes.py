@@ -86,7 +86,7 @@ def test_a_frozen_node_is_noticed_within_15_seconds(nodes, model, undisturbed, t
     assert result_files(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("phase", ["calibrate", "basis"])
+@pytest.mark.parametrize("phase", ["calibrate", pytest.param("basis", marks=pytest.mark.nightly)])
 def test_a_drained_node_is_left_before_it_goes(
     nodes, model, undisturbed, tmp_path, monkeypatch, phase
 ):
@@ -179,7 +179,7 @@ def test_units_go_on_with_the_workers_that_are_there(model, undisturbed, tmp_pat
     assert result_files(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("phase", ["calibrate", "basis"])
+@pytest.mark.parametrize("phase", ["calibrate", pytest.param("basis", marks=pytest.mark.nightly)])
 def test_a_worker_that_stands_still_is_shown_and_given_up(
     model, undisturbed, tmp_path, monkeypatch, phase
 ):

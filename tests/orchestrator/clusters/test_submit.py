@@ -84,6 +84,7 @@ def test_a_driver_that_is_killed_is_started_again_and_the_run_is_found_by_its_di
     assert (at_home.home / ".ray" / "auth_token").read_text() not in note
 
 
+@pytest.mark.nightly
 def test_every_name_of_the_grafana_dashboard_is_on_the_metrics_page_of_a_run(
     model, at_home, tmp_path
 ):
@@ -104,6 +105,7 @@ def test_every_name_of_the_grafana_dashboard_is_on_the_metrics_page_of_a_run(
     wait_for((tmp_path / "run" / "READY").exists, "READY")
 
 
+@pytest.mark.nightly
 def test_a_job_is_cancelled_by_its_run_and_its_driver_ends(model, at_home, tmp_path, capsys):
     out = tmp_path / "run"
     main(["submit", *options_of(model, out, at_home), "--keep-alive", "5"])
