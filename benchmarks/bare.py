@@ -17,17 +17,19 @@ VOCABULARY = 512  # small: the benchmarks are about layers
 TOKENS = "tokens/calibration.parquet"
 
 
-def llama(*, hidden: int, intermediate: int, num_layers: int, num_heads: int) -> LlamaConfig:
-    """Return the config of a Llama whose head is its embedding, so that none is stored."""
+def llama(
+    *, hidden: int, intermediate: int, num_layers: int, num_heads: int, vocabulary: int = 0
+) -> LlamaConfig:
+    """Return the config of a Llama; where no vocabulary is given its head is its embedding."""
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary or VOCABULARY,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not vocabulary,
         dtype="float32",
     )
 

@@ -122,8 +122,11 @@ def write_model(folder: Path, *, calibration: int = 48) -> dict[str, Any]:
     return recipe
 
 
-def drive(recipe: Mapping[str, Any], events: Connection, log: str) -> None:
+def drive(
+    recipe: Mapping[str, Any], environment: Mapping[str, str], events: Connection, log: str
+) -> None:
     """Do a run in a process of its own; tell what happens and what is recorded."""
+    os.environ.update(environment)  # the server that forks has the one it was started with
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -206,7 +209,7 @@ class Harness:
     ) -> int:
         ours, theirs = self._context.Pipe(duplex=False)
         log = str(self._folder / f"run-{self._number:03d}.log")
-        driver = self._context.Process(target=drive, args=(recipe, theirs, log))
+        driver = self._context.Process(target=drive, args=(recipe, dict(os.environ), theirs, log))
         driver.start()
         theirs.close()
         while driver.is_alive() or ours.poll():

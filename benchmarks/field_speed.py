@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bare import bare_forward, load_bare
+from bare import bare_forward, llama, load_bare, write_random_model
 from result_file import ROOT, Goal, Result, load_average, report, table
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 from turns import Timings, take_turns
 
 from actors.storage.files import Directory
@@ -102,19 +101,14 @@ QUICK = Case(
 
 def write_inputs(folder: Path, case: Case) -> None:
     """Write a random model and random tokens; evaluation has one short sequence."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        num_hidden_layers=case.num_layers,
-        num_attention_heads=case.num_heads,
-        num_key_value_heads=case.num_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype="float32",
+    config = llama(
+        hidden=case.hidden,
+        intermediate=case.intermediate,
+        num_layers=case.num_layers,
+        num_heads=case.num_heads,
+        vocabulary=case.vocabulary,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    write_random_model(folder / "model", config)
     random = np.random.default_rng(0)
     for name, count in (("calibration", case.num_sequences), ("evaluation", 1)):
         ids = random.integers(0, case.vocabulary, size=(count, case.sequence_length))

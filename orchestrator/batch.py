@@ -137,7 +137,10 @@ def read_batch(path: str) -> Batch:
     file = _mapping_of(path)
     unknown = set(file) - set(KEYS)
     if unknown:
-        raise ConfigError(f"{path}: {min(unknown)}: unknown key; known: {', '.join(KEYS)}")
+        raise ConfigError(
+            f"{path}: {min(unknown)}: unknown key; known: {', '.join(KEYS)}",
+            hint="compress-cluster batch --help shows a file",
+        )
     if not isinstance(file.get("out"), str) or not file["out"]:
         raise ConfigError(f"{path}: out: must be the directory that the runs go below")
     budget = _budget(path, file.get("budget", {}))

@@ -42,11 +42,6 @@ class Skeleton:
         self._model = model.eval()
         self._rotary = type(model.model.rotary_emb)(self.config).to(device)
 
-    @property
-    def max_window(self) -> int | None:
-        """Longest sequence that full causal attention is right for, or None."""
-        return getattr(self.config, "sliding_window", None)
-
     def layer(self, index: int, tensors: Named) -> nn.Module:
         """Return layer ``index`` holding these tensors, named as below the layer.
 

@@ -19,7 +19,7 @@ from actors.numerics.linalg import (
     lower_transposed_times,
     solve_lower_transposed,
 )
-from actors.numerics.packed import Symmetric, diagonal
+from actors.numerics.packed import Symmetric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +52,6 @@ class Nystrom:
         """Return ``||Z W - Z_S W'||_F / ||Z W||_F`` over the calibration tokens, ridge included."""
         energy = self.turned.square().sum(dim=1)
         return float((energy[keep_dim:].sum() / energy.sum().clamp_min(1e-300)).sqrt())
-
-
-def ridge_leverage(gram: Symmetric, *, ridge: float, where: str) -> Float[Tensor, " dim"]:
-    """Return ``diag(C (C + r I)^-1)`` with r relative to the mean of the diagonal, in [0, 1]."""
-    scale = float(diagonal(gram).mean()) * ridge
-    return 1 - scale * _inverse_diagonal(gram, ridge=ridge, where=where)
 
 
 def _inverse_diagonal(gram: Symmetric, *, ridge: float, where: str) -> Float[Tensor, " dim"]:

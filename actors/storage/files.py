@@ -124,7 +124,7 @@ class Directory:
             else:
                 with self._storage_errors(name):
                     upload.close()
-        except BaseException:
+        except BaseException:  # raised again: whatever ended the block, no half of a file stays
             if upload.is_streaming:
                 self._withdraw(name, upload)
             raise
@@ -255,7 +255,7 @@ class Directory:
             yield HashingStream(stream)
             stream.close()
             _flush_and_rename(temporary, full)
-        except BaseException:
+        except BaseException:  # raised again, as above
             with contextlib.suppress(OSError):  # of what could not be flushed
                 stream.close()
             Path(temporary).unlink(missing_ok=True)
