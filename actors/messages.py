@@ -263,6 +263,11 @@ class UnitDone:
     seconds: float
     peak_bytes: int = 0
 
+    @property
+    def written_bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyRequest:

@@ -65,12 +65,12 @@ def one(
     folder: str, name: str, steps: Sequence[tuple[float, Step]], *, sequences: int | None
 ) -> dict[str, Any]:
     """Return kept fraction, perplexities and seconds of one result."""
-    from orchestrator.config import load_config
     from orchestrator.context import RunContext
     from orchestrator.executors import LocalExecutor
     from orchestrator.journal import Journal
     from orchestrator.ledger import Ledger
     from orchestrator.prepare import prepare
+    from orchestrator.recipe_file import load_config
     from orchestrator.run import Directory, compress_and_evaluate, new_pool
     from orchestrator.rundir import open_run
 

@@ -31,9 +31,9 @@ from turns import Timings, take_turns
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.config import load_config
 from orchestrator.executors import LocalExecutor
 from orchestrator.prepare import prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir import open_run
 

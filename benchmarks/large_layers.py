@@ -19,8 +19,8 @@ import torch
 from result_file import Goal, Result, load_average, report, table
 from shaped import VOCABULARY, config_of, gib, run_apart, run_here, write_checkpoint, write_tokens
 
-from orchestrator.config import load_config
 from orchestrator.prepare import prepare
+from orchestrator.recipe_file import load_config
 
 MODEL = "llama-2-70b"
 LAYERS = 2

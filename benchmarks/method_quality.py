@@ -62,9 +62,9 @@ def sweeps(
     folder: str, *, fractions: Sequence[float], sequences: int | None
 ) -> tuple[float, Points]:
     """Return the dense perplexity, and (method, asked) -> point of ``pareto.json``."""
-    from orchestrator.config import load_config
     from orchestrator.executors import LocalExecutor
     from orchestrator.prepare import prepare
+    from orchestrator.recipe_file import load_config
     from orchestrator.sweep import points_of, sweep_on
 
     tokens = f"tokens:{SHARED}/reference/{MODEL}"

@@ -36,9 +36,9 @@ from shaped import (
 from actors.memory import anonymous_bytes
 from actors.storage.files import Directory
 from orchestrator import cluster
-from orchestrator.config import load_config
 from orchestrator.executors import RayExecutor
 from orchestrator.prepare import prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir import check_run, open_run
 

@@ -15,10 +15,10 @@ from typing import Any
 from actors.sample import write_sample
 from actors.storage.files import Directory
 from benchmarks.result_file import Goal, Result, load_average, report, table
-from orchestrator.config import load_config
 from orchestrator.forecast import Terms, forecast_of
 from orchestrator.plan_screen import duration, size_text
 from orchestrator.prepare import prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run
 
 BYTES_GOAL, SECONDS_GOAL = 0.10, 0.25

@@ -33,7 +33,7 @@ from result_file import ROOT, hardware, table, versions
 from actors import methods
 from actors.storage.sources import embedded_model
 from orchestrator.cli import INTERRUPTED, cli
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from orchestrator.report.numbers import bytes_text, decimal, percent, seconds_text
 from planners import errors
 from planners.catalogue import CONFIGS, shape_of

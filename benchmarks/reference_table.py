@@ -142,9 +142,9 @@ class Measured:
 
 def measure(model: Model, slice_: float, *, sequences: int | None) -> Measured:
     """Return the outcome of one run, which is made in a temporary directory and removed."""
-    from orchestrator.config import load_config
     from orchestrator.executors import LocalExecutor
     from orchestrator.prepare import prepare
+    from orchestrator.recipe_file import load_config
     from orchestrator.run import run_on
     from orchestrator.rundir import open_run
 

@@ -27,9 +27,9 @@ FIFTH = 0.2
 
 def one(folder: str, fraction: float, *, refit: bool, sequences: int | None) -> dict[str, Any]:
     """Return the report of one run."""
-    from orchestrator.config import load_config
     from orchestrator.executors import LocalExecutor
     from orchestrator.prepare import prepare
+    from orchestrator.recipe_file import load_config
     from orchestrator.run import run_on
     from orchestrator.rundir import open_run
 

@@ -20,9 +20,9 @@ from actors.memory import PeakMemory
 from actors.storage.checkpoint import INDEX, Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.config import load_config
 from orchestrator.executors import LocalExecutor
 from orchestrator.prepare import prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir import check_run, open_run
 from planners.catalogue import CONFIGS

@@ -19,8 +19,8 @@ from typing import Any
 
 from actors import methods
 from benchmarks.result_file import Goal, Result, load_average, report, table
-from orchestrator.config import resolve_options
 from orchestrator.measure import Setting, kept_clock, measure
+from orchestrator.method_options import resolve_options
 from planners.catalogue import CONFIGS, shape_of
 from planners.plan import Target
 from planners.planning import Workload, make_plan

@@ -124,9 +124,9 @@ def timed(work: Any, listened: list[Mapping[str, Any]]) -> Timed:
 
 def one_run(recipe: Mapping[str, Any], out: Path) -> Timed:
     """Do one run up to its verification."""
-    from orchestrator.config import load_config
     from orchestrator.executors import LocalExecutor
     from orchestrator.prepare import prepare
+    from orchestrator.recipe_file import load_config
     from orchestrator.run import run_on
     from orchestrator.rundir import open_run
 
@@ -151,9 +151,9 @@ def one_run(recipe: Mapping[str, Any], out: Path) -> Timed:
 
 def one_sweep(recipe: Mapping[str, Any], out: Path) -> tuple[Timed, list[dict[str, Any]]]:
     """Do a sweep from nothing; return its points too."""
-    from orchestrator.config import load_config
     from orchestrator.executors import LocalExecutor
     from orchestrator.prepare import prepare
+    from orchestrator.recipe_file import load_config
     from orchestrator.sweep import points_of, sweep_on
 
     events: list[Mapping[str, Any]] = []

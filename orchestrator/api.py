@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cluster import ClusterFacts
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import RunConfig
 from orchestrator.forecast import Terms, forecast_of
 from orchestrator.journal import Listener
 from orchestrator.prepare import Prepared, prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run
 
 

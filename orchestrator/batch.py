@@ -15,9 +15,10 @@ from actors.storage.files import Directory
 from actors.storage.records import require_directory
 from orchestrator import lease
 from orchestrator.artefact import IDENTITY
-from orchestrator.config import SINGLE, RunConfig, load_config
+from orchestrator.config import SINGLE, RunConfig
 from orchestrator.journal import Event, Listener
 from orchestrator.prepare import Prepared, prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run
 from orchestrator.rundir import finished_report
 from planners.errors import CompressionError, ConfigError

@@ -98,7 +98,7 @@ def _calibrate_wave(
             context.ledger.commit(unit, _boundary_done(unit, done, done.boundary), attempt=1)
         context.journal.tell("calibrate", unit=f"microbatch {microbatch.index}",
                              worker=f"worker-{slot}", start=done.started, seconds=done.seconds,
-                             tokens=done.num_tokens)  # fmt: skip
+                             tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
 
     def on_published(task: UnitTask, done: UnitDone) -> None:
         seen, expected = done.values["num_tokens"], prepared.plan.calibration_tokens
@@ -107,7 +107,9 @@ def _calibrate_wave(
         context.ledger.commit(units[task.unit], done, attempt=1)
         partials.forget(task.index)
         context.journal.tell("statistics", unit=task.unit, worker=done.worker,
-                             start=done.started, seconds=done.seconds)  # fmt: skip
+                             start=done.started, seconds=done.seconds,
+                             peak_bytes=done.peak_bytes,
+                             written_bytes=done.written_bytes)  # fmt: skip
 
     plan = PassPlan(
         kind="calibrate",

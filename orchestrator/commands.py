@@ -145,20 +145,22 @@ def data() -> None:
 
 
 @data.command("lint")
-@click.argument("source", metavar="SRC")
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @click.option("--evaluation", default="", metavar="SRC", help="Text that must not be in SRC.")
 @click.option("--model", default="", metavar="MODEL", help="Count its tokens too.")
 @click.option("--sequence-length", default=256, show_default=True, help="Tokens of a sequence.")
 @as_json
-def data_lint(source: str, json_: bool, **given: Any) -> None:
+def data_lint(sources: tuple[str, ...], json_: bool, **given: Any) -> None:
     """Say how much of a text is doubled, broken, too short, or in the evaluation text too.
+
+    Of several texts it says how many tokens, or characters, are of each.
 
     \b
     compress-cluster data lint train.jsonl --evaluation held-out.jsonl
     """  # noqa: D301 click's mark for lines to leave as they are
     from orchestrator import findings
 
-    findings.text(source, json_=json_, **given)
+    findings.texts(sources, json_=json_, **given)
 
 
 @click.command()

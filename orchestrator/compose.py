@@ -7,7 +7,6 @@ files. They are dropped when the next step is done; if they are wanted again, th
 them again.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from orchestrator.outcome import step_facts
 from orchestrator.prepare import Prepared
 from orchestrator.refit import refit
 from orchestrator.repair import damaged, make_whole, spare_what_nobody_reads
+from orchestrator.rundir import write_plan
 from orchestrator.stitch import code_hash, stitch, stitch_unit
 from planners.compose import leaves_all, only_turns
 from planners.plan import (
@@ -199,8 +199,7 @@ def _carry(context: RunContext) -> None:
 def _open(context: RunContext) -> None:
     """Write what makes a step's directory one that others can read statistics from."""
     prepared, run = context.prepared, context.run
-    plan = {"identity": to_json(prepared.facts()), "plan": to_json(prepared.plan)}
-    run.write("plan.json", json.dumps(plan, indent=1, sort_keys=True).encode())
+    write_plan(prepared)
     if run.size(CALIBRATION_TOKENS) is None:
         source = {"source": prepared.config.calibration.source}
         run.write(CALIBRATION_TOKENS, tokens_to_parquet(prepared.calibration, source))

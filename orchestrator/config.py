@@ -1,29 +1,22 @@
 """The recipe: what the user typed, as frozen data, with every error naming the key's path."""
 
-import difflib
 import math
-import reprlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from orchestrator import recipes
 from planners.errors import ConfigError
-from planners.plan import MethodSpec, Option, OptionSpec, Target
+from planners.plan import Option, Target
 
 DEFAULT_KEEP_FRACTION = 0.8
 DEFAULT_SEQUENCE_LENGTH = 2048
 SOURCES_WITH_SPLITS = ("embedded", "stdlib", "wikitext2")
-
 MAX_COUNT = 2**20
-MAX_NUMBER = 2**63
-MAX_SHOWN = 200  # characters of a value in a message
 _OPEN = (None, "", "auto")  # values that `resolved` and `with_tokens` replace by what is used
 
 
@@ -243,7 +236,7 @@ class RunConfig(_Section):
         return Target(keep_fraction=self.keep_fraction or DEFAULT_KEEP_FRACTION)
 
 
-_SECTIONS: Mapping[str, type[_Section]] = {
+SECTIONS: Mapping[str, type[_Section]] = {
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
 }
@@ -270,101 +263,6 @@ class Facts:
     device: Literal["cpu", "cuda"]
     calibration_dtype: Literal["float32", "bfloat16", "float16"]
     worker_gib: float
-
-
-def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> RunConfig:
-    """Return the recipe in a YAML file with the command line's values on top.
-
-    Args:
-        recipe_path: the file, or the name of a recipe of the package; None is an empty recipe.
-        overrides: dotted key, e.g. ``calibration.source`` or ``options.round_to``, -> value. A
-            None was not given on the command line and changes nothing. A ``slice`` here replaces
-            a ``keep_fraction`` of the file, and the other way round.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key is unknown, wrong or contradicts another.
-    """
-    given = {key: value for key, value in overrides.items() if value is not None}
-    recipe = {} if recipe_path is None else _read_recipe(Path(recipe_path))
-    if {"keep_fraction", "slice"} & given.keys():
-        recipe = {k: v for k, v in recipe.items() if k not in ("keep_fraction", "slice")}
-    for key, value in given.items():
-        recipe = _with_override(recipe, key, value)
-    try:
-        return RunConfig.model_validate(recipe)
-    except ValidationError as error:
-        # A wrong value of a union gives one error for each member; one line a key is enough.
-        lines = dict.fromkeys(_explain(e["type"], e["loc"], e) for e in error.errors())
-        raise ConfigError("\n".join(lines)) from error
-
-
-def resolve_steps(config: RunConfig, specs: Sequence[MethodSpec]) -> list[dict[str, Option]]:
-    """Return the options of every step.
-
-    Raises:
-        ConfigError: a method has no such option, or not with this value; the message has the path.
-    """
-    found = []
-    for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
-        try:
-            found.append(resolve_options(spec, step.options))
-        except ConfigError as error:
-            where = f"steps[{index}]." if config.steps else ""
-            raise ConfigError(f"{where}{error}", hint=error.hint) from error
-    return found
-
-
-def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str, Option]:
-    """Return a value for every option of a method, in the type of its default.
-
-    Texts such as ``true``, ``16`` and ``0.5`` are read as what the default is, because
-    ``--option KEY=VALUE`` has only texts.
-
-    Raises:
-        ConfigError: the method has no such option, or not with this value.
-    """
-    known = {option.name: option for option in spec.options}
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"options.{_printable(name)}: {spec.name} has no such option"
-                + _nearest(name, list(known)),
-                hint="its options and defaults: "
-                + (", ".join(f"{o.name}={_text(o.default)}" for o in spec.options) or "none"),
-            )
-    return {
-        name: _checked(option, options[name]) if name in options else option.default
-        for name, option in known.items()
-    }
-
-
-# Options of a method that decide widths, statistics or what other units do.
-OF_ALL_LAYERS = frozenset({
-    "allocation", "modules", "round_to", "temperature", "grid", "probe_tokens", "servable",
-    "rotation", "pca_on", "slice_head", "schedule", "refit",
-})  # fmt: skip
-
-
-def resolve_layer_options(
-    spec: MethodSpec, given: Mapping[int, Mapping[str, object]]
-) -> dict[int, dict[str, Option]]:
-    """Return layer -> the options that it has for itself, each in the type of its default.
-
-    Raises:
-        ConfigError: the method has no such option, or no layer can have it alone.
-    """
-    found: dict[int, dict[str, Option]] = {}
-    for layer, options in given.items():
-        resolved_ = resolve_options(spec, options)
-        for name in options:
-            if name in OF_ALL_LAYERS:
-                own = [option.name for option in spec.options if option.name not in OF_ALL_LAYERS]
-                raise ConfigError(
-                    f"layer_options.{layer}.{name}: all layers of a run share it",
-                    hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
-                )
-        found[layer] = {name: resolved_[name] for name in options}
-    return found
 
 
 def resolved(config: RunConfig, facts: Facts) -> RunConfig:
@@ -461,154 +359,6 @@ def recipe_values(config: RunConfig) -> dict[str, Any]:
         {key: value for key, value in step.items() if value is not None} for step in values["steps"]
     ]
     return {key: value for key, value in values.items() if key not in SINGLE}
-
-
-def _recipe_text(path: Path) -> str:
-    """Return a file, or where there is none the recipe of that name that comes with the package."""
-    if not path.exists() and str(path) in recipes.available():
-        return recipes.text(str(path))
-    return path.read_text(encoding="utf-8")
-
-
-def _read_recipe(path: Path) -> dict[object, object]:
-    try:
-        data = yaml.safe_load(_recipe_text(path))
-    except OSError as error:
-        raise ConfigError(
-            f"recipe {path}: {error.strerror}",
-            hint="give the path of a YAML file, or a name from `compress-cluster recipes ls`",
-        ) from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"recipe {path}, line {line}: is not YAML: {error.problem}") from error
-    # ValueError: not UTF-8, or no such date; RecursionError: lists in lists in lists.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"recipe {path}: is not YAML: {error}") from error
-    if data is None:  # An empty file, or only comments: all defaults.
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"recipe {path}: is a {type(data).__name__}; it must be a mapping",
-            hint="one `key: value` a line, such as `model: tiny`",
-        )
-    return data
-
-
-def _with_override(recipe: dict[object, object], key: str, value: object) -> dict[object, object]:
-    """Return the recipe with one value set; what is no mapping stays, to be complained about."""
-    name, _, inner = key.partition(".")
-    if not inner:
-        return {**recipe, name: value}
-    section = recipe.get(name, {})
-    return {**recipe, name: {**section, inner: value}} if isinstance(section, dict) else recipe
-
-
-def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) -> str:
-    """Return one line: the key's path, what is wrong with it, and what would be right."""
-    step, loc = _step_of(loc)
-    if kind == "value_error":
-        return f"{step}{error['ctx']['error']}"
-    if not loc:
-        known = ", ".join(StepConfig.model_fields)
-        said = _short(error["input"])
-        return f"{step.rstrip('.')}: is {said}; it must be a mapping with keys of: {known}"
-    if loc[0] == "layer_options":
-        expected = RunConfig.model_fields["layer_options"].description
-        return f"layer_options: is {_short(error['input'])}; it must be {expected}"
-    if loc[0] == "options" and len(loc) > 1:
-        # What follows the option's name are the members of the union.
-        said = _short(error["input"])
-        return f"{step}options.{loc[1]}: is {said}; it must be a text or a number"
-    path = step + ".".join(_printable(str(part)) for part in loc)
-    section = _SECTIONS.get(str(loc[0]), RunConfig) if len(loc) > 1 else RunConfig
-    section = StepConfig if step else section
-    if kind == "missing":
-        return f"{path}: is missing; it must be {section.model_fields[str(loc[-1])].description}"
-    if kind in ("extra_forbidden", "invalid_key"):
-        known = f"; known here: {', '.join(section.model_fields)}"
-        keys = [f"{step}{key}" for key in StepConfig.model_fields] if step else _known_keys()
-        return f"{path}: unknown key" + (_nearest(path, keys) or known)
-    expected = section.model_fields[str(loc[-1])].description
-    if path in _SECTIONS:
-        expected = f"a mapping with keys of: {', '.join(_SECTIONS[path].model_fields)}"
-    return f"{path}: is {_short(error['input'])}; it must be {expected}"
-
-
-def _step_of(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
-    """Return ``steps[1].`` and the rest of a path, or nothing and the path."""
-    if loc[:1] == ("steps",) and len(loc) > 1:
-        return f"steps[{loc[1]}].", loc[2:]
-    return "", loc
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else repr(name)
-
-
-def _short(value: object) -> str:
-    """Return a value as it is in Python, cut where it is long."""
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        return "a huge number"  # which Python may refuse to print
-    return "empty" if value in (None, "") else reprlib.repr(value)[:MAX_SHOWN]
-
-
-def _known_keys() -> list[str]:
-    nested = [f"{name}.{key}" for name, part in _SECTIONS.items() for key in part.model_fields]
-    return [*RunConfig.model_fields, *nested]
-
-
-def _nearest(path: str, known: list[str]) -> str:
-    """Return the known keys whose last part is nearest to that of an unknown one, as a question."""
-    section, _, name = path.rpartition(".")
-    leaves = {key: key.rpartition(".")[2] for key in known}
-    nearest = difflib.get_close_matches(name, sorted(set(leaves.values())), n=1)
-    found = [key for key, leaf in leaves.items() if leaf in nearest]
-    here = [key for key in found if key.rpartition(".")[0] == section]
-    return f"; did you mean {' or '.join(here or found)}?" if found else ""
-
-
-def _checked(option: OptionSpec, value: object) -> Option:
-    """Return the value of an option in its type."""
-    converted = _converted(option.default, value)
-    if converted is None:
-        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        raise ConfigError(
-            f"options.{option.name}: is {value!r}; it must be {kind[type(option.default)]}"
-        )
-    if option.choices and converted not in option.choices:
-        choices = ", ".join(map(_text, option.choices))
-        raise ConfigError(f"options.{option.name}: is {value!r}; it must be one of: {choices}")
-    if option.minimum is not None and float(converted) < option.minimum:
-        raise ConfigError(
-            f"options.{option.name}: is {value!r}; it must be {option.minimum:g} or more"
-        )
-    return converted
-
-
-def _converted(default: Option, value: object) -> Option | None:
-    """Return ``value`` in the type of ``default``, or None where it cannot be read as that."""
-    if isinstance(default, bool):
-        word = value.lower() if isinstance(value, str) else value
-        return {"true": True, "false": False}.get(_text(word))
-    if isinstance(default, str):
-        return value if isinstance(value, str) else None
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        try:
-            value = type(default)(value)
-        except ValueError:
-            return None
-    if not isinstance(value, int | float) or not -MAX_NUMBER < value < MAX_NUMBER:
-        return None
-    if isinstance(default, int):
-        return value if isinstance(value, int) else None
-    return float(value)
-
-
-def _text(value: object) -> str:
-    """Return a value as it is typed in a recipe."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _size(target: Target) -> str:

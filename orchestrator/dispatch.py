@@ -120,7 +120,9 @@ class _Dispatch:
         for passed in spent(unit, self._units, done=self._ledger.done):
             self._ledger.drop(passed)
         self._journal.tell(unit.kind, unit=unit.name, worker=done.worker,
-                           start=done.started, seconds=done.seconds)  # fmt: skip
+                           start=done.started, seconds=done.seconds,
+                           peak_bytes=done.peak_bytes,
+                           written_bytes=done.written_bytes)  # fmt: skip
         for slot in self._slots_of(unit):  # the other one of two: nobody waits for it
             self._leave(slot)
             self._pool.renew(slot, listens=False)

@@ -99,7 +99,7 @@ def _evaluate_wave(
         unit = left[microbatch.index][0]
         context.journal.tell("evaluate", unit=unit.name, worker=f"worker-{slot}",
                              start=done.started, seconds=done.seconds,
-                             tokens=done.num_tokens)  # fmt: skip
+                             tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
         if last and slot == len(wave) - 1:
             context.ledger.commit(unit, _part_done(unit, done), attempt=1)
 

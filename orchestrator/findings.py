@@ -1,8 +1,9 @@
 """Prints what was found wrong: a table for people, JSON for machines, an exit code for scripts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -74,33 +75,60 @@ def machine(out: str, *, offline: bool, json_: bool) -> None:
         raise SystemExit(ClusterError.exit_code)
 
 
-def text(source: str, *, evaluation: str, model: str, sequence_length: int, json_: bool) -> None:
-    """Print what a text source holds and how much of it is wrong.
+def texts(
+    sources: Sequence[str], *, evaluation: str, model: str, sequence_length: int, json_: bool
+) -> None:
+    """Print what text sources hold and how much of each is wrong.
 
     Raises:
         DataError: a share is over its limit.
     """
-    from orchestrator.data_lint import LIMITS, lint_texts
+    from orchestrator.data_lint import lint_texts
 
-    found = lint_texts(source, evaluation=evaluation, model=model, sequence_length=sequence_length)
-    measures = found.pop("measures")
+    found = [
+        lint_texts(source, evaluation=evaluation, model=model, sequence_length=sequence_length)
+        for source in sources
+    ]
+    documents = [{**each, "measures": [asdict(m) for m in each["measures"]]} for each in found]
     if json_:
-        print(json.dumps({**found, "measures": [asdict(m) for m in measures]}))  # noqa: T201 the one document
+        print(json.dumps(documents[0] if len(found) == 1 else {"sources": documents}))  # noqa: T201 the one document
     else:
-        for key, value in found.items():
-            _out.print(Text(f"{key.replace('_', ' ')} ", style="dim"), _said(value), soft_wrap=True)
-        for m in measures:
-            warn, fail = LIMITS[m.name]
-            head = Text.assemble((f"{m.level:<8}", COLOURS[m.level]), (m.name, "bold"))
-            limits = f"(warns from {warn:.2%}, fails from {fail:.0%})"
-            _out.print(head, f"{m.share:.2%} {m.meaning} {limits}", soft_wrap=True)
-            if m.fix:
-                _out.print(Text(f"        {m.fix}", style="dim"), soft_wrap=True)
-    wrong = [m.name for m in measures if m.level == "error"]
+        for each in found:
+            _print_text(each)
+        _print_shares(found)
+    wrong = [
+        f"{each['source']}: over the limit: {', '.join(names)}"
+        for each in found
+        if (names := [m.name for m in each["measures"] if m.level == "error"])
+    ]
     if wrong and json_:
         raise SystemExit(DataError.exit_code)
     if wrong:
-        raise DataError(f"{source}: over the limit: {', '.join(wrong)}")
+        raise DataError("; ".join(wrong))
+
+
+def _print_text(found: Mapping[str, Any]) -> None:
+    from orchestrator.data_lint import LIMITS
+
+    for key, value in found.items():
+        if key != "measures":
+            _out.print(Text(f"{key.replace('_', ' ')} ", style="dim"), _said(value), soft_wrap=True)
+    for m in found["measures"]:
+        warn, fail = LIMITS[m.name]
+        head = Text.assemble((f"{m.level:<8}", COLOURS[m.level]), (m.name, "bold"))
+        limits = f"(warns from {warn:.2%}, fails from {fail:.0%})"
+        _out.print(head, f"{m.share:.2%} {m.meaning} {limits}", soft_wrap=True)
+        if m.fix:
+            _out.print(Text(f"        {m.fix}", style="dim"), soft_wrap=True)
+
+
+def _print_shares(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print how much of all that is each source's, where there are several."""
+    unit = "tokens" if "tokens" in found[0] else "characters"
+    total = max(1, sum(each[unit] for each in found))
+    for each in found if len(found) > 1 else ():
+        share = f"{each[unit] / total:>6.1%} of the {unit}, {each[unit]:,}"
+        _out.print(Text(each["source"], style="bold"), share, soft_wrap=True)
 
 
 def _said(value: object) -> str:

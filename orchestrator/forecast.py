@@ -13,8 +13,9 @@ from actors import methods
 from actors.storage.checkpoint import read_json
 from actors.storage.files import Directory
 from orchestrator.chain import StepInput, planned
-from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, resolve_options, resolve_steps
+from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
+from orchestrator.method_options import resolve_options, resolve_steps
 from orchestrator.prepare import Prepared
 from planners.catalogue import CONFIGS
 from planners.compose import require_disjoint
@@ -98,6 +99,7 @@ class Forecast:
         return {
             "workers": self.num_workers,
             "device": self.device,
+            "worker_bytes": self.worker_bytes,
             "price_per_hour": self.terms.price_per_hour,
             "preemptions_per_hour": self.terms.preemptions_per_hour,
             "source": self.clock.source if self.clock else "nothing is known of the device",

@@ -20,6 +20,8 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("tokens", pa.int64()),
         ("detail", pa.string()),
+        ("peak_bytes", pa.int64()),
+        ("written_bytes", pa.int64()),
     ]
 )
 FLUSH_SECONDS = 20.0  # so that whoever looks from outside sees what goes on
@@ -38,9 +40,14 @@ class Journal:
         self._flushed = time.monotonic()
 
     def tell(self, kind: str, **fields: Any) -> None:
-        """Note one event: ``unit``, ``worker``, ``start``, ``seconds``, ``tokens``, ``detail``."""
+        """Note one event.
+
+        Fields: ``unit``, ``worker``, ``start``, ``seconds``, ``tokens``, ``detail``,
+        ``peak_bytes`` of the worker's memory so far, ``written_bytes`` of the unit's files.
+        """
         row = {"at": time.time(), "unit": "", "worker": "", "start": 0.0, "seconds": 0.0,
-               "tokens": 0, "detail": "", "kind": kind, **fields}  # fmt: skip
+               "tokens": 0, "detail": "", "peak_bytes": 0, "written_bytes": 0, "kind": kind,
+               **fields}  # fmt: skip
         self._rows.append({name: row[name] for name in SCHEMA.names})
         self.events.append(row)
         self._listener(row)

@@ -27,7 +27,6 @@ from actors.sample import write_sample
 from actors.storage.files import Directory
 from orchestrator.allocate import measured
 from orchestrator.calibrate import calibrate
-from orchestrator.config import load_config
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import evaluate, evaluation_plan, throughput
@@ -35,6 +34,7 @@ from orchestrator.executors import LocalExecutor, Resources
 from orchestrator.journal import Event, Journal
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared, prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.refit import refit
 from orchestrator.run import dense_subject, new_pool
 from orchestrator.rundir import open_run

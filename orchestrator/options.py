@@ -122,7 +122,7 @@ def config_of(model: str | None, given: dict[str, Any]) -> Any:
     Raises:
         ConfigError: an option is wrong, or the recipe file is.
     """
-    from orchestrator.config import load_config
+    from orchestrator.recipe_file import load_config
 
     options = {f"options.{key}": value for key, value in pairs_of(given.pop("options", ())).items()}
     recipe = given.pop("recipe")

@@ -14,15 +14,8 @@ from actors.storage.files import Directory
 from actors.storage.sources import resolve_model
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.chain import StepInput, chained, planned
-from orchestrator.config import (
-    DEFAULT_SEQUENCE_LENGTH,
-    Facts,
-    RunConfig,
-    resolve_layer_options,
-    resolve_steps,
-    resolved,
-    with_tokens,
-)
+from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, Facts, RunConfig, resolved, with_tokens
+from orchestrator.method_options import resolve_layer_options, resolve_steps
 from orchestrator.subjects import EvaluationPlan, Subject
 from planners.compose import require_disjoint
 from planners.cost import dense_start

@@ -1,6 +1,5 @@
 """Making some layers of a run again, with another option for these alone."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,8 @@ from orchestrator.finished import READY
 from orchestrator.journal import Listener
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.run import run
-from orchestrator.rundir import check_run
+from orchestrator.rundir import check_run, write_plan
 from planners.errors import ConfigError
-from planners.plan import to_json
 
 UNITS = ("layer", "draft-layer", "refit-layer")  # what one layer of a result comes from
 
@@ -63,8 +61,7 @@ def withdraw(new: Prepared, layers: list[int]) -> None:
     directory = new.run
     with lease.held(directory):
         directory.delete(READY)
-        plan = {"identity": to_json(new.facts()), "plan": to_json(new.plan)}
-        directory.write("plan.json", json.dumps(plan, indent=1, sort_keys=True).encode())
+        write_plan(new)
         for layer in layers:
             for unit in UNITS:
                 directory.delete(f"records/{unit}-{layer:05d}.json")

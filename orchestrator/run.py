@@ -17,6 +17,7 @@ from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
 from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
 from orchestrator.executors import Executor, RayExecutor
+from orchestrator.failures import POLICIES
 from orchestrator.interrupt import Interruption, interruptible
 from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
@@ -69,12 +70,17 @@ def run(
             dashboard=dashboard,
         ) as facts:
             approve(facts)
+            prepared = replace(prepared, expected=dict(expected or {}))
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
             with interruptible() as interruption, cluster.watchers(config.address) as watchers:
                 return run_on(
-                    replace(prepared, expected=dict(expected or {})),
+                    prepared,
                     RayExecutor(watchers=watchers),
-                    listener=cluster.metered(listener),
+                    listener=cluster.metered(
+                        listener,
+                        reasons=POLICIES,
+                        price_per_hour=prepared.expected.get("price_per_hour") or 0.0,
+                    ),
                     verify_hashes=verify_hashes,
                     fence=hold.require,
                     interruption=interruption,

@@ -22,7 +22,8 @@ from orchestrator.versions import environment
 from planners.errors import ConfigError, DataError, StorageError
 from planners.plan import to_json
 
-__all__ = ["READY", "REPORT", "check_run", "finish", "finished_report", "open_run", "recipe_of"]
+__all__ = ["READY", "REPORT", "check_run", "finish", "finished_report", "open_run", "recipe_of",
+           "write_plan"]  # fmt: skip
 
 
 def check_run(prepared: Prepared) -> bool:
@@ -52,8 +53,7 @@ def open_run(prepared: Prepared) -> None:
     if not known:
         run.delete(READY)  # of a run whose plan was torn
     # First: from here on, whatever else lies here is of this run.
-    facts = to_json(prepared.facts())
-    run.write("plan.json", _json({"identity": facts, "plan": to_json(prepared.plan)}))
+    write_plan(prepared)
     for name, tokens, source in (
         (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
         (EVALUATION_TOKENS, prepared.evaluation, prepared.config.evaluation.source),
@@ -62,6 +62,17 @@ def open_run(prepared: Prepared) -> None:
             run.write(name, tokens_to_parquet(tokens, {"source": source}))
     run.write("run.yaml", to_yaml(prepared.config, prepared.given).encode())
     run.write("environment.json", _json(environment()))
+
+
+def write_plan(prepared: Prepared) -> None:
+    """Write what a run is, what it does and what that was expected to take."""
+    content: dict[str, Any] = {
+        "identity": to_json(prepared.facts()),
+        "plan": to_json(prepared.plan),
+    }
+    if prepared.expected:
+        content["forecast"] = dict(prepared.expected)
+    prepared.run.write("plan.json", _json(content))
 
 
 def recipe_of(run: Directory) -> RunConfig:

@@ -10,12 +10,13 @@ from actors.storage.files import Directory
 from orchestrator import cluster, lease
 from orchestrator.allocate import measured
 from orchestrator.calibrate import calibrate
-from orchestrator.config import RunConfig, resolve_options
+from orchestrator.config import RunConfig
 from orchestrator.context import RunContext
 from orchestrator.evaluate import evaluate, evaluation_plan
 from orchestrator.executors import Executor, RayExecutor
 from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
+from orchestrator.method_options import resolve_options
 from orchestrator.pool import Pool
 from orchestrator.prepare import GIB, Prepared
 from orchestrator.report import render_pareto

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.config import load_config
 from orchestrator.executors import Executor, LocalExecutor
 from orchestrator.journal import Event, Listener
 from orchestrator.prepare import Prepared, prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir import open_run
 

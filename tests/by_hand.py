@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from actors import methods
 from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
 from actors.storage.checkpoint import Checkpoint
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners.families import load as load_family
 from planners.plan import to_json
 

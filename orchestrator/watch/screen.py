@@ -11,6 +11,7 @@ from rich.text import Text
 
 from orchestrator.journal import Event
 from orchestrator.progress import TROUBLE
+from orchestrator.report.numbers import bytes_text
 from orchestrator.watch.snapshot import DONE, MEASURED, STATES, SUMMED, WAITING, Phase, Snapshot
 
 CELLS = {  # a letter too: colour alone tells some people nothing
@@ -25,8 +26,11 @@ MAX_WORKERS = 12
 
 
 def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> RenderableType:
-    """Return a run as a screen of so many columns; ``price`` is of a worker-hour, 0 if unknown."""
-    parts: list[RenderableType] = [_head(snapshot, price), Text()]
+    """Return a run as a screen of so many columns.
+
+    ``price`` is of a worker-hour; where it is 0, what the run was told is taken.
+    """
+    parts: list[RenderableType] = [_head(snapshot, price or snapshot.price_per_hour), Text()]
     if snapshot.phase is not None:
         parts += [_progress(snapshot.phase, width), Text()]
     if snapshot.layers:
@@ -50,21 +54,26 @@ def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
 
 
 def _head(snapshot: Snapshot, price: float) -> RenderableType:
-    said = [duration(snapshot.seconds)]
+    said, left = [duration(snapshot.seconds)], snapshot.left
+    if left is not None:
+        said.append(f"{duration(left.p50)} left ({duration(left.p10)} to {duration(left.p90)})")
     if price:
-        said.append(f"{snapshot.worker_hours * price:,.2f} spent")
+        money = f"{snapshot.worker_hours * price:,.2f} spent"
+        if left is not None:
+            come = left.p50 / 3600 * len(snapshot.workers) * price
+            money += f", {come:,.2f} to come"
+        said.append(money)
     lost = [f"{count} {kind}" for kind, count in snapshot.troubles.items()]
     head = Text.assemble(
         (f" {snapshot.verdict} ", f"{VERDICTS.get(snapshot.verdict, 'bold')} reverse"),
-        f"  {snapshot.title}  ",
-        " · ".join(said),
+        f"  {snapshot.title}",
     )
     if lost:
         head.append(f"  {', '.join(lost)}", "yellow")
     where = Text(snapshot.uri, style="dim", overflow="fold")
     if snapshot.holder:
         where.append(f"  {snapshot.holder}")
-    return Group(head, where)
+    return Group(head, Text(" · ".join(said)), where)
 
 
 def _progress(phase: Phase, width: int) -> RenderableType:
@@ -112,6 +121,7 @@ def _workers(snapshot: Snapshot, now: float) -> RenderableType:
     table.add_column("ago", justify="right", no_wrap=True)
     table.add_column("units", justify="right", no_wrap=True)
     table.add_column("busy", justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("lost", justify="right", no_wrap=True)
     for worker in snapshot.workers[:MAX_WORKERS]:
         busy = worker.busy_seconds / snapshot.seconds if snapshot.seconds else 0.0
@@ -121,10 +131,16 @@ def _workers(snapshot: Snapshot, now: float) -> RenderableType:
             duration(now - worker.at) if snapshot.verdict == "running" else "",
             f"{worker.count:,}",
             f"{min(1.0, busy):.0%}",
+            bytes_text(worker.peak_bytes) if worker.peak_bytes else "",
             Text(str(worker.lost), style="yellow") if worker.lost else "",
         )
     more = len(snapshot.workers) - MAX_WORKERS
-    return Group(table, Text(f"and {more} more", style="dim")) if more > 0 else table
+    said = [f"and {more} more"] if more > 0 else []
+    if snapshot.device:
+        said.append(f"each on {snapshot.device}")
+    if snapshot.worker_bytes:
+        said.append(f"planned memory {bytes_text(snapshot.worker_bytes)}")
+    return Group(table, Text(" · ".join(said), style="dim")) if said else table
 
 
 def _event_line(event: Event, width: int) -> RenderableType:

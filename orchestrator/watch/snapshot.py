@@ -16,6 +16,7 @@ from orchestrator.journal import Event
 from orchestrator.progress import TROUBLE, UNITS_OF
 from orchestrator.rundir import READY
 from planners.errors import StorageError
+from planners.schedule import Quantiles
 
 WAITING, SUMMED, MEASURED, DONE = "waiting", "statistics", "measured", "done"
 STATES = (WAITING, SUMMED, MEASURED, DONE)
@@ -40,6 +41,7 @@ class Worker:
         count: units and microbatches that it did.
         busy_seconds: that those took.
         lost: how often its process was lost.
+        peak_bytes: of memory that it said it had used; 0 where it said nothing yet.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Worker:
     count: int
     busy_seconds: float
     lost: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,10 @@ class Snapshot:
         seconds: since the first event, without the time in which nobody worked.
         worker_hours: that were used.
         holder: who works on it, in words.
+        left: seconds until the end; None where nobody works on it or nothing was expected.
+        device: what each worker has; empty where the run did not say.
+        worker_bytes: of memory that the plan gives a worker; 0 likewise.
+        price_per_hour: of a worker, as the run was told; 0 where it was not.
     """
 
     uri: str
@@ -102,6 +109,10 @@ class Snapshot:
     seconds: float
     worker_hours: float
     holder: str
+    left: Quantiles | None
+    device: str
+    worker_bytes: int
+    price_per_hour: float
 
 
 class Watcher:
@@ -130,19 +141,25 @@ class Watcher:
         sessions = _sessions(events, now if verdict == "running" else None)
         workers = _workers(events)
         seconds = sum(end - begin for begin, end in sessions)
+        forecast, ended = self._plan.get("forecast", {}), _ended(events)
+        goes_on = verdict == "running" and bool(events)
         return Snapshot(
             uri=self.run.uri,
             title=f"{shape.get('model_type', '')} · {identity.get('method', '')}".strip(" ·"),
             verdict=verdict,
             layers=_layers(self.run, int(shape.get("num_layers", 0))),
             phase=phase,
-            phases=_ended(events),
+            phases=ended,
             workers=workers,
             troubles=Counter(e["kind"] for e in events if e["kind"] in TROUBLE),
             events=[e for e in events if _is_news(e)][-LAST_EVENTS:],
             seconds=seconds,
             worker_hours=seconds * max(1, len(workers)) / 3600,
             holder=holder,
+            left=time_left(forecast.get("phases", {}), ended, phase) if goes_on else None,
+            device=forecast.get("device", ""),
+            worker_bytes=forecast.get("worker_bytes", 0),
+            price_per_hour=forecast.get("price_per_hour") or 0.0,
         )
 
     def _read_plan(self) -> None:
@@ -178,6 +195,43 @@ class Watcher:
         if lease.is_dead(holder) or silent:
             return "stopped", f"{said} is gone"
         return "running", said
+
+
+def time_left(
+    expected: Mapping[str, Mapping[str, float]], ended: Mapping[str, float], phase: Phase | None
+) -> Quantiles | None:
+    """Return how long the rest of a run takes; None where nothing was expected.
+
+    A phase takes what is left of it at its own rate so far; one that has not begun takes what was
+    expected of it, times what those that ended took for what was expected of them. The evaluation
+    comes twice, of the dense model and of the compressed one, each half of what was expected. The
+    spread is the expected one.
+
+    Args:
+        expected: phase -> quantiles of its seconds.
+        ended: phase -> seconds.
+        phase: that goes on.
+    """
+    if not expected:
+        return None
+    now = "" if phase is None else phase.name
+    known = [name for name in expected if name in ended and name not in (now, "evaluate")]
+    planned = sum(expected[name]["p50"] for name in known)
+    pace = sum(ended[name] for name in known) / planned if planned else 1.0
+    left = dict.fromkeys(("p10", "p50", "p90"), 0.0)
+    for name, each in expected.items():
+        if name in known or not each["p50"]:
+            continue
+        middle = each["p50"] * pace
+        if name == "evaluate" and name in ended:
+            over = bool({now, *ended} & {"verify", "throughput"})
+            middle *= 0.0 if over else 0.5
+        if phase is not None and name == now and phase.seconds_left is not None:
+            again = middle / 2 if name == "evaluate" and name not in ended else 0.0
+            middle = phase.seconds_left + again
+        for quantile in left:
+            left[quantile] += middle * each[quantile] / each["p50"]
+    return Quantiles(**left)
 
 
 def _layers(run: Directory, num_layers: int) -> list[str]:
@@ -236,6 +290,7 @@ def _workers(events: Sequence[Event]) -> list[Worker]:
                 count=len(did),
                 busy_seconds=sum(e["seconds"] for e in did),
                 lost=sum(e["kind"] in TROUBLE for e in own),
+                peak_bytes=max(e.get("peak_bytes") or 0 for e in own),
             )
         )
     return workers

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from orchestrator.config import load_config
 from orchestrator.prepare import prepare_evaluation
+from orchestrator.recipe_file import load_config
 from planners.errors import CompressionError, ModelError
 from tests.bad_input.refusals import attempt, refusal
 from tests.bad_input.warm import in_new_process

@@ -16,10 +16,10 @@ from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
 from orchestrator import compose
 from orchestrator.artefact import require_same
-from orchestrator.config import load_config
 from orchestrator.executors import LocalExecutor
 from orchestrator.looks import status
 from orchestrator.prepare import prepare
+from orchestrator.recipe_file import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir import finished_report, open_run
 from orchestrator.sweep import points_of

@@ -15,10 +15,10 @@ from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
 from orchestrator import batch as batches
 from orchestrator.batch import do_batch, read_batch
-from orchestrator.config import load_config
 from orchestrator.executors import LocalExecutor
 from orchestrator.forecast import Terms, forecast, forecast_of, parse_cluster
 from orchestrator.plan_screen import show
+from orchestrator.recipe_file import load_config
 from orchestrator.redo import redo
 from orchestrator.run import run_on
 from orchestrator.rundir import open_run, recipe_of

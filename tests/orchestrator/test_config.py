@@ -9,15 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import (
-    Facts,
-    RunConfig,
-    load_config,
-    resolve_options,
-    resolved,
-    to_yaml,
-    with_tokens,
-)
+from orchestrator.config import Facts, RunConfig, resolved, to_yaml, with_tokens
+from orchestrator.method_options import resolve_options
+from orchestrator.recipe_file import load_config
 from planners.errors import ConfigError
 from planners.plan import MethodSpec, OptionSpec, Target
 

@@ -65,3 +65,18 @@ def test_tokens_are_counted_with_the_tokenizer_of_a_model(tmp_path, capsys):
     assert sum(found["length_histogram"].values()) == 60
     assert found["share_of_it"] == 1.0  # every sequence begins with BOS
     assert found["scripts"] == {"Latin": 1.0}
+
+
+def test_of_several_texts_it_says_how_much_is_of_each_and_names_the_one_that_fails(
+    tmp_path, capsys
+):
+    large = save(tmp_path / "large.jsonl", map(text_of, range(60)))
+    small = save(tmp_path / "small.jsonl", [*map(text_of, range(100, 110)), *[text_of(100)] * 9])
+    with pytest.raises(SystemExit) as left:
+        main(["data", "lint", large, small])
+    assert left.value.code == 3
+    said = capsys.readouterr()
+    assert said.err.splitlines()[0] == f"DataError: {small}: over the limit: duplicates"
+    shares = [line for line in said.out.splitlines() if "% of the characters" in line]
+    assert [line.split()[0] for line in shares] == [large, small]
+    assert sum(float(line.split()[1].rstrip("%")) for line in shares) == pytest.approx(100, abs=0.2)

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from orchestrator import measure
 from orchestrator.cluster import ClusterFacts
-from orchestrator.config import load_config
 from orchestrator.consent import require_consent
 from orchestrator.forecast import Terms, forecast, forecast_of, parse_cluster
 from orchestrator.plan_screen import show
+from orchestrator.recipe_file import load_config
 from orchestrator.report.expected import expectations
 from planners.errors import ConfigError, PlanError
 from tests.builders import prepared_run, run_local, save_model

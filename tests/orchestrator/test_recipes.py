@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from orchestrator import recipes
 from orchestrator.cli import cli
-from orchestrator.config import load_config
+from orchestrator.recipe_file import load_config
 from planners.errors import ConfigError
 from tests.builders import save_model
 

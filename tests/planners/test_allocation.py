@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners.allocation import (
     FIELD,
     QUANTUM,

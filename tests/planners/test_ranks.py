@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners.allocation import uniform
 from planners.cost import dense_parameters, dense_start, linear_dims, model_parameters
 from planners.errors import NumericsError, PlanError

@@ -3,7 +3,7 @@
 import pytest
 
 from actors import methods
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners import families
 from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.plan import Target

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners.cost import dense_start
 from planners.plan import ModelShape, Statistic, Target
 from planners.units import (

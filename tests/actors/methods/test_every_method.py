@@ -15,7 +15,7 @@ from actors.methods.svdllm import TAP_OF, low_rank
 from actors.modeling.build import Skeleton
 from actors.modeling.modeling_compressed import CompressedConfig
 from actors.numerics.nystrom import nystrom
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners.allocation import form_of, full_widths
 from planners.cost import dense_start, layer_parameters
 from planners.errors import NumericsError

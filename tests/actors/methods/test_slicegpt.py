@@ -13,7 +13,7 @@ from actors.methods.slicegpt import shared_gram, site_basis
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors
-from orchestrator.config import resolve_options
+from orchestrator.method_options import resolve_options
 from planners.cost import dense_start
 from planners.plan import ModelShape, Target
 from tests.builders import (

@@ -13,10 +13,22 @@ from orchestrator import lease
 from orchestrator.cli import main
 from orchestrator.journal import Journal
 from orchestrator.watch.screen import lines, screen
-from orchestrator.watch.snapshot import DONE, MEASURED, SUMMED, WAITING, Watcher
+from orchestrator.watch.snapshot import DONE, MEASURED, SUMMED, WAITING, Phase, Watcher, time_left
 from tests.builders import compress_local, run_local, save_model
 
 NOTICE = "node 4f1c8a was taken away by the spot market after a notice of 120 s"
+
+FORECAST = {
+    "device": "A100",
+    "worker_bytes": 40 * 2**30,
+    "price_per_hour": 2.0,
+    "phases": {
+        "calibrate": {"p10": 1200.0, "p50": 1300.0, "p90": 1700.0},
+        "evaluate": {"p10": 90.0, "p50": 100.0, "p90": 130.0},
+        "compress": {"p10": 900.0, "p50": 1000.0, "p90": 1500.0},
+        "stitch": {"p10": 5.0, "p50": 5.0, "p90": 5.0},
+    },
+}
 
 
 def ignore(_):
@@ -27,7 +39,7 @@ def begun(folder, num_layers=80, num_workers=8):
     """Write what a run of a large model leaves in its middle, by the run's own writers."""
     run = Directory(str(folder))
     shape = {"num_layers": num_layers, "model_type": "llama"}
-    plan = {"plan": {"shape": shape}, "identity": {"method": "modegpt"}}
+    plan = {"plan": {"shape": shape}, "identity": {"method": "modegpt"}, "forecast": FORECAST}
     run.write("plan.json", json.dumps(plan).encode())
     journal = Journal(run, ignore)
     now = time.time()
@@ -37,7 +49,7 @@ def begun(folder, num_layers=80, num_workers=8):
     for index in range(256):
         journal.tell("calibrate", unit=f"microbatch {index}", worker=names[index % num_workers],
                      start=now - 3990 + index * 10, seconds=9.0, tokens=4096,
-                     at=now - 3980 + index * 10)  # fmt: skip
+                     peak_bytes=31 * 2**30, at=now - 3980 + index * 10)  # fmt: skip
     journal.tell("preempted", worker="worker-3", at=now - 2000,
                  detail=f"preempted: {NOTICE}")  # fmt: skip
     journal.tell("phase ends", unit="calibrate", seconds=2600.0, at=now - 1400)
@@ -68,7 +80,17 @@ def test_the_screen_shows_layers_workers_phase_money_and_losses_in_its_width(tmp
         snapshot = Watcher(run.uri).snapshot()
     text = drawn(snapshot, width)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
-    for word in ("running", "compress", "20/82", "worker-7", "preempted", "spent"):
+    words = (
+        "running",
+        "compress",
+        "20/82",
+        "worker-7",
+        "preempted",
+        "33.3",
+        "on A100",
+        "to come",
+    )
+    for word in words:
         assert word in text
     assert snapshot.verdict == "running"
     assert snapshot.layers[1] == DONE
@@ -86,6 +108,42 @@ def test_what_is_left_of_a_phase_follows_from_the_rate_so_far(tmp_path):
         phase = Watcher(run.uri).snapshot().phase
     assert (phase.done, phase.total) == (20, 82)
     assert phase.seconds_left == pytest.approx(900 / 20 * 62, rel=0.01)
+
+
+def test_what_is_left_of_the_run_is_this_phase_at_its_rate_and_the_others_at_the_pace_so_far(
+    tmp_path,
+):
+    run = begun(tmp_path)
+    with lease.held(run):
+        left = Watcher(run.uri).snapshot().left
+    # Calibration took twice what was expected. Both evaluations and the stitch are still to come.
+    pace, rest = 2600 / 1300, 900 / 20 * 62
+    assert left.p50 == pytest.approx(rest + (100 + 5) * pace, rel=0.01)
+    assert left.p10 == pytest.approx(rest * 0.9 + (90 + 5) * pace, rel=0.01)
+    assert left.p90 == pytest.approx(rest * 1.5 + (130 + 5) * pace, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ended", "phase", "left"),
+    [
+        ({}, None, 1300 + 100 + 1000 + 5),
+        ({"calibrate": 1300.0, "evaluate": 50.0}, None, 50 + 1000 + 5),
+        ({"calibrate": 650.0, "evaluate": 50.0}, None, (50 + 1000 + 5) / 2),
+        ({"calibrate": 1300.0, "evaluate": 50.0, "compress": 1000.0, "stitch": 5.0}, None, 50),
+        (dict.fromkeys(["calibrate", "evaluate", "compress", "stitch", "verify"], 1.0), None, 0),
+        ({"calibrate": 1300.0}, ("evaluate", 20.0), 20 + 50 + 1000 + 5),
+        ({"calibrate": 1300.0, "evaluate": 50.0, "compress": 9.0}, ("compress", 7.0), 7 + 50 + 5),
+    ],
+)  # fmt: skip
+def test_the_evaluation_comes_twice(ended, phase, left):
+    now = phase and Phase(
+        name=phase[0], done=1, total=9, begun=0.0, tokens_per_second=0.0, seconds_left=phase[1]
+    )
+    assert time_left(FORECAST["phases"], ended, now).p50 == pytest.approx(left)
+
+
+def test_where_nothing_was_expected_nothing_is_said_to_be_left():
+    assert time_left({}, {"calibrate": 1.0}, None) is None
 
 
 def test_a_driver_that_is_gone_is_not_shown_as_running(tmp_path):

@@ -1,0 +1,29 @@
+"""Words of a message about what a user typed."""
+
+import difflib
+import reprlib
+
+MAX_NUMBER = 2**63
+MAX_SHOWN = 200  # characters of a value in a message
+
+
+def printable(name: str) -> str:
+    """Return a name as a terminal may see it."""
+    return name if name.isprintable() else repr(name)
+
+
+def short(value: object) -> str:
+    """Return a value as it is in Python, cut where it is long."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return "a huge number"  # which Python may refuse to print
+    return "empty" if value in (None, "") else reprlib.repr(value)[:MAX_SHOWN]
+
+
+def nearest(path: str, known: list[str]) -> str:
+    """Return the known keys whose last part is nearest to that of an unknown one, as a question."""
+    section, _, name = path.rpartition(".")
+    leaves = {key: key.rpartition(".")[2] for key in known}
+    close = difflib.get_close_matches(name, sorted(set(leaves.values())), n=1)
+    found = [key for key, leaf in leaves.items() if leaf in close]
+    here = [key for key in found if key.rpartition(".")[0] == section]
+    return f"; did you mean {' or '.join(here or found)}?" if found else ""
