@@ -57,7 +57,10 @@ class Evaluator:
 
     @torch.inference_mode()
     def throughput(self, unit: str, request: ThroughputRequest) -> UnitDone:
-        """Time models; the values are name -> prefill and decode tokens per second, peak bytes."""
+        """Time models; the values are name -> prefill and decode tokens per second, peak bytes.
+
+        The speeds are medians; ``rounds`` are those of each turn, prefill and decode.
+        """
         started, begun = time.time(), time.monotonic()
         with contextlib.ExitStack() as stack:
             models, peaks = {}, {}
@@ -78,6 +81,7 @@ class Evaluator:
                 "prefill_tokens_per_second": statistics.median(r[0] for r in rates[name]),
                 "decode_tokens_per_second": statistics.median(r[1] for r in rates[name]),
                 "peak_bytes": peaks[name],
+                "rounds": rates[name],
             }
             for name in models
         }

@@ -11,6 +11,7 @@ from actors.numerics.packed import zeros
 from planners.cost import tap_dim
 from planners.families._base import Family
 from planners.plan import LayerForm, ModelShape, Statistic, dense_form
+from planners.units import last_tap
 
 # Where a tap is seen. q and k are seen before rope: rope turns each pair by an angle, so the energy
 # of a pair, the only statistic taken there, is the same before and after.
@@ -25,6 +26,10 @@ INPUT_OF = {
 OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
 
 Adder = Callable[[Tensor], None]
+
+
+class SeenEnoughError(Exception):
+    """A layer's forward pass has come by all that is observed of it, and is needed for no more."""
 
 
 class LayerStatistics:
@@ -66,8 +71,12 @@ class LayerStatistics:
                 self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def attach(self, layer: nn.Module) -> None:
-        """Observe a layer's forward passes until `detach`."""
+    def attach(self, layer: nn.Module, *, ends: bool = False) -> None:
+        """Observe a layer's forward passes until `detach`.
+
+        ``ends`` says that nobody needs what the layer puts out: its forward pass raises
+        `SeenEnoughError` behind the last tap, unless that is the output.
+        """
         self._layer = layer
         for tap in dict.fromkeys(statistic.tap for statistic in self._statistics):
             adders = self._adders(tap)
@@ -79,6 +88,12 @@ class LayerStatistics:
                 module = layer.get_submodule(self._name(OUTPUT_OF[tap]))
                 hook = partial(_feed_output, adders=adders)
                 self._handles.append(module.register_forward_hook(hook))
+        if ends:
+            tap = last_tap(self._statistics)
+            tap = "o_in" if tap in OUTPUT_OF else tap  # the next input that comes
+            if tap in INPUT_OF:
+                module = layer.get_submodule(self._name(INPUT_OF[tap]))
+                self._handles.append(module.register_forward_pre_hook(_end))
 
     def detach(self) -> None:
         """Stop observing."""
@@ -86,10 +101,15 @@ class LayerStatistics:
             handle.remove()
         self._handles.clear()
 
-    def see_residual(self, before: Tensor, after: Tensor) -> None:
-        """Count a microbatch, and add what is seen between a layer's input and output."""
+    def see_residual(self, before: Tensor, after: Tensor | None) -> None:
+        """Count a microbatch, and add what is seen between a layer's input and output.
+
+        No output is given where the forward pass has ended before it.
+        """
         self._keep_probe(before)
         self.num_tokens += before.shape[0] * before.shape[1]
+        if after is None:
+            return
         for add in self._adders("resid_out"):
             add(after)
         if "resid_out.cosine" in self.sums:
@@ -160,6 +180,11 @@ class LayerStatistics:
             before = before if shortcut is None else shortcut(before)
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
         self.sums["resid_out.cosine"][0] += cosine.to(torch.float64).sum()
+
+
+def _end(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    del module, args
+    raise SeenEnoughError
 
 
 def _feed_input(module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Adder]) -> None:

@@ -24,7 +24,7 @@ from actors.messages import (
 )
 from actors.modeling.build import Skeleton
 from actors.numerics.loss import next_token_nll
-from actors.observe import LayerStatistics
+from actors.observe import LayerStatistics, SeenEnoughError
 from actors.storage.ahead import one_ahead
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
@@ -131,7 +131,10 @@ class Stage:
         begun = time.monotonic()
         hidden = self._input(microbatch, packed)
         turn = {i for i, index in self._next.items() if index == microbatch.index}
-        hidden = self._through(hidden, observed=turn if microbatch.observe else set())
+        wanted = microbatch.hand_over or microbatch.loss or microbatch.write_boundary
+        hidden = self._through(
+            hidden, observed=turn if microbatch.observe else set(), ends=not wanted
+        )
         nats, num_predicted = 0.0, 0
         if microbatch.loss and self._assignment.head:
             nats, num_predicted = self._loss(hidden, self._ids(microbatch))
@@ -249,19 +252,26 @@ class Stage:
             self._tokens[microbatch.tokens] = torch.from_numpy(array)
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
-    def _through(self, hidden: Tensor, *, observed: set[int]) -> Tensor:
+    def _through(self, hidden: Tensor, *, observed: set[int], ends: bool) -> Tensor:
+        """Return what leaves the last layer, or what enters it where nobody reads what leaves."""
         assert self._skeleton is not None  # a pass loads its layers first
         angles = self._skeleton.angles(hidden)
         for index, layer in self._layers.items():
             sums = self._statistics[index] if index in observed else None
+            last = ends and index == self._assignment.last - 1
+            if last and sums is None:
+                break
             if sums is not None:
-                sums.attach(layer)
-            after = layer(hidden, attention_mask=None, position_embeddings=angles)
+                sums.attach(layer, ends=last)
+            try:
+                after = layer(hidden, attention_mask=None, position_embeddings=angles)
+            except SeenEnoughError:
+                after = None
             if sums is not None:
                 sums.detach()
                 sums.see_residual(hidden, after)
                 self._next[index] += 1
-            hidden = after
+            hidden = hidden if after is None else after
         return hidden
 
     def _loss(self, hidden: Tensor, ids: Tensor) -> tuple[float, int]:

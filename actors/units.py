@@ -54,7 +54,8 @@ def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Factor the statistics of one site of the residual stream, or of all sites into one basis."""
     last = 2 * job.shape.num_layers
     sites = range(last + 1) if task.index < 0 else [task.index]
-    return _factored([_site_gram(site, job, run).to(device) for site in sites], task, job, run)
+    grams = [gram for site in sites if (gram := _site_gram(site, job, run)) is not None]
+    return _factored([gram.to(device) for gram in grams], task, job, run)
 
 
 def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -73,7 +74,7 @@ def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Dir
     values = {
         "energy_kept": found.energy_kept,
         "rung": found.rung,
-        "dim": len(found.values),
+        "dim": len(found.vectors),
         "keep_dim": keep_dim,
         "eigenvalues": [float(v) for v in found.values[::step]],
     }
@@ -233,12 +234,15 @@ def _site_dims(job: CompressionJob) -> list[int]:
     return [*dims, job.form.layers[-1].residual_out]
 
 
-def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor:
-    """Return the gram of a site, which its own layer keeps; the last layer keeps the head's."""
+def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor | None:
+    """Return the gram of a site, which its own layer keeps; the last layer keeps the head's.
+
+    None of the last site where the method does not ask for it.
+    """
     owner = min(site // 2, job.shape.num_layers - 1)
     tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
     wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
-    return read_statistics(run, job, owner)[str(wanted[tap])]
+    return read_statistics(run, job, owner)[str(wanted[tap])] if tap in wanted else None
 
 
 def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from result_file import Goal, Result, load_average, report, table
+
 from actors.sample import write_sample
 from actors.storage.files import Directory
-from benchmarks.result_file import Goal, Result, load_average, report, table
 from orchestrator.forecast import Terms, forecast_of
 from orchestrator.plan_screen import duration, size_text
 from orchestrator.prepare import prepare

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from result_file import Goal, Result, load_average, report, table
+
 from actors import methods
-from benchmarks.result_file import Goal, Result, load_average, report, table
 from orchestrator.measure import Setting, kept_clock, measure
 from orchestrator.method_options import resolve_options
 from planners.catalogue import CONFIGS, shape_of

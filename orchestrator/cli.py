@@ -72,6 +72,7 @@ def run(
 @cli.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
+@click.option("--stats", metavar="URI", help="Reuse the statistics that another run kept.")
 @click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
 @click.option("--measure", is_flag=True, help="Time a layer on this machine first, and keep it.")
 @terms_options

@@ -155,6 +155,26 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
     return done.values
 
 
+def speed_note(throughput: Mapping[str, Any]) -> str:
+    """Return how far the rounds of a timing agree on a change of speed; empty where unknown.
+
+    The models take turns, so that what slows the machine down for a while slows both.
+    """
+    rounds = [throughput.get(name, {}).get("rounds", ()) for name in ("dense", "compressed")]
+    pairs = list(zip(*rounds, strict=False))
+    if not pairs:
+        return ""
+    said, sure = [], True
+    for index, what in enumerate(("prefill", "decode")):
+        ratios = sorted(after[index] / before[index] for before, after in pairs)
+        sure = sure and not ratios[0] < 1.0 < ratios[-1]
+        said.append(f"{what} {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    noise = "" if sure else ". Where that crosses 1, the change is no more than noise"
+    return f"Speed in {len(pairs)} rounds, in turn, times that of the dense model: " + (
+        f"{', '.join(said)}{noise}."
+    )
+
+
 def _say_nothing(kind: str, **fields: Any) -> None:
     del kind, fields
 

@@ -12,6 +12,7 @@ from typing import Any
 from actors import methods
 from actors.storage.checkpoint import read_json
 from actors.storage.files import Directory
+from orchestrator.artefact import listed
 from orchestrator.chain import StepInput, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
@@ -20,9 +21,9 @@ from orchestrator.prepare import Prepared
 from planners.catalogue import CONFIGS
 from planners.compose import require_disjoint
 from planners.cost import dense_start
-from planners.errors import ConfigError, ModelError, PlanError
+from planners.errors import ConfigError, ModelError, PlanError, StorageError
 from planners.families import family_of
-from planners.plan import MethodSpec, Option, RunPlan, Target, to_json
+from planners.plan import MethodSpec, Option, RunPlan, Statistic, Target, to_json
 from planners.planning import Workload
 from planners.schedule import Outlook, Risk, num_calls, outlook
 from planners.timetable import KINDS_OF, Clock, Job, phase_work, timetable, transfer_bytes
@@ -244,6 +245,7 @@ def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
                 start=step.start.form,
                 former=tuple(jobs),
                 carried=bool(step.former) and step.former[-1].carries,
+                reused=_kept(step) if step is prepared.origin else frozenset(),
             )
         )
     targets = [step.config.target for step in chain]
@@ -252,6 +254,17 @@ def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
     device = "CPU" if config.device == "cpu" else _accelerator()
     workers = max(len(wave) for job in jobs for wave in job.plan.waves)
     return _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
+
+
+def _kept(prepared: Prepared) -> frozenset[Statistic]:
+    """Return which of its statistics a run is to take from another."""
+    uri = prepared.statistics_uri
+    try:
+        rows = listed(Directory(uri)) if uri else []
+    except StorageError:
+        return frozenset()  # it kept none: all of them are summed
+    held = {tap for row in rows for tap in row["taps"]}
+    return frozenset(s for s in prepared.spec.statistics(prepared.options) if str(s) in held)
 
 
 def _settings(

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.config import recipe_values
 from orchestrator.context import RunContext
-from orchestrator.evaluate import Loss
+from orchestrator.evaluate import Loss, speed_note
 from orchestrator.failures import POLICIES
 from orchestrator.journal import read_events
 from orchestrator.refit import refit_losses
@@ -79,7 +79,8 @@ def outcome(
             "num_tokens": losses["compressed"].num_tokens,
             **perplexities,
         },
-        "throughput": throughput,
+        "throughput": {**throughput, "throughput_note": speed_note(throughput)},
+        "statistics": {"reused_from": _reused(context)},
         "seconds": seconds,
         "memory": {
             "driver_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
@@ -112,6 +113,12 @@ def outcome(
         "environment": environment(),
         "resumed_units": context.ledger.num_resumed,
     }
+
+
+def _reused(context: RunContext) -> str:
+    """Return the run whose statistics were taken, as it was named; empty where there is none."""
+    prepared = context.prepared
+    return prepared.statistics_uri or prepared.config.stats or ""
 
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in

@@ -123,7 +123,11 @@ def sweep_on(
             own = replace(point, extra_statistics=wanted)
             measured(replace(context, prepared=own, form=point.plan.form))
         dense = evaluate(context, evaluation_plan(base), dense_subject(base))
-        found = [_measure(point, pool, listener) for point in points]
+        found = []
+        for number, point in enumerate(points, start=1):
+            name = _name(point.spec.name, point.config.keep_fraction or 1.0)
+            journal.tell("step", unit=name, detail=f"point {number} of {len(points)}")
+            found.append(_measure(point, pool, listener))
     finally:
         pool.close()
         journal.flush()

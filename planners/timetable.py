@@ -9,6 +9,7 @@ from planners import work
 from planners.allocation import cut_layer, layer_widths
 from planners.cost import BYTES_OF, dense_model_form
 from planners.plan import (
+    LINEARS,
     LayerForm,
     MethodSpec,
     ModelForm,
@@ -26,6 +27,7 @@ from planners.units import (
     Unit,
     compression_units,
     damage_units,
+    last_tap,
     layer_statistics,
     losses_units,
     refit_units,
@@ -109,6 +111,7 @@ class Job:
         start: widths of the input model, where steps came before; None is the model itself.
         former: the steps before, where several methods are applied in turn.
         carried: its statistics are those of the step before, turned.
+        reused: statistics that another run has kept.
     """
 
     plan: RunPlan
@@ -120,6 +123,7 @@ class Job:
     start: ModelForm | None = None
     former: tuple["Job", ...] = ()
     carried: bool = False
+    reused: frozenset[Statistic] = frozenset()
 
     @property
     def input(self) -> ModelForm:
@@ -128,8 +132,13 @@ class Job:
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What is summed of each layer."""
+        """What is known of each layer."""
         return self.spec.statistics(self.options)
+
+    @property
+    def summed(self) -> frozenset[Statistic]:
+        """What of that the run's own pass sums."""
+        return self.statistics - self.reused
 
     @property
     def dense(self) -> ModelShape:
@@ -186,7 +195,7 @@ def timetable(job: Job, clock: Clock, *, former: Sequence[Clock] = ()) -> list[P
 
 
 def _calibrations(job: Job, clock: Clock) -> list[Phase]:
-    if not job.statistics:
+    if not job.summed:
         return []
     if job.carried:
         return [_units("calibrate", _carried(job), job, clock)]
@@ -232,7 +241,7 @@ def transfer_bytes(job: Job) -> int:
     """Return the bytes that go from stage to stage, or from wave to wave, in the whole run."""
     edges = sum(len(wave) for wave in job.plan.waves) - 1
     width = BYTES_OF[job.data.dtype]
-    passed = [j.data.tokens for j in (*job.former, job) if j.statistics and not j.carried]
+    passed = [j.data.tokens for j in (*job.former, job) if j.summed and not j.carried]
     return edges * (sum(passed) + 2 * job.evaluation_tokens) * job.shape.hidden * width
 
 
@@ -241,7 +250,7 @@ def phase_work(job: Job) -> dict[str, Work]:
     shape, found = job.shape, dict[str, Work]()
     whole = [StagePlan(first=0, last=shape.num_layers, embedding=True, head=True)]
     share = job.data.tokens / job.data.microbatch_tokens
-    passing = [j for j in (*job.former, job) if not j.carried]
+    passing = [j for j in (*job.former, job) if j.summed and not j.carried]
     steps = [step_work(j, whole[0], observe=True).times(share) for j in passing]
     found["calibrate"] = sum(steps, Work())
     tokens = job.evaluation_tokens / job.data.microbatch_tokens
@@ -268,9 +277,11 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
     total = Work(calls=1)
     for index in range(stage.first, stage.last):
         form = _form_of_pass(job, index, observe=observe, compressed=compressed)
-        total += work.layer_forward(shape, form, tokens=tokens, data=job.data)
+        wanted = layer_statistics(job.summed, index, shape.num_layers) if observe else []
+        ends = observe and index == shape.num_layers - 1  # nobody reads what leaves it
+        linears = work.linears_before(last_tap(wanted)) if ends else LINEARS
+        total += work.half_forward(shape, form, linears, tokens=tokens, data=job.data)
         if observe:
-            wanted = layer_statistics(job.statistics, index, shape.num_layers)
             total += work.layer_statistics_work(shape, wanted, tokens=tokens, form=form)
     if stage.head and not observe:
         width = job.form.head_dim if compressed else shape.hidden
@@ -354,7 +365,7 @@ def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> PassPhase:
         [
             clock.seconds("statistics", work.publish_work(job.shape, wanted, layers[index]))
             for index in range(stage.first, stage.last)
-            if (wanted := layer_statistics(job.statistics, index, job.shape.num_layers))
+            if (wanted := layer_statistics(job.summed, index, job.shape.num_layers))
         ]
         for stage in wave
     ]

@@ -1,6 +1,6 @@
 """The units of work of a run, what each depends on, and what determines its bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -105,6 +105,26 @@ def layer_statistics(
     """Return what one layer accumulates; only the last observes what leaves it."""
     last = layer == num_layers - 1
     return sorted(s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last)
+
+
+# Taps in the order in which a layer's forward pass comes by them.
+TAPS = (
+    "resid_attn",
+    "attn_in",
+    "q_rope",
+    "k_rope",
+    "v",
+    "o_in",
+    "resid_mlp",
+    "mlp_in",
+    "mlp_hidden",
+    "resid_out",
+)
+
+
+def last_tap(statistics: Iterable[Statistic]) -> str:
+    """Return the last tap that these statistics of one layer see; nothing behind it matters."""
+    return max((s.tap for s in statistics), key=TAPS.index, default=TAPS[0])
 
 
 def needed(units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:

@@ -110,3 +110,10 @@ def test_every_method_names_its_source(name):
 def test_no_method_imports_another(name):
     imported = set(imports_of(Path("actors/methods", f"{name}.py")))
     assert [m for m in imported if re.match(r"actors\.methods\.[^_]", m)] == []
+
+
+def test_a_script_of_the_benchmarks_finds_what_lies_beside_it_without_the_folder_above():
+    scripts = [path for path in files_under("benchmarks") if path.suffix == ".py"]
+    assert scripts
+    for path in scripts:
+        assert [name for name in imports_of(path) if name.split(".")[0] == "benchmarks"] == [], path

@@ -44,17 +44,20 @@ class Basis:
 
     Attributes:
         vectors: shape (hidden, keep_dim), float64, orthonormal columns, largest variance first.
-        values: all eigenvalues of the site's gram, shape (hidden,), float64, descending.
+        values: all eigenvalues of the site's gram, float64, descending; none, so of shape (0,), of
+            a site that was kept whole without a look at it.
         rung: how the factorisation was reached.
     """
 
     vectors: Float[Tensor, "hidden keep"]
-    values: Float[Tensor, " hidden"]
+    values: Float[Tensor, " known"]
     rung: str
 
     @property
     def energy_kept(self) -> float:
         """Share of the gram's trace inside the kept axes, in [0, 1]."""
+        if not len(self.values):
+            return 1.0
         kept = self.values[: self.vectors.shape[1]].clamp_min(0).sum()
         return float(kept / self.values.clamp_min(0).sum())
 
@@ -182,7 +185,9 @@ def _site_kind(options: Mapping[str, Option]) -> str:
 def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
     if options["schedule"] == "sequential":
         return frozenset()  # the dense model's activations say nothing of a sliced prefix
-    taps = ("resid_attn", "resid_mlp", "resid_out")
+    taps = ["resid_attn", "resid_mlp"]
+    if options["slice_head"] or options["rotation"] == "shared":
+        taps.append("resid_out")  # else the last site stays whole, whatever it holds
     return frozenset(Statistic(tap, _site_kind(options)) for tap in taps)
 
 
@@ -311,19 +316,22 @@ class SliceGPT:
         return _site_kind(options)
 
     def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
-        """Return the basis of one site, or of all sites where several grams are given.
+        """Return the basis of one site, of all sites where several grams are given.
 
         Any orthogonal basis is exact where all of it is kept. There the model's own axes stand,
         which cost no product, in the head of a large vocabulary least of all.
 
         Args:
-            grams: of the width of the residual stream.
+            grams: of the width of the residual stream; none for a site that is kept whole.
             keep_dim: axes to keep.
             where: names the site in errors.
 
         Raises:
             NumericsError: a gram is not finite or cannot be decomposed.
         """
+        if not grams:
+            empty = torch.empty(0, dtype=torch.float64)
+            return Basis(vectors=torch.eye(keep_dim).to(empty), values=empty, rung="whole")
         gram = grams[0] if len(grams) == 1 else shared_gram(grams)
         basis = site_basis(gram, keep_dim=keep_dim, where=where)
         whole = keep_dim == len(basis.vectors)

@@ -78,6 +78,7 @@ def _headline(report: Document) -> dict[str, Any]:
         "asked": summary.asked(report),
         "measured_on": summary.measured_on(report),
         "refit_note": summary.refit_note(report),
+        "statistics_note": summary.statistics_note(report),
         "throughput_note": summary.throughput_note(report),
         "loading_code": summary.loading_code(report),
         "created": str(report.get("created") or ""),

@@ -167,6 +167,12 @@ def refit_note(report: Document) -> str:
     return f"Refit, on held-out calibration sequences: {after}; {used}."
 
 
+def statistics_note(report: Document) -> str:
+    """Return whose statistics were taken; empty where the run has summed its own."""
+    source = section(report, "statistics").get("reused_from")
+    return f"Statistics are those of {source}; what it lacked was calibrated." if source else ""
+
+
 def throughput_note(report: Document) -> str:
     """Return why speeds are missing or how they were measured; empty when nothing is said."""
     note = section(report, "throughput").get("throughput_note") or report.get("throughput_note")

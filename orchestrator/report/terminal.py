@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.report import summary
-from orchestrator.report.document import Document
+from orchestrator.report.document import Document, section
 from orchestrator.report.numbers import NBSP
 
 _TONES = {"good": "green", "cost": "yellow", "": "default"}
@@ -29,7 +29,13 @@ def render_terminal(report: Document) -> RenderableType:
     verdict = f" {_printable(summary.verdict(report))} "
     head = Text.assemble((verdict, "bold reverse green" if ready else "bold reverse red"), "  ")
     head.append(_printable(summary.title(report)), style="bold")
-    notes = (summary.asked, summary.measured_on, summary.refit_note, summary.throughput_note)
+    notes = (
+        summary.asked,
+        summary.measured_on,
+        summary.statistics_note,
+        summary.refit_note,
+        summary.throughput_note,
+    )
     small = [note(report) for note in notes]
     return Group(
         head,
@@ -47,7 +53,9 @@ def _places(report: Document) -> list[Text]:
     page = f"{path.removesuffix('/model')}/report.html"
     rows = [("checkpoint", path), ("report", page)]
     if summary.is_ready(report):
-        rows.append(("load", summary.loading_call(report, repr(path))))
+        version = section(report, "environment").get("transformers")
+        tested = f"  # transformers {version}" if version else ""
+        rows.append(("load", summary.loading_call(report, repr(path)) + tested))
     # Left to the terminal to wrap, so that what is copied has no break in it.
     return [
         Text.assemble((f"{name:<12}", "dim"), _printable(value), no_wrap=True, overflow="ignore")

@@ -98,6 +98,44 @@ def test_the_loss_is_that_of_transformers(staged, model):
     assert nats == pytest.approx(float(expected), rel=1e-6)
 
 
+SEEN_BEFORE = {  # the last tap -> what does not run behind it
+    "resid_attn": ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"),
+    "v": ("self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"),
+    "resid_mlp": ("post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj"),
+    "mlp_hidden": ("mlp.down_proj",),
+    "resid_out": (),
+}
+
+
+@pytest.mark.parametrize("tap", SEEN_BEFORE)
+def test_the_last_layer_goes_no_further_than_the_last_tap_and_sums_the_same(staged, run, tap):
+    kind = "head_gram" if tap == "v" else "gram"
+    wanted = frozenset({Statistic("resid_attn", "gram"), Statistic(tap, kind)})
+    whole, short = staged(statistics=wanted), staged(statistics=wanted)
+    ran = []
+    for name, module in short._layers[2].named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    for index in range(3):
+        whole.step(microbatch(index, hand_over=True), None)  # somebody reads what it puts out
+        short.step(microbatch(index), None)
+    expected, found = published(whole, run, 2), published(short, run, 2)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(SEEN_BEFORE[tap]).isdisjoint(ran)
+    assert ("mlp.down_proj" in ran) == (tap == "resid_out")
+
+
+def test_a_last_layer_that_has_summed_a_microbatch_is_not_run_again_for_nobody(staged):
+    stage = staged()
+    stage.step(microbatch(0), None)
+    ran = []
+    stage._layers[2].register_forward_hook(lambda *_: ran.append(1))
+    done, packed = stage.step(microbatch(0), None)
+    assert (ran, packed, done.num_tokens) == ([], None, SIZE * LENGTH)
+    stage.step(microbatch(0, hand_over=True), None)
+    assert ran == [1]
+
+
 def test_a_microbatch_that_comes_again_is_passed_on_and_not_summed_again(staged, run):
     once, twice = staged(), staged()
     for index in range(3):

@@ -14,9 +14,12 @@ from actors.storage.records import read_records, write_record
 from actors.storage.tensors import read_tensors, write_tensors
 from orchestrator import artefact, cli
 from orchestrator.executors import LocalExecutor
+from orchestrator.forecast import Terms, forecast_of
 from orchestrator.run import run_on
 from orchestrator.rundir import open_run
 from planners.errors import ConfigError, StorageError
+from planners.timetable import Clock, timetable, transfer_bytes
+from planners.work import KINDS, Work
 from tests.builders import (
     LENGTH,
     DeadDriverError,
@@ -27,6 +30,7 @@ from tests.builders import (
     save_tokens,
 )
 
+CLOCK = Clock(rates=Work(**dict.fromkeys(KINDS, 1e9)))
 UNIFORM = {"method": "modegpt", "keep_fraction": 0.8, "options": {"allocation": "uniform"}}
 FFN = 56  # of the model of tests.builders
 TAPS = ["k_rope.pair_energy", "mlp_hidden.gram", "q_rope.pair_energy", "v.head_gram"]
@@ -195,6 +199,23 @@ def test_statistics_of_the_same_model_and_data_serve_another_size(first, model, 
     events = compressed(model, tmp_path, **{**UNIFORM, "keep_fraction": 0.7}, stats=str(first))
     assert not {e["kind"] for e in events} & {"statistics missing", "statistics"}
     assert not (tmp_path / "stats").exists()
+
+
+def test_a_plan_counts_no_pass_for_what_another_run_has_summed(first, model, tmp_path):
+    def planned(options, **how):
+        prepared = prepared_run(model, tmp_path, **{**UNIFORM, "options": options}, **how)
+        found = forecast_of(prepared, Terms()).job
+        calls = [p.name for p in timetable(found, CLOCK)].count("calibrate")
+        return calls, transfer_bytes(found)
+
+    own, reused = (
+        planned({"allocation": "uniform"}),
+        planned({"allocation": "uniform"}, stats=str(first)),
+    )
+    assert reused[0] == own[0] - 1
+    assert reused[1] <= own[1]
+    more = {"allocation": "influence"}  # of which one statistic is not there
+    assert planned(more, stats=str(first))[0] == planned(more)[0]
 
 
 def test_statistics_that_are_stored_whole_give_the_same_result(kept, first, model, tmp_path):

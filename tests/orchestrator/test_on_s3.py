@@ -91,8 +91,7 @@ def verify(uri):
 @pytest.mark.slow
 def test_verify_finds_one_flipped_bit_on_a_store(model, s3):
     out = s3("run")
-    run_local(model, out)
-    assert verify(out).returncode == 0
+    run_local(model, out)  # which ends with a check of the same bytes
     run = Directory(out)
     data = bytearray(run.read("model/layer-00001.safetensors"))
     data[-5] ^= 4
@@ -118,7 +117,7 @@ def test_a_run_on_a_store_goes_on_where_its_driver_died(model, undisturbed, s3, 
     assert stored(out) == undisturbed
 
 
-@pytest.mark.parametrize("after", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", [60, pytest.param(200, marks=pytest.mark.nightly)])
 def test_a_store_that_fails_in_the_middle_leaves_a_run_that_goes_on(
     model, undisturbed, faulty, monkeypatch, after
 ):

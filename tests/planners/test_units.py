@@ -14,6 +14,7 @@ from planners.plan import ModelShape, Statistic, Target
 from planners.units import (
     Identity,
     compression_units,
+    last_tap,
     layer_statistics,
     needed,
     spent,
@@ -171,7 +172,7 @@ def test_another_slice_needs_no_other_statistics_and_leaves_the_head_as_it_is():
 
 @given(st.integers(1, 12))
 def test_every_site_is_observed_by_exactly_one_layer(num_layers):
-    wanted = SPEC.statistics(resolve_options(SPEC, {}))
+    wanted = SPEC.statistics(resolve_options(SPEC, {"slice_head": True}))
     layers = [layer_statistics(wanted, i, num_layers) for i in range(num_layers)]
     taps = [statistic.tap for statistic in chain.from_iterable(layers)]
     assert taps == ["resid_attn", "resid_mlp"] * (num_layers - 1) + [
@@ -179,6 +180,21 @@ def test_every_site_is_observed_by_exactly_one_layer(num_layers):
         "resid_mlp",
         "resid_out",
     ]
+
+
+def test_the_last_site_is_observed_only_where_it_is_to_be_sliced():
+    def taps(**options):
+        return {s.tap for s in SPEC.statistics(resolve_options(SPEC, options))}
+
+    assert taps() == {"resid_attn", "resid_mlp"}
+    assert taps(rotation="shared") == taps(slice_head=True) == taps() | {"resid_out"}
+
+
+def test_the_last_tap_is_the_last_that_the_forward_pass_comes_by():
+    some = [Statistic(tap, "gram") for tap in ("mlp_in", "resid_attn", "o_in")]
+    assert last_tap(some) == "mlp_in"
+    assert last_tap([*some, Statistic("resid_out", "cosine")]) == "resid_out"
+    assert last_tap([]) == "resid_attn"
 
 
 def test_every_layer_observes_how_much_it_changes_the_residual_stream():

@@ -202,8 +202,11 @@ def compressed(name, case, form, options):
             case.weights, case.sums, shape=case.shape, form=form, options=options
         )
     dims = (form.residual_in, form.residual_mid, form.residual_out)
+    wanted = {s.tap for s in methods.spec(name).statistics(options)}
     bases = [
-        method.factor([case.sums[f"{tap}.gram"]], keep_dim=dim, where=f"tap {tap}")
+        method.factor(
+            [case.sums[f"{tap}.gram"]] if tap in wanted else [], keep_dim=dim, where=f"tap {tap}"
+        )
         for tap, dim in zip(("resid_attn", "resid_mlp", "resid_out"), dims, strict=True)
     ]
     new = method.apply(case.weights, tuple(b.vectors for b in bases), form=form)
