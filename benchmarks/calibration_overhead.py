@@ -1,7 +1,7 @@
 """Calibration costs at most 1.3 times the bare forward pass and the gram products it needs.
 
-Claim: streaming tokens through a stage, which sums the statistics of SliceGPT (a gram at each of
-the 2L + 1 sites of the residual stream), takes at most 1.3 times as long as the same tokens
+Claim: streaming tokens through a stage, which sums a gram at each of the 2L + 1 sites of the
+residual stream, takes at most 1.3 times as long as the same tokens
 through transformers' own decoder layers in a plain loop without hooks, plus one float32 ``x.T @ x``
 for each site. The rest is overhead: hooks, sums of x, float64 accumulation, bookkeeping.
 

@@ -113,6 +113,7 @@ def _exit_codes() -> str:
             words = (found.__doc__ or "").partition("\n")[0].rstrip(".")
             said = f"`{found.__name__}`: {words[:1].lower()}{words[1:]}"
             rows.setdefault(found.exit_code, []).append(said)
+    rows[1] = ["of a batch, some of its runs failed; of anything else, a defect of this program"]
     rows[INTERRUPTED] = ["interrupted; it says how to go on"]
     return table(("code", "means"), [(code, "; ".join(rows[code])) for code in sorted(rows)])
 

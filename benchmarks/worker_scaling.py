@@ -6,7 +6,7 @@ processes do not reach 2 on real machines (shared caches and memory, other tenan
 speed-up is measured in the same run. What remains is ours: filling and draining the pipeline,
 handing activations over, the driver and Ray's own processes on the same cores.
 
-Method: hidden 1024, 8 layers, random float32 weights, no head; statistics of SliceGPT. The workers
+Method: hidden 1024, 8 layers, random float32 weights, no head; a gram at every site. The workers
 are real Ray actors in the orchestrator's own `Pool`, driven by its `Pass`: one stage of 8 layers,
 or two of 4. Bare: processes with transformers' layers in a loop and the same number of products;
 two of them share the microbatches evenly, the best split there is. The four take turns; all

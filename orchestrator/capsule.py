@@ -160,8 +160,9 @@ def _pass(assignment: Assignment, sent: Mapping[str, Any] | None, setup: WorkerS
         )
         stage = Stage(setup)
         stage.load(one)
+        read = not last or bool(sent["hand_over"] or sent["write_boundary"])
         microbatch = Microbatch(**{
-            **sent, "rows": tuple(sent["rows"]), "index": 0, "hand_over": not last,
+            **sent, "rows": tuple(sent["rows"]), "index": 0, "hand_over": read,
             "read_boundary": "", "write_boundary": "",
         })  # fmt: skip
         _, packed = stage.step(microbatch, packed)

@@ -427,7 +427,7 @@ class Meters:
             self._retries.set(self._counts[kind], tags={"reason": kind})
             if kind in LOSSES:
                 self._lost.set(self._counts[kind], tags={"reason": kind})
-        elif event["worker"] and event["seconds"]:
+        elif event["worker"] and event["start"]:
             self._count_unit(kind, event)
         if self._phase:
             self._queue.set(self._left, tags={"phase": self._phase})
@@ -439,7 +439,8 @@ class Meters:
     def _count_unit(self, kind: str, event: Mapping[str, Any]) -> None:
         self._seconds.observe(event["seconds"], tags={"kind": kind})
         self._left = max(0, self._left - 1)
-        self._workers.add(event["worker"])
+        if event["worker"].startswith("worker-"):  # neither the driver nor who verifies
+            self._workers.add(event["worker"])
         if event["tokens"]:
             self._tokens.inc(event["tokens"], tags={"kind": kind})
         if event["written_bytes"]:

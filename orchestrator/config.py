@@ -1,4 +1,4 @@
-"""The recipe: what the user typed, as frozen data, with every error naming the key's path."""
+"""The recipe: what the user typed, as frozen data, and what fills that which it leaves open."""
 
 import math
 import textwrap

@@ -168,10 +168,11 @@ def speed_note(throughput: Mapping[str, Any]) -> str:
     for index, what in enumerate(("prefill", "decode")):
         ratios = sorted(after[index] / before[index] for before, after in pairs)
         sure = sure and not ratios[0] < 1.0 < ratios[-1]
-        said.append(f"{what} {ratios[0]:.2f} to {ratios[-1]:.2f}")
-    noise = "" if sure else ". Where that crosses 1, the change is no more than noise"
-    return f"Speed in {len(pairs)} rounds, in turn, times that of the dense model: " + (
-        f"{', '.join(said)}{noise}."
+        said.append(f"{what} {ratios[0]:.2f} to {ratios[-1]:.2f}\u00d7")
+    noise = "" if sure else " A range that crosses 1 is noise."
+    return (
+        f"Speed relative to the dense model, over {len(pairs)} rounds in turn: "
+        f"{', '.join(said)}.{noise}"
     )
 
 

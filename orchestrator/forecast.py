@@ -27,6 +27,7 @@ from planners.plan import MethodSpec, Option, RunPlan, Statistic, Target, to_jso
 from planners.planning import Workload
 from planners.schedule import Outlook, Risk, num_calls, outlook
 from planners.timetable import KINDS_OF, Clock, Job, phase_work, timetable, transfer_bytes
+from planners.units import layer_statistics
 from planners.work import Data
 
 SEQUENCES = 128  # of calibration, where the recipe does not say
@@ -263,8 +264,15 @@ def _kept(prepared: Prepared) -> frozenset[Statistic]:
         rows = listed(Directory(uri)) if uri else []
     except StorageError:
         return frozenset()  # it kept none: all of them are summed
-    held = {tap for row in rows for tap in row["taps"]}
-    return frozenset(s for s in prepared.spec.statistics(prepared.options) if str(s) in held)
+    held = {row["layer"]: set(row["taps"]) for row in rows}
+    wanted, num_layers = prepared.spec.statistics(prepared.options), prepared.plan.shape.num_layers
+    lacking = {
+        statistic
+        for layer in range(num_layers)
+        for statistic in layer_statistics(wanted, layer, num_layers)
+        if str(statistic) not in held.get(layer, ())
+    }
+    return wanted - lacking
 
 
 def _settings(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from orchestrator.config import RunConfig
-from orchestrator.wording import MAX_NUMBER, nearest, printable
+from orchestrator.wording import MAX_NUMBER, nearest, printable, short
 from planners.errors import ConfigError
 from planners.plan import MethodSpec, Option, OptionSpec
 
@@ -64,7 +64,7 @@ def resolve_layer_options(
     """
     found: dict[int, dict[str, Option]] = {}
     for layer, options in given.items():
-        resolved_ = resolve_options(spec, options)
+        complete = resolve_options(spec, options)
         for name in options:
             if name in OF_ALL_LAYERS:
                 own = [option.name for option in spec.options if option.name not in OF_ALL_LAYERS]
@@ -72,7 +72,7 @@ def resolve_layer_options(
                     f"layer_options.{layer}.{name}: all layers of a run share it",
                     hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
                 )
-        found[layer] = {name: resolved_[name] for name in options}
+        found[layer] = {name: complete[name] for name in options}
     return found
 
 
@@ -82,14 +82,14 @@ def _checked(option: OptionSpec, value: object) -> Option:
     if converted is None:
         kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise ConfigError(
-            f"options.{option.name}: is {value!r}; it must be {kind[type(option.default)]}"
+            f"options.{option.name}: is {short(value)}; it must be {kind[type(option.default)]}"
         )
     if option.choices and converted not in option.choices:
         choices = ", ".join(map(_text, option.choices))
-        raise ConfigError(f"options.{option.name}: is {value!r}; it must be one of: {choices}")
+        raise ConfigError(f"options.{option.name}: is {short(value)}; it must be one of: {choices}")
     if option.minimum is not None and float(converted) < option.minimum:
         raise ConfigError(
-            f"options.{option.name}: is {value!r}; it must be {option.minimum:g} or more"
+            f"options.{option.name}: is {short(value)}; it must be {option.minimum:g} or more"
         )
     return converted
 

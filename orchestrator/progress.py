@@ -21,10 +21,9 @@ from orchestrator.journal import Event
 
 LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
 UNITS_OF = {
-    "calibrate": ("calibrate",),
+    "calibrate": ("calibrate", "carried"),
     "evaluate": ("evaluate",),
     "allocate": ("damage", "losses"),
-    "carry": ("carried",),
     "compress": (
         "basis",
         "basis_shared",

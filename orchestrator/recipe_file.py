@@ -41,7 +41,7 @@ def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> Run
 
 def _recipe_text(path: Path) -> str:
     """Return a file, or where there is none the recipe of that name that comes with the package."""
-    if not path.exists() and str(path) in recipes.available():
+    if not path.is_file() and str(path) in recipes.available():
         return recipes.text(str(path))
     return path.read_text(encoding="utf-8")
 

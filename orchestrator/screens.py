@@ -39,7 +39,7 @@ from orchestrator.sweep import PAGE, points_of
 from orchestrator.sweep import export as do_export
 from orchestrator.sweep import sweep as do_sweep
 from planners.catalogue import CONFIGS
-from planners.errors import NumericsError
+from planners.errors import ConfigError, NumericsError
 from planners.plan import to_json
 
 # Paths and messages are printed as they are: a "[" or ":" in them has no meaning here.
@@ -97,8 +97,14 @@ def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bo
     """Print the plan of a run; for a model whose weights are not here, from its config alone."""
     if cluster_text is None and config.model not in CONFIGS:
         prepared = prepare(config)
+        artefact.require_same(prepared)
         _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return
+    if config.stats:
+        raise ConfigError(
+            f"stats: {config.stats} is of a model with weights, this plan of a config alone",
+            hint="plan with the model's directory and without --cluster, or without --stats",
+        )
     devices = parse_cluster(cluster_text) if cluster_text else None
     found = forecast(config, devices, terms)
     where = cluster_text or f"{config.workers} worker" + ("s" if config.workers > 1 else "")

@@ -1,5 +1,6 @@
 """Parameters, bytes and floating point operations, from integers alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from planners.packing import packed_elements
@@ -135,13 +136,30 @@ def statistic_elements(
     return dim // 2 if statistic.kind == "pair_energy" else 1
 
 
+def linears_before(tap: str) -> tuple[str, ...]:
+    """Return the linears that a layer's forward pass has been through when it comes by a tap."""
+    behind = {"q_rope": 3, "k_rope": 3, "v": 3, "o_in": 3, "resid_mlp": 4, "mlp_in": 4,
+              "mlp_hidden": 6, "resid_out": 7}  # fmt: skip
+    return LINEARS[: behind.get(tap, 0)]
+
+
 def forward_flops(
-    shape: ModelShape, *, tokens: int, sequence_length: int, form: ModelForm | None = None
+    shape: ModelShape,
+    *,
+    tokens: int,
+    sequence_length: int,
+    form: ModelForm | None = None,
+    last: Sequence[str] = LINEARS,
 ) -> int:
-    """Return multiply-adds times two of the layers' forward pass, causal attention included."""
+    """Return multiply-adds times two of the layers' forward pass, causal attention included.
+
+    ``last`` are the linears that the last layer goes through, where its output is not needed.
+    """
     total = 0
-    for layer in (form or dense_model_form(shape)).layers:
-        weights = sum(linear_weights(shape, layer, name) for name in LINEARS)
+    layers = (form or dense_model_form(shape)).layers
+    for index, layer in enumerate(layers):
+        names = last if index == len(layers) - 1 else LINEARS
+        weights = sum(linear_weights(shape, layer, name) for name in names)
         heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
         total += weights + _shortcut_parameters(layer) + heads * (sequence_length // 2)
     return 2 * tokens * total

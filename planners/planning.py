@@ -9,6 +9,7 @@ from planners.cost import (
     dense_start,
     forward_flops,
     gram_flops,
+    linears_before,
     model_parameters,
     statistic_elements,
 )
@@ -26,6 +27,7 @@ from planners.plan import (
     Statistic,
     Target,
 )
+from planners.units import last_tap, layer_statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,7 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
     boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
     if sequential:  # a gram for each shard of a site
         boundaries += int(options["shards"]) * shape.hidden**2 * 8
+    of_last = layer_statistics(statistics, shape.num_layers - 1, shape.num_layers)
     drafts = 0
     if options.get("refit"):
         stream = tokens * shape.hidden * BYTES_OF[work.compute_dtype]
@@ -133,7 +136,11 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
         bytes_after=after * width,
         calibration_tokens=tokens,
         calibration_flops=forward_flops(
-            shape, tokens=tokens, sequence_length=work.sequence_length, form=start.form
+            shape,
+            tokens=tokens,
+            sequence_length=work.sequence_length,
+            form=start.form,
+            last=linears_before(last_tap(of_last)),
         )
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),

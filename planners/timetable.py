@@ -7,7 +7,7 @@ from typing import Any
 
 from planners import work
 from planners.allocation import cut_layer, layer_widths
-from planners.cost import BYTES_OF, dense_model_form
+from planners.cost import BYTES_OF, dense_model_form, linears_before
 from planners.plan import (
     LINEARS,
     LayerForm,
@@ -132,12 +132,12 @@ class Job:
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What is known of each layer."""
+        """What the method needs to know of each layer."""
         return self.spec.statistics(self.options)
 
     @property
     def summed(self) -> frozenset[Statistic]:
-        """What of that the run's own pass sums."""
+        """Those statistics that this run sums itself."""
         return self.statistics - self.reused
 
     @property
@@ -279,7 +279,7 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
         form = _form_of_pass(job, index, observe=observe, compressed=compressed)
         wanted = layer_statistics(job.summed, index, shape.num_layers) if observe else []
         ends = observe and index == shape.num_layers - 1  # nobody reads what leaves it
-        linears = work.linears_before(last_tap(wanted)) if ends else LINEARS
+        linears = linears_before(last_tap(wanted)) if ends else LINEARS
         total += work.half_forward(shape, form, linears, tokens=tokens, data=job.data)
         if observe:
             total += work.layer_statistics_work(shape, wanted, tokens=tokens, form=form)
@@ -474,8 +474,14 @@ def _damage(job: Job, index: int) -> Work:
     return work.damage_work(job.shape, forms, data, start)
 
 
+def _basis(job: Job, site: int) -> Work:
+    if site == 2 * job.shape.num_layers and "resid_out" not in {s.tap for s in job.statistics}:
+        return work.CALL  # kept whole: there is nothing to decompose
+    return work.basis_work(job.shape, _site_dim(job, site))
+
+
 _UNIT_WORK: Mapping[str, Callable[[Job, int], Work]] = {
-    "basis": lambda job, site: work.basis_work(job.shape, _site_dim(job, site)),
+    "basis": _basis,
     "basis_shared": lambda job, _: work.basis_work(
         job.shape, job.form.embedding_dim, sites=job.shape.num_sites
     ),

@@ -111,13 +111,6 @@ def half_forward(
     return Work(matmul=flops, touched=touched)
 
 
-def linears_before(tap: str) -> tuple[str, ...]:
-    """Return the linears that a layer's forward pass has been through when it comes by a tap."""
-    behind = {"q_rope": 3, "k_rope": 3, "v": 3, "o_in": 3, "resid_mlp": 4, "mlp_in": 4,
-              "mlp_hidden": 6, "resid_out": 7}  # fmt: skip
-    return LINEARS[: behind.get(tap, 0)]
-
-
 def layer_forward(shape: ModelShape, form: LayerForm, *, tokens: int, data: Data) -> Work:
     """Return the forward pass of one layer."""
     return half_forward(shape, form, LINEARS, tokens=tokens, data=data)

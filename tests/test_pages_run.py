@@ -1,6 +1,6 @@
-"""A user goes through README.md from top to bottom: each command that needs no cluster is run.
+"""A user goes through the pages from top to bottom: each command that needs no cluster is run.
 
-The model, the texts and the finished run that the page speaks of are there, small. What needs a
+The model, the texts and the finished run that they speak of are there, small. What needs a
 bucket, a cluster or the Hub is left to the tests that start those.
 """
 
@@ -14,7 +14,7 @@ from orchestrator.cli import main
 from tests.builders import run_local, save_model
 from tests.test_documents import CHEAP, COMMANDS, ROOT
 
-ELSEWHERE = ("s3://", "auto", "mistralai/", "submit", "llama-2-")
+ELSEWHERE = ("s3://", "auto", "august.yaml", "mistralai/", "submit", "llama-2-")
 TINY = ROOT / "actors" / "models" / "tiny"
 LOCAL = [
     words

@@ -263,7 +263,7 @@ def _form(
 
 SPEC = MethodSpec(
     name="slicegpt",
-    revision=1,
+    revision=2,
     source="arXiv:2401.15024",
     modules=("residual",),
     residual=True,
@@ -316,7 +316,7 @@ class SliceGPT:
         return _site_kind(options)
 
     def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
-        """Return the basis of one site, of all sites where several grams are given.
+        """Return the basis of one site; of all sites together where several grams are given.
 
         Any orthogonal basis is exact where all of it is kept. There the model's own axes stand,
         which cost no product, in the head of a large vocabulary least of all.

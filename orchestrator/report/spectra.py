@@ -87,7 +87,7 @@ def depth_map(sites: Sequence[Site]) -> Plot | None:
     words = Words(
         key="depth",
         title="All spectra through the depth of the model",
-        description=f"{counted(len(drawn), 'site')} from the first layer to the head; the cut "
+        description=f"{counted(len(drawn), 'site')} through the depth of the model; the cut "
         f"keeps {between(percent(min(cuts)), percent(max(cuts)))} of the components.",
         caption="One column a site, its largest component at the bottom. The stronger the colour, "
         "the larger the eigenvalue relative to the largest of its site (faintest: "
@@ -208,7 +208,7 @@ def _columns(num_panels: int, *, narrow: bool) -> int:
 
 def _counted(shown: Sequence[Site], drawn: Sequence[Site]) -> str:
     if len(shown) == len(drawn):
-        return "All sites" if len(shown) > 1 else "One site"
+        return "All sites that were observed" if len(shown) > 1 else "One site"
     return f"{len(shown)} of {len(drawn)} sites, with the one that keeps least"
 
 

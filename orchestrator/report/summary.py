@@ -170,13 +170,13 @@ def refit_note(report: Document) -> str:
 def statistics_note(report: Document) -> str:
     """Return whose statistics were taken; empty where the run has summed its own."""
     source = section(report, "statistics").get("reused_from")
-    return f"Statistics are those of {source}; what it lacked was calibrated." if source else ""
+    where = str(source or "").partition("?")[0]  # a store's address stays out of it
+    return f"Statistics were taken from {where} as far as it had them." if where else ""
 
 
 def throughput_note(report: Document) -> str:
-    """Return why speeds are missing or how they were measured; empty when nothing is said."""
-    note = section(report, "throughput").get("throughput_note") or report.get("throughput_note")
-    return str(note or "")
+    """Return how far the rounds of the timing agree; empty where nothing is said."""
+    return str(section(report, "throughput").get("throughput_note") or "")
 
 
 def checkpoint_path(report: Document) -> str:

@@ -60,7 +60,7 @@ def _head(snapshot: Snapshot, price: float) -> RenderableType:
     if price:
         money = f"{snapshot.worker_hours * price:,.2f} spent"
         if left is not None:
-            come = left.p50 / 3600 * len(snapshot.workers) * price
+            come = left.p50 / 3600 * max(1, len(snapshot.workers)) * price
             money += f", {come:,.2f} to come"
         said.append(money)
     lost = [f"{count} {kind}" for kind, count in snapshot.troubles.items()]

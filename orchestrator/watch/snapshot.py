@@ -156,7 +156,7 @@ class Watcher:
             seconds=seconds,
             worker_hours=seconds * max(1, len(workers)) / 3600,
             holder=holder,
-            left=time_left(forecast.get("phases", {}), ended, phase) if goes_on else None,
+            left=_left(identity, forecast, ended, phase) if goes_on else None,
             device=forecast.get("device", ""),
             worker_bytes=forecast.get("worker_bytes", 0),
             price_per_hour=forecast.get("price_per_hour") or 0.0,
@@ -197,15 +197,33 @@ class Watcher:
         return "running", said
 
 
+def _left(
+    identity: Mapping[str, Any],
+    forecast: Mapping[str, Any],
+    ended: Mapping[str, float],
+    phase: Phase | None,
+) -> Quantiles | None:
+    if "steps" not in identity:
+        return time_left(forecast.get("phases", {}), ended, phase)
+    # Of several steps each has phases of the same names; the sum over all phases is known.
+    whole = {q: forecast.get("seconds", {}).get(q) for q in ("p10", "p50", "p90")}
+    if None in whole.values():
+        return None
+    spent = sum(ended.values())
+    least = (phase.seconds_left or 0.0) if phase is not None else 0.0
+    return Quantiles(**{q: max(least, seconds - spent) for q, seconds in whole.items()})
+
+
 def time_left(
     expected: Mapping[str, Mapping[str, float]], ended: Mapping[str, float], phase: Phase | None
 ) -> Quantiles | None:
     """Return how long the rest of a run takes; None where nothing was expected.
 
     A phase takes what is left of it at its own rate so far; one that has not begun takes what was
-    expected of it, times what those that ended took for what was expected of them. The evaluation
-    comes twice, of the dense model and of the compressed one, each half of what was expected. The
-    spread is the expected one.
+    expected of it, times the pace: what those that ended took for what was expected of them. As a
+    phase may have had little to do, after a resume or with statistics that were there, a quarter
+    of the run at the expected pace is counted with them. The evaluation comes twice, of the dense
+    model and of the compressed one, each half of what was expected. The spread is the expected one.
 
     Args:
         expected: phase -> quantiles of its seconds.
@@ -216,8 +234,9 @@ def time_left(
         return None
     now = "" if phase is None else phase.name
     known = [name for name in expected if name in ended and name not in (now, "evaluate")]
-    planned = sum(expected[name]["p50"] for name in known)
-    pace = sum(ended[name] for name in known) / planned if planned else 1.0
+    weight = sum(each["p50"] for each in expected.values()) / 4
+    planned = sum(expected[name]["p50"] for name in known) + weight
+    pace = (sum(ended[name] for name in known) + weight) / planned if planned else 1.0
     left = dict.fromkeys(("p10", "p50", "p90"), 0.0)
     for name, each in expected.items():
         if name in known or not each["p50"]:

@@ -63,9 +63,9 @@ def test_the_note_says_how_far_the_rounds_agree_on_a_change_of_speed():
     faster = {"rounds": [(120.0, 12.0), (60.0, 6.5), (130.0, 11.0)]}
     said = speed_note({"dense": dense, "compressed": faster})
     assert "3 rounds" in said
-    assert "prefill 1.20 to 1.30, decode 1.10 to 1.30." in said
+    assert "prefill 1.20 to 1.30\u00d7, decode 1.10 to 1.30\u00d7." in said
     torn = {"rounds": [(120.0, 12.0), (60.0, 4.5), (130.0, 11.0)]}
-    assert "decode 0.90 to 1.20. Where that crosses 1" in speed_note(
+    assert "decode 0.90 to 1.20\u00d7. A range that crosses 1" in speed_note(
         {"dense": dense, "compressed": torn}
     )
     assert speed_note({"dense": {}, "compressed": {}}) == ""  # of an earlier version

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from actors.stage import Stage
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors, write_tensors
@@ -130,6 +131,25 @@ def test_a_stage_that_fails_the_same_way_twice_leaves_a_capsule_of_the_pass(
     assert capsule.name.startswith("calibrate-layers-2-3-")
     assert do_again([str(capsule)]) == 0
     assert "it did not fail here" in capsys.readouterr().out
+
+
+def test_a_capsule_of_a_stage_in_the_middle_does_all_of_its_last_layer(
+    model, tmp_path, monkeypatch
+):
+    label = "calibrate.layers 0-1. mb 3"
+    executor = FailingExecutor(label, WorkerLost("out of memory", "none left"), times=2)
+    with pytest.raises(ClusterError):
+        compress_local(model, tmp_path, executor=executor, workers=2)
+    (capsule,) = (tmp_path / "failures").iterdir()
+    seen, through = [], Stage._through
+
+    def watched(stage, hidden, *, observed, ends):
+        seen.append(ends)
+        return through(stage, hidden, observed=observed, ends=ends)
+
+    monkeypatch.setattr(Stage, "_through", watched)
+    assert do_again([str(capsule)]) == 0
+    assert seen == [False, False]
 
 
 def test_what_no_policy_knows_is_an_error_of_ours_and_no_traceback(model, tmp_path):

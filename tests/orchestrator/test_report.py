@@ -376,8 +376,8 @@ def test_throughput_that_was_not_measured_says_why() -> None:
 def test_it_says_whose_statistics_were_taken() -> None:
     report = sample_report() | {"statistics": {"reused_from": "runs/base"}}
     for text in (render_page(report), terminal_text(report)):
-        assert "Statistics are those of runs/base" in text.replace("<wbr>", "")
-    assert "Statistics are those" not in terminal_text(sample_report())
+        assert "Statistics were taken from runs/base" in text.replace("<wbr>", "")
+    assert "Statistics were taken" not in terminal_text(sample_report())
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ FORECAST = {
         "stitch": {"p10": 5.0, "p50": 5.0, "p90": 5.0},
     },
 }
+WEIGHT = (1300 + 100 + 1000 + 5) / 4
 
 
 def ignore(_):
@@ -117,7 +118,7 @@ def test_what_is_left_of_the_run_is_this_phase_at_its_rate_and_the_others_at_the
     with lease.held(run):
         left = Watcher(run.uri).snapshot().left
     # Calibration took twice what was expected. Both evaluations and the stitch are still to come.
-    pace, rest = 2600 / 1300, 900 / 20 * 62
+    pace, rest = (2600 + WEIGHT) / (1300 + WEIGHT), 900 / 20 * 62
     assert left.p50 == pytest.approx(rest + (100 + 5) * pace, rel=0.01)
     assert left.p10 == pytest.approx(rest * 0.9 + (90 + 5) * pace, rel=0.01)
     assert left.p90 == pytest.approx(rest * 1.5 + (130 + 5) * pace, rel=0.01)
@@ -128,11 +129,12 @@ def test_what_is_left_of_the_run_is_this_phase_at_its_rate_and_the_others_at_the
     [
         ({}, None, 1300 + 100 + 1000 + 5),
         ({"calibrate": 1300.0, "evaluate": 50.0}, None, 50 + 1000 + 5),
-        ({"calibrate": 650.0, "evaluate": 50.0}, None, (50 + 1000 + 5) / 2),
+        ({"calibrate": 650.0, "evaluate": 50.0}, None, 1055 * (650 + WEIGHT) / (1300 + WEIGHT)),
+        ({"calibrate": 0.0}, None, 1105 * WEIGHT / (1300 + WEIGHT)),  # statistics were there
         ({"calibrate": 1300.0, "evaluate": 50.0, "compress": 1000.0, "stitch": 5.0}, None, 50),
         (dict.fromkeys(["calibrate", "evaluate", "compress", "stitch", "verify"], 1.0), None, 0),
         ({"calibrate": 1300.0}, ("evaluate", 20.0), 20 + 50 + 1000 + 5),
-        ({"calibrate": 1300.0, "evaluate": 50.0, "compress": 9.0}, ("compress", 7.0), 7 + 50 + 5),
+        ({"calibrate": 1300.0, "evaluate": 50.0}, ("compress", 7.0), 7 + 50 + 5),
     ],
 )  # fmt: skip
 def test_the_evaluation_comes_twice(ended, phase, left):
@@ -140,6 +142,18 @@ def test_the_evaluation_comes_twice(ended, phase, left):
         name=phase[0], done=1, total=9, begun=0.0, tokens_per_second=0.0, seconds_left=phase[1]
     )
     assert time_left(FORECAST["phases"], ended, now).p50 == pytest.approx(left)
+
+
+def test_of_several_steps_what_is_left_is_the_whole_less_what_was_spent(tmp_path):
+    run = begun(tmp_path)
+    plan = json.loads(run.read("plan.json"))
+    plan["identity"]["steps"] = [{"method": "svdllm"}, {"method": "modegpt"}]
+    plan["forecast"]["seconds"] = {"p10": 6000.0, "p50": 7000.0, "p90": 9000.0}
+    run.write("plan.json", json.dumps(plan).encode())
+    with lease.held(run):
+        left = Watcher(run.uri).snapshot().left
+    assert left.p50 == pytest.approx(7000 - 2600)
+    assert left.p10 == pytest.approx(6000 - 2600)
 
 
 def test_where_nothing_was_expected_nothing_is_said_to_be_left():
