@@ -155,27 +155,6 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
     return done.values
 
 
-def speed_note(throughput: Mapping[str, Any]) -> str:
-    """Return how far the rounds of a timing agree on a change of speed; empty where unknown.
-
-    The models take turns, so that what slows the machine down for a while slows both.
-    """
-    rounds = [throughput.get(name, {}).get("rounds", ()) for name in ("dense", "compressed")]
-    pairs = list(zip(*rounds, strict=False))
-    if not pairs:
-        return ""
-    said, sure = [], True
-    for index, what in enumerate(("prefill", "decode")):
-        ratios = sorted(after[index] / before[index] for before, after in pairs)
-        sure = sure and not ratios[0] < 1.0 < ratios[-1]
-        said.append(f"{what} {ratios[0]:.2f} to {ratios[-1]:.2f}\u00d7")
-    noise = "" if sure else " A range that crosses 1 is noise."
-    return (
-        f"Speed relative to the dense model, over {len(pairs)} rounds in turn: "
-        f"{', '.join(said)}.{noise}"
-    )
-
-
 def _say_nothing(kind: str, **fields: Any) -> None:
     del kind, fields
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.config import recipe_values
 from orchestrator.context import RunContext
-from orchestrator.evaluate import Loss, speed_note
+from orchestrator.evaluate import Loss
 from orchestrator.failures import POLICIES
 from orchestrator.journal import read_events
 from orchestrator.refit import refit_losses
@@ -79,7 +79,7 @@ def outcome(
             "num_tokens": losses["compressed"].num_tokens,
             **perplexities,
         },
-        "throughput": {**throughput, "throughput_note": speed_note(throughput)},
+        "throughput": throughput,
         "statistics": {"reused_from": _reused(context)},
         "seconds": seconds,
         "memory": {

@@ -88,8 +88,35 @@ def sentence(report: Document) -> str:
         said += f" ({change(ratio)})"
     speed = _speed(report, "decode_tokens_per_second")
     if speed is not None:
-        said += f", and decoding runs at {times(speed)} the speed"
+        ranges = speed_ranges(report).get("decode")
+        noise = ranges is not None and crosses_one(ranges)
+        said += (
+            ", and decoding is as fast, within the noise"
+            if noise
+            else (f", and decoding runs at {times(speed)} the speed")
+        )
     return said + "."
+
+
+def speed_ranges(report: Document) -> dict[str, tuple[float, float]]:
+    """Return between which ratios, compressed over dense, the rounds of prefill and decode lie.
+
+    The models take turns, so that what slows the machine down for a while slows both. Empty where
+    the rounds are not known.
+    """
+    rounds = [section(report, "throughput", s).get("rounds") or () for s in ("dense", "compressed")]
+    pairs = list(zip(*rounds, strict=False))
+    found = {}
+    for index, what in enumerate(("prefill", "decode")):
+        ratios = [r for before, after in pairs if (r := quotient(after[index], before[index]))]
+        if ratios:
+            found[what] = (min(ratios), max(ratios))
+    return found
+
+
+def crosses_one(ranges: tuple[float, float]) -> bool:
+    """Return whether rounds disagree on which of the two is faster."""
+    return ranges[0] < 1.0 < ranges[1]
 
 
 def comparisons(report: Document) -> tuple[Comparison, ...]:
@@ -176,7 +203,12 @@ def statistics_note(report: Document) -> str:
 
 def throughput_note(report: Document) -> str:
     """Return how far the rounds of the timing agree; empty where nothing is said."""
-    return str(section(report, "throughput").get("throughput_note") or "")
+    ranges = speed_ranges(report)
+    if not ranges:
+        return str(section(report, "throughput").get("throughput_note") or "")
+    said = [f"{what} {low:.2f} to {high:.2f}\u00d7" for what, (low, high) in ranges.items()]
+    noise = " A range that crosses 1 is noise." if any(map(crosses_one, ranges.values())) else ""
+    return f"Speed relative to the dense model, round by round: {', '.join(said)}.{noise}"
 
 
 def checkpoint_path(report: Document) -> str:

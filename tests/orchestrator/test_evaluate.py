@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.evaluate import Loss, speed_note
+from orchestrator.evaluate import Loss
 from tests.builders import LENGTH, compress_local, run_local, save_model, worker_gib
 
 TYPES = ("llama", "mistral", "qwen2")
@@ -56,19 +56,6 @@ def count(folder):
         folder, trust_remote_code=True, local_files_only=True
     )
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_the_note_says_how_far_the_rounds_agree_on_a_change_of_speed():
-    dense = {"rounds": [(100.0, 10.0), (50.0, 5.0), (100.0, 10.0)]}
-    faster = {"rounds": [(120.0, 12.0), (60.0, 6.5), (130.0, 11.0)]}
-    said = speed_note({"dense": dense, "compressed": faster})
-    assert "3 rounds" in said
-    assert "prefill 1.20 to 1.30\u00d7, decode 1.10 to 1.30\u00d7." in said
-    torn = {"rounds": [(120.0, 12.0), (60.0, 4.5), (130.0, 11.0)]}
-    assert "decode 0.90 to 1.20\u00d7. A range that crosses 1" in speed_note(
-        {"dense": dense, "compressed": torn}
-    )
-    assert speed_note({"dense": {}, "compressed": {}}) == ""  # of an earlier version
 
 
 def test_a_mean_beyond_the_range_of_floats_is_infinite_and_no_error():

@@ -373,6 +373,22 @@ def test_throughput_that_was_not_measured_says_why() -> None:
     assert "too large" in terminal_text(report)
 
 
+def test_a_speed_on_which_the_rounds_disagree_is_called_noise() -> None:
+    report = sample_report()
+    dense, compressed = (report["throughput"][side] for side in ("dense", "compressed"))
+    assert "the speed" in terminal_text(report)  # of an earlier version, without rounds
+    dense["rounds"] = [[100.0, 10.0], [50.0, 5.0], [100.0, 10.0]]
+    compressed["rounds"] = [[120.0, 12.0], [60.0, 6.5], [130.0, 11.0]]
+    said = " ".join(terminal_text(report).split())
+    assert "prefill 1.20 to 1.30\u00d7, decode 1.10 to 1.30\u00d7." in said
+    assert "noise" not in said
+    compressed["rounds"][1][1] = 4.5
+    said = " ".join(terminal_text(report).split())
+    assert "decode 0.90 to 1.20\u00d7. A range that crosses 1 is noise." in said
+    assert "decoding is as fast, within the noise" in said
+    assert "within the noise" in render_page(report)
+
+
 def test_it_says_whose_statistics_were_taken() -> None:
     report = sample_report() | {"statistics": {"reused_from": "runs/base"}}
     for text in (render_page(report), terminal_text(report)):
