@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private import state as ray_state
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import autoscaler_pb2
@@ -33,6 +33,7 @@ HEALTH_CHECK = {
     "health_check_failure_threshold": 3,
     "object_manager_pull_timeout_ms": 2000,
 }
+CLUSTER_OF_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's, read on Linux too
 LOSSES = ("preempted", "node lost", "worker crashed", "stalled", "out of memory")  # kinds of events
 STORE_BYTES = 200 * 2**20
 COVER_SECONDS = 10.0  # between two looks for nodes that have come
@@ -82,16 +83,17 @@ def connected(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if address == "local":
-            context = ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                object_store_memory=max(STORE_BYTES, store_bytes),
-                log_to_driver=False,
-                logging_level="ERROR",
-                _system_config=HEALTH_CHECK,
-            )
+            with _on_loopback():
+                context = ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
+                    object_store_memory=max(STORE_BYTES, store_bytes),
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _system_config=HEALTH_CHECK,
+                )
         else:
             _require_listener(address)
             context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -107,6 +109,27 @@ def connected(
         yield facts
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let the processes of a Ray that starts in this block listen on loopback only, metrics too.
+
+    That is what Ray does on macOS and Windows by itself; on Linux it takes the address of the
+    machine, and its metrics answer there without a token. Clusters of several machines need that
+    address, so what is set here ends with the block.
+    """
+    before = os.environ.get(CLUSTER_OF_MACHINES), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[CLUSTER_OF_MACHINES] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[CLUSTER_OF_MACHINES]
+        else:
+            os.environ[CLUSTER_OF_MACHINES] = before[0]
 
 
 def draining() -> Mapping[str, float]:

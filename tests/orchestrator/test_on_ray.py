@@ -5,6 +5,7 @@ import signal
 import time
 from collections import Counter
 
+import psutil
 import pytest
 import ray
 
@@ -103,3 +104,21 @@ def test_where_nothing_listens_there_is_no_cluster_and_that_is_said_at_once(addr
     with pytest.raises(ClusterError, match="nothing listens"), joining:
         pass
     assert time.monotonic() - begun < 10
+
+
+def test_nothing_of_a_local_cluster_listens_beyond_this_machine():
+    """Metrics have no token, so they must not be reached; nor must anything else be."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    ours = {os.getpid()}
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if session in " ".join(process.info["cmdline"] or ()):
+            ours.add(process.pid)
+    children = psutil.Process().children(recursive=True)
+    ours |= {child.pid for child in children if "ray" in child.name()}
+    listening = {
+        each.laddr.ip
+        for each in psutil.net_connections("inet")
+        if each.status == psutil.CONN_LISTEN and each.pid in ours
+    }
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
