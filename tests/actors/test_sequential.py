@@ -44,16 +44,18 @@ def test_at_full_width_the_sites_are_those_of_the_dense_model(model, tmp_path, p
     for schedule in ("dense", "sequential"):
         options = {"schedule": schedule, "pca_on": pca_on}
         compress_local(model, tmp_path / schedule, slice=0.0, options=options)
-    for site in SITES:
+    for site in SITES[:-1]:  # the last one stays whole, and the dense schedule does not look at it
         dense, found = (basis(tmp_path / s, site)["values"] for s in ("dense", "sequential"))
         assert torch.allclose(found, dense, rtol=1e-4, atol=1e-6 * float(dense[0]))
 
 
 def test_only_the_first_site_sees_what_the_dense_model_computes(model, sliced, tmp_path):
     compress_local(model, tmp_path / "run")
-    dense, found = ([basis(out, s)["values"] for s in SITES] for out in (tmp_path / "run", sliced))
+    dense, found = (
+        [basis(out, s)["values"] for s in SITES[:-1]] for out in (tmp_path / "run", sliced)
+    )
     same = [torch.allclose(a, b, rtol=1e-4) for a, b in zip(dense, found, strict=True)]
-    assert same == [True] + [False] * 6
+    assert same == [True] + [False] * 5
 
 
 def test_a_site_sees_what_the_shipped_layers_compute(model, sliced):
