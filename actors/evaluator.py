@@ -81,7 +81,7 @@ class Evaluator:
                 "prefill_tokens_per_second": statistics.median(r[0] for r in rates[name]),
                 "decode_tokens_per_second": statistics.median(r[1] for r in rates[name]),
                 "peak_bytes": peaks[name],
-                "rounds": rates[name],
+                "rounds": [list(each) for each in rates[name]],
             }
             for name in models
         }

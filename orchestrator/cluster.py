@@ -119,6 +119,7 @@ def _on_loopback() -> Iterator[None]:
     machine, and its metrics answer there without a token. Clusters of several machines need that
     address, so what is set here ends with the block.
     """
+    # Ray reads the variable where it is imported, which has happened here.
     before = os.environ.get(CLUSTER_OF_MACHINES), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[CLUSTER_OF_MACHINES] = "0"  # for the processes that Ray starts
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one

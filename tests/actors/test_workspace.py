@@ -62,7 +62,7 @@ def test_an_eigendecomposition_takes_four_matrices_of_its_width(tmp_path):
         return lambda: eigh_descending(gram, where="")
 
     work(256)()
-    found = watched(work(1536))
+    found = min(watched(work(1536)) for _ in range(3))  # other threads of a suite only add to it
     assert 8 * 2 * 1536**2 <= found <= eigh_bytes(1536) + SLACK
 
 

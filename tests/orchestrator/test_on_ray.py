@@ -1,5 +1,6 @@
 """Real processes, some of which really die: the bits are those of a run in one process."""
 
+import contextlib
 import os
 import signal
 import time
@@ -109,12 +110,11 @@ def test_where_nothing_listens_there_is_no_cluster_and_that_is_said_at_once(addr
 def test_nothing_of_a_local_cluster_listens_beyond_this_machine():
     """Metrics have no token, so they must not be reached; nor must anything else be."""
     session = ray._private.worker._global_node.get_session_dir_path()
-    ours = {os.getpid()}
-    for process in psutil.process_iter(["pid", "cmdline"]):
+    ours = set()
+    for process in psutil.process_iter(["cmdline"]):
         if session in " ".join(process.info["cmdline"] or ()):
-            ours.add(process.pid)
-    children = psutil.Process().children(recursive=True)
-    ours |= {child.pid for child in children if "ray" in child.name()}
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ours |= {process.pid, *(child.pid for child in process.children(recursive=True))}
     listening = {
         each.laddr.ip
         for each in psutil.net_connections("inet")
