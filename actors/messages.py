@@ -213,6 +213,7 @@ class CompressionJob:
         form: widths of the result; not final while damage is measured.
         stream: the calibration tokens, where units stream them.
         former: the step before, where its statistics are turned into those of this one.
+        statistics_dtype: of grams as they are stored.
     """
 
     run_uri: str
@@ -225,6 +226,7 @@ class CompressionJob:
     stream: TokenStream = TokenStream()
     former: "CompressionJob | None" = None
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
+    statistics_dtype: str = "float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

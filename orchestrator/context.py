@@ -137,4 +137,5 @@ class RunContext(WorkContext):
                 dtype=prepared.identity.compute_dtype,
             ),
             former=None if self.turned is None else self.turned.job,
+            statistics_dtype=prepared.identity.statistics_dtype,
         )

@@ -80,12 +80,14 @@ class Data:
         sequence_length: tokens of a sequence.
         microbatch_tokens: tokens of one call.
         dtype: of the pass.
+        shards: parts of the tokens that are summed by themselves.
     """
 
     tokens: int
     sequence_length: int
     microbatch_tokens: int
     dtype: str
+    shards: int = 1
 
     @property
     def probe_tokens(self) -> int:
@@ -162,6 +164,14 @@ def publish_work(
 ) -> Work:
     """Return writing one layer's sums."""
     return CALL + Work(written=_gram_bytes(shape, statistics, form))
+
+
+def adding_work(
+    shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None, *, shards: int
+) -> Work:
+    """Return adding the sums of all shards of one layer."""
+    size = _gram_bytes(shape, statistics, form)
+    return CALL + Work(read=shards * size, touched=3 * shards * size, written=size)
 
 
 def carried_work(shape: ModelShape, statistics: Iterable[Statistic]) -> Work:
