@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from actors.memory import PeakMemory, give_back
+from actors.memory import PeakMemory, give_back, keep_freed
 from actors.messages import (
     Assignment,
     CompressionJob,
@@ -79,6 +79,7 @@ class Stage:
         """
         started = time.monotonic()
         self.drop()
+        keep_freed(keep=self._setup.device == "cpu")
         checkpoint = Checkpoint(assignment.checkpoint_uri)
         dtype = getattr(torch, assignment.dtype)
         device = self._setup.device
@@ -119,6 +120,7 @@ class Stage:
         self._skeleton = None  # it has the modules that were filled, and with them the weights
         self._embedding = self._head = self._norm = None
         self._next, self._saved = {}, {}
+        keep_freed(keep=False)
         give_back()
 
     @torch.inference_mode()
