@@ -62,7 +62,7 @@ def faults_of_steps(keep):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="an allocator of its own")
 def test_freed_memory_is_kept_or_given_back_as_told():
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         kept, given_back = (pool.submit(faults_of_steps, keep).result() for keep in (True, False))
     assert given_back >= 10  # each time, whatever the size of a page
     assert kept < given_back / 5
