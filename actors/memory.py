@@ -10,7 +10,7 @@ import pyarrow as pa
 
 SAMPLE_SECONDS = 0.02
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BLOCK = 2**28  # bytes of the largest block that is kept
+KEPT_BLOCK = 2**26  # bytes of the largest block that is kept
 GIVEN_BACK_BLOCK = 2**20
 _STATUS = Path("/proc/self/status")
 
@@ -41,8 +41,8 @@ def keep_freed(*, keep: bool) -> None:
 
     The activations of a pass are freed and asked for again at every step. glibc gives each block
     above 32 MiB back, and the system clears its pages anew: a tenth of the time of a pass on a CPU.
-    Blocks of hundreds of megabytes are given back even so, their pages cost little beside what is
-    computed with them. Systems without glibc's ``mallopt`` do as they do.
+    Larger blocks than `KEPT_BLOCK` are given back even so: clearing their pages costs little beside
+    what is computed with them. Systems without glibc's ``mallopt`` do as they do.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
