@@ -50,9 +50,9 @@ WORKER_GOAL, DRIVER_GOAL = 6 * GIB, 1 * GIB
 METHOD = """\
 `compress-cluster run` up to verification: this process is the driver, one worker is a Ray actor of
 two threads. Memory is anonymous memory above what imports took, sampled every 20 ms, the driver's
-from before the run is prepared. The checkpoint was written before, by another process. Evaluation has one sequence of the
-same length. The run is bounded (`worker_gib`) to the 6 GiB of the goal, so that the plan makes
-waves. Statistics are stored in float32, which halves their disk."""
+from before the run is prepared; another process has written the checkpoint. Evaluation has one
+sequence of the same length. The run is bounded (`worker_gib`) to the 6 GiB of the goal, so that the
+plan makes waves. Statistics are stored in float32, which halves their disk."""
 
 
 def main() -> None:
