@@ -84,19 +84,18 @@ def calibrate(context: RunContext) -> None:
     lacking = [_lacking(context, unit) for unit in todo]
     rows = cut(len(context.prepared.calibration), size=_size(context))
     shards = _shards(context, lacking, len(rows))
-    wanted = _wanted_waves(context, lacking, len(rows))
-    total = sum(_steps_left(plan.waves[number], shards) for number in wanted)
+    passing = _passing(context, shards)
+    total = sum(_steps_left(wave, here) for wave, here in zip(plan.waves, passing, strict=True))
     with context.phase("calibrate", total=total):
-        for number in wanted:
-            wave = plan.waves[number]
-            for together in rounds(len(shards), plan.chains):
+        for number, (wave, here) in enumerate(zip(plan.waves, passing, strict=True)):
+            for together in rounds(len(here), plan.chains):
                 passes = [
-                    _pass(context, number, rows, shards[shard], first_slot=chain * len(wave))
+                    _pass(context, number, rows, here[shard], first_slot=chain * len(wave))
                     for chain, shard in enumerate(together)
                 ]
                 run_side_by_side(context.pool, passes)
             _add_up(context, [u for u in lacking if wave[0].first <= u.index < wave[-1].last])
-            if number > 0:
+            if number > 0 and here:
                 _forget_boundaries(context, wave[0].first, len(rows))
         if todo:
             shards[0].partials.clear()
@@ -255,20 +254,28 @@ def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
     )
 
 
-def _wanted_waves(context: RunContext, lacking: Sequence[Unit], num_microbatches: int) -> list[int]:
-    """Return the waves to run: those with layers to do, and those whose output they need."""
-    waves = context.prepared.plan.waves
-    wanted: list[int] = []
-    for number in reversed(range(len(waves))):
-        wave = waves[number]
-        own = any(wave[0].first <= unit.index < wave[-1].last for unit in lacking)
-        needed = bool(wanted) and not all(
-            context.ledger.done(boundary_unit(context, wave[-1].last, index))
-            for index in range(num_microbatches)
-        )
-        if own or needed:
-            wanted.insert(0, number)
-    return wanted
+def _passing(context: RunContext, shards: Sequence[_Shard]) -> list[list[_Shard]]:
+    """Return the shards that pass each wave: to be summed there, or for the wave behind it."""
+    found: list[list[_Shard]] = []
+    behind: set[int] = set()
+    for wave in reversed(context.prepared.plan.waves):
+        here = [
+            shard
+            for shard in shards
+            if shard.of(wave)
+            or (shard.number in behind and not _has_passed(context, shard, wave[-1].last))
+        ]
+        found.insert(0, here)
+        behind = {shard.number for shard in here}
+    return found
+
+
+def _has_passed(context: RunContext, shard: _Shard, layer: int) -> bool:
+    """Return whether the activations of a shard that enter a layer are all there."""
+    return all(
+        context.ledger.done(boundary_unit(context, layer, index))
+        for index in range(*shard.microbatches)
+    )
 
 
 def _forget_boundaries(context: RunContext, layer: int, count: int) -> None:

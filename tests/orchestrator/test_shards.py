@@ -120,6 +120,16 @@ def test_the_next_driver_goes_on_with_other_workers(model, undisturbed, tmp_path
     test_nothing_of_a_shard_is_left(tmp_path)
 
 
+def test_a_shard_that_is_through_a_wave_does_not_pass_it_again(model, undisturbed, tmp_path):
+    how = {"calibration": in_shards(), "worker_gib": worker_gib(model, num_layers=2)}
+    # Of two waves the first is summed, of the second the first shard: both its layers.
+    compress_local(model, tmp_path, listener=DyingDriver("shard", 2 * SHARDS + 2), **how)
+    executor = CountingExecutor()
+    compress_local(model, tmp_path, executor=executor, **how)
+    assert_same(tmp_path, undisturbed)
+    assert executor.num_calls["step"] == (2 + 2) + 2 * 2 * 2  # two parts, in two waves, two models
+
+
 def test_there_are_no_more_shards_than_microbatches(model, tmp_path):
     found = [tmp_path / "five", tmp_path / "hundred"]
     for out, shards in zip(found, (5, 100), strict=True):
