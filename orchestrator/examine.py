@@ -15,7 +15,14 @@ from planners.errors import StorageError
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
 REDO = "run the command that made it again: that unit alone is done again"
-DROPPED = ("stats/", "basis/", "boundary/", "refit/", "draft/")  # gone once a run is READY
+DROPPED = (
+    "stats/",
+    "basis/",
+    "boundary/",
+    "refit/",
+    "draft/",
+    "shards/",
+)  # gone once a run is READY
 
 
 def verify(uri: str, *, threads: int = 1, device: str = "cpu") -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from actors.storage.files import Directory
-from actors.storage.records import read_records, torn_records
+from actors.storage.records import read_records, torn_records, unsealed
 
 READY = "READY"
 REPORT = "report.json"
@@ -26,12 +26,11 @@ def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] |
         return None
     data = run.read(REPORT)
     try:
-        mark = json.loads(run.read(READY))
         report = json.loads(data)
     except ValueError:
         return None  # torn; both follow from the records, and are written again
-    vouched = isinstance(mark, dict) and mark.get("report") == sha256(data)
-    if not vouched or not isinstance(report, dict):
+    mark = unsealed(run.read(READY))
+    if mark is None or mark.get("report") != sha256(data) or not isinstance(report, dict):
         return None
     if not _result_is_whole(run, mark.get("units"), hashes=hashes):
         run.delete(READY)

@@ -85,13 +85,18 @@ def _known_widths(context: RunContext) -> RunContext | None:
 
 
 def _needed(made: list[Unit], context: RunContext) -> set[str]:
-    """Return the units that are not done and lead to a file of the result."""
+    """Return the units that are not done and lead to a file of the result, or to its report."""
     by_name = {unit.name: unit for unit in made}
     needed: set[str] = set()
     kinds = {"layer", "embedding", "head"}
     if context.prepared.config.keep_statistics:
         kinds |= {"statistics", "carried"}
-    left = [unit for unit in made if unit.kind in kinds]
+    # A basis nobody reads any more has numbers for the report: without its record they are lost.
+    left = [
+        unit
+        for unit in made
+        if unit.kind in kinds or (unit.lasting and not context.ledger.is_known(unit))
+    ]
     while left:
         unit = left.pop()
         if unit.name not in needed and not context.ledger.done(unit):

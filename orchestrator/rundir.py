@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from actors.storage.files import Directory
+from actors.storage.records import sealed
 from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
 from orchestrator.artefact import require_same
 from orchestrator.config import RunConfig, to_yaml
@@ -21,6 +22,7 @@ from orchestrator.report import render_page
 from orchestrator.versions import environment
 from planners.errors import ConfigError, DataError, StorageError
 from planners.plan import to_json
+from planners.units import Unit
 
 __all__ = ["READY", "REPORT", "check_run", "finish", "finished_report", "open_run", "recipe_of",
            "write_plan"]  # fmt: skip
@@ -101,12 +103,17 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
         "identity": facts,
         "created": report["created"],
         "report": sha256(data),
-        "units": sorted({*(unit.name for unit in context.units), STITCH}),
+        # A basis is not of the result: its files are dropped, its numbers are in the report.
+        "units": sorted({*(u.name for u in context.units if _in_result(context, u)), STITCH}),
     }
-    run.write(READY, _json(mark))
+    run.write(READY, sealed(mark))
     # Last: a driver that dies before READY finds everything that its successor needs.
     for name in _spent(run, keep_statistics=context.prepared.config.keep_statistics):
         run.delete(name)
+
+
+def _in_result(context: RunContext, unit: Unit) -> bool:
+    return any(file.path.startswith("model/") for file in context.ledger.record(unit).files)
 
 
 def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from actors.storage.files import Directory, FileEntry
 from planners.errors import StorageError
@@ -42,9 +43,7 @@ class Record:
 
 def write_record(run: Directory, record: Record) -> None:
     """Write a record; the unit is done from here on."""
-    fields = asdict(record)
-    sealed = {**fields, SEAL: _seal(fields)}
-    run.write(_path(record.unit), json.dumps(sealed, indent=1, sort_keys=True).encode())
+    run.write(_path(record.unit), sealed(asdict(record)))
 
 
 def delete_record(run: Directory, record: Record) -> None:
@@ -103,19 +102,33 @@ def _path(unit: str) -> str:
     return f"records/{unit}.json"
 
 
+def sealed(fields: Mapping[str, object]) -> bytes:
+    """Return fields as a file that says whether it is as it was written."""
+    return json.dumps({**fields, SEAL: _seal(fields)}, indent=1, sort_keys=True).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any] | None:
+    """Return the fields of such a file, or None where it is torn, be it by one digit."""
+    try:
+        fields: dict[str, Any] = json.loads(data)
+        seal = fields.pop(SEAL)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return fields if seal == _seal(fields) else None
+
+
 def _seal(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _parsed(data: bytes) -> Record | None:
+    fields = unsealed(data)
+    if fields is None:
+        return None
     try:
-        fields = json.loads(data)
-        seal = fields.pop(SEAL)
-        if seal != _seal(fields):
-            return None  # a digit of a number is a torn record too
         files = tuple(FileEntry(**file) for file in fields.pop("files"))
         return Record(**fields, files=files)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (TypeError, KeyError):
         return None
 
 
