@@ -20,6 +20,15 @@ FIELDS_OF: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def kept_of(start: LayerForm, form: LayerForm, module: str) -> str:
+    """Return in words what is left of a module: its width, or the ranks of its linears."""
+    linears = [name for name in LINEARS_OF[module] if form.ranks.get(name) != start.ranks.get(name)]
+    if linears:
+        return "ranks " + ", ".join(f"{name} {form.ranks[name]}" for name in linears)
+    width = FIELDS_OF[module][0]
+    return f"width {getattr(form, width)} of {getattr(start, width)}"
+
+
 def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> LayerForm:
     """Return a layer with only these of its modules, qk, vo or mlp, as they are in ``form``."""
     linears = {name for module in modules for name in LINEARS_OF[module]}
