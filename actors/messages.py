@@ -215,6 +215,7 @@ class CompressionJob:
         former: the step before, where its statistics are turned into those of this one.
         makers: of each layer, module -> the method that shrinks it, where several compete.
         candidates: method -> its options, of those beside the one that is named.
+        statistics_dtype: of grams as they are stored.
     """
 
     run_uri: str
@@ -229,6 +230,7 @@ class CompressionJob:
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
     makers: tuple[Mapping[str, str], ...] = ()
     candidates: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
+    statistics_dtype: str = "float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

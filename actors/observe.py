@@ -1,6 +1,6 @@
 """The statistics of one layer, accumulated by hooks on its own modules."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -25,6 +25,8 @@ INPUT_OF = {
 }
 OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
 
+COSINE = "resid_out.cosine"
+WITH_MEAN = ("gram", "head_gram")  # kinds of which the sum of x is kept too
 Adder = Callable[[Tensor], None]
 
 
@@ -66,7 +68,7 @@ class LayerStatistics:
                 self._probe_tokens = int(statistic.kind.removeprefix("probe"))
                 continue
             self.sums[str(statistic)] = self._room(statistic)
-            if statistic.kind in ("gram", "head_gram"):
+            if statistic.kind in WITH_MEAN:
                 dim = tap_dim(shape, statistic.tap, self._form)
                 self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -112,7 +114,7 @@ class LayerStatistics:
             return
         for add in self._adders("resid_out"):
             add(after)
-        if "resid_out.cosine" in self.sums:
+        if COSINE in self.sums:
             self._add_cosine(before, after)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -131,15 +133,10 @@ class LayerStatistics:
         self._probe = [tensors["probe"]] if "probe" in tensors else []
 
     def summary(self) -> dict[str, object]:
-        """Return what travels to the driver: the taps, the token count, Block Influence."""
-        found: dict[str, object] = {
-            "num_tokens": self.num_tokens,
-            "taps": [str(statistic) for statistic in self._statistics],
-        }
-        if "resid_out.cosine" in self.sums:
-            cosine = float(self.sums["resid_out.cosine"]) / max(self.num_tokens, 1)
-            found["influence"] = 1.0 - cosine
-        return found
+        """Return what travels to the driver, as the function of that name says."""
+        found = {COSINE: self.sums[COSINE]} if COSINE in self.sums else {}
+        found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
+        return summary(found, [str(statistic) for statistic in self._statistics])
 
     def _keep_probe(self, before: Tensor) -> None:
         """Keep the inputs of the first sequences, at least one and at most so many tokens."""
@@ -179,7 +176,46 @@ class LayerStatistics:
             shortcut = getattr(self._layer, name, None)
             before = before if shortcut is None else shortcut(before)
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-        self.sums["resid_out.cosine"][0] += cosine.to(torch.float64).sum()
+        self.sums[COSINE][0] += cosine.to(torch.float64).sum()
+
+
+def summary(tensors: Mapping[str, Tensor], taps: Sequence[str]) -> dict[str, object]:
+    """Return what travels to the driver: the taps, the token count, Block Influence.
+
+    Args:
+        tensors: as `LayerStatistics.tensors` returns them.
+        taps: the statistics that are in them.
+    """
+    num_tokens = int(tensors["num_tokens"][0])
+    found: dict[str, object] = {"num_tokens": num_tokens, "taps": list(taps)}
+    if COSINE in tensors:
+        found["influence"] = 1.0 - float(tensors[COSINE]) / max(num_tokens, 1)
+    return found
+
+
+def added(parts: Iterable[Mapping[str, Tensor]], taps: Collection[str]) -> dict[str, Tensor]:
+    """Return the sums over all tokens from those over parts of them, added in their order.
+
+    Args:
+        parts: as `LayerStatistics.tensors` returns them, in the order of their tokens.
+        taps: the statistics to add, which all of them hold; a part may hold more.
+
+    Returns:
+        As one pass over all the tokens returns them, but for how sums round.
+    """
+    split = [(tap, kind) for tap, _, kind in (name.rpartition(".") for name in taps)]
+    means = {f"{tap}.sum" for tap, kind in split if kind in WITH_MEAN}
+    probe_tokens = sum(int(k.removeprefix("probe")) for _, k in split if k.startswith("probe"))
+    total: dict[str, Tensor] = {}
+    probes: list[Tensor] = []
+    for part in parts:
+        for name in sorted(part.keys() & {"num_tokens", *taps, *means}):
+            total[name] = total[name].add_(part[name]) if name in total else part[name].clone()
+        probes += [part["probe"]] if probe_tokens else []
+    if probes:
+        sequences = max(1, probe_tokens // probes[0].shape[1])
+        total["probe"] = torch.cat(probes)[:sequences].clone()
+    return total
 
 
 def _end(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -123,7 +123,8 @@ def _through_half(half: HalvedLayer, cut: Tensor, site: int) -> Tensor:
 
 
 def _shards(job: CompressionJob) -> list[tuple[int, int]]:
-    return shard_cuts(job.options, -(-job.stream.num_sequences // job.stream.microbatch_sequences))
+    count = -(-job.stream.num_sequences // job.stream.microbatch_sequences)
+    return shard_cuts(int(job.options["shards"]), count)
 
 
 def _stream_name(site: int, index: int) -> str:

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from actors.memory import PeakMemory, give_back
+from actors.memory import PeakMemory, give_back, keep_freed
 from actors.messages import (
     Assignment,
     CompressionJob,
@@ -30,6 +30,7 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
+from actors.sums import write_sums
 from actors.units import do_unit
 from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
@@ -78,6 +79,7 @@ class Stage:
         """
         started = time.monotonic()
         self.drop()
+        keep_freed(keep=self._setup.device == "cpu")
         checkpoint = Checkpoint(assignment.checkpoint_uri)
         dtype = getattr(torch, assignment.dtype)
         device = self._setup.device
@@ -118,6 +120,7 @@ class Stage:
         self._skeleton = None  # it has the modules that were filled, and with them the weights
         self._embedding = self._head = self._norm = None
         self._next, self._saved = {}, {}
+        keep_freed(keep=False)
         give_back()
 
     @torch.inference_mode()
@@ -179,15 +182,12 @@ class Stage:
         )
 
     def publish(self, task: UnitTask) -> UnitDone:
-        """Write the statistics of one layer."""
+        """Write the statistics of one layer, or those of a shard."""
         started, begun = time.time(), time.monotonic()
         layer = self._statistics[task.index]
-        tensors = layer.tensors()
-        name = f"stats/layer-{task.index:05d}{task.suffix}.safetensors"
-        dtype = getattr(torch, self._assignment.statistics_dtype)
-        # Packed grams are what is large; the rest stays as it is summed.
-        stored = {key: dtype for key, t in tensors.items() if key.endswith("gram") and t.ndim == 1}
-        entry = write_tensors(self._run, name, tensors, stored=stored)
+        entry = write_sums(
+            self._run, task, layer.tensors(), dtype=self._assignment.statistics_dtype
+        )
         return UnitDone(
             unit=task.unit,
             worker=self._setup.name,

@@ -27,6 +27,7 @@ from actors.storage.tensors import (
     write_tensors,
 )
 from actors.storage.tokens import tokens_from_parquet
+from actors.sums import add_shards
 from planners.errors import NumericsError
 from planners.families import load as load_family
 
@@ -215,6 +216,7 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
 
 
 KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
+    "statistics": add_shards,
     "basis": basis,
     "basis_shared": basis,
     "basis_sequential": basis_sequential,

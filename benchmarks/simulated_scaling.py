@@ -3,19 +3,16 @@
 The schedule is of Llama-2-70B's shapes under the policy that a run executes (`planners.schedule`
 calls the same `planners.flow`, `planners.frontier` and `planners.placement`). Task times are those
 of a sample timed on this machine, scaled to the true shapes by their operations; the sample is
-named under Configuration. Efficiency is T(1) / (N T(N)) of calibrate and compress together, without
-the start of processes, with no losses and no spread. Workers have the memory that they need.
+named under Configuration. Efficiency is T(1) / (N T(N)) of calibrate and compress together, T(1)
+with one shard, without the start of processes, with no losses and no spread. A worker has 64 GiB:
+what does not fit is done in waves, whose boundaries are written and read.
 
-What limits it is found by leaving one thing out at a time. The last table is of a policy that does
-NOT exist in the code: several chains of stages side by side, each with its share of the
-microbatches and sums of its own, which are added in the order of the shares at the end.
+Shards (`calibration.shards`) are those of the divisors of the workers that are the fastest; adding
+them up is part of calibrate. What limits it is found by leaving one thing out at a time.
 """
 
 import argparse
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from result_file import Goal, Result, load_average, report, table
 
@@ -25,14 +22,14 @@ from orchestrator.method_options import resolve_options
 from planners.catalogue import CONFIGS, shape_of
 from planners.plan import Target
 from planners.planning import Workload, make_plan
-from planners.schedule import PassPhase, Phase, UnitsPhase, simulate
+from planners.schedule import Course, PassPhase, Phase, UnitsPhase, simulate
 from planners.timetable import Clock, Job, timetable
-from planners.units import Unit
-from planners.work import Data, Work, publish_work
+from planners.work import Data
 
 MODEL, LENGTH = "llama-2-70b", 2048
 WORKERS = (1, 2, 4, 8, 16, 32, 40, 64, 80, 128, 256, 512)
 GOAL_AT, GOAL = 64, 0.9
+WORKER_BYTES = 64 * 2**30
 PHASES = ("calibrate", "compress")
 METHOD = (__doc__ or "").partition("\n\n")[2]
 
@@ -53,7 +50,7 @@ CASES = (
 )
 
 
-def job_of(case: Case, num_workers: int) -> Job:
+def job_of(case: Case, num_workers: int, shards: int = 1) -> Job:
     """Return the run of a case on so many workers."""
     spec, shape = methods.spec(case.method), shape_of(MODEL)
     options = resolve_options(spec, {})
@@ -69,7 +66,8 @@ def job_of(case: Case, num_workers: int) -> Job:
             microbatch_sequences=case.microbatch_sequences,
             compute_dtype="float32",
             num_workers=num_workers,
-            worker_bytes=2**60,
+            worker_bytes=WORKER_BYTES,
+            shards=shards,
         ),
     )
     data = Data(
@@ -77,6 +75,7 @@ def job_of(case: Case, num_workers: int) -> Job:
         sequence_length=LENGTH,
         microbatch_tokens=tokens,
         dtype="float32",
+        shards=shards,
     )
     return Job(plan=plan, spec=spec, options=options, data=data, evaluation_tokens=0, finish=False)
 
@@ -98,107 +97,102 @@ def clock_of(case: Case, *, budget_seconds: float) -> Clock:
     return replace(found, start_seconds=0.0)
 
 
-def phases_of(case: Case, clock: Clock, num_workers: int) -> list[Phase]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A number of shards on a number of workers, and what comes of it."""
+
+    shards: int
+    phases: list[Phase]
+    course: Course
+    num_waves: int
+
+
+def way_of(case: Case, clock: Clock, num_workers: int, shards: int = 1) -> Way:
     """Return calibration and compression of a case under the policy of a run."""
-    found = timetable(job_of(case, num_workers), clock)
-    return [phase for phase in found if phase.name in PHASES]
-
-
-def seconds_of(phases: list[Phase], num_workers: int, clock: Clock) -> float:
-    """Return how long phases take."""
+    job = job_of(case, num_workers, shards)
+    phases = [phase for phase in timetable(job, clock) if phase.name in PHASES]
     course = simulate(phases, num_workers=num_workers, driver_seconds=clock.driver_seconds)
-    return course.seconds
+    return Way(shards=shards, phases=phases, course=course, num_waves=len(job.plan.waves))
 
 
-def limits(case: Case, clock: Clock, num_workers: int, alone: float) -> dict[str, float]:
+def best_way(case: Case, clock: Clock, num_workers: int) -> Way:
+    """Return the fastest of the numbers of shards that divide the workers."""
+    most = case.sequences // case.microbatch_sequences
+    counts = [n for n in range(1, min(num_workers, most) + 1) if num_workers % n == 0]
+    ways = [way_of(case, clock, num_workers, shards) for shards in counts]
+    return min(ways, key=lambda way: way.course.seconds)
+
+
+def limits(way: Way, clock: Clock, num_workers: int, alone: float) -> dict[str, float]:
     """Return what -> the efficiency without that one limit."""
-    phases = phases_of(case, clock, num_workers)
 
-    def efficiency(changed: list[Phase], *, driver: float = clock.driver_seconds) -> float:
-        course = simulate(changed, num_workers=num_workers, driver_seconds=driver)
-        return alone / (num_workers * course.seconds)
+    def seconds(phases: list[Phase], *, driver: float = clock.driver_seconds) -> float:
+        return simulate(phases, num_workers=num_workers, driver_seconds=driver).seconds
 
-    found = {"the driver's own time": efficiency(phases, driver=0.0)}
-    passes = [phase for phase in phases if isinstance(phase, PassPhase)]
-    others = [phase for phase in phases if not isinstance(phase, PassPhase)]
-    mean = [
-        replace(p, steps=[sum(p.steps) / num_workers] * min(num_workers, len(p.steps)))
-        for p in passes
+    def efficiency(seconds: float) -> float:
+        return alone / (num_workers * seconds)
+
+    found = {"the driver's own time": efficiency(seconds(way.phases, driver=0.0))}
+    passes = [phase for phase in way.phases if isinstance(phase, PassPhase)]
+    units = [phase for phase in way.phases if isinstance(phase, UnitsPhase)]
+    added = [phase for phase in units if phase.name == "calibrate"]
+    shrinking = [phase for phase in units if phase.name == "compress"]
+    stages = num_workers // max(len(p.chains) for p in passes)
+    even: list[Phase] = [
+        replace(p, steps=[sum(p.steps) / stages] * min(stages, len(p.steps))) for p in passes
     ]
-    found["stages of unequal length, or fewer stages than workers"] = efficiency([*mean, *others])
-    # Of a pass that is long enough, filling and draining the pipeline is nothing.
-    filled = sum(max(len(p.microbatches) * step for step in p.steps) + max(p.loads) for p in passes)
-    rest = seconds_of(others, num_workers, clock)
-    found["filling and draining the pipeline"] = alone / (num_workers * (filled + rest))
-    shared = [sum(u.seconds.values()) / num_workers for u in others if isinstance(u, UnitsPhase)]
-    passing = seconds_of(list(passes), num_workers, clock)
-    found["units that do not divide by the workers"] = alone / (
-        num_workers * (passing + sum(shared))
+    found["stages of unequal length, or fewer stages than workers"] = efficiency(
+        seconds([*even, *units])
     )
+    # Of a pass that is long enough, filling and draining the pipeline is nothing.
+    full = sum(
+        max(map(len, p.chains)) * max(p.steps) + max(p.loads) + max(map(sum, p.publishes))
+        for p in passes
+    )
+    found["filling and draining the pipeline"] = efficiency(full + seconds(list(units)))
+    loaded: list[Phase] = [
+        replace(p, loads=[0.0] * len(p.loads), publishes=[[] for _ in p.publishes]) for p in passes
+    ]
+    found["reading the layers and writing the sums"] = efficiency(seconds([*loaded, *units]))
+    rest: list[Phase] = [*passes, *shrinking]
+    found["adding shards up"] = efficiency(seconds(rest))
+    shared = sum(sum(u.seconds.values()) / num_workers for u in shrinking)
+    rest = [*passes, *added]
+    found["units that do not divide by the workers"] = efficiency(seconds(rest) + shared)
     return found
 
 
-def replicated(case: Case, clock: Clock, num_workers: int) -> tuple[float, int]:
-    """Return seconds and the best number of chains, of the policy that does not exist yet."""
-    best = (math.inf, 0)
-    job, layers = job_of(case, 1), shape_of(MODEL).num_layers
-    statistics = job.spec.statistics(job.options)
-    sums = publish_work(job.shape, statistics)
-    merge = Work(read=sums.written, touched=sums.written * 3)
-    for chains in (n for n in range(1, num_workers + 1) if num_workers % n == 0):
-        stages = num_workers // chains
-        if layers % stages or case.sequences // case.microbatch_sequences < chains:
-            continue
-        phases = phases_of(case, clock, stages)
-        count = -(-(case.sequences // case.microbatch_sequences) // chains)
-        changed: list[Phase] = [
-            replace(p, microbatches=[1.0] * count) if isinstance(p, PassPhase) else p
-            for p in phases
-            if isinstance(p, PassPhase)
-        ]
-        units = [
-            Unit(name=f"sum-{i}", kind="statistics", index=i, inputs=(), fingerprint="")
-            for i in range(layers)
-        ]
-        each = clock.seconds("statistics", merge.times(chains) + sums) if chains > 1 else 0.0
-        merging = UnitsPhase(name="compress", units=units, seconds={u.name: each for u in units})
-        rest = [p for p in phases_of(case, clock, num_workers) if isinstance(p, UnitsPhase)]
-        seconds = seconds_of(changed, stages, clock) + seconds_of(
-            [merging, *rest], num_workers, clock
-        )
-        best = min(best, (seconds, chains))
-    return best
-
-
-def _tables(case: Case, clock: Clock) -> tuple[dict[str, str], float, Mapping[str, Any]]:
-    alone = seconds_of(phases_of(case, clock, 1), 1, clock)
+def _tables(case: Case, clock: Clock) -> tuple[dict[str, str], float]:
+    alone = way_of(case, clock, 1).course.seconds
     rows, at_goal = [], 0.0
     for count in WORKERS:
-        phases = phases_of(case, clock, count)
-        course = simulate(phases, num_workers=count, driver_seconds=clock.driver_seconds)
-        reached = alone / (count * course.seconds)
+        way, plain = best_way(case, clock, count), way_of(case, clock, count)
+        reached = alone / (count * way.course.seconds)
         at_goal = reached if count == GOAL_AT else at_goal
-        better, chains = replicated(case, clock, count)
-        said = f"{alone / (count * better):.3f} ({chains} chains)" if chains else "no such cut"
         rows.append([
-            str(count), f"{course.seconds:,.0f}",
-            *(f"{course.phases[name]:,.0f}" for name in PHASES), f"{reached:.3f}", said,
+            str(count), str(way.shards), str(way.num_waves), f"{way.course.seconds:,.0f}",
+            *(f"{way.course.phases[name]:,.0f}" for name in PHASES),
+            f"{reached:.3f}",
+            f"{alone / (count * plain.course.seconds):.3f}",
         ])  # fmt: skip
-    columns = ("workers", "seconds", *PHASES, "efficiency", "with chains side by side (not built)")
-    beyond = [
-        [str(count), *(f"{e:.3f}" for e in limits(case, clock, count, alone).values())]
+    columns = ("workers", "shards", "waves", "seconds", *PHASES, "efficiency", "with one shard")
+    beyond = {
+        str(count): limits(best_way(case, clock, count), clock, count, alone)
         for count in (GOAL_AT, 2 * GOAL_AT, 8 * GOAL_AT)
-    ]
-    names = list(limits(case, clock, GOAL_AT, alone))
+    }
+    names = list(beyond[str(GOAL_AT)])
     title = (
         f"{case.method}, {case.sequences} x {LENGTH} tokens in microbatches of "
         f"{case.microbatch_sequences * LENGTH}"
     )
     tables = {
         f"{title}:": table(columns, rows),
-        f"{title}, efficiency without one limit:": table(("workers", *names), beyond),
+        f"{title}, efficiency without one limit:": table(
+            ("workers", *names),
+            [[count, *(f"{e:.3f}" for e in found.values())] for count, found in beyond.items()],
+        ),
     }
-    return tables, at_goal, {"alone": alone}
+    return tables, at_goal
 
 
 def main() -> None:
@@ -212,7 +206,7 @@ def main() -> None:
     goals, notes, configuration = [], [], {}
     for case in CASES[:1] if given.quick else CASES:
         clock = clock_of(case, budget_seconds=given.budget)
-        found, reached, _ = _tables(case, clock)
+        found, reached = _tables(case, clock)
         tables |= found
         goals.append(
             Goal(
@@ -231,9 +225,11 @@ def main() -> None:
             tables=tables,
             goals=goals,
             notes=[
-                "A stage is a whole number of layers: from 41 to 79 workers the longest stage has "
-                "two, so 64 are no faster in the pass than 40; beyond 80 the rest have no stage.",
-                "The last table column is a policy that the code does not have.",
+                "With one shard a stage is a whole number of layers: from 41 to 79 workers the "
+                "longest has two, so 64 are no faster in the pass than 40; beyond 80 the rest have "
+                "no stage. Shards fill them: each chain has fewer stages, and less to fill.",
+                "Shards change the bytes of a result by rounding alone; how many there are is in "
+                "the recipe, so workers that come and go change nothing.",
                 *notes,
             ],
             load=load,

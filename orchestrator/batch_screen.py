@@ -38,7 +38,7 @@ def batch(path: str, *, dry_run: bool, json_: bool) -> None:
     def on_run(entry: Entry) -> None:
         close()
         _err.print(Text(entry.name, style="bold"), "->", entry.prepared.config.out, soft_wrap=True)
-        workers = max(map(len, entry.prepared.plan.waves))
+        workers = entry.prepared.plan.num_workers
         screen.append(ProgressScreen(_err, num_workers=workers).__enter__())
 
     def listener(event: Event) -> None:

@@ -1,16 +1,18 @@
 """Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
+from orchestrator.dispatch import run_units, task_of
 from orchestrator.partials import Partials
-from orchestrator.pipeline import Pass, PassPlan, Saving
+from orchestrator.pipeline import Pass, PassPlan, Saving, run_side_by_side
 from planners.errors import NumericsError
 from planners.plan import SCHEMA_VERSION, StagePlan, Statistic, fingerprint
-from planners.units import Unit, layer_statistics
+from planners.shards import added_units, rounds, shard_units
+from planners.units import Unit, layer_statistics, shard_cuts
 
 
 def cut(num_sequences: int, *, size: int) -> list[tuple[int, int]]:
@@ -50,63 +52,124 @@ def assignments(
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shard:
+    """A part of the calibration tokens and the units of its sums.
+
+    Attributes:
+        number: from 0.
+        microbatches: first, one past the last.
+        units: that lack a record, one a layer.
+        partials: its sums so far.
+    """
+
+    number: int
+    microbatches: tuple[int, int]
+    units: list[Unit]
+    partials: Partials
+
+    def of(self, wave: Sequence[StagePlan]) -> list[Unit]:
+        """Return the units of the layers of a wave."""
+        return [unit for unit in self.units if wave[0].first <= unit.index < wave[-1].last]
+
+
 def calibrate(context: RunContext) -> None:
     """Accumulate the statistics of every layer that has no record, wave by wave.
 
     Raises:
         CompressionError: a weight is broken, or too many workers were lost.
     """
-    todo = {unit.index for unit in context.ledger.todo([u for u in context.sums if u.taps])}
-    waves = context.prepared.plan.waves
-    wanted = _wanted_waves(context, todo)
+    plan = context.prepared.plan
+    todo = context.ledger.todo([unit for unit in context.sums if unit.taps])
+    lacking = [_lacking(context, unit) for unit in todo]
     rows = cut(len(context.prepared.calibration), size=_size(context))
-    partials = _partials(context)
-    summed = {p.layer: p.next for p in partials.found(todo)}
-    total = sum(_steps_left(waves[w], todo, summed, len(rows)) for w in wanted)
+    shards = _shards(context, lacking, len(rows))
+    wanted = _wanted_waves(context, lacking, len(rows))
+    total = sum(_steps_left(plan.waves[number], shards) for number in wanted)
     with context.phase("calibrate", total=total):
         for number in wanted:
-            _calibrate_wave(context, number, rows, todo, partials)
+            wave = plan.waves[number]
+            for together in rounds(len(shards), plan.chains):
+                passes = [
+                    _pass(context, number, rows, shards[shard], first_slot=chain * len(wave))
+                    for chain, shard in enumerate(together)
+                ]
+                run_side_by_side(context.pool, passes)
+            _add_up(context, [u for u in lacking if wave[0].first <= u.index < wave[-1].last])
             if number > 0:
-                _forget_boundaries(context, waves[number][0].first, len(rows))
+                _forget_boundaries(context, wave[0].first, len(rows))
         if todo:
-            partials.clear()
+            shards[0].partials.clear()
 
 
-def _calibrate_wave(
+def _lacking(context: RunContext, unit: Unit) -> Unit:
+    """Return what is to be summed for a layer: the taps that no file of it holds yet."""
+    missing = context.ledger.missing_taps(unit)
+    if missing == set(unit.taps):
+        return unit
+    # Sums that are there already stay as they are; what is added gets a file of its own.
+    return replace(unit, taps=tuple(sorted(missing)), suffix=f"-{fingerprint(sorted(missing))[:8]}")
+
+
+def _shards(context: RunContext, lacking: Sequence[Unit], num_microbatches: int) -> list[_Shard]:
+    """Return all shards, with the units of each that lack a record."""
+    num_layers = context.prepared.plan.shape.num_layers
+    missing = _missing(lacking, context)
+    cuts = shard_cuts(context.prepared.identity.shards, num_microbatches)
+    found = []
+    for number, microbatches in enumerate(cuts):
+        units = shard_units(lacking, number, len(cuts))
+        # A stage sums the same taps of all its layers; partial sums hold them all.
+        taps = {
+            u.index: tuple(str(s) for s in layer_statistics(missing, u.index, num_layers))
+            for u in units
+        }
+        summed = {u.index: replace(u, taps=taps[u.index]) for u in units}
+        found.append(
+            _Shard(
+                number=number,
+                microbatches=microbatches,
+                units=[u for u in units if len(cuts) == 1 or not context.ledger.done(u)],
+                partials=Partials(context.run, context.ledger, summed),
+            )
+        )
+    return found
+
+
+def _pass(
     context: RunContext,
     number: int,
     rows: list[tuple[int, int]],
-    todo: set[int],
-    partials: Partials,
-) -> None:
+    shard: _Shard,
+    *,
+    first_slot: int,
+) -> Pass:
+    """Return the pass of one shard through one wave, on a chain that begins with a slot."""
     prepared, wave = context.prepared, context.prepared.plan.waves[number]
     into, out = wave[0].first, wave[-1].last
-    units = {unit.name: unit for unit in context.sums}
+    units = {unit.name: unit for unit in shard.of(wave)}
     last = out == prepared.plan.shape.num_layers
-    publish = [
-        [
-            _task(context, u)
-            for u in units.values()
-            if s.first <= u.index < s.last and u.index in todo
-        ]
-        for s in wave
-    ]
+    start, stop = shard.microbatches
+    sequences = rows[stop - 1][1] - rows[start][0]
+    tokens = sequences * prepared.calibration.shape[1]
 
-    def on_step(slot: int, microbatch: Microbatch, done: StepDone) -> None:
-        if slot == len(wave) - 1 and done.boundary is not None:
-            unit = boundary_unit(context, out, microbatch.index)
+    def on_step(at: int, microbatch: Microbatch, done: StepDone) -> None:
+        index = start + microbatch.index
+        if at == len(wave) - 1 and done.boundary is not None:
+            unit = boundary_unit(context, out, index)
             context.ledger.commit(unit, _boundary_done(unit, done, done.boundary), attempt=1)
-        context.journal.tell("calibrate", unit=f"microbatch {microbatch.index}",
-                             worker=f"worker-{slot}", start=done.started, seconds=done.seconds,
-                             tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
+        context.journal.tell("calibrate", unit=f"microbatch {index}",
+                             worker=f"worker-{first_slot + at}", start=done.started,
+                             seconds=done.seconds, tokens=done.num_tokens,
+                             peak_bytes=done.peak_bytes)  # fmt: skip
 
     def on_published(task: UnitTask, done: UnitDone) -> None:
-        seen, expected = done.values["num_tokens"], prepared.plan.calibration_tokens
-        if seen != expected:
-            raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {expected}")
+        seen = done.values["num_tokens"]
+        if seen != tokens:
+            raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {tokens}")
         context.ledger.commit(units[task.unit], done, attempt=1)
-        partials.forget(task.index)
-        context.journal.tell("statistics", unit=task.unit, worker=done.worker,
+        shard.partials.forget(task.index)
+        context.journal.tell(task.kind, unit=task.unit, worker=done.worker,
                              start=done.started, seconds=done.seconds,
                              peak_bytes=done.peak_bytes,
                              written_bytes=done.written_bytes)  # fmt: skip
@@ -114,57 +177,69 @@ def _calibrate_wave(
     plan = PassPlan(
         kind="calibrate",
         assignments=[
-            replace(each, statistics_dtype=prepared.identity.statistics_dtype)
+            replace(each, statistics_dtype=_stored_dtype(context))
             for each in assignments(
                 wave,
                 run_uri=context.run.uri,
                 checkpoint_uri=prepared.model_uri,
                 family=prepared.plan.shape.family,
                 dtype=prepared.identity.compute_dtype,
-                statistics=_missing(context),
+                statistics=_missing(shard.units, context),
             )
         ],
         microbatches=[
             Microbatch(
-                index=index,
+                index=index - start,
                 tokens=CALIBRATION_TOKENS,
-                rows=ab,
+                rows=rows[index],
                 observe=True,
                 read_boundary=boundary_name("calibration", into, index) if into else "",
                 write_boundary="" if last else boundary_name("calibration", out, index),
             )
-            for index, ab in enumerate(rows)
+            for index in range(start, stop)
         ],
-        publish=publish,
+        publish=[
+            [task_of(u) for u in units.values() if stage.first <= u.index < stage.last]
+            for stage in wave
+        ],
         saving=Saving(
-            partials=partials,
+            partials=shard.partials,
             every=prepared.config.calibration.save_microbatches,
             stage_bytes=[stage.bytes["statistics"] for stage in wave],
         ),
     )
-    Pass(context.pool, plan, on_step=on_step, on_published=on_published).run()
-
-
-def _partials(context: RunContext) -> Partials:
-    """Return the partial sums of what is summed now: of a layer, all taps that any layer lacks."""
-    num_layers = context.prepared.plan.shape.num_layers
-    taps = {
-        u.index: tuple(str(s) for s in layer_statistics(_missing(context), u.index, num_layers))
-        for u in context.sums
-    }
-    units = {u.index: replace(u, taps=taps[u.index]) for u in context.sums}
-    return Partials(context.run, context.ledger, units)
-
-
-def _steps_left(
-    wave: Sequence[StagePlan], todo: set[int], summed: Mapping[int, int], num_microbatches: int
-) -> int:
-    """Return how many microbatches the stages of a wave have before them."""
-    done = (
-        min((summed.get(i, 0) for i in range(s.first, s.last) if i in todo), default=0)
-        for s in wave
+    return Pass(
+        context.pool, plan, first_slot=first_slot, on_step=on_step, on_published=on_published
     )
-    return sum(num_microbatches - each for each in done)
+
+
+def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
+    """Add the shards of these layers, where there are several; they are dropped behind it."""
+    count = context.prepared.identity.shards
+    if count == 1:
+        return
+    shards = [shard_units(lacking, shard, count) for shard in range(count)]
+    units = [*(u for shard in shards for u in shard), *added_units(lacking, shards)]
+    run_units(context.pool, units, context.job, ledger=context.ledger, journal=context.journal)
+
+
+def _stored_dtype(context: RunContext) -> str:
+    """Return how grams are written behind a pass: what is still to be added is not rounded."""
+    identity = context.prepared.identity
+    return identity.statistics_dtype if identity.shards == 1 else "float64"
+
+
+def _steps_left(wave: Sequence[StagePlan], shards: Sequence[_Shard]) -> int:
+    """Return how many microbatches the stages of a wave have before them."""
+    left = 0
+    for shard in shards:
+        start, stop = shard.microbatches
+        layers = {unit.index for unit in shard.units}
+        summed = {p.layer: p.next for p in shard.partials.found(layers)}
+        for stage in wave:
+            mine = [summed.get(i, 0) for i in range(stage.first, stage.last) if i in layers]
+            left += stop - start - min(mine, default=0)
+    return left
 
 
 def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
@@ -180,14 +255,13 @@ def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
     )
 
 
-def _wanted_waves(context: RunContext, todo: set[int]) -> list[int]:
+def _wanted_waves(context: RunContext, lacking: Sequence[Unit], num_microbatches: int) -> list[int]:
     """Return the waves to run: those with layers to do, and those whose output they need."""
     waves = context.prepared.plan.waves
-    num_microbatches = len(cut(len(context.prepared.calibration), size=_size(context)))
     wanted: list[int] = []
     for number in reversed(range(len(waves))):
         wave = waves[number]
-        own = any(wave[0].first <= layer < wave[-1].last for layer in todo)
+        own = any(wave[0].first <= unit.index < wave[-1].last for unit in lacking)
         needed = bool(wanted) and not all(
             context.ledger.done(boundary_unit(context, wave[-1].last, index))
             for index in range(num_microbatches)
@@ -206,18 +280,9 @@ def _size(context: RunContext) -> int:
     return context.prepared.identity.microbatch_sequences
 
 
-def _task(context: RunContext, unit: Unit) -> UnitTask:
-    missing = context.ledger.missing_taps(unit)
-    # Sums that are there already stay as they are; what is added gets a file of its own.
-    suffix = "" if missing == set(unit.taps) else f"-{fingerprint(sorted(missing))[:8]}"
-    return UnitTask(
-        unit=unit.name, kind=unit.kind, index=unit.index, inputs=unit.inputs, suffix=suffix
-    )
-
-
-def _missing(context: RunContext) -> frozenset[Statistic]:
-    """Return the statistics that at least one layer lacks."""
-    names = {tap for unit in context.sums for tap in context.ledger.missing_taps(unit)}
+def _missing(units: Sequence[Unit], context: RunContext) -> frozenset[Statistic]:
+    """Return the statistics that at least one of these units lacks."""
+    names = {tap for unit in units for tap in unit.taps}
     return frozenset(s for s in context.prepared.statistics if str(s) in names)
 
 

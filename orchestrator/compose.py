@@ -123,7 +123,12 @@ def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext
             origin = Origin(how="measured", why=why)
     plan = planned((step.spec, step.options), step.config.target, source, step.work, path="")
     # Workers were started for the stages that were planned at the door.
-    plan = replace(plan, waves=step.plan.waves, worker_bytes=step.plan.worker_bytes)
+    plan = replace(
+        plan,
+        waves=step.plan.waves,
+        chains=step.plan.chains,
+        worker_bytes=step.plan.worker_bytes,
+    )
     identity = replace(step.identity, model_revision=revision)
     found = replace(
         step,

@@ -39,6 +39,8 @@ class CalibrationConfig(_Section):
         save_microbatches: a stage keeps its partial sums, to go on from after a loss, each time it
             has seen so many; 0 is never. ``by cost`` is where it is worth it: saving takes at most
             5 % of the time, and work of less than a minute is not saved.
+        shards: parts of the sequences that are summed by themselves, side by side where there are
+            workers for it, and then added in order. It is part of what determines the bytes.
     """
 
     source: str = Field(
@@ -53,6 +55,7 @@ class CalibrationConfig(_Section):
     save_microbatches: Annotated[int, Field(ge=0)] | Literal["by cost"] = Field(
         default="by cost", description="a whole number from 0, or by cost"
     )
+    shards: int = Field(default=1, ge=1, description="a whole number from 1")
 
 
 class EvaluationConfig(_Section):

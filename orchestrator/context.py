@@ -142,4 +142,5 @@ class RunContext(WorkContext):
             former=None if self.turned is None else self.turned.job,
             makers=self.makers,
             candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},
+            statistics_dtype=prepared.identity.statistics_dtype,
         )

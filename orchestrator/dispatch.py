@@ -96,7 +96,7 @@ class _Dispatch:
         return [slot for slot in self._pool.open_slots if slot not in busy]
 
     def _start(self, slot: int, unit: Unit) -> None:
-        ticket = self._pool.call(slot, "work", _task(unit), self._job, label=unit.name)
+        ticket = self._pool.call(slot, "work", task_of(unit), self._job, label=unit.name)
         self._running[ticket] = (slot, unit)
         self._watch.begins(slot, ticket, unit.kind, unit.name)
 
@@ -136,7 +136,7 @@ class _Dispatch:
             work = Work(
                 name=unit.name,
                 setup=self._pool.setup(slot),
-                call={"task": _task(unit), "job": self._job},
+                call={"task": task_of(unit), "job": self._job},
                 inputs=unit.inputs,
                 fingerprint=unit.fingerprint,
             )
@@ -183,5 +183,12 @@ class _Dispatch:
                     self._start(idle, unit)
 
 
-def _task(unit: Unit) -> UnitTask:
-    return UnitTask(unit=unit.name, kind=unit.kind, index=unit.index, inputs=unit.inputs)
+def task_of(unit: Unit) -> UnitTask:
+    """Return what a worker is told of a unit."""
+    return UnitTask(
+        unit=unit.name,
+        kind=unit.kind,
+        index=unit.index,
+        inputs=unit.inputs,
+        suffix=unit.suffix,
+    )

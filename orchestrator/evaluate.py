@@ -13,13 +13,13 @@ from orchestrator.calibrate import assignments, boundary_name, cut
 from orchestrator.context import RunContext, WorkContext
 from orchestrator.executors import Executor, Resources, WorkerFailed, WorkerLost
 from orchestrator.failures import GO_ON, POLICIES, Failures, class_of, final_error
-from orchestrator.pipeline import Pass, PassPlan
+from orchestrator.pipeline import Pass, PassPlan, run_side_by_side
 from orchestrator.pool import PLACE_SECONDS
 from orchestrator.prepare import Prepared
 from orchestrator.subjects import EvaluationPlan, Subject
 from planners.errors import ClusterError, NumericsError
 from planners.plan import SCHEMA_VERSION, fingerprint
-from planners.units import Unit
+from planners.units import Unit, shard_cuts
 
 EVALUATION_TOKENS = "tokens/evaluation.parquet"
 PROMPT_TOKENS, BATCH, NEW_TOKENS, ROUNDS = 128, 4, 32, 3
@@ -54,6 +54,7 @@ def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
     return EvaluationPlan(
         family=shape.family,
         waves=prepared.plan.waves,
+        chains=prepared.plan.chains,
         num_sequences=len(prepared.evaluation),
         microbatch_sequences=identity.microbatch_sequences,
         tokens_hash=prepared.evaluation_hash,
@@ -91,16 +92,38 @@ def _evaluate_wave(
     what: tuple[Subject, int],
     left: list[tuple[Unit, tuple[int, int]]],
 ) -> None:
+    wave = plan.waves[what[1]]
+    cuts = shard_cuts(plan.chains, len(left))
+    passes = [
+        _evaluation_pass(context, plan, what, left, (chain * len(wave), cut_))
+        for chain, cut_ in enumerate(cuts)
+    ]
+    run_side_by_side(context.pool, passes)
+    into = wave[0].first
+    if into:  # not before: a replaced worker begins with them again
+        for number in range(len(left)):
+            context.run.delete(boundary_name(f"evaluation-{what[0].name}", into, number))
+
+
+def _evaluation_pass(
+    context: WorkContext,
+    plan: EvaluationPlan,
+    what: tuple[Subject, int],
+    left: list[tuple[Unit, tuple[int, int]]],
+    chain: tuple[int, tuple[int, int]],
+) -> Pass:
+    """Return the pass of some of the parts through one chain: its first slot, and which parts."""
     subject, wave = what[0], plan.waves[what[1]]
+    first_slot, (start, stop) = chain
     into, out, last = wave[0].first, wave[-1].last, wave[-1].head
     stream = f"evaluation-{subject.name}"
 
-    def on_step(slot: int, microbatch: Microbatch, done: StepDone) -> None:
-        unit = left[microbatch.index][0]
-        context.journal.tell("evaluate", unit=unit.name, worker=f"worker-{slot}",
+    def on_step(at: int, microbatch: Microbatch, done: StepDone) -> None:
+        unit = left[start + microbatch.index][0]
+        context.journal.tell("evaluate", unit=unit.name, worker=f"worker-{first_slot + at}",
                              start=done.started, seconds=done.seconds,
                              tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
-        if last and slot == len(wave) - 1:
+        if last and at == len(wave) - 1:
             context.ledger.commit(unit, _part_done(unit, done), attempt=1)
 
     def on_published(task: UnitTask, done: UnitDone) -> None:
@@ -117,21 +140,20 @@ def _evaluate_wave(
         ),
         microbatches=[
             Microbatch(
-                index=index,
+                index=number - start,
                 tokens=EVALUATION_TOKENS,
-                rows=ab,
+                rows=left[number][1],
                 loss=last,
-                read_boundary=boundary_name(stream, into, index) if into else "",
-                write_boundary="" if last else boundary_name(stream, out, index),
+                read_boundary=boundary_name(stream, into, number) if into else "",
+                write_boundary="" if last else boundary_name(stream, out, number),
             )
-            for index, (_, ab) in enumerate(left)
+            for number in range(start, stop)
         ],
         publish=[[] for _ in wave],
     )
-    Pass(context.pool, passing, on_step=on_step, on_published=on_published).run()
-    if into:  # not before: a replaced worker begins with them again
-        for microbatch in passing.microbatches:
-            context.run.delete(microbatch.read_boundary)
+    return Pass(
+        context.pool, passing, first_slot=first_slot, on_step=on_step, on_published=on_published
+    )
 
 
 def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any]:

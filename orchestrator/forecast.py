@@ -176,6 +176,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     memory = devices.bytes if devices else int((config.worker_gib or 1e6) * 2**30)
     device = devices.name if devices else "CPU"
     microbatch = min(sequences, max(1, config.calibration.microbatch_tokens // length))
+    shards = min(config.calibration.shards, -(-sequences // microbatch))
     compute_dtype = "float32" if device.upper() == "CPU" else dtype
     if config.calibration_dtype != "auto":
         compute_dtype = config.calibration_dtype
@@ -187,12 +188,14 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
         statistics_dtype=config.statistics_dtype,
         num_workers=workers,
         worker_bytes=memory,
+        shards=shards,
     )
     data = Data(
         tokens=sequences * length,
         sequence_length=length,
         microbatch_tokens=microbatch * length,
         dtype=compute_dtype,
+        shards=shards,
     )
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
     source = StepInput(config=found, shape=shape, start=dense_start(shape))
@@ -234,6 +237,7 @@ def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
         sequence_length=length,
         microbatch_tokens=prepared.identity.microbatch_sequences * length,
         dtype=prepared.identity.compute_dtype,
+        shards=prepared.identity.shards,
     )
     jobs: list[Job] = []
     for step in chain:
@@ -254,7 +258,7 @@ def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
     first = prepared.origin.model_config
     settings = _settings(first, jobs, targets, device=config.device, threads=config.threads)
     device = "CPU" if config.device == "cpu" else _accelerator()
-    workers = max(len(wave) for job in jobs for wave in job.plan.waves)
+    workers = max(job.plan.num_workers for job in jobs)
     return _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
 
 

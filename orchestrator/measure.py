@@ -468,7 +468,9 @@ def _task(job: Job, kind: str) -> Work:
     if kind in ("verify", "throughput"):
         return verify_work(job) if kind == "verify" else throughput_work(job)
     # The first site of a stream only looks tokens up.
-    index = len(shard_cuts(job.options, job.num_microbatches)) if kind == "stream" else 0
+    index = (
+        len(shard_cuts(int(job.options["shards"]), job.num_microbatches)) if kind == "stream" else 0
+    )
     return unit_work(job, Unit(name="", kind=kind, index=index, inputs=(), fingerprint=""))
 
 

@@ -19,6 +19,7 @@ KEYS = {
     "sequence_length": "calibration.sequence_length",
     "microbatch_tokens": "calibration.microbatch_tokens",
     "save_microbatches": "calibration.save_microbatches",
+    "shards": "calibration.shards",
     "evaluation": "evaluation.source",
     "evaluation_sequences": "evaluation.sequences",
 }
@@ -50,6 +51,9 @@ _COMPRESSION = (
     click.option("--save-microbatches", type=int, metavar="N",
                  help="Keep partial sums after so many, to go on from when a worker is lost; 0 is "
                  "never. [where it takes at most 5 % of the time]"),
+    click.option("--shards", type=int, metavar="N",
+                 help="Sum so many parts of the calibration tokens side by side, each on workers "
+                 "of its own, and add them in order: for more workers than layers. [1]"),
     click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
 )  # fmt: skip
 _MEASURING = (

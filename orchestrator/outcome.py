@@ -95,6 +95,7 @@ def outcome(
             "calibration_flops": plan.calibration_flops,
             "num_stages": max(map(len, plan.waves)),
             "num_waves": len(plan.waves),
+            "num_chains": plan.chains,
         },
         "sites": [*_former(context, "sites"), *_sites(context)],
         "layers": _layers(context),

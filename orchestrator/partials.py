@@ -34,7 +34,7 @@ class Partials:
     """The partial sums of a run, as the driver sees them."""
 
     def __init__(self, run: Directory, ledger: Ledger, units: Mapping[int, Unit]) -> None:
-        """Take the statistics unit of each layer, with the taps that are being summed."""
+        """Take the unit of each layer's sums, with the taps that are being summed."""
         self._run, self._ledger = run, ledger
         self._units = {layer: _unit(unit) for layer, unit in units.items()}
 
@@ -81,7 +81,7 @@ class Partials:
 def _unit(unit: Unit) -> Unit:
     key = {"schema": SCHEMA_VERSION, "kind": "partial", "of": unit.fingerprint}
     return Unit(
-        name=f"partial-layer-{unit.index:05d}",
+        name=f"partial-{unit.name.removeprefix('statistics-')}",
         kind="partial",
         index=unit.index,
         inputs=(),

@@ -85,95 +85,98 @@ class _StageState(Flow):
 
 
 class Pass:
-    """Runs one `PassPlan` on the first workers of a pool."""
+    """One `PassPlan` on the workers of a chain: one slot of the pool for each of its stages."""
 
     def __init__(
         self,
         pool: Pool,
         plan: PassPlan,
         *,
+        first_slot: int = 0,
         on_step: Callable[[int, Microbatch, StepDone], None],
         on_published: Callable[[UnitTask, UnitDone], None],
     ) -> None:
+        """Take the plan; ``on_step`` hears the number of the stage in the chain, from 0."""
         self._pool, self._plan = pool, plan
         self._on_step, self._on_published = on_step, on_published
         self._stages = [_StageState(to_publish=list(units)) for units in plan.publish]
+        self._slots = range(first_slot, first_slot + len(self._stages))
         self._watch = Watch(pool)
         self._told: set[tuple[int, int]] = set()
 
-    def run(self) -> None:
-        """Return when every stage has seen every microbatch and published what it should.
+    @property
+    def slots(self) -> range:
+        """The slots of its stages, in order."""
+        return self._slots
 
-        Raises:
-            CompressionError: a worker found broken input or numbers, or too many were lost.
-            KeyboardInterrupt: the user asked to stop; what was under way is safe.
-        """
-        for slot in range(len(self._stages)):
-            self._load(slot)
-        while not self._finished():
-            self._feed()
-            tickets = [t for stage in self._stages for t in stage.tickets]
-            if not tickets and self._pool.interruption.requested:
-                raise KeyboardInterrupt
-            for ticket in self._pool.ready(tickets, needed=range(len(self._stages))):
-                self._take(ticket)
-            self._give_up_the_stalled()
+    @property
+    def tickets(self) -> list[Any]:
+        """All calls that have not answered."""
+        return [ticket for stage in self._stages for ticket in stage.tickets]
 
-    def _finished(self) -> bool:
+    @property
+    def finished(self) -> bool:
+        """Whether every stage has seen every microbatch and published what it should."""
         total = len(self._plan.microbatches)
         return all(
             stage.done == total and not (stage.to_publish or stage.tickets)
             for stage in self._stages
         )
 
-    def _call(self, slot: int, kind: str, method: str, *args: Any, label: str, **how: Any) -> Any:
-        answers = self._pool.call(slot, method, *args, label=label, **how)
+    def begin(self) -> None:
+        """Have all stages load their layers."""
+        for at in range(len(self._stages)):
+            self._load(at)
+
+    def _call(self, at: int, kind: str, method: str, *args: Any, label: str, **how: Any) -> Any:
+        answers = self._pool.call(self._slots[at], method, *args, label=label, **how)
         ticket = answers[0] if isinstance(answers, tuple) else answers
-        self._watch.begins(slot, ticket, f"{self._plan.kind} {kind}", label)
+        self._watch.begins(self._slots[at], ticket, f"{self._plan.kind} {kind}", label)
         return answers
 
-    def _load(self, slot: int) -> None:
-        assignment, stage = self._plan.assignments[slot], self._stages[slot]
+    def _load(self, at: int) -> None:
+        assignment, stage = self._plan.assignments[at], self._stages[at]
         layers = frozenset(unit.index for unit in stage.to_publish)
         partials = self._plan.saving.partials.found(layers) if self._plan.saving else ()
         stage.loading = self._call(
-            slot, "load", "load", assignment, Summing(layers=layers, partials=partials),
-            label=f"load[{self._layers(slot)}]",
+            at, "load", "load", assignment, Summing(layers=layers, partials=partials),
+            label=f"load[{self._layers(at)}]",
         )  # fmt: skip
 
-    def _feed(self) -> None:
+    def feed(self) -> None:
+        """Make every call that may be made now."""
         total = len(self._plan.microbatches)
-        for slot, stage in enumerate(self._stages):
-            stage.paused, stage.starting = self._pauses(slot), stage.loading is not None
-        for slot, index in submissions(self._stages, total):
-            self._submit(slot, index)
-        for slot, stage in enumerate(self._stages):
-            if self._saves(slot):
-                stage.saving = self._call(slot, "save", "save", label=f"save[{self._layers(slot)}]")
+        for at, stage in enumerate(self._stages):
+            stage.paused, stage.starting = self._pauses(at), stage.loading is not None
+        for at, index in submissions(self._stages, total):
+            self._submit(at, index)
+        for at, stage in enumerate(self._stages):
+            if self._saves(at):
+                stage.saving = self._call(at, "save", "save", label=f"save[{self._layers(at)}]")
             if stage.done == total and stage.loading is None:
                 for unit in stage.to_publish:
-                    ticket = self._call(slot, "publish", "publish", unit, label=unit.unit)
+                    ticket = self._call(at, "publish", "publish", unit, label=unit.unit)
                     stage.publishing[ticket] = unit
                 stage.to_publish = []
-            if self._leaves(slot):
-                self._restart(slot, WorkerLost("preempted", "its node was told that it will go"))
+            if self._leaves(at):
+                self._restart(at, WorkerLost("preempted", "its node was told that it will go"))
 
-    def _pauses(self, slot: int) -> bool:
+    def _pauses(self, at: int) -> bool:
         """Return whether a stage is given nothing new for now."""
-        going = self._pool.seconds_left(slot) is not None
-        return going or self._stages[slot].loading is not None or self._pool.interruption.requested
+        going = self._pool.seconds_left(self._slots[at]) is not None
+        return going or self._stages[at].loading is not None or self._pool.interruption.requested
 
-    def _saves(self, slot: int) -> bool:
+    def _saves(self, at: int) -> bool:
         """Return whether the sums of a stage are to be written now."""
-        stage, saving = self._stages[slot], self._plan.saving
+        stage, saving = self._stages[at], self._plan.saving
         unsaved = stage.done - stage.saved
         busy = stage.saving is not None or stage.loading is not None
         if saving is None or saving.every == 0 or not unsaved or busy or not stage.to_publish:
             return False
         if stage.done == len(self._plan.microbatches):
             return False  # they are about to be published
-        left = self._pool.seconds_left(slot)
-        seconds = stage.save_seconds or saving.stage_bytes[slot] / BYTES_PER_SECOND
+        left = self._pool.seconds_left(self._slots[at])
+        seconds = stage.save_seconds or saving.stage_bytes[at] / BYTES_PER_SECOND
         if left is not None:
             return not stage.inflight and seconds < left
         if self._pool.interruption.requested:
@@ -183,137 +186,163 @@ class Pass:
         step = self._pool.deadlines.expected(f"{self._plan.kind} step")
         return step is not None and unsaved >= interval(step_seconds=step, save_seconds=seconds)
 
-    def _leaves(self, slot: int) -> bool:
+    def _leaves(self, at: int) -> bool:
         """Return whether a stage moves now: its node goes, and nothing is left to wait for."""
-        stage, left = self._stages[slot], self._pool.seconds_left(slot)
-        if left is None or (not stage.tickets and not stage.to_publish and self._over(slot)):
+        stage, left = self._stages[at], self._pool.seconds_left(self._slots[at])
+        if left is None or (not stage.tickets and not stage.to_publish and self._over(at)):
             return False
-        return not stage.tickets or not self._fits(slot, left)
+        return not stage.tickets or not self._fits(at, left)
 
-    def _over(self, slot: int) -> bool:
+    def _over(self, at: int) -> bool:
         """Return whether nobody needs a stage any more."""
         total = len(self._plan.microbatches)
-        return all(stage.done == total for stage in self._stages[slot:])
+        return all(stage.done == total for stage in self._stages[at:])
 
-    def _fits(self, slot: int, left: float) -> bool:
+    def _fits(self, at: int, left: float) -> bool:
         """Return whether what a stage does now is likely to end before its node does."""
-        return self._watch.fits(slot, left)
+        return self._watch.fits(self._slots[at], left)
 
-    def _submit(self, slot: int, index: int) -> None:
-        stage = self._stages[slot]
-        packed = self._stages[slot - 1].outputs[index] if slot > 0 else None
+    def _submit(self, at: int, index: int) -> None:
+        stage = self._stages[at]
+        packed = self._stages[at - 1].outputs[index] if at > 0 else None
         done, output = self._call(
-            slot, "step", "step", self._as_sent(slot, index), packed, num_returns=2,
-            label=f"{self._plan.kind}[{self._layers(slot)}] mb {index}",
+            at, "step", "step", self._as_sent(at, index), packed, num_returns=2,
+            label=f"{self._plan.kind}[{self._layers(at)}] mb {index}",
         )  # fmt: skip
         stage.submit(done, index, output)
 
-    def _as_sent(self, slot: int, index: int) -> Microbatch:
+    def _as_sent(self, at: int, index: int) -> Microbatch:
         microbatch = self._plan.microbatches[index]
-        last = slot == len(self._stages) - 1
+        last = at == len(self._stages) - 1
         return replace(
             microbatch,
             hand_over=not last,
-            read_boundary=microbatch.read_boundary if slot == 0 else "",
+            read_boundary=microbatch.read_boundary if at == 0 else "",
             write_boundary=microbatch.write_boundary if last else "",
         )
 
-    def _layers(self, slot: int) -> str:
-        assignment = self._plan.assignments[slot]
+    def _layers(self, at: int) -> str:
+        assignment = self._plan.assignments[at]
         return f"layers {assignment.first}-{assignment.last - 1}"
 
-    def _take(self, ticket: Any) -> None:
-        slot = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
-        if slot is None:  # of a worker that was given up in this very round
+    def take(self, ticket: Any) -> None:
+        """Hear the answer to a call, unless it is of another pass."""
+        at = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
+        if at is None:  # nor of a worker that was given up in this very round
             return
-        self._watch.answered(slot, ticket)
+        self._watch.answered(self._slots[at], ticket)
         try:
             answer = self._pool.executor.result(ticket)
         except WorkerLost as lost:
-            self._fail(slot, ticket, lost)
+            self._fail(at, ticket, lost)
         except InputLost as lost:
             self._pool.count(lost)
-            self._lose_input(slot, ticket)
+            self._lose_input(at, ticket)
         except (CompressionError, WorkerFailed) as error:
-            self._fail(slot, ticket, error)
+            self._fail(at, ticket, error)
         else:
-            self._accept(slot, ticket, answer)
+            self._accept(at, ticket, answer)
 
-    def _accept(self, slot: int, ticket: Any, answer: Any) -> None:
-        stage = self._stages[slot]
+    def _accept(self, at: int, ticket: Any, answer: Any) -> None:
+        stage = self._stages[at]
         if ticket is stage.loading:
             stage.loading = None
             if stage.to_publish:
                 stage.next = stage.done = stage.saved = answer.next
         elif ticket is stage.saving:
             stage.saving = None
-            self._accept_save(slot, answer)
+            self._accept_save(at, answer)
         elif ticket in stage.publishing:
             self._pool.saw([answer])
             self._on_published(stage.publishing.pop(ticket), answer)
         else:
-            index = accept(self._stages, slot, ticket)
+            index = accept(self._stages, at, ticket)
             self._pool.saw([answer])
-            if (slot, index) not in self._told:
-                self._told.add((slot, index))
-                self._on_step(slot, self._plan.microbatches[index], answer)
+            if (at, index) not in self._told:
+                self._told.add((at, index))
+                self._on_step(at, self._plan.microbatches[index], answer)
 
-    def _accept_save(self, slot: int, answer: Any) -> None:
-        saving, stage = self._plan.saving, self._stages[slot]
+    def _accept_save(self, at: int, answer: Any) -> None:
+        saving, stage = self._plan.saving, self._stages[at]
         assert saving is not None  # it was asked for
         self._pool.saw([answer])
-        saving.partials.accept(answer, worker=f"worker-{slot}")
+        saving.partials.accept(answer, worker=self._pool.setup(self._slots[at]).name)
         stage.save_seconds = answer.seconds
         stage.saved = min((p.next for p in answer.partials), default=stage.done)
 
-    def _give_up_the_stalled(self) -> None:
-        for slot in range(len(self._stages)):
-            if self._watch.stalled(slot):
-                lost = WorkerLost("stalled", f"{self._watch.label(slot)} did not answer")
-                self._fail(slot, self._watch.ticket(slot), lost)
+    def give_up_the_stalled(self) -> None:
+        """Replace the workers that have been silent for too long."""
+        for at in range(len(self._stages)):
+            if self._watch.stalled(self._slots[at]):
+                label = self._watch.label(self._slots[at])
+                lost = WorkerLost("stalled", f"{label} did not answer")
+                self._fail(at, self._watch.ticket(self._slots[at]), lost)
 
-    def _fail(self, slot: int, ticket: Any, error: Exception) -> None:
+    def _fail(self, at: int, ticket: Any, error: Exception) -> None:
         """Go on with another worker, or stop where the same thing failed the same way before.
 
         A stage is given up even where its process is well: what its sums are after half a step
         nobody knows.
         """
-        stage = self._stages[slot]
+        stage = self._stages[at]
         index = stage.inflight[ticket][0] if ticket in stage.inflight else None
         where = "load" if index is None else f"microbatch-{index:05d}"
-        assignment = self._plan.assignments[slot]
+        assignment = self._plan.assignments[at]
         name = f"{self._plan.kind}-layers-{assignment.first}-{assignment.last - 1}-{where}"
         suspected = not POLICIES[class_of(error)].innocent
         if self._pool.failures.exhausted(name, error) and suspected:
-            sent = None if index is None else self._as_sent(slot, index)
+            sent = None if index is None else self._as_sent(at, index)
             raise self._pool.stop(
                 Work(
                     name=name,
-                    setup=self._pool.setup(slot),
+                    setup=self._pool.setup(self._slots[at]),
                     call={"assignment": assignment, "microbatch": sent},
                 ),
                 error,
                 run_uri=assignment.run_uri,
             ) from error
         lost = error if isinstance(error, WorkerLost) else WorkerLost(class_of(error), str(error))
-        self._restart(slot, lost)
+        self._restart(at, lost)
 
-    def _restart(self, slot: int, lost: WorkerLost) -> None:
-        stage = self._stages[slot]
-        self._pool.replace(slot, lost)
-        self._watch.forget(slot)
+    def _restart(self, at: int, lost: WorkerLost) -> None:
+        stage = self._stages[at]
+        self._pool.replace(self._slots[at], lost)
+        self._watch.forget(self._slots[at])
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
         stage.publishing, stage.saving = {}, None
         if stage.to_publish:  # sums went with the worker; what is published or told stays done
             stage.saved = 0
         stage.restart(0 if stage.to_publish else stage.done)
-        self._load(slot)
+        self._load(at)
 
-    def _lose_input(self, slot: int, ticket: Any) -> None:
+    def _lose_input(self, at: int, ticket: Any) -> None:
         """Have a microbatch computed again whose activations went with their node."""
-        stage = self._stages[slot]
+        stage = self._stages[at]
         index, _ = stage.inflight.pop(ticket)
-        self._stages[slot - 1].outputs.pop(index, None)
+        self._stages[at - 1].outputs.pop(index, None)
         if index >= stage.done:  # those behind it were not summed either: it was not their turn
             stage.inflight = {t: call for t, call in stage.inflight.items() if call[0] < index}
             stage.next = index
+
+
+def run_side_by_side(pool: Pool, passes: Sequence[Pass]) -> None:
+    """Return when all of these passes are through; no two share a slot.
+
+    Raises:
+        CompressionError: a worker found broken input or numbers, or too many were lost.
+        KeyboardInterrupt: the user asked to stop; what was under way is safe.
+    """
+    for each in passes:
+        each.begin()
+    while going := [each for each in passes if not each.finished]:
+        for each in going:
+            each.feed()
+        tickets = [ticket for each in going for ticket in each.tickets]
+        if not tickets and pool.interruption.requested:
+            raise KeyboardInterrupt
+        needed = [slot for each in going for slot in each.slots]
+        for ticket in pool.ready(tickets, needed=needed):
+            for each in going:
+                each.take(ticket)
+        for each in going:
+            each.give_up_the_stalled()

@@ -10,6 +10,7 @@ from rich.text import Text
 from orchestrator.forecast import Forecast
 from planners.plan import RunPlan, StagePlan
 from planners.schedule import Quantiles
+from planners.shards import even_shards
 from planners.timetable import phase_work, transfer_bytes
 
 SHOWN = 3  # waves of which the layers are named
@@ -69,6 +70,8 @@ def _workers(plan: RunPlan) -> RenderableType:
     stages = max(map(len, plan.waves))
     head = f"{waves} wave{'s' if waves > 1 else ''} of up to {stages} "
     head += f"stage{'s' if stages > 1 else ''}, one a worker"
+    if plan.chains > 1:
+        head += f"; {plan.chains} chains of them side by side"
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     for kind in (*KINDS, "peak"):
         table.add_column(kind, justify="right", no_wrap=True)
@@ -85,14 +88,17 @@ def _workers(plan: RunPlan) -> RenderableType:
 
 def _fewer(forecast: Forecast) -> str:
     """Return how many workers a pass has a use for, where there are more of them."""
-    waves, workers = forecast.plan.waves, forecast.num_workers
+    plan, workers = forecast.plan, forecast.num_workers
     fewest = 0
-    for wave in waves:
+    for wave in plan.waves:
         longest = max(stage.last - stage.first for stage in wave)
         fewest = max(fewest, -(-(wave[-1].last - wave[0].first) // longest))
+    fewest *= plan.chains
     if fewest >= workers:
         return ""
-    return f"{fewest} workers pass tokens as fast as {workers}: a stage is whole layers\n"
+    said = f"{fewest} workers pass tokens as fast as {workers}: a stage is whole layers"
+    shards = even_shards(plan.shape.num_layers, workers, forecast.job.num_microbatches)
+    return f"{said}; --shards {shards} uses all: compare its plan\n" if shards else f"{said}\n"
 
 
 def _time(forecast: Forecast) -> RenderableType:

@@ -142,6 +142,7 @@ class Prepared:
             "evaluation data": self.evaluation_hash,
             **(steps if self.former else only),
             "microbatch sequences": self.identity.microbatch_sequences,
+            "shards": self.identity.shards,
             "calibration_dtype": self.identity.compute_dtype,
             "statistics_dtype": self.identity.statistics_dtype,
             "threads": self.identity.threads,
@@ -183,11 +184,13 @@ def prepare(given: RunConfig) -> Prepared:
     calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
     config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
     sequences, length = calibration.shape
-    microbatch = max(1, config.calibration.microbatch_tokens // length)
+    size = min(sequences, max(1, config.calibration.microbatch_tokens // length))
+    shards = min(config.calibration.shards, -(-sequences // size))
     work = Workload(
         sequences=sequences,
         sequence_length=length,
-        microbatch_sequences=min(microbatch, sequences),
+        microbatch_sequences=size,
+        shards=shards,
         compute_dtype=config.calibration_dtype,
         statistics_dtype=config.statistics_dtype,
         num_workers=config.workers,
@@ -209,11 +212,12 @@ def prepare(given: RunConfig) -> Prepared:
         identity=Identity(
             model_revision=checkpoint.revision,
             calibration_hash=tokens_hash(calibration),
-            microbatch_sequences=min(microbatch, sequences),
+            microbatch_sequences=size,
             compute_dtype=config.calibration_dtype,
             threads=config.threads,
             device=config.device,
             statistics_dtype=config.statistics_dtype,
+            shards=shards,
         ),
         calibration=calibration,
         evaluation=evaluation,

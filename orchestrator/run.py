@@ -165,11 +165,10 @@ def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
         threads=prepared.config.threads,
         device=prepared.config.device,
     )
-    waves = [wave for step in (*prepared.former, prepared) for wave in step.plan.waves]
     return Pool(
         executor,
         setup,
-        num_workers=max(map(len, waves)),
+        num_workers=max(step.plan.num_workers for step in (*prepared.former, prepared)),
         journal=journal,
         place_seconds=prepared.config.place_seconds,
     )

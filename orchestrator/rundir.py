@@ -112,7 +112,9 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
 def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
     """Return the files that served only the work, and what killed workers left half-written."""
     passing = [
-        name for folder in ("boundary", "draft", "partial", "refit") for name in run.names(folder)
+        name
+        for folder in ("boundary", "draft", "partial", "refit", "shards")
+        for name in run.names(folder)
     ]
     sums = [*run.names("stats"), *run.names("basis")]
     written = [*sums, *run.names("model"), *run.names("records")]

@@ -191,7 +191,7 @@ def sweep(
     config = recipe_of(Directory(run_uri))
     base = prepare(config.model_copy(update=placement))
     points = points_of(base, names, fractions, options)
-    with ProgressScreen(_err, num_workers=max(map(len, base.plan.waves))) as listener:
+    with ProgressScreen(_err, num_workers=base.plan.num_workers) as listener:
         found = do_sweep(base, points, listener=listener)
     if json_:
         print(json.dumps(found))  # noqa: T201 the one document
@@ -340,7 +340,7 @@ def methods(*, json_: bool) -> None:
 def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener: Any) -> Any:
     journal = Journal(run_, listener)
     setup = WorkerSetup(name="pattern", incarnation="", threads=plan_.threads, device=plan_.device)
-    workers = max(map(len, plan_.waves))
+    workers = plan_.num_workers
     pool = Pool(RayExecutor(), setup, num_workers=workers, journal=journal)
     try:
         context = WorkContext(run=run_, ledger=Ledger(run_), journal=journal, pool=pool)

@@ -27,6 +27,7 @@ class EvaluationPlan:
     Attributes:
         family: names its tensors.
         waves: stages and waves.
+        chains: how many times the stages of a wave are held, each for a share of the parts.
         num_sequences: rows of the evaluation tokens.
         microbatch_sequences: rows of one part.
         tokens_hash: of the evaluation tokens.
@@ -43,3 +44,9 @@ class EvaluationPlan:
     dtype: str
     threads: int
     device: str
+    chains: int = 1
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that have something to do in the widest wave."""
+        return self.chains * max(map(len, self.waves))

@@ -233,6 +233,7 @@ def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, A
             sequences=sequences,
             sequence_length=length,
             microbatch_sequences=base.identity.microbatch_sequences,
+            shards=base.identity.shards,
             compute_dtype=base.identity.compute_dtype,
             num_workers=config.workers,
             worker_bytes=int((config.worker_gib or 0) * GIB),

@@ -149,7 +149,7 @@ def _cuts(
 
 def _table_unit(shape: ModelShape, *, residual: bool) -> int:
     rows = min(ROWS, shape.vocab_size) * shape.hidden
-    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * DOUBLE if residual else 0))
+    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * SINGLE if residual else 0))
 
 
 def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
@@ -160,10 +160,10 @@ def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
 
 
 def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
-    """Return a layer between its bases: the widest linear twice in float64, and the result."""
+    """Return a layer between its bases: the widest linear twice in float32, and the result."""
     stored = BYTES_OF[shape.dtype]
     widths = (form.residual_in, form.residual_mid, form.residual_out)
-    bases = shape.hidden * sum(widths) * DOUBLE
+    bases = shape.hidden * (sum(widths) * DOUBLE + max(widths) * SINGLE)
     # Of two factors one is turned: the other has no side in the residual stream.
     dims = {name: linear_dims(shape, start, name) for name in LINEARS}
     largest = max(
@@ -171,7 +171,7 @@ def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
         for name, (out, inner) in dims.items()
     )
     whole = layer_parameters(shape, start) + layer_parameters(shape, form)
-    turned = largest * DOUBLE * (2 + max(widths) / shape.hidden)
+    turned = largest * SINGLE * (2 + max(widths) / shape.hidden)
     return int(whole * stored + bases + turned)
 
 

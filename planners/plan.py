@@ -323,7 +323,22 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """Everything decided before the first tensor is read."""
+    """Everything decided before the first tensor is read.
+
+    Attributes:
+        shape: of the model.
+        form: of the result.
+        waves: the stages that are held at one time by each chain.
+        parameters_before: of the input model.
+        parameters_after: of the result.
+        bytes_before: of the weights of the input model, as stored.
+        bytes_after: of those of the result.
+        calibration_tokens: all together.
+        calibration_flops: of the pass, all workers together.
+        worker_bytes: planned peak of the fullest worker.
+        disk_bytes: that the run directory takes at its fullest.
+        chains: how many times the stages of a wave are held, each with shards of its own.
+    """
 
     shape: ModelShape
     form: ModelForm
@@ -336,6 +351,12 @@ class RunPlan:
     calibration_flops: int
     worker_bytes: int
     disk_bytes: int
+    chains: int = 1
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that have something to do in the widest wave."""
+        return self.chains * max(map(len, self.waves))
 
     @property
     def keep_fraction(self) -> float:

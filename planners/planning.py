@@ -27,6 +27,7 @@ from planners.plan import (
     Statistic,
     Target,
 )
+from planners.shards import chain_stages
 from planners.units import last_tap, layer_statistics
 
 
@@ -43,6 +44,8 @@ class Workload:
         num_workers: workers at hand.
         worker_bytes: memory of each.
         extra_statistics: summed too, for others.
+        shards: parts of the calibration tokens that are summed by themselves, at most one a
+            microbatch.
     """
 
     sequences: int
@@ -53,6 +56,7 @@ class Workload:
     worker_bytes: int
     statistics_dtype: str = "float64"
     extra_statistics: frozenset[Statistic] = frozenset()
+    shards: int = 1
 
 
 def make_plan(  # noqa: PLR0913 what a plan is made of
@@ -105,7 +109,8 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
             f"a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
             hint="what would fit, the cheapest first: " + "; ".join(ways),
         )
-    waves = place(shape, load, num_workers=work.num_workers, worker_bytes=work.worker_bytes)
+    stages = chain_stages(work.num_workers, work.shards)
+    waves = place(shape, load, num_workers=stages, worker_bytes=work.worker_bytes)
     before, after = start.parameters_before, model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
     stored = BYTES_OF[work.statistics_dtype]
@@ -117,6 +122,10 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
     boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
     if sequential:  # a gram for each shard of a site
         boundaries += int(options["shards"]) * shape.hidden**2 * 8
+    if work.shards > 1:  # those of one wave lie there until they are added
+        held = max(wave[-1].last - wave[0].first for wave in waves)
+        widest = max(sum(statistic_elements(shape, s, f) for s in statistics) for f in layers)
+        boundaries += work.shards * held * widest * 8
     of_last = layer_statistics(statistics, shape.num_layers - 1, shape.num_layers)
     drafts = 0
     if options.get("refit"):
@@ -145,6 +154,7 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
         disk_bytes=after * width + sums + boundaries + bases + drafts,
+        chains=min(work.shards, work.num_workers // max(map(len, waves))),
     )
 
 

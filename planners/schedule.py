@@ -24,13 +24,13 @@ MAX_LOSSES = 10_000  # in one simulated run: it would not end
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPhase:
-    """Microbatches stream through stages, one a worker.
+    """Microbatches stream through chains of the same stages, each stage on a worker of its own.
 
     Attributes:
         name: ``calibrate`` or ``evaluate``.
         loads: seconds to load each stage.
         steps: seconds of one whole microbatch in each stage.
-        microbatches: size of each, as a share of a whole one.
+        chains: for each chain, the size of each of its microbatches, as a share of a whole one.
         publishes: for each stage, the seconds of each of its files of sums.
         handover: seconds until the output of a stage is at the next one.
         keep_every: microbatches after which sums are made durable; 0 is never.
@@ -39,7 +39,7 @@ class PassPhase:
     name: str
     loads: Sequence[float]
     steps: Sequence[float]
-    microbatches: Sequence[float]
+    chains: Sequence[Sequence[float]]
     publishes: Sequence[Sequence[float]]
     handover: float = 0.0
     keep_every: int = 0
@@ -174,7 +174,7 @@ def num_calls(phases: Sequence[Phase]) -> int:
     """Return about how many calls these phases make: what simulating them costs."""
     passes = [p for p in phases if isinstance(p, PassPhase)]
     units = [p for p in phases if isinstance(p, UnitsPhase)]
-    stepped = sum(len(p.steps) * (len(p.microbatches) + 2) for p in passes)
+    stepped = sum(len(p.steps) * (len(chain) + 2) for p in passes for chain in p.chains)
     return stepped + sum(len(p.units) for p in units)
 
 
@@ -200,7 +200,7 @@ def simulate(
     for phase in phases:
         begun = workers.now
         if isinstance(phase, PassPhase):
-            _SimulatedPass(workers, phase).run()
+            _run_pass(workers, phase)
         elif isinstance(phase, UnitsPhase):
             _run_units(workers, phase)
         else:
@@ -309,73 +309,103 @@ class _Workers:
         return math.exp(self._rng.gauss(0.0, spread)) if spread else 1.0
 
 
-class _SimulatedPass:
-    """One pass through the stages of a wave; see `orchestrator.pipeline.Pass`."""
+def _run_pass(workers: _Workers, phase: PassPhase) -> None:
+    """Pass microbatches through all chains, as `orchestrator.pipeline.run_side_by_side` does."""
+    stages = len(phase.steps)
+    chains = [
+        _SimulatedChain(workers, phase, sizes, first_slot=number * stages)
+        for number, sizes in enumerate(phase.chains)
+    ]
+    for chain in chains:
+        chain.begin()
+    going = sum(not chain.finished for chain in chains)
+    while going:
+        event = workers.next()
+        if event.slot >= stages * len(chains):
+            continue  # a worker that this wave has no use for
+        chain = chains[event.slot // stages]
+        over = chain.finished
+        chain.take(event)
+        going += int(over) - int(chain.finished)
 
-    def __init__(self, workers: _Workers, phase: PassPhase) -> None:
-        self._workers, self._phase = workers, phase
+
+class _SimulatedChain:
+    """The stages of one chain in a pass; see `orchestrator.pipeline.Pass`."""
+
+    def __init__(
+        self, workers: _Workers, phase: PassPhase, sizes: Sequence[float], *, first_slot: int
+    ) -> None:
+        self._workers, self._phase, self._sizes = workers, phase, sizes
+        self._first = first_slot
         self._stages = [Flow() for _ in phase.steps]
         self._loading = [True] * len(self._stages)
         self._to_publish = [list(files) for files in phase.publishes]
         self._publishing = [0] * len(self._stages)
 
-    def run(self) -> None:
-        for slot in range(len(self._stages)):
-            self._load(slot)
-        self._feed(None)
-        while not self._finished():
-            event = self._workers.next()
-            if event.slot >= len(self._stages):
-                continue  # a worker that this wave has no use for
-            if event.what is LOST:
-                self._restart(event.slot)
-                self._feed(None)
-            else:
-                self._take(event)
-                self._feed(event.slot)
-
-    def _finished(self) -> bool:
+    @property
+    def finished(self) -> bool:
+        """Whether all stages have seen and published all."""
         # From the last: it is the one that is waited for.
         return all(map(self._has_finished, reversed(range(len(self._stages)))))
 
-    def _has_finished(self, slot: int) -> bool:
-        waiting = self._to_publish[slot] or self._publishing[slot] or self._loading[slot]
-        return self._stages[slot].done == len(self._phase.microbatches) and not waiting
+    def begin(self) -> None:
+        """Load all stages and feed them."""
+        for at in range(len(self._stages)):
+            self._load(at)
+        self._feed(None)
 
-    def _load(self, slot: int) -> None:
-        self._loading[slot] = True
-        self._workers.call(slot, self._phase.loads[slot], "loaded", name=self._phase.name)
+    def take(self, event: _Event) -> None:
+        """Hear that a call has answered, or that a worker is gone."""
+        at = event.slot - self._first
+        if event.what is LOST:
+            self._restart(at)
+            self._feed(None)
+        else:
+            self._hear(at, event)
+            self._feed(at)
+
+    def _has_finished(self, at: int) -> bool:
+        waiting = self._to_publish[at] or self._publishing[at] or self._loading[at]
+        return self._stages[at].done == len(self._sizes) and not waiting
+
+    def _call(self, at: int, seconds: float, what: Any, *, after: float = 0.0) -> Any:
+        slot = self._first + at
+        return self._workers.call(slot, seconds, what, name=self._phase.name, after=after)
+
+    def _load(self, at: int) -> None:
+        self._loading[at] = True
+        self._call(at, self._phase.loads[at], "loaded")
 
     def _feed(self, answered: int | None) -> None:
-        total, name = len(self._phase.microbatches), self._phase.name
-        for slot, index in submissions(self._stages, total, answered=answered):
-            seconds = self._phase.steps[slot] * self._phase.microbatches[index]
-            after = self._phase.handover if slot > 0 else 0.0
-            ticket = self._workers.call(slot, seconds, "stepped", name=name, after=after)
-            self._stages[slot].submit(ticket, index, index)
-        for slot in range(len(self._stages)) if answered is None else (answered,):
-            if self._stages[slot].done == total and self._to_publish[slot]:
-                for seconds in self._to_publish[slot]:
-                    self._workers.call(slot, seconds, seconds, name=name)
-                self._publishing[slot] += len(self._to_publish[slot])
-                self._to_publish[slot] = []
+        total = len(self._sizes)
+        for at, index in submissions(self._stages, total, answered=answered):
+            seconds = self._phase.steps[at] * self._sizes[index]
+            after = self._phase.handover if at > 0 else 0.0
+            ticket = self._call(at, seconds, "stepped", after=after)
+            self._stages[at].submit(ticket, index, index)
+        for at in range(len(self._stages)) if answered is None else (answered,):
+            if self._stages[at].done == total and self._to_publish[at]:
+                for seconds in self._to_publish[at]:
+                    self._call(at, seconds, seconds)
+                self._publishing[at] += len(self._to_publish[at])
+                self._to_publish[at] = []
 
-    def _take(self, event: _Event) -> None:
+    def _hear(self, at: int, event: _Event) -> None:
         if event.what == "loaded":
-            self._loading[event.slot] = False
+            self._loading[at] = False
         elif event.what == "stepped":
-            accept(self._stages, event.slot, event.number)
+            accept(self._stages, at, event.number)
         else:
-            self._publishing[event.slot] -= 1
+            self._publishing[at] -= 1
 
-    def _restart(self, slot: int) -> None:
-        stage, files = self._stages[slot], list(self._phase.publishes[slot])
-        left = self._publishing[slot] + len(self._to_publish[slot])
-        self._to_publish[slot], self._publishing[slot] = files[len(files) - left :], 0
+    def _restart(self, at: int) -> None:
+        stage, files = self._stages[at], list(self._phase.publishes[at])
+        left = self._publishing[at] + len(self._to_publish[at])
+        self._to_publish[at], self._publishing[at] = files[len(files) - left :], 0
         every = self._phase.keep_every
         kept = stage.done // every * every if every else 0
         stage.restart(kept if left else stage.done)
-        self._load(slot)
+        self._load(at)
 
 
 def _run_units(workers: _Workers, phase: UnitsPhase) -> None:

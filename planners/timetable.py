@@ -20,6 +20,7 @@ from planners.plan import (
     to_json,
 )
 from planners.schedule import PassPhase, Phase, SoloPhase, UnitsPhase
+from planners.shards import rounds
 from planners.units import (
     Identity,
     Unit,
@@ -196,7 +197,10 @@ def _calibrations(job: Job, clock: Clock) -> list[Phase]:
         return []
     if job.carried:
         return [_units("calibrate", _carried(job), job, clock)]
-    return [_calibrate(job, clock, wave) for wave in job.plan.waves]
+    phases: list[Phase] = []
+    for wave in job.plan.waves:
+        phases += _calibrate(job, clock, wave)
+    return phases
 
 
 def _shrinking(job: Job, clock: Clock) -> list[Phase]:
@@ -368,7 +372,8 @@ def _sizes(tokens: int, data: Data) -> list[float]:
     return [1.0] * whole + ([rest / data.microbatch_tokens] if rest else [])
 
 
-def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> PassPhase:
+def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> list[Phase]:
+    """Return the passes of all shards through a wave, and what adds them up."""
     layers = job.input.layers
     publishes = [
         [
@@ -378,30 +383,51 @@ def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> PassPhase:
         ]
         for stage in wave
     ]
-    steps = [clock.seconds("calibrate", step_work(job, s, observe=True)) for s in wave]
+    passed = [step_work(job, s, observe=True) + _edges(job, wave, s) for s in wave]
+    steps = [clock.seconds("calibrate", each) for each in passed]
     loads = [clock.seconds("load", stage_load_work(job, s, observe=True)) for s in wave]
-    return PassPhase(
-        name="calibrate",
-        loads=loads,
-        steps=steps,
-        microbatches=_sizes(job.data.tokens, job.data),
-        publishes=publishes,
-        handover=_handover(job, clock),
-    )
+    sizes = _sizes(job.data.tokens, job.data)
+    cuts = shard_cuts(job.data.shards, len(sizes))
+    passes: list[Phase] = [
+        PassPhase(
+            name="calibrate",
+            loads=loads,
+            steps=steps,
+            chains=[sizes[slice(*cuts[shard])] for shard in together],
+            publishes=publishes,
+            handover=_handover(job, clock),
+        )
+        for together in rounds(len(cuts), job.plan.chains)
+    ]
+    if len(cuts) == 1:
+        return passes
+    held = [u for u in _sums(job) if wave[0].first <= u.index < wave[-1].last]
+    return [*passes, _units("calibrate", held, job, clock)]
 
 
 def _evaluate(job: Job, clock: Clock, wave: Sequence[StagePlan], *, compressed: bool) -> PassPhase:
-    steps = [step_work(job, s, observe=False, compressed=compressed) for s in wave]
+    steps = [
+        step_work(job, s, observe=False, compressed=compressed) + _edges(job, wave, s) for s in wave
+    ]
     loads = [stage_load_work(job, s, compressed=compressed) for s in wave]
     suffix = "_compressed" if compressed else ""
+    sizes = _sizes(job.evaluation_tokens, job.data)
     return PassPhase(
         name="evaluate",
         loads=[clock.seconds(f"load{suffix}", load) for load in loads],
         steps=[clock.seconds(f"evaluate{suffix}", step) for step in steps],
-        microbatches=_sizes(job.evaluation_tokens, job.data),
+        chains=[sizes[slice(*cut)] for cut in shard_cuts(job.plan.chains, len(sizes))],
         publishes=[[] for _ in wave],
         handover=_handover(job, clock),
     )
+
+
+def _edges(job: Job, wave: Sequence[StagePlan], stage: StagePlan) -> Work:
+    """Return reading and writing one microbatch between this wave and those beside it."""
+    size = job.data.microbatch_tokens * job.shape.hidden * BYTES_OF[job.data.dtype]
+    read = size if stage == wave[0] and stage.first > 0 else 0
+    written = size if stage == wave[-1] and stage.last < job.shape.num_layers else 0
+    return Work(read=read, written=written)
 
 
 def _handover(job: Job, clock: Clock) -> float:
@@ -432,7 +458,7 @@ def _plain(form: Any) -> str:
 
 
 def _shards(job: Job) -> list[tuple[int, int]]:
-    return shard_cuts(job.options, job.num_microbatches)
+    return shard_cuts(int(job.options["shards"]), job.num_microbatches)
 
 
 def _stream(job: Job, site: int, shard: int) -> Work:
@@ -458,6 +484,12 @@ def _layer(job: Job, index: int) -> Work:
         residual=job.spec.residual,
         start=job.input.layers[index],
     )
+
+
+def _adding(job: Job, index: int) -> Work:
+    wanted = layer_statistics(job.summed, index, job.shape.num_layers)
+    form = job.input.layers[index]
+    return work.adding_work(job.shape, wanted, form, shards=job.data.shards)
 
 
 def _losses(job: Job, index: int) -> Work:
@@ -488,6 +520,7 @@ def _basis(job: Job, site: int) -> Work:
 
 
 _UNIT_WORK: Mapping[str, Callable[[Job, int], Work]] = {
+    "statistics": _adding,
     "basis": _basis,
     "basis_shared": lambda job, _: work.basis_work(
         job.shape, job.form.embedding_dim, sites=job.shape.num_sites

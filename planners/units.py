@@ -29,6 +29,7 @@ class Unit:
         fingerprint: sha256 of what determines its bytes.
         taps: the statistics that its files must hold; more are welcome, and change none of these.
         lasting: its record stays; else record and files go once all that read them are done.
+        suffix: of its file's name, where that is added to what is there already.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Unit:
     fingerprint: str
     taps: tuple[str, ...] = ()
     lasting: bool = True
+    suffix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class Identity:
         threads: threads of one unit.
         device: device class, ``cpu`` or the name of the accelerator.
         statistics_dtype: of the grams as they are stored between the pass and the methods.
+        shards: parts of the calibration tokens that are summed by themselves and then added.
     """
 
     model_revision: str
@@ -61,6 +64,7 @@ class Identity:
     threads: int
     device: str
     statistics_dtype: str = "float64"
+    shards: int = 1
 
 
 def statistics_units(
@@ -288,7 +292,7 @@ def _basis_units(
     dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
     dims.append(form.layers[-1].residual_out)
     if common["options"].get("schedule") == "sequential":
-        shards = len(shard_cuts(common["options"], num_microbatches))
+        shards = len(shard_cuts(int(common["options"]["shards"]), num_microbatches))
         return _chain(sums[0], common, dims, shards)
     return [
         _unit("basis", s, "basis-site-{:05d}", (sums[min(s // 2, len(sums) - 1)],),
@@ -297,13 +301,13 @@ def _basis_units(
     ]  # fmt: skip
 
 
-def shard_cuts(options: Mapping[str, Any], num_microbatches: int) -> list[tuple[int, int]]:
-    """Return the shards of the calibration tokens that pass a site side by side.
+def shard_cuts(count: int, num_microbatches: int) -> list[tuple[int, int]]:
+    """Return the shards of the calibration tokens as ranges of microbatches; none is empty.
 
     They follow from the recipe, never from the workers at hand: each is summed by itself, and sums
     of other parts round in other ways.
     """
-    count = max(1, min(int(options["shards"]), num_microbatches))
+    count = max(1, min(count, num_microbatches))
     edges = [i * num_microbatches // count for i in range(count + 1)]
     return list(pairwise(edges))
 

@@ -81,12 +81,14 @@ class Data:
         sequence_length: tokens of a sequence.
         microbatch_tokens: tokens of one call.
         dtype: of the pass.
+        shards: parts of the tokens that are summed by themselves.
     """
 
     tokens: int
     sequence_length: int
     microbatch_tokens: int
     dtype: str
+    shards: int = 1
 
     @property
     def probe_tokens(self) -> int:
@@ -163,6 +165,14 @@ def publish_work(
 ) -> Work:
     """Return writing one layer's sums."""
     return CALL + Work(written=_gram_bytes(shape, statistics, form))
+
+
+def adding_work(
+    shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None, *, shards: int
+) -> Work:
+    """Return adding the sums of all shards of one layer."""
+    size = _gram_bytes(shape, statistics, form)
+    return CALL + Work(read=shards * size, touched=3 * shards * size, written=size)
 
 
 def carried_work(shape: ModelShape, statistics: Iterable[Statistic]) -> Work:
@@ -325,7 +335,7 @@ def table_work(shape: ModelShape, width: int, *, residual: bool) -> Work:
     turned = 2 * count * width if residual else 0
     # Hashed as a tensor and as a file.
     written = 2 * shape.vocab_size * width * bytes_
-    return CALL + Work(read=count * bytes_, float64=turned, written=written, touched=count * 16)
+    return CALL + Work(read=count * bytes_, matmul=turned, written=written, touched=count * 8)
 
 
 def _rotation(shape: ModelShape, form: LayerForm) -> Work:
@@ -333,15 +343,15 @@ def _rotation(shape: ModelShape, form: LayerForm) -> Work:
     keeps = dict.fromkeys(("q_proj", "k_proj", "v_proj"), form.residual_in)
     keeps |= dict.fromkeys(("gate_proj", "up_proj", "o_proj"), form.residual_mid)
     keeps["down_proj"] = form.residual_out
-    flops, elements = 0, 0
+    flops, elements, crossing = 0, 0, 0
     for name, keep in keeps.items():
         out_dim, in_dim = shape.linear_dims(name)
         flops += 2 * out_dim * in_dim * keep
         elements += out_dim * in_dim
     if form.shortcuts:
-        flops += 2 * shape.hidden * form.residual_mid * (form.residual_in + form.residual_out)
+        crossing = 2 * shape.hidden * form.residual_mid * (form.residual_in + form.residual_out)
     bases = shape.hidden * (form.residual_in + form.residual_mid + form.residual_out)
-    return Work(float64=flops, touched=elements * 24, read=bases * 8)
+    return Work(matmul=flops, float64=crossing, touched=elements * 12, read=bases * 8)
 
 
 def _nystrom(dim: int, out_dim: int, keep: int) -> Work:

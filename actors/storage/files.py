@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -22,6 +23,7 @@ from actors.storage.retries import ShortReadError, attempt, explained
 from actors.storage.stores import open_store
 from planners.errors import StorageError
 
+HASHED_ASIDE = 2**20  # bytes of a piece from which a thread of its own is worth it
 BUFFER_BYTES = 2**23  # an object up to this is one request; a larger one goes in parts of this size
 PIECE_BYTES = 2**22  # read at one time where the whole is not wanted
 _T = TypeVar("_T")
@@ -37,22 +39,38 @@ class FileEntry:
 
 
 class HashingStream:
-    """Passes bytes on and keeps their sha256 and number."""
+    """Passes bytes on and keeps their sha256 and number.
+
+    Large pieces are hashed in a thread while they are written. A piece is not to be changed before
+    the next one is written or the entry is asked for.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._sha256 = hashlib.sha256()
+        self._hashing: Thread | None = None
         self.bytes = 0
 
     def write(self, data: Any) -> None:
         """Write bytes, or anything that shows its memory as bytes."""
+        self._wait()
+        if len(data) >= HASHED_ASIDE:
+            self._hashing = Thread(target=self._sha256.update, args=(data,))
+            self._hashing.start()
+        else:
+            self._sha256.update(data)
         self._stream.write(data)
-        self._sha256.update(data)
         self.bytes += len(data)
 
     def entry(self, path: str) -> FileEntry:
         """Return what was written so far as a file of that name."""
+        self._wait()
         return FileEntry(path=path, sha256=self._sha256.hexdigest(), bytes=self.bytes)
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.join()
+            self._hashing = None
 
 
 class Directory:

@@ -25,6 +25,7 @@ _PLAN_ROWS = (
     ("Calibration", "calibration_flops", numbers.flops_text),
     ("Stages", "num_stages", numbers.count),
     ("Waves", "num_waves", numbers.count),
+    ("Chains of stages", "num_chains", numbers.count),
 )
 
 

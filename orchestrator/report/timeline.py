@@ -15,7 +15,7 @@ MAX_BARS = 1500
 
 _KINDS = (
     ("calibrate",),
-    ("statistics",),
+    ("statistics", "shard"),
     ("basis", "basis_shared", "basis_sequential", "stream"),
     ("layer", "draft", "refit_start", "refit_layer", "refit_losses", "chosen"),
     ("embedding", "head"),

@@ -156,7 +156,7 @@ def is_vouched_for(name, tear):
     if name.startswith(UNVOUCHED):
         return False
     if tear is delete:  # what says that a unit without files in the result is done, or the mark
-        return name.startswith(("model/", "records/layer", "records/head", "records/st"))
+        return name.startswith(("model/", "records/layer", "records/head", "records/stitch"))
     return True
 
 

@@ -46,7 +46,7 @@ def passes(draw):
         name="calibrate",
         loads=draw(times),
         steps=draw(times),
-        microbatches=[1.0] * draw(st.integers(1, 9)),
+        chains=[[1.0] * draw(st.integers(1, 9)) for _ in range(draw(st.integers(1, 3)))],
         publishes=[[draw(SECONDS)] for _ in range(stages)],
         handover=draw(st.floats(0, 1)),
     )
@@ -79,21 +79,31 @@ def test_units_are_never_faster_than_their_chain_or_their_share(phase, workers):
 
 @given(passes())
 def test_a_pass_is_never_faster_than_its_slowest_stage_or_its_first_microbatch(phase):
-    stages = len(phase.steps)
-    course = simulate([phase], num_workers=stages)
-    count = len(phase.microbatches)
+    stages, counts = len(phase.steps), [len(chain) for chain in phase.chains]
+    course = simulate([phase], num_workers=stages * len(counts))
+    count = max(counts)
     for load, step, files in zip(phase.loads, phase.steps, phase.publishes, strict=True):
         assert course.seconds >= load + count * step + sum(files) - 1e-6
     first = phase.loads[0] + sum(phase.steps) + (stages - 1) * phase.handover
     assert course.seconds >= first - 1e-6
-    assert course.busy == pytest.approx(
-        sum(phase.loads) + count * sum(phase.steps) + sum(map(sum, phase.publishes))
-    )
+    once = sum(phase.loads) + sum(map(sum, phase.publishes))
+    assert course.busy == pytest.approx(len(counts) * once + sum(counts) * sum(phase.steps))
+
+
+@given(passes())
+def test_chains_side_by_side_take_as_long_as_the_longest_alone(phase):
+    stages = len(phase.steps)
+    together = simulate([phase], num_workers=stages * len(phase.chains)).seconds
+    alone = [
+        simulate([replace(phase, chains=[chain])], num_workers=stages).seconds
+        for chain in phase.chains
+    ]
+    assert together == pytest.approx(max(alone))
 
 
 def test_a_pipeline_of_equal_stages_takes_what_is_known_by_hand():
     phase = PassPhase(
-        name="calibrate", loads=[5.0] * 3, steps=[2.0] * 3, microbatches=[1.0] * 8,
+        name="calibrate", loads=[5.0] * 3, steps=[2.0] * 3, chains=[[1.0] * 8],
         publishes=[[1.0]] * 3, handover=0.5,
     )  # fmt: skip
     # 5 to load, 8 + 2 steps of 2 with two handovers of 0.5, and 1 to publish.
@@ -116,16 +126,14 @@ def test_the_driver_costs_its_time_for_each_answer():
 @given(passes(), unit_phases(), st.integers(0, 9))
 def test_the_same_seed_gives_the_same_run(phase, units, seed):
     risk = Risk(spread={"": 0.3}, worker_spread=0.1, losses_per_hour=1.0, restart_seconds=7.0)
-    runs = [
-        simulate([phase, units], num_workers=len(phase.steps), risk=risk, seed=seed)
-        for _ in range(2)
-    ]
+    workers = len(phase.steps) * len(phase.chains)
+    runs = [simulate([phase, units], num_workers=workers, risk=risk, seed=seed) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
 def test_losses_cost_time_and_every_microbatch_is_still_summed():
     phase = PassPhase(
-        name="calibrate", loads=[10.0] * 3, steps=[5.0] * 3, microbatches=[1.0] * 40,
+        name="calibrate", loads=[10.0] * 3, steps=[5.0] * 3, chains=[[1.0] * 40],
         publishes=[[1.0, 1.0]] * 3,
     )  # fmt: skip
     calm = simulate([phase], num_workers=3)
@@ -147,7 +155,8 @@ def test_looking_only_where_something_changed_finds_the_same_calls(phase, seed):
     risk = Risk(spread={"": 0.2}, losses_per_hour=1.0, restart_seconds=9.0)
 
     def course():
-        return simulate([phase], num_workers=len(phase.steps), risk=risk, seed=seed)
+        workers = len(phase.steps) * len(phase.chains)
+        return simulate([phase], num_workers=workers, risk=risk, seed=seed)
 
     quick = course()
     everywhere = schedule.submissions
@@ -158,7 +167,7 @@ def test_looking_only_where_something_changed_finds_the_same_calls(phase, seed):
 
 def test_durable_sums_make_a_loss_cheaper():
     phase = PassPhase(
-        name="calibrate", loads=[1.0] * 2, steps=[5.0] * 2, microbatches=[1.0] * 100,
+        name="calibrate", loads=[1.0] * 2, steps=[5.0] * 2, chains=[[1.0] * 100],
         publishes=[[1.0]] * 2,
     )  # fmt: skip
     risk = Risk(losses_per_hour=8.0, restart_seconds=5.0)
