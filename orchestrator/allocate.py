@@ -96,7 +96,7 @@ def _joining(context: RunContext) -> dict[str, list[Unit]]:
             method=each.spec.name,
             revision=each.spec.revision,
             options=each.options,
-            suffix=f"-{each.spec.name}",
+            by=each.spec.name,
         )
         for each in context.prepared.spec.candidates[1:]
     }

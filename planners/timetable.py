@@ -219,7 +219,7 @@ def _shrinking(job: Job, clock: Clock) -> list[Phase]:
                 method=other.spec.name,
                 revision=other.spec.revision,
                 options=other.options,
-                suffix=f"-{other.spec.name}",
+                by=other.spec.name,
             )
             phases.append(_units("allocate", units, job, clock))
     elif measures == "losses":
@@ -325,7 +325,7 @@ def unit_work(job: Job, unit: Unit) -> Work:
         KeyError: nobody has said what such a unit does.
     """
     for other in job.spec.candidates[1:]:
-        if unit.kind == "damage" and unit.name.endswith(f"-{other.spec.name}"):
+        if unit.kind == "damage" and unit.name.startswith(f"damage-{other.spec.name}-"):
             job = replace(job, spec=other.spec, options=other.options)
     return _UNIT_WORK[unit.kind](job, unit.index)
 

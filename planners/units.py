@@ -220,11 +220,11 @@ def damage_units(
     method: str,
     revision: int,
     options: Mapping[str, Option],
-    suffix: str = "",
+    by: str = "",
 ) -> list[Unit]:
     """Return one unit a layer: the damage of every cut of a grid, on the layer's own inputs.
 
-    ``suffix`` tells the names of several methods apart.
+    Where several methods compete, ``by`` names the one whose cuts are measured.
     """
     key = {
         "schema": SCHEMA_VERSION,
@@ -232,7 +232,7 @@ def damage_units(
         "revision": revision,
         "options": to_json({k: v for k, v in options.items() if k not in OF_NO_DAMAGE}),
     }
-    name = "damage-layer-{:05d}" + suffix
+    name = f"damage-{by}-layer-{{:05d}}" if by else "damage-layer-{:05d}"
     return [_unit("damage", u.index, name, (u,), key) for u in sums]
 
 

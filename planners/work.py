@@ -259,7 +259,10 @@ def damage_work(
         only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
         after = half_forward(shape, form, MLP if only_mlp else LINEARS, tokens=tokens, data=data)
         compare = Work(touched=tokens * shape.hidden * 16 + weights)
-        total += (shrink_work(shape, form, LINEARS, dense) + after + compare).times(LEVELS)
+        # Axes of low rank serve all levels as they are; units are refitted at each.
+        factored = shrink_work(shape, form, LINEARS, dense)
+        total += factored.times(1 if form.ranks.keys() - dense.ranks.keys() else LEVELS)
+        total += (after + compare).times(LEVELS)
     return total
 
 

@@ -99,6 +99,7 @@ def test_a_run_of_one_method_alone_is_as_it_was(model, tmp_path):
     compress_local(model, tmp_path / "a", **{**RECIPE, "options": own})
     config = json.loads((tmp_path / "a/model/config.json").read_text())
     assert "candidates" not in config["compression"]["options"]
+    assert "makers" not in config["compression"]
     assert "makers" not in json.loads((tmp_path / "a/allocation.json").read_text())
 
 
@@ -122,7 +123,9 @@ def test_the_result_is_verified_and_the_report_says_who_shrank_what(undisturbed)
 
 def test_the_result_loads_and_computes_what_was_evaluated(model, undisturbed):
     out, report = undisturbed
-    forms = json.loads((out / "model/config.json").read_text())["layer_forms"]
+    config = json.loads((out / "model/config.json").read_text())
+    forms = config["layer_forms"]
+    assert config["compression"]["makers"] == makers_of(out)
     assert any(form["ranks"] for form in forms)
     assert any(form["intermediate"] < 56 or form["vo_head_dim"] < 8 for form in forms)
     ids = load_file(model / "tokens/evaluation.safetensors")["input_ids"]
@@ -167,7 +170,7 @@ def test_damage_of_one_method_is_not_measured_again_when_another_competes(model,
         prepared, points, LocalExecutor(), listener=lambda e: done.append((e["kind"], e["unit"]))
     )
     damages = sorted(unit for kind, unit in done if kind == "damage")
-    assert damages == [f"damage-layer-{i:05d}-svdllm" for i in range(LAYERS)]
+    assert damages == [f"damage-svdllm-layer-{i:05d}" for i in range(LAYERS)]
     for point in points:
         assert makers_of(tmp_path / "one/points" / f"modegpt-{point.config.keep_fraction}")
 
