@@ -18,7 +18,6 @@ from actors import methods
 from actors.messages import CompressionJob
 from actors.modeling.halves import HalvedLayer
 from actors.storage.checkpoint import Checkpoint
-from planners.allocation import cut_layer, layer_widths, levels
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.plan import LayerForm, ModelShape
@@ -38,7 +37,9 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     device: str,
     losses: Losses | None = None,
 ) -> Curves:
-    """Return module -> [[width, damage], ...], the full width first, for one layer.
+    """Return module -> [[size, damage], ...] for one layer, the largest size first.
+
+    A size is that of the method's ladder, a width or a sum of ranks; what is whole does no damage.
 
     Args:
         weights: role -> tensor of the layer.
@@ -59,15 +60,13 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     whole = _halved(weights, start, config, shape, probe)
     middle, output = whole.after_attention(probe), whole.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
-    shares = [float(share) for share in str(job.options["grid"]).split(",")]
     curves: Curves = {}
     cuts: list[tuple[str, int, Tensor]] = []
-    for module in methods.spec(job.method).cuts(job.options):
-        full = layer_widths(start)
+    for module, ladder in methods.spec(job.method).ladders(shape, start, job.options).items():
         factored: dict[str, Any] = {}  # once for all levels of a module
-        curves[module] = [[full[module], 0.0]]
-        for width in levels(full[module], module, shares, round_to=int(job.options["round_to"])):
-            form = cut_layer(start, full | {module: width})
+        curves[module] = [[ladder.whole, 0.0]]
+        for size in ladder.levels:
+            form = ladder.cut(start, size)
             new, _ = methods.load(job.method).compress(
                 weights, sums, shape=shape, form=form, options=job.options, factored=factored
             )
@@ -75,21 +74,21 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
             after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
             if losses is not None:
-                cuts.append((module, width, after))  # they pass the layers behind together
+                cuts.append((module, size, after))  # they pass the layers behind together
                 continue
             lost = (after.float() - output.float()).square().sum(-1) / energy
-            curves[module].append(_level(module, width, float(lost.double().mean())))
+            curves[module].append(_level(module, size, float(lost.double().mean())))
     if losses is not None:
         uncut, *found = losses([output, *(after for _, _, after in cuts)])
-        for (module, width, _), loss in zip(cuts, found, strict=True):
-            curves[module].append(_level(module, width, loss - uncut))
+        for (module, size, _), loss in zip(cuts, found, strict=True):
+            curves[module].append(_level(module, size, loss - uncut))
     return curves
 
 
-def _level(module: str, width: int, damage: float) -> list[float]:
+def _level(module: str, size: int, damage: float) -> list[float]:
     if not math.isfinite(damage):
-        raise NumericsError(f"{module} cut to {width}: the damage is not finite")
-    return [width, damage]
+        raise NumericsError(f"{module} cut to {size}: the damage is not finite")
+    return [size, damage]
 
 
 def _halved(

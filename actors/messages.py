@@ -213,6 +213,8 @@ class CompressionJob:
         form: widths of the result; not final while damage is measured.
         stream: the calibration tokens, where units stream them.
         former: the step before, where its statistics are turned into those of this one.
+        makers: of each layer, module -> the method that shrinks it, where several compete.
+        candidates: method -> its options, of those beside the one that is named.
         statistics_dtype: of grams as they are stored.
     """
 
@@ -226,6 +228,8 @@ class CompressionJob:
     stream: TokenStream = TokenStream()
     former: "CompressionJob | None" = None
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
+    makers: tuple[Mapping[str, str], ...] = ()
+    candidates: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
     statistics_dtype: str = "float64"
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from actors import methods, refit, sequential
+from actors import compete, methods, refit, sequential
 from actors.behind import losses_behind
 from actors.carry import turned_sums
 from actors.damage import damage_curves
@@ -94,9 +94,15 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
         values: dict[str, object] = {}
     else:
         sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
-        new, values = method.compress(
-            weights, sums, shape=job.shape, form=form, options=job.options
-        )
+        if job.makers:
+            start = checkpoint.form.layers[task.index]
+            new, values = compete.compress(
+                weights, sums, job=job, index=task.index, start=start, form=form
+            )
+        else:
+            new, values = method.compress(
+                weights, sums, shape=job.shape, form=form, options=job.options
+            )
     family = load_family(job.shape.family)
     prefix = family.layer.format(i=task.index)
     named = {f"{prefix}.{family.below_layer(role)}": t.cpu() for role, t in new.items()}

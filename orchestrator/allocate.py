@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 from orchestrator.context import RunContext
 from orchestrator.dispatch import run_units
+from planners.candidates import NAME as CANDIDATES
 from planners.errors import PlanError
-from planners.plan import ModelForm, to_json
+from planners.plan import to_json
 from planners.units import Unit, damage_units, losses_units
 
 
-def allocate(context: RunContext) -> ModelForm:
-    """Return the final widths, measuring first what the method wants to know of each layer.
+def allocate(context: RunContext) -> RunContext:
+    """Return a context with its final widths, measuring first what the method wants to know.
 
     Raises:
         PlanError: the budget cannot be met.
@@ -20,14 +22,32 @@ def allocate(context: RunContext) -> ModelForm:
     prepared = context.prepared
     spec, options = prepared.spec, prepared.options
     if spec.allocate is None or not spec.measures(options):
-        return prepared.plan.form
-    findings = [context.ledger.record(unit).values for unit in measured(context)]
-    form = spec.allocate(
-        prepared.plan.shape, prepared.start, prepared.config.target, options, list(findings)
+        return replace(context, form=prepared.plan.form)
+    findings = _findings(context, measured(context))
+    allocation = spec.allocate(
+        prepared.plan.shape, prepared.start, prepared.config.target, options, findings
     )
-    said = {"measured": spec.measures(options), "findings": _small(findings), "form": to_json(form)}
+    said = {
+        "measured": spec.measures(options),
+        "findings": _small(findings),
+        "form": to_json(allocation.form),
+        **({"makers": to_json(allocation.makers)} if allocation.makers else {}),
+    }
     context.run.write("allocation.json", json.dumps(said, indent=1, sort_keys=True).encode())
-    return form
+    return replace(context, form=allocation.form, makers=allocation.makers)
+
+
+def _findings(context: RunContext, units: list[Unit]) -> list[Mapping[str, object]]:
+    """Return what was found out of each layer; what others who compete would do to it, too."""
+    joining = _joining(context)
+    findings: list[Mapping[str, object]] = []
+    for own, *others in zip(units[: len(context.sums)], *joining.values(), strict=True):
+        found = dict(context.ledger.record(own).values)
+        if others:
+            curves = [context.ledger.record(unit).values["curves"] for unit in others]
+            found[CANDIDATES] = dict(zip(joining, curves, strict=True))
+        findings.append(found)
+    return findings
 
 
 def measured(context: RunContext) -> list[Unit]:
@@ -37,10 +57,14 @@ def measured(context: RunContext) -> list[Unit]:
         return context.sums
     left = context.ledger.todo(units)
     if left:
+        joining = _joining(context)
+        jobs = [(units[: len(context.sums)], context.job)]
+        for other in context.prepared.spec.candidates[1:]:
+            job = replace(context.job, method=other.spec.name, options=other.options)
+            jobs.append((joining[other.spec.name], job))
         with context.phase("allocate", total=len(left)):
-            run_units(
-                context.pool, units, context.job, ledger=context.ledger, journal=context.journal
-            )
+            for each, job in jobs:
+                run_units(context.pool, each, job, ledger=context.ledger, journal=context.journal)
     return units
 
 
@@ -51,7 +75,8 @@ def measuring(context: RunContext) -> list[Unit]:
     if wanted in ("", "influence"):
         return []
     if wanted == "damage":
-        return damage_units(context.sums, method=spec.name, revision=spec.revision, options=options)
+        own = damage_units(context.sums, method=spec.name, revision=spec.revision, options=options)
+        return [*own, *(unit for each in _joining(context).values() for unit in each)]
     if wanted == "losses":
         return losses_units(
             context.sums,
@@ -63,6 +88,20 @@ def measuring(context: RunContext) -> list[Unit]:
     raise PlanError(f"{spec.name}: nobody measures {wanted!r}")
 
 
+def _joining(context: RunContext) -> dict[str, list[Unit]]:
+    """Return method -> the units that measure its cuts, of those that compete with the own one."""
+    return {
+        each.spec.name: damage_units(
+            context.sums,
+            method=each.spec.name,
+            revision=each.spec.revision,
+            options=each.options,
+            by=each.spec.name,
+        )
+        for each in context.prepared.spec.candidates[1:]
+    }
+
+
 def _small(findings: list[Mapping[str, object]]) -> list[dict[str, object]]:
-    names = ("influence", "curves", "losses")
+    names = ("influence", "curves", "losses", CANDIDATES)
     return [{name: f[name] for name in names if name in f} for f in findings]

@@ -22,7 +22,7 @@ from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.dispatch import compress, run_units
 from orchestrator.ledger import Ledger
 from orchestrator.outcome import step_facts
-from orchestrator.prepare import Prepared
+from orchestrator.prepare import Prepared, revisions
 from orchestrator.refit import refit
 from orchestrator.repair import damaged, make_whole, spare_what_nobody_reads
 from orchestrator.rundir import write_plan
@@ -146,6 +146,7 @@ def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext
         context,
         prepared=found,
         form=plan.form,
+        makers=(),
         run=step.run,
         ledger=context.ledger if is_last and not reuse else _ledger(found, context),
         turned=turned,
@@ -163,7 +164,7 @@ def _made(chain: Sequence[RunContext]) -> RunContext:
     _carry(context)
     tell_missing(context)
     calibrate(context)
-    context = replace(context, form=allocate(context))
+    context = allocate(context)
     if not leaves_all(prepared.start.form, context.form, prepared.spec):
         compress(context)
         refit(context)
@@ -245,6 +246,7 @@ def _unit(context: RunContext) -> Unit:
         "identity": to_json(prepared.identity),
         **prepared.asked(),
         "method revision": prepared.spec.revision,
+        **({"candidates": found} if (found := revisions(prepared.spec)) else {}),
         "options": to_json(prepared.options),
         "start": to_json(prepared.start),
         "code": code_hash(),
@@ -267,6 +269,8 @@ def _record(context: RunContext) -> None:
         }
     )
     values = {"form": to_json(context.form), "found": found}
+    if context.makers:
+        values["makers"] = to_json(context.makers)
     done = UnitDone(unit=unit.name, worker="driver", incarnation="", device="", files=(),
                     values=values, started=0.0, seconds=0.0)  # fmt: skip
     context.ledger.commit(unit, done, attempt=1)
@@ -278,11 +282,17 @@ def _recorded(context: RunContext) -> RunContext | None:
     if not context.ledger.done(unit):
         return None
     values = context.ledger.record(unit).values
-    form, found = values["form"], values["found"]
+    form, found, makers = values["form"], values["found"], values.get("makers", ())
     assert isinstance(form, Mapping)  # written by ourselves
+    assert isinstance(makers, Sequence)
     assert isinstance(found, Mapping)
     *before, last = context.steps
-    return replace(context, form=model_form_from_json(form), steps=(*before, {**last, **found}))
+    return replace(
+        context,
+        form=model_form_from_json(form),
+        makers=tuple(makers),
+        steps=(*before, {**last, **found}),
+    )
 
 
 def _is_whole(context: RunContext) -> bool:

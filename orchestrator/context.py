@@ -59,12 +59,14 @@ class RunContext(WorkContext):
     Attributes:
         prepared: what is to be done.
         form: widths of the result; not final before they are allocated.
+        makers: of each layer, module -> the method that shrinks it, where several compete.
         turned: the step before, where its statistics are turned and not measured again.
         steps: what the steps before were, as a report says it.
     """
 
     prepared: Prepared
     form: ModelForm
+    makers: tuple[Mapping[str, str], ...] = ()
     turned: "RunContext | None" = None
     steps: tuple[Mapping[str, Any], ...] = ()
 
@@ -89,6 +91,7 @@ class RunContext(WorkContext):
             options=prepared.options,
             form=self.form,
             num_microbatches=-(-len(prepared.calibration) // size),
+            makers=self.makers,
         )
         return [self._with_own_options(unit) for unit in units]
 
@@ -137,5 +140,7 @@ class RunContext(WorkContext):
                 dtype=prepared.identity.compute_dtype,
             ),
             former=None if self.turned is None else self.turned.job,
+            makers=self.makers,
+            candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},
             statistics_dtype=prepared.identity.statistics_dtype,
         )

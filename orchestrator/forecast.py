@@ -16,7 +16,7 @@ from orchestrator.artefact import listed
 from orchestrator.chain import StepInput, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
-from orchestrator.method_options import resolve_options, resolve_steps
+from orchestrator.method_options import chosen_methods, resolve_options, resolve_steps
 from orchestrator.prepare import Prepared
 from planners.catalogue import CONFIGS
 from planners.compose import require_disjoint
@@ -165,8 +165,9 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
         )
     dtype = str(found.get("dtype") or found.get("torch_dtype") or "float32")
     shape = family_of(str(found.get("model_type"))).shape_of(found, dtype)
-    specs = [methods.spec(step.method) for step in config.chain]
-    steps = list(zip(specs, resolve_steps(config, specs), strict=True))
+    named = [methods.spec(step.method) for step in config.chain]
+    options = resolve_steps(config, named)
+    steps = list(zip(chosen_methods(config, options), options, strict=True))
     require_disjoint(steps)
     longest = min(DEFAULT_SEQUENCE_LENGTH, int(found.get("max_position_embeddings", 2048)))
     length = config.calibration.sequence_length or longest

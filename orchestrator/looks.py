@@ -62,7 +62,8 @@ def status(run_uri: str, *, json_: bool) -> None:
     table.add_column("units")
     table.add_column("done", justify="right")
     for kind, count in sorted(done.items()):
-        of = f" of {num_layers}" if num_layers and kind in ("damage", "layer", "statistics") else ""
+        is_each = kind.partition("-")[0] in ("damage", "layer", "statistics")
+        of = f" of {num_layers}" if num_layers and is_each else ""
         table.add_row(kind, f"{count}{of}")
     _print_steps(steps)
     _out.print(table if done else "no unit of work is done")

@@ -228,7 +228,7 @@ def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) 
     )
     if small.num_heads % small.num_kv_heads:
         return None
-    spec = methods.spec(setting.method)
+    spec = methods.chosen(setting.method, setting.options)
     try:
         full = replace(small, num_layers=shape.num_layers)
         whole = spec.form(full, dense_start(full), setting.target, setting.options)
@@ -259,7 +259,7 @@ def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) 
 def _job(specimen: _Specimen) -> Job:
     """Return the run of a specimen as the planners see it."""
     data, setting, shape = specimen.data, specimen.setting, specimen.shape
-    spec = methods.spec(setting.method)
+    spec = methods.chosen(setting.method, setting.options)
     plan = make_plan(
         shape,
         spec,

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+from actors import methods
 from orchestrator.config import RunConfig
 from orchestrator.wording import MAX_NUMBER, nearest, printable, short
+from planners import candidates
 from planners.errors import ConfigError
 from planners.plan import MethodSpec, Option, OptionSpec
 
 # Options of a method that decide widths, statistics or what other units do.
 OF_ALL_LAYERS = frozenset({
     "allocation", "modules", "round_to", "temperature", "grid", "probe_tokens", "servable",
+    "candidates",
     "rotation", "pca_on", "slice_head", "schedule", "refit",
 })  # fmt: skip
 
@@ -24,6 +27,22 @@ def resolve_steps(config: RunConfig, specs: Sequence[MethodSpec]) -> list[dict[s
     for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
         try:
             found.append(resolve_options(spec, step.options))
+        except ConfigError as error:
+            where = f"steps[{index}]." if config.steps else ""
+            raise ConfigError(f"{where}{error}", hint=error.hint) from error
+    return found
+
+
+def chosen_methods(config: RunConfig, options: Sequence[Mapping[str, Option]]) -> list[MethodSpec]:
+    """Return the method of every step, together with those that its options let compete.
+
+    Raises:
+        ConfigError: one cannot compete; the message has the path.
+    """
+    found = []
+    for index, (step, own) in enumerate(zip(config.chain, options, strict=True)):
+        try:
+            found.append(methods.chosen(step.method, own))
         except ConfigError as error:
             where = f"steps[{index}]." if config.steps else ""
             raise ConfigError(f"{where}{error}", hint=error.hint) from error
@@ -48,9 +67,16 @@ def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str
                 hint="its options and defaults: "
                 + (", ".join(f"{o.name}={_text(o.default)}" for o in spec.options) or "none"),
             )
-    return {
+    found = {
         name: _checked(option, options[name]) if name in options else option.default
         for name, option in known.items()
+    }
+    if candidates.NAME in found:
+        joining = candidates.others(spec.name, found)
+        found[candidates.NAME] = ",".join([spec.name, *joining]) if joining else ""
+    # Empty is what an option without a default is; it is then as if there were no such option.
+    return {
+        name: value for name, value in found.items() if value != "" or known[name].default != ""
     }
 
 

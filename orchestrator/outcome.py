@@ -17,6 +17,7 @@ from orchestrator.journal import read_events
 from orchestrator.refit import refit_losses
 from orchestrator.versions import environment
 from planners.cost import layer_parameters
+from planners.modules import kept_of
 from planners.plan import dense_form, to_json
 
 PHASES = (
@@ -165,7 +166,7 @@ def _sites(context: RunContext) -> list[dict[str, Any]]:
 def _layers(context: RunContext) -> list[dict[str, Any]]:
     plan, dense = context.prepared.plan, context.prepared.origin.plan.shape
     before = layer_parameters(dense, dense_form(dense))
-    layers = []
+    cuts, layers = _all_cuts(context), []
     for unit in context.units:
         if unit.kind not in ("layer", "chosen"):
             continue
@@ -190,6 +191,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
             },
             "error": values.get("error"),
             "errors": _errors(context)[unit.index],
+            **({"cuts": cuts[unit.index]} if cuts else {}),
             "refit": values.get("refit"),
         })  # fmt: skip
     return layers
@@ -203,7 +205,31 @@ def step_facts(context: RunContext) -> dict[str, Any]:
         "keep_fraction": after / before,
         "sites": _sites(context),
         "errors": _errors(context),
+        **({"cuts": _cuts(context)} if context.makers else {}),
     }
+
+
+def _cuts(context: RunContext) -> list[dict[str, Any]]:
+    """Return for each layer what each module was cut to and by whom, where several methods compete.
+
+    A module that is not there is whole.
+    """
+    pairs = zip(context.prepared.start.form.layers, context.form.layers, strict=True)
+    return [
+        {
+            module: {"method": method, "kept": kept_of(*pair, module)}
+            for module, method in of.items()
+        }
+        for pair, of in zip(pairs, context.makers, strict=True)
+    ]
+
+
+def _all_cuts(context: RunContext) -> list[dict[str, Any]]:
+    """Return the cuts of each layer by all steps; nothing where no methods compete."""
+    rows = [step["cuts"] for step in context.steps if "cuts" in step]
+    rows += [_cuts(context)] if context.makers else []
+    layers = zip(*rows, strict=True)
+    return [{m: cut for own in of_layer for m, cut in own.items()} for of_layer in layers]
 
 
 def _steps(context: RunContext) -> list[dict[str, Any]]:
@@ -220,7 +246,7 @@ def _steps(context: RunContext) -> list[dict[str, Any]]:
         ]
     *before, last = context.steps
     return [
-        {key: value for key, value in step.items() if key not in ("sites", "errors")}
+        {key: value for key, value in step.items() if key not in ("sites", "errors", "cuts")}
         for step in (*before, {**last, **step_facts(context)})
     ]
 

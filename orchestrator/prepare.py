@@ -15,7 +15,7 @@ from actors.storage.sources import resolve_model
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.chain import StepInput, chained, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, Facts, RunConfig, resolved, with_tokens
-from orchestrator.method_options import resolve_layer_options, resolve_steps
+from orchestrator.method_options import chosen_methods, resolve_layer_options, resolve_steps
 from orchestrator.subjects import EvaluationPlan, Subject
 from planners.compose import require_disjoint
 from planners.cost import dense_start
@@ -121,6 +121,7 @@ class Prepared:
                     **step.asked(),
                     "method revision": step.spec.revision,
                     "options": dict(step.options),
+                    **({"candidate revisions": found} if (found := revisions(step.spec)) else {}),
                 }
                 for step in (*self.former, self)
             ]
@@ -131,6 +132,7 @@ class Prepared:
             "options": dict(self.options),
             # None, not empty: runs from before there were any have none either.
             "layer options": {str(k): dict(v) for k, v in self.layer_options.items()} or None,
+            "candidate revisions": revisions(self.spec) or None,
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,
         }
@@ -157,8 +159,9 @@ def prepare(given: RunConfig) -> Prepared:
         DataError: there is too little text, or it cannot be read.
         StorageError: the run directory is none that can be named.
     """
-    specs = [_spec(given, index) for index in range(len(given.chain))]
-    options = resolve_steps(given, specs)
+    named = [_spec(given, index) for index in range(len(given.chain))]
+    options = resolve_steps(given, named)
+    specs = chosen_methods(given, options)
     require_disjoint(list(zip(specs, options, strict=True)))
     if given.out:
         Directory(given.out)  # before it is shown to anybody
@@ -226,6 +229,11 @@ def prepare(given: RunConfig) -> Prepared:
         layer_options=layer_options,
     )
     return chained(first, steps, checkpoint)
+
+
+def revisions(spec: MethodSpec) -> dict[str, int]:
+    """Return the revision of each method that competes; nothing where a method is alone."""
+    return {each.spec.name: each.spec.revision for each in spec.candidates}
 
 
 def _spec(given: RunConfig, index: int) -> MethodSpec:

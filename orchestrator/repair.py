@@ -1,7 +1,5 @@
 """A result with a wrong byte is made whole before it is READY, by redoing only what that takes."""
 
-from dataclasses import replace
-
 from orchestrator.allocate import allocate, measuring
 from orchestrator.calibrate import calibrate
 from orchestrator.context import RunContext
@@ -81,7 +79,7 @@ def _known_widths(context: RunContext) -> RunContext | None:
         return None
     if not all(ledger.done(unit) for unit in measuring(context)):
         return None
-    return replace(context, form=allocate(context))
+    return allocate(context)
 
 
 def _needed(made: list[Unit], context: RunContext) -> set[str]:

@@ -141,7 +141,7 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     spare_what_nobody_reads(context)
     calibrate(context)
     losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
-    context = replace(context, form=allocate(context))
+    context = allocate(context)
     compress(context)
     refit(context)
     stitch(context)

@@ -14,7 +14,7 @@ from actors.storage.records import Record
 from orchestrator.context import RunContext
 from orchestrator.model_config import result_config
 from orchestrator.subjects import Subject
-from planners.plan import SCHEMA_VERSION, fingerprint
+from planners.plan import SCHEMA_VERSION, fingerprint, to_json
 from planners.units import Unit
 
 CODE = "modeling_compressed.py"
@@ -78,6 +78,8 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
         "native": form.native,
         "version": metadata.version("compress-cluster"),
     }
+    if context.makers:
+        compression["makers"] = to_json(context.makers)
     if prepared.former:
         compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
         del compression["options"]

@@ -81,6 +81,7 @@ def points_of(
         known = {option.name for option in spec.options}
         unused -= known
         own = resolve_options(spec, {k: v for k, v in options.items() if k in known})
+        methods.chosen(name, own)  # before any of them is planned
         points += [_point(base, name, fraction, own) for fraction in fractions]
     if unused:
         raise ConfigError(f"options.{min(unused)}: none of {', '.join(names)} has such an option")
@@ -211,7 +212,7 @@ def _predicted(context: RunContext) -> float:
 
 
 def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, Any]) -> Prepared:
-    spec = methods.spec(method)
+    spec = methods.chosen(method, options)
     config = base.config.model_copy(
         update={
             "method": method,

@@ -4,15 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from planners.errors import ConfigError
-from planners.plan import LINEARS, MethodSpec, ModelForm, ModelShape, Option
+from planners.modules import LINEARS_OF
+from planners.plan import MethodSpec, ModelForm, ModelShape, Option
 
-# The linears of the modules that are not one linear each.
-LINEARS_OF: Mapping[str, tuple[str, ...]] = {
-    "qk": ("q_proj", "k_proj"),
-    "vo": ("v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    **{name: (name,) for name in LINEARS},
-}
 Step = tuple[MethodSpec, Mapping[str, Option]]
 
 

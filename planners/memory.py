@@ -4,7 +4,7 @@ Counted from what the actors do, buffer by buffer; `benchmarks/plan_truth.py` co
 was measured. A unit of compression holds no layers of the pass: they were dropped before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from planners import refit
 from planners.cost import (
@@ -17,6 +17,7 @@ from planners.cost import (
 from planners.packing import ROWS as BLOCK_ROWS
 from planners.plan import (
     LINEARS,
+    Candidate,
     LayerForm,
     MethodSpec,
     ModelForm,
@@ -127,12 +128,23 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
         else:
             peaks.append(_shrunk_layer(shape, before, layer, statistics))
         if spec.measures(options) == "damage":
-            damage = _damage(shape, before, layer, statistics, tokens=tokens[1], dtype=dtype)
-            peaks.append(damage)
+            peaks += [
+                _damage(shape, before, cut, statistics, tokens=tokens[1], dtype=dtype)
+                for cut in (layer, *_cuts(shape, before, spec.candidates))
+            ]
         if options.get("refit"):
             streams = 3 * tokens[0] * shape.hidden * BYTES_OF[dtype]
             peaks.append(refit.workspace_bytes(shape, layer_bytes=cells) + passing + streams)
     return max(peaks)
+
+
+def _cuts(
+    shape: ModelShape, layer: LayerForm, candidates: Sequence[Candidate]
+) -> Iterator[LayerForm]:
+    """Yield a layer cut by each of several methods, which may all be asked for all its modules."""
+    for each in candidates:
+        for ladder in each.spec.ladders(shape, layer, each.options).values():
+            yield ladder.cut(layer, ladder.sizes[-1])
 
 
 def _table_unit(shape: ModelShape, *, residual: bool) -> int:
@@ -204,6 +216,15 @@ def _damage(
     probe_bytes = forward_bytes(shape, frozenset(), tokens=probe, dtype=dtype, form=start)
     # What is measured as damage is float32, the output and its difference beside it.
     passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
-    factoring = _factorisation(shape, start, form)
+    factoring = _factorisation(shape, start, form) + _axes(shape, start, form)
     # The factor serves all levels, so it is there while each of them is tried.
     return int(held + sums + factoring + cells * width + passing)
+
+
+def _axes(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+    """Return the axes of all linears that are factored, and the factors of their grams."""
+    total = 0
+    for name in form.ranks.keys() - start.ranks.keys():
+        out_dim, in_dim = linear_dims(shape, start, name)
+        total += (1 + int(out_dim > in_dim)) * min(out_dim, in_dim) ** 2
+    return total * DOUBLE

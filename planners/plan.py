@@ -204,6 +204,51 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """How one method shrinks one module of a layer, from one step to the next.
+
+    Attributes:
+        sizes: what it can keep of the module, ascending: a width, or the sum of the ranks of its
+            linears. The whole module is not among them. More parameters stay with every step.
+        whole: the size of the whole module.
+        levels: those at which damage is measured, descending.
+        cut: (layer, size) -> the layer with this module of that size, its others as they are.
+    """
+
+    sizes: range
+    whole: int
+    levels: tuple[int, ...]
+    cut: Callable[[LayerForm, int], LayerForm]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """The widths of a result, and who is to reach them.
+
+    Attributes:
+        form: the widths.
+        makers: of each layer, module -> the method that shrinks it, where several methods compete;
+            empty where one method does all.
+    """
+
+    form: ModelForm
+    makers: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One of several methods that compete for the same modules.
+
+    Attributes:
+        spec: of the method.
+        options: with which it takes part.
+    """
+
+    spec: "MethodSpec"
+    options: Mapping[str, Option]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MethodSpec:
     """What the planners may know of a method; its tensor functions stay in its file.
 
@@ -222,6 +267,10 @@ class MethodSpec:
         measures: options -> what must be found out of each layer before widths are final: nothing,
             ``influence``, ``damage`` or ``losses``.
         allocate: (shape, start, target, options, findings of each layer) -> the final widths.
+        ladders: (shape, layer, options) -> qk, vo or mlp -> how it shrinks that module alone.
+        joins: modules of qk, vo and mlp -> its options where it competes for these; None where it
+            cannot.
+        candidates: all methods that compete, this one first; none where it is alone.
     """
 
     name: str
@@ -237,10 +286,16 @@ class MethodSpec:
     cuts: Callable[[Mapping[str, Option]], tuple[str, ...]] = lambda _: ()
     allocate: (
         Callable[
-            [ModelShape, Start, Target, Mapping[str, Option], list[Mapping[str, object]]], ModelForm
+            [ModelShape, Start, Target, Mapping[str, Option], list[Mapping[str, object]]],
+            Allocation,
         ]
         | None
     ) = None
+    ladders: Callable[[ModelShape, LayerForm, Mapping[str, Option]], Mapping[str, Ladder]] = (
+        lambda *_: {}
+    )
+    joins: Callable[[Sequence[str]], Mapping[str, Option]] | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     def shrinks(self, options: Mapping[str, Option]) -> tuple[str, ...]:
         """Return the modules that take part with these options."""

@@ -1,13 +1,16 @@
 """A budget -> the ranks of linears that are stored as two factors."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from planners.allocation import bracket, largest_share
 from planners.cost import layer_parameters, linear_dims, model_parameters
 from planners.errors import NumericsError
-from planners.plan import LayerForm, ModelForm, ModelShape, Start
+from planners.modules import LINEARS_OF
+from planners.plan import LINEARS, Ladder, LayerForm, ModelForm, ModelShape, Start
 
 LEAST_LOG = 1e-12  # of a loss: what loses nothing gives all it can, and not more
 FLOOR = 0.5  # of the share that its type keeps: what every matrix keeps at the least
@@ -94,6 +97,65 @@ def filled(weights: Sequence[float], *, mean: float, most: float = 1.0) -> list[
     return found
 
 
+def rank_ladder(
+    shape: ModelShape, layer: LayerForm, module: str, shares: Sequence[float]
+) -> Ladder | None:
+    """Return how the linears of a module are factored, one rank of one of them at a time.
+
+    All keep about one share of their parameters; one that no rank makes smaller stays whole. A size
+    is the sum of the ranks, a whole linear counted as the first rank that saves nothing.
+
+    Returns:
+        None where no linear of the module gets smaller, or a step before has factored one.
+    """
+    names = LINEARS_OF[module]
+    if any(name in layer.ranks for name in names):
+        return None
+    rungs, reached = _rungs(tuple(linear_dims(shape, layer, name) for name in names))
+    smallest = sum(rungs[0])
+    whole = smallest + len(rungs) - 1
+    if smallest == whole:
+        return None
+    most = {name: _most(*linear_dims(shape, layer, name)) for name in names}
+
+    def cut(other: LayerForm, size: int) -> LayerForm:
+        ranks = dict(zip(names, rungs[size - smallest], strict=True))
+        kept = {name: rank for name, rank in ranks.items() if rank <= most[name]}
+        both = {**other.ranks, **kept}
+        return replace(other, ranks={name: both[name] for name in LINEARS if name in both})
+
+    levels = {smallest + bisect_right(reached, share) for share in shares}
+    return Ladder(
+        sizes=range(smallest, whole),
+        whole=whole,
+        levels=tuple(sorted(levels - {whole}, reverse=True)),
+        cut=cut,
+    )
+
+
+def _most(out_dim: int, in_dim: int) -> int:
+    """Return the largest rank of which both factors are smaller than the matrix."""
+    return (out_dim * in_dim - 1) // (out_dim + in_dim)
+
+
+@lru_cache(maxsize=256)  # a few shapes of layers, each asked for in every layer
+def _rungs(
+    dims: tuple[tuple[int, int], ...],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Return the ranks of some linears from all 1 to all whole, and the share at each next step."""
+    steps = sorted(
+        (min(1.0, rank * (out_dim + in_dim) / (out_dim * in_dim)), index)
+        for index, (out_dim, in_dim) in enumerate(dims)
+        for rank in range(2, _most(out_dim, in_dim) + 2)
+    )
+    ranks = [1] * len(dims)
+    rungs = [tuple(ranks)]
+    for _, index in steps:
+        ranks[index] += 1
+        rungs.append(tuple(ranks))
+    return tuple(rungs), tuple(share for share, _ in steps)
+
+
 def _form(shape: ModelShape, start: Start, names: Sequence[str], shares: Shares) -> ModelForm:
     layers = []
     for index, layer in enumerate(start.form.layers):
@@ -132,8 +194,7 @@ def _steps(
     if rank is None:
         return []
     out_dim, in_dim = linear_dims(shape, layer, name)
-    most = (out_dim * in_dim - 1) // (out_dim + in_dim)  # one more saves nothing
-    last = most if goal is None else goal
+    last = _most(out_dim, in_dim) if goal is None else goal
     found = [{**layer.ranks, name: each} for each in range(rank + 1, last + 1)]
     if goal is None:
         found.append({other: each for other, each in layer.ranks.items() if other != name})

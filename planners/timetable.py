@@ -1,12 +1,10 @@
 """A plan and how long things take -> the phases that `planners.schedule` simulates."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planners import work
-from planners.allocation import cut_layer, layer_widths
 from planners.cost import BYTES_OF, dense_model_form, linears_before
 from planners.plan import (
     LINEARS,
@@ -40,7 +38,6 @@ from planners.work import Data, Work
 LINK = 1.0e9  # bytes a second from worker to worker, where nobody says
 PROMPT = 4 * 128  # tokens of one prefill of the timing at the end
 DECODES, ROUNDS = 32, 5
-HALF = 0.5  # of a module's width: where in its grid a cut is on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +213,15 @@ def _shrinking(job: Job, clock: Clock) -> list[Phase]:
             sums, method=job.spec.name, revision=job.spec.revision, options=job.options
         )
         phases.append(_units("allocate", units, job, clock))
+        for other in job.spec.candidates[1:]:
+            units = damage_units(
+                sums,
+                method=other.spec.name,
+                revision=other.spec.revision,
+                options=other.options,
+                by=other.spec.name,
+            )
+            phases.append(_units("allocate", units, job, clock))
     elif measures == "losses":
         units = losses_units(
             sums,
@@ -318,6 +324,9 @@ def unit_work(job: Job, unit: Unit) -> Work:
     Raises:
         KeyError: nobody has said what such a unit does.
     """
+    for other in job.spec.candidates[1:]:
+        if unit.kind == "damage" and unit.name.startswith(f"damage-{other.spec.name}-"):
+            job = replace(job, spec=other.spec, options=other.options)
     return _UNIT_WORK[unit.kind](job, unit.index)
 
 
@@ -497,12 +506,10 @@ def _site_dim(job: Job, site: int) -> int:
 
 def _damage(job: Job, index: int) -> Work:
     start = job.input.layers[index]
-    full = layer_widths(start)
-    cuts = [m for m in job.spec.cuts(job.options) if m in full]
-    half = [full | {m: max(2, math.floor(full[m] * HALF / 2) * 2)} for m in cuts]
-    forms = [cut_layer(start, widths) for widths in half]
-    probes = [s.kind.removeprefix("probe") for s in job.statistics if s.kind.startswith("probe")]
-    data = replace(job.data, tokens=min([job.data.tokens, *map(int, probes)]))
+    ladders = job.spec.ladders(job.shape, start, job.options).values()
+    # Half of a module is where in its grid a cut is on average.
+    forms = [ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2]) for ladder in ladders]
+    data = replace(job.data, tokens=min(job.data.tokens, int(job.options["probe_tokens"])))
     return work.damage_work(job.shape, forms, data, start)
 
 

@@ -165,6 +165,7 @@ def compression_units(
     options: Mapping[str, Option],
     form: ModelForm,
     num_microbatches: int,
+    makers: Sequence[Mapping[str, str]] = (),
 ) -> list[Unit]:
     """Return the stream, basis, layer, embedding and head units of one method.
 
@@ -176,8 +177,9 @@ def compression_units(
         options: of the method, complete.
         form: widths of the result.
         num_microbatches: of the calibration tokens, where units stream them.
+        makers: of each layer, module -> the method that shrinks it, where several compete.
     """
-    common = {
+    common: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "method": spec.name,
         "revision": spec.revision,
@@ -196,6 +198,9 @@ def compression_units(
         inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
         parts = tuple(inputs.values()) or (sums[layer],)
         key = {**common, "layer": layer, "form": to_json(form.layers[layer])}
+        if makers:
+            key["makers"] = dict(makers[layer])
+            key["revisions"] = {c.spec.name: c.spec.revision for c in spec.candidates}
         units.append(_unit(kind, layer, name, parts, key))
     edges = {"embedding": (form.embedding_dim, 0), "head": (form.head_dim, 2 * num_layers)}
     for kind, (dim, site) in edges.items():
@@ -205,17 +210,30 @@ def compression_units(
     return units
 
 
+# Options that change no damage: whose cuts are measured does not depend on who competes with them.
+OF_NO_DAMAGE = ("allocation", "refit", "candidates")
+
+
 def damage_units(
-    sums: Sequence[Unit], *, method: str, revision: int, options: Mapping[str, Option]
+    sums: Sequence[Unit],
+    *,
+    method: str,
+    revision: int,
+    options: Mapping[str, Option],
+    by: str = "",
 ) -> list[Unit]:
-    """Return one unit a layer: the damage of every cut of a grid, on the layer's own inputs."""
+    """Return one unit a layer: the damage of every cut of a grid, on the layer's own inputs.
+
+    Where several methods compete, ``by`` names the one whose cuts are measured.
+    """
     key = {
         "schema": SCHEMA_VERSION,
         "method": method,
         "revision": revision,
-        "options": to_json({k: v for k, v in options.items() if k not in ("allocation", "refit")}),
+        "options": to_json({k: v for k, v in options.items() if k not in OF_NO_DAMAGE}),
     }
-    return [_unit("damage", u.index, "damage-layer-{:05d}", (u,), key) for u in sums]
+    name = f"damage-{by}-layer-{{:05d}}" if by else "damage-layer-{:05d}"
+    return [_unit("damage", u.index, name, (u,), key) for u in sums]
 
 
 def losses_units(

@@ -17,6 +17,7 @@ from planners.cost import (
     statistic_elements,
     tap_dim,
 )
+from planners.modules import of_modules
 from planners.plan import LINEARS, LayerForm, ModelShape, Statistic, dense_form
 
 EIGH = 9  # operations of a symmetric eigendecomposition with all vectors, times n^3
@@ -255,10 +256,13 @@ def damage_work(
     weights = layer_parameters(shape, dense) * BYTES_OF[shape.dtype]
     total += Work(read=weights)
     for form in forms:
-        only_mlp = form.intermediate < dense.intermediate
+        only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
         after = half_forward(shape, form, MLP if only_mlp else LINEARS, tokens=tokens, data=data)
         compare = Work(touched=tokens * shape.hidden * 16 + weights)
-        total += (shrink_work(shape, form, LINEARS, dense) + after + compare).times(LEVELS)
+        # Axes of low rank serve all levels as they are; units are refitted at each.
+        factored = shrink_work(shape, form, LINEARS, dense)
+        total += factored.times(1 if form.ranks.keys() - dense.ranks.keys() else LEVELS)
+        total += (after + compare).times(LEVELS)
     return total
 
 

@@ -6,11 +6,13 @@ that methods share.
 """
 
 import pkgutil
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from planners import candidates
 from planners.errors import ConfigError
-from planners.plan import MethodSpec
+from planners.plan import MethodSpec, Option
 
 
 def available() -> tuple[str, ...]:
@@ -27,6 +29,26 @@ def spec(name: str) -> MethodSpec:
     """
     found: MethodSpec = _module(name).SPEC
     return found
+
+
+def chosen(name: str, options: Mapping[str, Option]) -> MethodSpec:
+    """Return what the planners may know of a method together with those that its options name.
+
+    Args:
+        name: of the method.
+        options: of it, complete.
+
+    Raises:
+        ConfigError: there is no such method, or one of them cannot compete with it.
+    """
+    own, joining = spec(name), candidates.others(name, options)
+    unknown = [other for other in joining if other not in available()]
+    if unknown:
+        raise ConfigError(
+            f"options.{candidates.NAME}: unknown method {unknown[0]!r}; available: "
+            f"{', '.join(available())}"
+        )
+    return candidates.pooled(own, options, [spec(n) for n in joining]) if joining else own
 
 
 def load(name: str) -> Any:

@@ -23,9 +23,14 @@ from torch import Tensor
 from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
-from planners.allocation import by_influence, marginal, require_levels, uniform
+from planners.allocation import by_influence, layer_widths, uniform, width_ladder
+from planners.candidates import OPTION as CANDIDATES
+from planners.candidates import shares
 from planners.errors import NumericsError, PlanError
+from planners.hull import marginal, require_levels
 from planners.plan import (
+    Allocation,
+    Ladder,
     LayerForm,
     MethodSpec,
     ModelForm,
@@ -284,16 +289,24 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     if unknown:
         return f"modules has {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}"
     try:
-        shares = _grid(options)
+        grid = shares(options)
     except ValueError:
-        shares = []
-    if not shares or not all(0 < share < 1 for share in shares):
+        grid = []
+    if not grid or not all(0 < share < 1 for share in grid):
         return f"grid is {options['grid']}; it must be fractions between 0 and 1, with commas"
     return ""
 
 
-def _grid(options: Mapping[str, Option]) -> list[float]:
-    return [float(share) for share in str(options["grid"]).split(",")]
+def _ladders(
+    shape: ModelShape, layer: LayerForm, options: Mapping[str, Option]
+) -> dict[str, Ladder]:
+    del shape
+    full, round_to = layer_widths(layer), int(options["round_to"])
+    found = {
+        module: width_ladder(full[module], module, shares(options), round_to=round_to)
+        for module in _modules(options)
+    }
+    return {module: ladder for module, ladder in found.items() if ladder.sizes}
 
 
 def _form(
@@ -306,14 +319,9 @@ def _form(
             hint="make this step the first, or leave servable=remote",
         )
     if _measures(options) == "damage":
-        require_levels(
-            shape,
-            keep_fraction=target.keep_fraction or 1.0,
-            modules=_modules(options),
-            shares=_grid(options),
-            round_to=int(options["round_to"]),
-            start=start,
-        )
+        ladders = [{"": _ladders(shape, layer, options)} for layer in start.form.layers]
+        fraction = target.keep_fraction or 1.0
+        require_levels(shape, ladders, keep_fraction=fraction, start=start)
     form = uniform(
         shape,
         keep_fraction=target.keep_fraction or 1.0,
@@ -331,24 +339,21 @@ def _allocate(
     target: Target,
     options: Mapping[str, Option],
     findings: list[Mapping[str, object]],
-) -> ModelForm:
+) -> Allocation:
+    fraction, round_to = target.keep_fraction or 1.0, int(options["round_to"])
     if _measures(options) == "influence":
-        return by_influence(
+        form = by_influence(
             shape,
             findings,
-            keep_fraction=target.keep_fraction or 1.0,
+            keep_fraction=fraction,
             modules=_modules(options),
-            round_to=int(options["round_to"]),
+            round_to=round_to,
             temperature=float(options["temperature"]),
             start=start,
         )
-    return marginal(
-        shape,
-        findings,
-        keep_fraction=target.keep_fraction or 1.0,
-        round_to=int(options["round_to"]),
-        start=start,
-    )
+    else:
+        form = marginal(shape, findings, keep_fraction=fraction, round_to=round_to, start=start)
+    return Allocation(form=form)
 
 
 SPEC = MethodSpec(
@@ -390,6 +395,7 @@ SPEC = MethodSpec(
         OptionSpec(
             name="probe_tokens", default=8192, minimum=1, help="tokens on which it is measured"
         ),
+        CANDIDATES,
         REFIT,
         OptionSpec(
             name="servable",
@@ -404,5 +410,6 @@ SPEC = MethodSpec(
     measures=_measures,
     cuts=_modules,
     allocate=_allocate,
+    ladders=_ladders,
 )
 METHOD = MoDeGPT()

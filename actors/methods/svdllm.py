@@ -10,7 +10,7 @@ parameters out over the layers as SVD-LLM v2 (arXiv:2503.12340) does; see `plann
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from actors.numerics.linalg import BLOCK, cholesky_psd, eigh_descending
 from actors.numerics.packed import Symmetric, congruence
+from planners.candidates import shares
+from planners.modules import LINEARS_OF
 from planners.plan import (
     LINEARS,
+    Allocation,
+    Ladder,
     LayerForm,
     MethodSpec,
     ModelForm,
@@ -31,7 +35,7 @@ from planners.plan import (
     Statistic,
     Target,
 )
-from planners.ranks import by_type, one_share
+from planners.ranks import by_type, one_share, rank_ladder
 from planners.refit import OPTION as REFIT
 
 TAP_OF = {
@@ -83,7 +87,7 @@ def output_axes(weight: Float[Tensor, "out inner"], gram: Symmetric, *, where: s
 def low_rank(
     weight: Float[Tensor, "out inner"], gram: Symmetric, *, rank: int, where: str
 ) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float, str]:
-    """Return both factors, ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram, and the rung.
+    """Return what `truncated` makes of the axes of a weight.
 
     Args:
         weight: of any dtype; the factors are in float64.
@@ -94,7 +98,19 @@ def low_rank(
     Raises:
         NumericsError: the gram is not finite, or not positive semi-definite.
     """
-    found = output_axes(weight, gram, where=where)
+    return truncated(weight, output_axes(weight, gram, where=where), rank=rank)
+
+
+def truncated(
+    weight: Float[Tensor, "out inner"], found: Axes, *, rank: int
+) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float, str]:
+    """Return both factors, ``|x W - x W'|_F / |x W|_F`` on the tokens of the gram, and the rung.
+
+    Args:
+        weight: of any dtype; the factors are in float64.
+        found: its axes, which serve all ranks.
+        rank: columns between the factors.
+    """
     axes = found.vectors[:, :rank]
     if found.factor is None:
         first, second = axes.T @ weight.to(torch.float64), axes  # axes are (out, rank)
@@ -129,8 +145,17 @@ class SVDLLM:
         shape: ModelShape,
         form: LayerForm,
         options: Mapping[str, Option],
+        factored: dict[str, Axes] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the tensors of one layer with the ranks of ``form``, and the error of each linear.
+
+        Args:
+            weights: role -> dense tensor.
+            sums: statistic name -> sum.
+            shape: of the model.
+            form: ranks to reach.
+            options: of the method.
+            factored: where axes that serve all ranks are kept from call to call.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
@@ -143,10 +168,13 @@ class SVDLLM:
             if f"{name}.weight" not in new:
                 continue  # a step before has factored it
             weight = new.pop(f"{name}.weight")
-            gram = sums[f"{TAP_OF[name]}.gram"]
-            first, second, errors[name], rungs[name] = low_rank(
-                weight, gram, rank=rank, where=f"{name}, tap {TAP_OF[name]}"
-            )
+            known = {} if factored is None else factored
+            if name not in known:
+                tap = TAP_OF[name]
+                gram = sums[f"{tap}.gram"]
+                known[name] = output_axes(weight, gram, where=f"{name}, tap {tap}")
+            first, second, errors[name], rungs[name] = truncated(weight, known[name], rank=rank)
+            del known  # unless the caller keeps it
             new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
             new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
             if f"{name}.bias" in new:
@@ -209,14 +237,32 @@ def _allocate(
     target: Target,
     options: Mapping[str, Option],
     findings: list[Mapping[str, object]],
-) -> ModelForm:
-    return by_type(
+) -> Allocation:
+    form = by_type(
         shape,
         findings,
         keep_fraction=target.keep_fraction or 1.0,
         names=_linears(options),
         start=start,
     )
+    return Allocation(form=form)
+
+
+def _ladders(
+    shape: ModelShape, layer: LayerForm, options: Mapping[str, Option]
+) -> dict[str, Ladder]:
+    named = set(_linears(options))
+    found = {
+        module: rank_ladder(shape, layer, module, shares(options))
+        for module in ("qk", "vo", "mlp")
+        if named.issuperset(LINEARS_OF[module])
+    }
+    return {module: ladder for module, ladder in found.items() if ladder is not None}
+
+
+def _joins(modules: Sequence[str]) -> dict[str, Option]:
+    linears = [name for module in modules for name in LINEARS_OF[module]]
+    return {"allocation": "uniform", "modules": ",".join(linears), "refit": False}
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
@@ -252,5 +298,7 @@ SPEC = MethodSpec(
     measures=_measures,
     cuts=_linears,
     allocate=_allocate,
+    ladders=_ladders,
+    joins=_joins,
 )
 METHOD = SVDLLM()

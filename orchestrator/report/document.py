@@ -1,7 +1,7 @@
 """The lists inside a report document as frozen data; a key that is missing has its default here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +39,7 @@ class Layer:
     Attributes:
         widths: kept width by module; ``widths_before`` the dense ones where they are known.
         error: relative error of the layer's output on the probe; None when not measured.
+        cuts: module -> (method, what it kept), where several methods compete.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Layer:
     widths: Mapping[str, float]
     widths_before: Mapping[str, float]
     error: float | None
+    cuts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,11 @@ def layers(report: Document) -> tuple[Layer, ...]:
             widths=_numbers(section(row, "widths")),
             widths_before=_numbers(section(row, "widths_before")),
             error=number(row.get("error")),
+            cuts={
+                str(module): (str(cut.get("method", "")), str(cut.get("kept", "")))
+                for module, cut in section(row, "cuts").items()
+                if isinstance(cut, Mapping)
+            },
         )
         for position, row in enumerate(rows(report, "layers"))
     ]

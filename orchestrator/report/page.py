@@ -78,6 +78,7 @@ def _headline(report: Document) -> dict[str, Any]:
         "tiles": summary.tiles(report),
         "asked": summary.asked(report),
         "measured_on": summary.measured_on(report),
+        "makers_note": summary.makers_note(report),
         "refit_note": summary.refit_note(report),
         "statistics_note": summary.statistics_note(report),
         "throughput_note": summary.throughput_note(report),
@@ -94,6 +95,7 @@ def _evidence(report: Document) -> dict[str, Any]:
         "sites": sites,
         "layers": blocks,
         "widths": sorted({name for layer in blocks for name in layer.widths}),
+        "cut_modules": summary.cut_modules(report),
         "events": events,
         "kinds": timeline.by_kind(spans),
         "site_plots": _drawn(

@@ -1,14 +1,16 @@
 """What a run came to, in one sentence and one table; the page and the terminal say the same."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.report.document import Document, rows, section
+from orchestrator.report.document import Document, layers, rows, section
 from orchestrator.report.numbers import (
     bytes_text,
     change,
     count,
+    counted,
     decimal,
     number,
     percent,
@@ -180,6 +182,22 @@ def measured_on(report: Document) -> str:
         return ""
     source = evaluation.get("source")
     return f"Perplexity over {' '.join(said)}" + (f"; source {source}." if source else ".")
+
+
+def cut_modules(report: Document) -> list[str]:
+    """Return the modules that several methods competed for, where one of them cut any."""
+    return sorted({module for layer in layers(report) for module in layer.cuts})
+
+
+def makers_note(report: Document) -> str:
+    """Return in how many layers each method shrank a module; empty where one method did all."""
+    said = []
+    for module in cut_modules(report):
+        makers = Counter(layer.cuts.get(module, ("", ""))[0] for layer in layers(report))
+        whole = makers.pop("", 0)
+        words = [f"{method} in {counted(number, 'layer')}" for method, number in makers.items()]
+        said.append(f"{module}: {', '.join(words + [f'whole in {whole}'] * bool(whole))}")
+    return f"Of several methods the cheapest was taken. {'; '.join(said)}." if said else ""
 
 
 def refit_note(report: Document) -> str:

@@ -33,6 +33,7 @@ def render_terminal(report: Document) -> RenderableType:
         summary.asked,
         summary.measured_on,
         summary.statistics_note,
+        summary.makers_note,
         summary.refit_note,
         summary.throughput_note,
     )

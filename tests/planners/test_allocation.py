@@ -16,11 +16,11 @@ from planners.allocation import (
     form_of,
     full_widths,
     levels,
-    marginal,
     uniform,
 )
 from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.errors import NumericsError, PlanError
+from planners.hull import marginal
 from planners.plan import ModelShape, Target
 from tests.strategies import shapes
 
