@@ -11,6 +11,7 @@ from typing import Any
 
 from planners.errors import ConfigError
 from planners.plan import MethodSpec
+from planners.spelling import did_you_mean
 
 
 def available() -> tuple[str, ...]:
@@ -19,11 +20,28 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
+def require(name: str, *, where: str = "method") -> None:
+    """See that there is a method of that name, importing none.
+
+    Args:
+        name: of the method.
+        where: it was given, for the message.
+
+    Raises:
+        ConfigError: there is no such method; the message has the nearest, the hint all.
+    """
+    if name not in available():
+        raise ConfigError(
+            f"{where}: unknown method {name!r}{did_you_mean(name, available())}",
+            hint=f"there are: {', '.join(available())}",
+        )
+
+
 def spec(name: str) -> MethodSpec:
     """Return what the planners may know of a method.
 
     Raises:
-        ConfigError: there is no such method; the message lists those there are.
+        ConfigError: there is no such method.
     """
     found: MethodSpec = _module(name).SPEC
     return found
@@ -33,12 +51,11 @@ def load(name: str) -> Any:
     """Return the tensor functions of a method.
 
     Raises:
-        ConfigError: there is no such method; the message lists those there are.
+        ConfigError: there is no such method.
     """
     return _module(name).METHOD
 
 
 def _module(name: str) -> Any:
-    if name not in available():
-        raise ConfigError(f"unknown method {name!r}; available: {', '.join(available())}")
+    require(name)
     return import_module(f"actors.methods.{name}")
