@@ -375,6 +375,10 @@ def _mapping_of(path: str) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must be a mapping with: {', '.join(KEYS)}")
+    if "runs" not in found and found.keys() & (RunConfig.model_fields.keys() - {"out"}):
+        raise ConfigError(
+            f"{path}: is a recipe, of one run", hint=f"compress-cluster run -r {path}"
+        )
     return found
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -283,7 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         cli.main(arguments, prog_name="compress-cluster", standalone_mode=False)
     except CompressionError as error:
-        _complain(type(error).__name__, str(error), error.hint, json_=json_)
+        said = [_as_given(text, arguments) for text in (str(error), error.hint)]
+        _complain(type(error).__name__, *said, json_=json_)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         asked = getattr(error, "ctx", None)
@@ -319,6 +321,12 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--keep-fraction {text}: must be numbers with commas") from error
+
+
+def _as_given(text: str, arguments: list[str]) -> str:
+    """Return a message with the paths below this directory as they were typed: relative to it."""
+    here = f"{Path.cwd()}/"
+    return text if any(here in word for word in arguments) else text.replace(here, "")
 
 
 def _complain(kind: str, message: str, hint: str, *, json_: bool) -> None:

@@ -74,6 +74,10 @@ def _read_recipe(path: Path) -> dict[object, object]:
             f"recipe {path}: is a {type(data).__name__}; it must be a mapping",
             hint="one `key: value` a line, such as `model: tiny`",
         )
+    if "runs" in data:
+        raise ConfigError(
+            f"recipe {path}: is a batch file, of many runs", hint=f"compress-cluster batch {path}"
+        )
     return data
 
 

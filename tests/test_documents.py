@@ -4,7 +4,6 @@
 """
 
 import importlib
-import re
 import shlex
 import subprocess
 
@@ -59,9 +58,3 @@ def test_the_python_of_the_pages_compiles():
     for each in EVERYTHING:
         if each.kind == "python":
             compile(each.text, each.page, "exec")
-
-
-def test_every_file_that_a_page_links_to_is_there():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
