@@ -25,7 +25,7 @@ from tests.stores import KEYS, new_bucket, uri_of
 
 TINY = ROOT / "actors" / "models" / "tiny"
 CLONED = ("Makefile", "README.md", "LICENSE", "pyproject.toml", "constraints.txt", "cluster.yaml",
-          "benchmarks", "examples", "actors", "orchestrator", "planners")  # fmt: skip
+          "benchmarks", "docs", "examples", "actors", "orchestrator", "planners")  # fmt: skip
 # What is the user's own, or far away -> what stands for it on his desk. `plan` needs no weights.
 STANDS_FOR = {
     "llama-2-70b": "./my-llama",
