@@ -11,7 +11,6 @@ help:  ## list the targets
 
 demo: $(INSTALLED)  ## compress the model that ships with the package, and show the result
 	$(BIN)/compress-cluster run tiny --method slicegpt --slice 0.25 --out runs/demo --yes
-	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 test: $(INSTALLED)  ## run every test that needs no GPU
 	$(BIN)/pytest -m "not gpu and not nightly"

@@ -51,6 +51,28 @@ def compress_as(
 
     Args:
         config: the recipe.
+        started: see `do_prepared`.
+        dashboard: likewise.
+        verify_hashes: likewise.
+
+    Raises:
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    how = {"dashboard": dashboard, "verify_hashes": verify_hashes}
+    return do_prepared(prepare(config), started, **how)
+
+
+def do_prepared(
+    prepared: Prepared,
+    started: Callable[[Prepared], Started],
+    *,
+    dashboard: bool = False,
+    verify_hashes: bool = False,
+) -> dict[str, Any]:
+    """Do a run that was checked, or what is left of it, and return the report.
+
+    Args:
+        prepared: the run.
         started: is given the checked run before anything starts.
         dashboard: start Ray's dashboard with a local cluster.
         verify_hashes: compare the bytes of what is done, not only sizes.
@@ -58,7 +80,6 @@ def compress_as(
     Raises:
         CompressionError: see `planners.errors`; what is done is kept.
     """
-    prepared = prepare(config)
     said = started(prepared)
     with said.listening as listener:
         return run(

@@ -23,6 +23,7 @@ from orchestrator.run import run
 from orchestrator.rundir import finished_report
 from planners.errors import CompressionError, ConfigError
 from planners.plan import Target
+from planners.spelling import did_you_mean
 
 STATE = "batch.json"
 KEYS = ("out", "budget", "defaults", "runs")
@@ -115,11 +116,22 @@ class Row:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch file that was checked: nothing in it can fail for a reason known beforehand."""
+    """A batch file that was checked: nothing in it can fail for a reason known beforehand.
+
+    Attributes:
+        out: that all runs go below.
+        budget: what they may use.
+        entries: in the order in which they are done.
+        expected: run -> what it is to take, where that was forecast.
+        shared: run -> ``own``, or the run whose statistics it uses.
+        errors: run -> why it failed.
+        spent: so far.
+    """
 
     out: str
     budget: Budget
     entries: Sequence[Entry]
+    expected: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     spent: Spent = field(default_factory=Spent)
@@ -139,7 +151,8 @@ def read_batch(path: str) -> Batch:
     unknown = set(file) - set(KEYS)
     if unknown:
         raise ConfigError(
-            f"{path}: {min(unknown)}: unknown key; known: {', '.join(KEYS)}",
+            f"{path}: {min(unknown)}: unknown key; known: {', '.join(KEYS)}"
+            + did_you_mean(str(min(unknown)), KEYS),
             hint="compress-cluster batch --help shows a file",
         )
     if not isinstance(file.get("out"), str) or not file["out"]:
@@ -203,6 +216,11 @@ def table_of(batch: Batch) -> list[Row]:
     return [_row(batch, entry) for entry in batch.entries]
 
 
+def waiting(batch: Batch) -> list[Entry]:
+    """Return the runs that are left, in their order."""
+    return [e for e in batch.entries if finished_report(e.prepared.run) is None]
+
+
 def _do(batch: Batch, entry: Entry, listener: Listener) -> bool:
     """Do one run; return whether the budget lets another one start."""
     prepared = _sharing(batch, entry)
@@ -223,7 +241,7 @@ def _do(batch: Batch, entry: Entry, listener: Listener) -> bool:
 
     batch.errors.pop(entry.name, None)
     try:
-        run(prepared, listener=listen)
+        run(prepared, listener=listen, expected=batch.expected.get(entry.name))
     except CompressionError as error:
         batch.errors[entry.name] = f"{type(error).__name__}: {error}"
     except _BudgetSpentError:
@@ -357,6 +375,10 @@ def _mapping_of(path: str) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must be a mapping with: {', '.join(KEYS)}")
+    if "runs" not in found and found.keys() & (RunConfig.model_fields.keys() - {"out"}):
+        raise ConfigError(
+            f"{path}: is a recipe, of one run", hint=f"compress-cluster run -r {path}"
+        )
     return found
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -83,8 +84,9 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
     """
-    terms = _terms(given)
-    config = config_of(model, given)
+    costs = {name: given.pop(name) for name in ("price", "preemptions_per_hour", "measure")}
+    config = config_of(model, given)  # first: what the next line imports takes seconds
+    terms = _terms(costs)
     from orchestrator import screens
 
     screens.plan(config, terms, cluster_text=cluster, json_=json_)
@@ -132,11 +134,16 @@ def status(run_uri: str, json_: bool) -> None:
 @as_json
 def sweep(run_uri: str, json_: bool, **given: Any) -> None:
     """Try methods and sizes on the model of RUN, calibrating once."""
+    names = given["method"].split(",")
+    from actors.methods import require  # the modules of methods take seconds, and are left alone
+
+    for name in names:
+        require(name, where="--method")
     from orchestrator import screens
 
     screens.sweep(
         run_uri,
-        names=given["method"].split(","),
+        names=names,
         fractions=_numbers(given["keep_fraction"]),
         options=pairs_of(given["options"]),
         placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
@@ -147,12 +154,15 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
 @cli.command()
 @click.argument("run_uri", metavar="RUN")
 @click.option("--point", required=True, metavar="P", help="A name of the sweep's table.")
+@click.option("--yes", is_flag=True, help="Answer every question with yes.")
+@terms_options
 @as_json
-def export(run_uri: str, point: str, json_: bool) -> None:
+def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> None:
     """Finish one point of the sweep of RUN: verify, time, mark READY."""
+    terms = _terms(given)
     from orchestrator import screens
 
-    screens.export(run_uri, point, json_=json_)
+    screens.export(run_uri, point, terms, yes=yes, json_=json_)
 
 
 @cli.command()
@@ -173,19 +183,24 @@ def verify(directory: str, json_: bool) -> None:
 )
 @click.option("--workers", type=int, help="Ray actors. [as in the run]")
 @click.option("--address", help="Ray cluster. [as in the run]")
+@click.option("--yes", is_flag=True, help="Answer every question with yes.")
+@terms_options
 @as_json
-def redo(run_uri: str, layers: str, json_: bool, **given: Any) -> None:
+def redo(run_uri: str, layers: str, yes: bool, json_: bool, **given: Any) -> None:
     """Make some layers of RUN again, with another option if one is given.
 
     The run is READY again once the result has proved itself again.
     """
+    terms = _terms(given)
     from orchestrator import screens
 
     screens.redo(
         run_uri,
+        terms,
         layers=layers,
         options=pairs_of(given["options"]),
         placement={k: given[k] for k in ("workers", "address") if given[k] is not None},
+        yes=yes,
         json_=json_,
     )
 
@@ -193,12 +208,13 @@ def redo(run_uri: str, layers: str, json_: bool, **given: Any) -> None:
 @cli.command()
 @click.argument("run_a")
 @click.argument("run_b")
+@click.option("--details", is_flag=True, help="Every difference, of each layer too.")
 @as_json
-def diff(run_a: str, run_b: str, json_: bool) -> None:
-    """Say in what two runs differ: recipe, data, versions, layers, evaluation."""
-    from orchestrator import looks
+def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
+    """Say in what two runs differ: results, recipe, data, versions, layers."""
+    from orchestrator import diff_screen
 
-    looks.diff(run_a, run_b, json_=json_)
+    diff_screen.diff(run_a, run_b, details=details, json_=json_)
 
 
 @cli.command()
@@ -268,7 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         cli.main(arguments, prog_name="compress-cluster", standalone_mode=False)
     except CompressionError as error:
-        _complain(type(error).__name__, str(error), error.hint, json_=json_)
+        said = [_as_given(text, arguments) for text in (str(error), error.hint)]
+        _complain(type(error).__name__, *said, json_=json_)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         asked = getattr(error, "ctx", None)
@@ -304,6 +321,12 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--keep-fraction {text}: must be numbers with commas") from error
+
+
+def _as_given(text: str, arguments: list[str]) -> str:
+    """Return a message with the paths below this directory as they were typed: relative to it."""
+    here = f"{Path.cwd()}/"
+    return text if any(here in word for word in arguments) else text.replace(here, "")
 
 
 def _complain(kind: str, message: str, hint: str, *, json_: bool) -> None:

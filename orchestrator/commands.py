@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from orchestrator.options import RecipeCommand, config_of, recipe_options
+from orchestrator.options import RecipeCommand, config_of, recipe_options, terms_of, terms_options
 
 as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
 
@@ -49,6 +49,7 @@ def cluster_lint(file: str, json_: bool) -> None:
     metavar="N",
     help="Start a driver that was killed up to N times again. [0]",
 )
+@terms_options
 @as_json
 def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: Any) -> None:
     """Send a run to a cluster and come back; takes the options of `run`.
@@ -62,7 +63,10 @@ def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: An
     """  # noqa: D301 click's mark for lines to leave as they are
     from orchestrator import jobs_screen
 
-    jobs_screen.submit(config_of(model, given), address=to, tries=keep_alive + 1, json_=json_)
+    terms = terms_of(given)
+    jobs_screen.submit(
+        config_of(model, given), address=to, tries=keep_alive + 1, terms=terms, json_=json_
+    )
 
 
 @click.command()
@@ -88,11 +92,14 @@ def cancel(run_uri: str, json_: bool) -> None:
 @click.command()
 @click.argument("file", metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Check every entry, print the runs, start nothing.")
+@click.option("--yes", is_flag=True, help="Answer every question with yes.")
 @as_json
-def batch(file: str, dry_run: bool, json_: bool) -> None:
+def batch(file: str, dry_run: bool, yes: bool, json_: bool) -> None:
     """Do many runs as one: models x methods x sizes, each model calibrated once.
 
-    Every entry is checked before the first run starts. The same command again goes on.
+    Every entry is checked before the first run starts, and what all of them come to is shown; on a
+    cluster that may cost money it is asked about, once, unless the budget says how much.
+    The same command again goes on.
 
     \b
     out: s3://BUCKET/batches/august
@@ -106,7 +113,7 @@ def batch(file: str, dry_run: bool, json_: bool) -> None:
     """  # noqa: D301 click's mark for lines to leave as they are
     from orchestrator import batch_screen
 
-    batch_screen.batch(file, dry_run=dry_run, json_=json_)
+    batch_screen.batch(file, dry_run=dry_run, yes=yes, json_=json_)
 
 
 @click.command()
@@ -205,14 +212,17 @@ def recipes_show(name: str) -> None:
 @click.option("--sent-by", required=True)
 @click.option("--tries", type=int, required=True)
 @click.option("--recipe", required=True)
-def job(sent_by: str, tries: int, recipe: str) -> None:
+@terms_options
+def job(sent_by: str, tries: int, recipe: str, **given: Any) -> None:
     """Do on the head what `submit` sent."""
     from orchestrator import submission
 
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    sys.exit(submission.do_job(recipe, sent_by=sent_by, tries=tries, say=say))
+    sys.exit(
+        submission.do_job(recipe, sent_by=sent_by, tries=tries, say=say, terms=terms_of(given))
+    )
 
 
 COMMANDS: tuple[click.Command, ...] = (

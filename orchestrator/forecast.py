@@ -26,6 +26,7 @@ from planners.families import family_of
 from planners.plan import MethodSpec, Option, RunPlan, Statistic, Target, to_json
 from planners.planning import Workload
 from planners.schedule import Outlook, Risk, num_calls, outlook
+from planners.spelling import did_you_mean
 from planners.timetable import KINDS_OF, Clock, Job, phase_work, timetable, transfer_bytes
 from planners.units import layer_statistics
 from planners.work import Data
@@ -160,7 +161,8 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     found = config_of(config.model)
     if found is None:
         raise ModelError(
-            f"{config.model}: its config is not known without a download",
+            f"{config.model}: its config is not known without a download"
+            + did_you_mean(config.model, CONFIGS),
             hint=f"give a directory with a config.json, or one of: {', '.join(CONFIGS)}",
         )
     dtype = str(found.get("dtype") or found.get("torch_dtype") or "float32")
@@ -223,8 +225,13 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     return _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
 
 
-def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
+def forecast_of(prepared: Prepared, terms: Terms, *, calibrated: bool = False) -> Forecast:
     """Return what a prepared run comes to.
+
+    Args:
+        prepared: the run.
+        terms: what workers cost and how long they last.
+        calibrated: it will find all its statistics, as a later run of a batch does.
 
     Raises:
         ConfigError: the run is to be measured on a device that this machine does not have.
@@ -239,6 +246,8 @@ def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
         dtype=prepared.identity.compute_dtype,
         shards=prepared.identity.shards,
     )
+    origin = prepared.origin
+    reused = origin.spec.statistics(origin.options) if calibrated else _kept(origin)
     jobs: list[Job] = []
     for step in chain:
         jobs.append(
@@ -251,11 +260,11 @@ def forecast_of(prepared: Prepared, terms: Terms) -> Forecast:
                 start=step.start.form,
                 former=tuple(jobs),
                 carried=bool(step.former) and step.former[-1].carries,
-                reused=_kept(step) if step is prepared.origin else frozenset(),
+                reused=reused if step is prepared.origin else frozenset(),
             )
         )
     targets = [step.config.target for step in chain]
-    first = prepared.origin.model_config
+    first = origin.model_config
     settings = _settings(first, jobs, targets, device=config.device, threads=config.threads)
     device = "CPU" if config.device == "cpu" else _accelerator()
     workers = max(job.plan.num_workers for job in jobs)

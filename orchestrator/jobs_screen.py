@@ -1,6 +1,7 @@
 """What the commands about jobs print."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import click
@@ -10,9 +11,11 @@ from orchestrator import submission
 from orchestrator.config import RunConfig
 
 
-def submit(config: RunConfig, *, address: str, tries: int, json_: bool) -> None:
+def submit(
+    config: RunConfig, *, address: str, tries: int, terms: Mapping[str, float], json_: bool
+) -> None:
     """Send a run to a cluster and say how to follow it."""
-    job = submission.submit(config, address=address, tries=tries)
+    job = submission.submit(config, address=address, tries=tries, terms=terms)
     if json_:
         click.echo(json.dumps({"run": config.out, "job": asdict(job)}))
         return

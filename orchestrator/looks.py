@@ -13,7 +13,6 @@ from rich.text import Text
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from orchestrator import lease
-from orchestrator.compare import Difference, differences
 from orchestrator.finished import JOB, READY, REPORT, finished_report
 from orchestrator.report import render_page, render_terminal
 from planners.errors import StorageError
@@ -75,36 +74,6 @@ def status(run_uri: str, *, json_: bool) -> None:
         _out.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
     elif verdict != "READY":
         _out.print("nobody works on it; the command that began it goes on with it")
-
-
-def diff(run_a: str, run_b: str, *, json_: bool) -> None:
-    """Print in what two runs differ."""
-    found = differences(Directory(run_a), Directory(run_b))
-    if json_:
-        sections = {name: [vars_of(d) for d in rows] for name, rows in found.items()}
-        print(json.dumps({"a": run_a, "b": run_b, **sections}))  # noqa: T201 the one document
-        return
-    for name, rows in found.items():
-        if not rows:
-            _out.print(Text(name, style="bold"), "the same")
-            continue
-        table = Table(title=name, title_justify="left")
-        for column in ("what", run_a, run_b):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(row.what, _told(row.a), _told(row.b))
-        _out.print(table)
-
-
-def vars_of(difference: Difference) -> dict[str, Any]:
-    """Return a difference as a JSON object."""
-    return {"what": difference.what, "a": difference.a, "b": difference.b}
-
-
-def _told(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _finished(run_: Directory) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The options of methods: what a recipe says of them, in the type of each."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from actors import methods
 from orchestrator.config import RunConfig
-from orchestrator.wording import MAX_NUMBER, nearest, printable, short
+from orchestrator.wording import MAX_NUMBER, printable, short
 from planners import candidates
 from planners.errors import ConfigError
 from planners.plan import MethodSpec, Option, OptionSpec
+from planners.spelling import did_you_mean
 
 # Options of a method that decide widths, statistics or what other units do.
 OF_ALL_LAYERS = frozenset({
@@ -17,7 +19,19 @@ OF_ALL_LAYERS = frozenset({
 })  # fmt: skip
 
 
-def resolve_steps(config: RunConfig, specs: Sequence[MethodSpec]) -> list[dict[str, Option]]:
+class HasOptions(Protocol):
+    """A method as far as its options go: its whole spec, or what stands in its source."""
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+
+    @property
+    def options(self) -> Sequence[OptionSpec]:
+        """That it has."""
+
+
+def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[str, Option]]:
     """Return the options of every step.
 
     Raises:
@@ -49,7 +63,7 @@ def chosen_methods(config: RunConfig, options: Sequence[Mapping[str, Option]]) -
     return found
 
 
-def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str, Option]:
+def resolve_options(spec: HasOptions, options: Mapping[str, object]) -> dict[str, Option]:
     """Return a value for every option of a method, in the type of its default.
 
     Texts such as ``true``, ``16`` and ``0.5`` are read as what the default is, because
@@ -63,7 +77,7 @@ def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str
         if name not in known:
             raise ConfigError(
                 f"options.{printable(name)}: {spec.name} has no such option"
-                + nearest(name, list(known)),
+                + did_you_mean(name, known),
                 hint="its options and defaults: "
                 + (", ".join(f"{o.name}={_text(o.default)}" for o in spec.options) or "none"),
             )
@@ -81,7 +95,7 @@ def resolve_options(spec: MethodSpec, options: Mapping[str, object]) -> dict[str
 
 
 def resolve_layer_options(
-    spec: MethodSpec, given: Mapping[int, Mapping[str, object]]
+    spec: HasOptions, given: Mapping[int, Mapping[str, object]]
 ) -> dict[int, dict[str, Option]]:
     """Return layer -> the options that it has for itself, each in the type of its default.
 
@@ -112,7 +126,10 @@ def _checked(option: OptionSpec, value: object) -> Option:
         )
     if option.choices and converted not in option.choices:
         choices = ", ".join(map(_text, option.choices))
-        raise ConfigError(f"options.{option.name}: is {short(value)}; it must be one of: {choices}")
+        raise ConfigError(
+            f"options.{option.name}: is {short(value)}; it must be one of: {choices}"
+            + did_you_mean(_text(converted), map(_text, option.choices))
+        )
     if option.minimum is not None and float(converted) < option.minimum:
         raise ConfigError(
             f"options.{option.name}: is {short(value)}; it must be {option.minimum:g} or more"

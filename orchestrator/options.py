@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module, resources
 from typing import Any
 
@@ -97,6 +98,12 @@ def terms_options(command: Any) -> Any:
     return _added(command, _TERMS)
 
 
+def terms_of(given: dict[str, Any]) -> dict[str, float]:
+    """Take what `terms_options` gave out of the options of a command; what was not given is out."""
+    found = {name: given.pop(name) for name in ("price", "preemptions_per_hour")}
+    return {name: value for name, value in found.items() if value}
+
+
 def recipe_options(command: Any) -> Any:
     """Add every option of a run."""
     return _added(command, (*_COMPRESSION, *_MEASURING, *_MACHINES))
@@ -126,13 +133,18 @@ def config_of(model: str | None, given: dict[str, Any]) -> Any:
     Raises:
         ConfigError: an option is wrong, or the recipe file is.
     """
+    from orchestrator.method_options import resolve_steps
     from orchestrator.recipe_file import load_config
 
     options = {f"options.{key}": value for key, value in pairs_of(given.pop("options", ())).items()}
     recipe = given.pop("recipe")
     given["steps"] = [step_of(text) for text in given.pop("steps", ())] or None
     values = {KEYS.get(name, name): value for name, value in given.items()}
-    return load_config(recipe, {"model": model, **values, **options})
+    config = load_config(recipe, {"model": model, **values, **options})
+    if any(step.options for step in config.chain):
+        known = method_options()
+        resolve_steps(config, [Written(step.method, known[step.method]) for step in config.chain])
+    return config
 
 
 def step_of(text: str) -> dict[str, Any]:
@@ -166,6 +178,14 @@ def pairs_of(options: Sequence[str]) -> dict[str, str]:
         if "=" not in pair:
             raise ConfigError(f"--option {pair}: must be KEY=VALUE")
     return dict(pair.split("=", 1) for pair in options)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A method and its options as they stand in its source."""
+
+    name: str
+    options: tuple[OptionSpec, ...]
 
 
 def method_options() -> dict[str, tuple[OptionSpec, ...]]:

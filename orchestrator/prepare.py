@@ -19,7 +19,7 @@ from orchestrator.method_options import chosen_methods, resolve_layer_options, r
 from orchestrator.subjects import EvaluationPlan, Subject
 from planners.compose import require_disjoint
 from planners.cost import dense_start
-from planners.errors import ConfigError, ModelError
+from planners.errors import ModelError
 from planners.placement import load_of, place
 from planners.plan import MethodSpec, Option, RunPlan, Start, Statistic
 from planners.planning import Workload
@@ -159,7 +159,7 @@ def prepare(given: RunConfig) -> Prepared:
         DataError: there is too little text, or it cannot be read.
         StorageError: the run directory is none that can be named.
     """
-    named = [_spec(given, index) for index in range(len(given.chain))]
+    named = [methods.spec(step.method) for step in given.chain]
     options = resolve_steps(given, named)
     specs = chosen_methods(given, options)
     require_disjoint(list(zip(specs, options, strict=True)))
@@ -234,14 +234,6 @@ def prepare(given: RunConfig) -> Prepared:
 def revisions(spec: MethodSpec) -> dict[str, int]:
     """Return the revision of each method that competes; nothing where a method is alone."""
     return {each.spec.name: each.spec.revision for each in spec.candidates}
-
-
-def _spec(given: RunConfig, index: int) -> MethodSpec:
-    try:
-        return methods.spec(given.chain[index].method)
-    except ConfigError as error:
-        where = f"steps[{index}].method: " if given.steps else ""
-        raise ConfigError(f"{where}{error}", hint=error.hint) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Reading a recipe: a YAML file and the command line, every error naming the key's path."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from actors import methods
 from orchestrator import recipes
 from orchestrator.config import SECTIONS, RunConfig, StepConfig
-from orchestrator.wording import nearest, printable, short
+from orchestrator.wording import nearest_key, printable, short
 from planners.errors import ConfigError
+from planners.spelling import did_you_mean
 
 
 def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> RunConfig:
@@ -32,11 +35,15 @@ def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> Run
     for key, value in given.items():
         recipe = _with_override(recipe, key, value)
     try:
-        return RunConfig.model_validate(recipe)
+        config = RunConfig.model_validate(recipe)
     except ValidationError as error:
         # A wrong value of a union gives one error for each member; one line a key is enough.
         lines = dict.fromkeys(_explain(e["type"], e["loc"], e) for e in error.errors())
         raise ConfigError("\n".join(lines)) from error
+    for index, step in enumerate(config.chain):
+        where = f"steps[{index}].method" if config.steps else "method"
+        methods.require(step.method, where=where)
+    return config
 
 
 def _recipe_text(path: Path) -> str:
@@ -51,7 +58,7 @@ def _read_recipe(path: Path) -> dict[object, object]:
         data = yaml.safe_load(_recipe_text(path))
     except OSError as error:
         raise ConfigError(
-            f"recipe {path}: {error.strerror}",
+            f"recipe {path}: {error.strerror}{did_you_mean(str(path), recipes.available())}",
             hint="give the path of a YAML file, or a name from `compress-cluster recipes ls`",
         ) from error
     except yaml.MarkedYAMLError as error:
@@ -66,6 +73,10 @@ def _read_recipe(path: Path) -> dict[object, object]:
         raise ConfigError(
             f"recipe {path}: is a {type(data).__name__}; it must be a mapping",
             hint="one `key: value` a line, such as `model: tiny`",
+        )
+    if "runs" in data:
+        raise ConfigError(
+            f"recipe {path}: is a batch file, of many runs", hint=f"compress-cluster batch {path}"
         )
     return data
 
@@ -103,11 +114,13 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) ->
     if kind in ("extra_forbidden", "invalid_key"):
         known = f"; known here: {', '.join(section.model_fields)}"
         keys = [f"{step}{key}" for key in StepConfig.model_fields] if step else _known_keys()
-        return f"{path}: unknown key" + (nearest(path, keys) or known)
+        return f"{path}: unknown key" + (nearest_key(path, keys) or known)
     expected = section.model_fields[str(loc[-1])].description
     if path in SECTIONS:
         expected = f"a mapping with keys of: {', '.join(SECTIONS[path].model_fields)}"
-    return f"{path}: is {short(error['input'])}; it must be {expected}"
+    said = f"{path}: is {short(error['input'])}; it must be {expected}"
+    words = re.findall(r"'(\w+)'", str(error["ctx"]["expected"])) if kind == "literal_error" else []
+    return said + did_you_mean(str(error["input"]), words)
 
 
 def _step_of(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:

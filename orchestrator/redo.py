@@ -29,15 +29,25 @@ def redo(
 ) -> dict[str, Any]:
     """Make layers of a run again, verify the whole result again, and return the new report.
 
+    Raises:
+        ConfigError: see `changed`.
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    new = changed(config, layers, options)
+    withdraw(new, layers)
+    return run(new, listener=listener)
+
+
+def changed(config: RunConfig, layers: list[int], options: Mapping[str, str]) -> Prepared:
+    """Return a run as it is to be once layers of it are made again; nothing is changed yet.
+
     Args:
         config: the recipe of the run.
         layers: which.
         options: of the method, for these layers alone; none makes them as they were.
-        listener: told how it goes.
 
     Raises:
         ConfigError: there is no such layer, or an option is not one that a layer can have alone.
-        CompressionError: see `planners.errors`; what is done is kept.
     """
     if config.steps and options:
         raise ConfigError(
@@ -52,8 +62,7 @@ def redo(
             f"--layers {beyond[0]}: the model has layers 0 to {old.plan.shape.num_layers - 1}"
         )
     check_run(old)
-    withdraw(new, layers)
-    return run(new, listener=listener)
+    return new
 
 
 def withdraw(new: Prepared, layers: list[int]) -> None:

@@ -1,11 +1,10 @@
 """What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
 
 import json
-import sys
 import tempfile
+from dataclasses import replace
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,10 +14,10 @@ from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator import artefact, cluster, examine
-from orchestrator.api import Started, compress_as
+from orchestrator.api import Started, compress_as, do_prepared
 from orchestrator.cluster import ClusterFacts
 from orchestrator.config import RunConfig
-from orchestrator.consent import require_consent
+from orchestrator.consent import ask_before, asker, require_consent
 from orchestrator.context import WorkContext
 from orchestrator.evaluate import EVALUATION_TOKENS
 from orchestrator.evaluate import evaluate as measure
@@ -31,12 +30,10 @@ from orchestrator.plan_screen import show, size_text
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
-from orchestrator.redo import layers_of
-from orchestrator.redo import redo as do_redo
+from orchestrator.redo import changed, layers_of, withdraw
 from orchestrator.rundir import finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
-from orchestrator.sweep import PAGE, points_of
-from orchestrator.sweep import export as do_export
+from orchestrator.sweep import PAGE, exported, points_of
 from orchestrator.sweep import sweep as do_sweep
 from planners.catalogue import CONFIGS
 from planners.errors import ConfigError, NumericsError
@@ -66,22 +63,8 @@ def run(
 
     def started(prepared: Prepared) -> Started:
         nonlocal was_ready
-        found = forecast_of(prepared, terms)
         was_ready = finished_report(prepared.run) is not None
-        if was_ready:
-            title = Text(prepared.title, style="bold")
-            _err.print(title, "->", prepared.config.out, soft_wrap=True)
-        else:
-            show(_err, found, title=prepared.title, out=prepared.config.out)
-
-        def approve(facts: ClusterFacts) -> None:
-            require_consent(found, facts, yes=yes, ask=_asked if sys.stdin.isatty() else None)
-
-        return Started(
-            listening=ProgressScreen(_err, num_workers=found.num_workers),
-            approve=approve,
-            expected=found.to_json(),
-        )
+        return _started(prepared, terms, yes=yes, is_done=was_ready)
 
     report = compress_as(config, started, **how)
     if was_ready:
@@ -89,8 +72,23 @@ def run(
     print_report(report, json_=json_)
 
 
-def _asked(question: str) -> bool:
-    return click.confirm(question, err=True)
+def _started(prepared: Prepared, terms: Terms, *, yes: bool, is_done: bool = False) -> Started:
+    """Show what a run comes to, and return who asks whether to go on and shows how it goes."""
+    found = forecast_of(prepared, terms)
+    if is_done:
+        title = Text(prepared.title, style="bold")
+        _err.print(title, "->", prepared.config.out, soft_wrap=True)
+    else:
+        show(_err, found, title=prepared.title, out=prepared.config.out)
+
+    def approve(facts: ClusterFacts) -> None:
+        require_consent(found, facts, yes=yes, ask=asker())
+
+    return Started(
+        listening=ProgressScreen(_err, num_workers=found.num_workers),
+        approve=approve,
+        expected=found.to_json(),
+    )
 
 
 def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bool) -> None:
@@ -213,28 +211,36 @@ def sweep(
     _out.print(f"{run_uri}/{PAGE}; compress-cluster export {run_uri} --point NAME", soft_wrap=True)
 
 
-def export(run_uri: str, point: str, *, json_: bool) -> None:
+def export(run_uri: str, point: str, terms: Terms, *, yes: bool, json_: bool) -> None:
     """Finish one point of a sweep and print its report."""
-    base = prepare(recipe_of(Directory(run_uri)))
-    with ProgressScreen(_err, num_workers=base.config.workers) as listener:
-        found = do_export(base, point, listener=listener)
-    print_report(found, json_=json_)
+    prepared = exported(prepare(recipe_of(Directory(run_uri))), point)
+    is_done = finished_report(prepared.run) is not None
+
+    def started(prepared: Prepared) -> Started:
+        return _started(prepared, terms, yes=yes, is_done=is_done)
+
+    print_report(do_prepared(prepared, started), json_=json_)
 
 
-def redo(
+def redo(  # noqa: PLR0913 -- what the command is given
     run_uri: str,
+    terms: Terms,
     *,
     layers: str,
     options: dict[str, str],
     placement: dict[str, Any],
+    yes: bool,
     json_: bool,
 ) -> None:
     """Make some layers of a run again and print the new report."""
     wanted = layers_of(layers)
     config = recipe_of(Directory(run_uri)).model_copy(update=placement)
-    with ProgressScreen(_err, num_workers=config.workers) as listener:
-        found = do_redo(config, wanted, options, listener=listener)
-    print_report(found, json_=json_)
+    new = changed(config, wanted, options)
+    said = _started(new, terms, yes=yes)
+    _err.print(f"of this only layers {layers}, and what needs them or they need, is done again")
+    ask_before(config.address, said.approve)  # before READY is taken away
+    withdraw(new, wanted)
+    print_report(do_prepared(new, lambda _: replace(said, approve=lambda _: None)), json_=json_)
 
 
 def verify(directory: str, *, json_: bool) -> None:

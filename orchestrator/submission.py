@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,8 +48,16 @@ class Job:
     version: str
 
 
-def submit(config: RunConfig, *, address: str, tries: int) -> Job:
+def submit(
+    config: RunConfig, *, address: str, tries: int, terms: Mapping[str, float] | None = None
+) -> Job:
     """Send a run to a cluster and note in its run directory where it went.
+
+    Args:
+        config: the recipe.
+        address: of the cluster's dashboard.
+        tries: drivers that may be started, one after the other.
+        terms: ``price`` and ``preemptions_per_hour`` of a worker, for the run to plan with.
 
     Raises:
         ConfigError: the run has no directory that both can see, or is already under way.
@@ -81,6 +89,7 @@ def submit(config: RunConfig, *, address: str, tries: int) -> Job:
         version=metadata.version(PACKAGE),
     )
     words = ["compress-cluster", "job", "--sent-by", job.version, "--tries", str(tries)]
+    words += words_of(terms or {})
     entrypoint = shlex.join([*words, "--recipe", json.dumps(recipe, sort_keys=True)])
     # Before it is sent: a job that the cluster took and did not say so can still be found.
     run.write(JOB, json.dumps(asdict(job), indent=1, sort_keys=True).encode())
@@ -195,7 +204,20 @@ def keep_alive(command: list[str], *, tries: int, say: Callable[[str], None]) ->
     raise AssertionError("tries is 1 or more")
 
 
-def do_job(recipe: str, *, sent_by: str, tries: int, say: Callable[[str], None]) -> int:
+def words_of(terms: Mapping[str, float]) -> list[str]:
+    """Return what workers cost and how long they last as a command line says it."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in terms.items()]
+    return [word for pair in pairs for word in pair]
+
+
+def do_job(
+    recipe: str,
+    *,
+    sent_by: str,
+    tries: int,
+    say: Callable[[str], None],
+    terms: Mapping[str, float] | None = None,
+) -> int:
     """Do on the head what `submit` sent; return the exit code.
 
     Raises:
@@ -211,6 +233,7 @@ def do_job(recipe: str, *, sent_by: str, tries: int, say: Callable[[str], None])
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe)  # JSON is YAML
         command = [sys.executable, "-m", "orchestrator", "run", "-r", str(path), "--yes"]
+        command += words_of(terms or {})
         return keep_alive(command, tries=tries, say=say)
 
 

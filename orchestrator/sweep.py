@@ -20,12 +20,13 @@ from orchestrator.method_options import resolve_options
 from orchestrator.pool import Pool
 from orchestrator.prepare import GIB, Prepared
 from orchestrator.report import render_pareto
-from orchestrator.run import compress_and_evaluate, dense_subject, new_pool, run
+from orchestrator.run import compress_and_evaluate, dense_subject, new_pool
 from orchestrator.rundir import open_run
 from planners.errors import ConfigError, PlanError
 from planners.placement import shared_bytes
 from planners.plan import Target
 from planners.planning import Workload, make_plan
+from planners.spelling import did_you_mean
 
 PARETO = "pareto.json"
 PAGE = "pareto.html"
@@ -157,8 +158,8 @@ def with_front(points: Sequence[Point]) -> list[Point]:
     return marked
 
 
-def export(base: Prepared, point: str, *, listener: Listener) -> dict[str, Any]:
-    """Verify one point of a sweep, time it and mark it READY; return its report.
+def exported(base: Prepared, point: str) -> Prepared:
+    """Return the run that verifies one point of a sweep, times it and marks it READY.
 
     Raises:
         ConfigError: the sweep has no such point.
@@ -168,10 +169,12 @@ def export(base: Prepared, point: str, *, listener: Listener) -> dict[str, Any]:
     found = json.loads(base.run.read(PARETO))["points"]
     chosen = [p for p in found if p["name"] == point]
     if not chosen:
-        known = ", ".join(p["name"] for p in found)
-        raise ConfigError(f"--point {point}: there is no such point; there are: {known}")
-    prepared = _point(base, chosen[0]["method"], chosen[0]["asked"], chosen[0]["options"])
-    return run(prepared, listener=listener)
+        known = [p["name"] for p in found]
+        raise ConfigError(
+            f"--point {point}: there is no such point{did_you_mean(point, known)}",
+            hint=f"there are: {', '.join(known)}",
+        )
+    return _point(base, chosen[0]["method"], chosen[0]["asked"], chosen[0]["options"])
 
 
 def _measure(prepared: Prepared, pool: Pool, listener: Listener) -> Point:

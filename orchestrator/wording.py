@@ -1,7 +1,9 @@
 """Words of a message about what a user typed."""
 
-import difflib
 import reprlib
+from collections.abc import Sequence
+
+from planners.spelling import nearest
 
 MAX_NUMBER = 2**63
 MAX_SHOWN = 200  # characters of a value in a message
@@ -19,11 +21,11 @@ def short(value: object) -> str:
     return "empty" if value in (None, "") else reprlib.repr(value)[:MAX_SHOWN]
 
 
-def nearest(path: str, known: list[str]) -> str:
+def nearest_key(path: str, known: Sequence[str]) -> str:
     """Return the known keys whose last part is nearest to that of an unknown one, as a question."""
     section, _, name = path.rpartition(".")
     leaves = {key: key.rpartition(".")[2] for key in known}
-    close = difflib.get_close_matches(name, sorted(set(leaves.values())), n=1)
-    found = [key for key, leaf in leaves.items() if leaf in close]
+    meant = nearest(name, leaves.values())
+    found = [key for key, leaf in leaves.items() if leaf == meant]
     here = [key for key in found if key.rpartition(".")[0] == section]
     return f"; did you mean {' or '.join(here or found)}?" if found else ""

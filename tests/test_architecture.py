@@ -42,7 +42,8 @@ def words_of(*documents: str) -> Iterator[str]:
 
 
 def named_in_documents(pattern: str) -> set[str]:
-    code = words_of("README.md", "ARCHITECTURE.md")
+    pages = [f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")]
+    code = words_of("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *pages)
     return {name for words in code for name in re.findall(pattern, words, re.MULTILINE)}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from planners import candidates
 from planners.errors import ConfigError
 from planners.plan import MethodSpec, Option
+from planners.spelling import did_you_mean
 
 
 def available() -> tuple[str, ...]:
@@ -21,11 +22,28 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
+def require(name: str, *, where: str = "method") -> None:
+    """See that there is a method of that name, importing none.
+
+    Args:
+        name: of the method.
+        where: it was given, for the message.
+
+    Raises:
+        ConfigError: there is no such method; the message has the nearest, the hint all.
+    """
+    if name not in available():
+        raise ConfigError(
+            f"{where}: unknown method {name!r}{did_you_mean(name, available())}",
+            hint=f"there are: {', '.join(available())}",
+        )
+
+
 def spec(name: str) -> MethodSpec:
     """Return what the planners may know of a method.
 
     Raises:
-        ConfigError: there is no such method; the message lists those there are.
+        ConfigError: there is no such method.
     """
     found: MethodSpec = _module(name).SPEC
     return found
@@ -42,12 +60,8 @@ def chosen(name: str, options: Mapping[str, Option]) -> MethodSpec:
         ConfigError: there is no such method, or one of them cannot compete with it.
     """
     own, joining = spec(name), candidates.others(name, options)
-    unknown = [other for other in joining if other not in available()]
-    if unknown:
-        raise ConfigError(
-            f"options.{candidates.NAME}: unknown method {unknown[0]!r}; available: "
-            f"{', '.join(available())}"
-        )
+    for other in joining:
+        require(other, where=f"options.{candidates.NAME}")
     return candidates.pooled(own, options, [spec(n) for n in joining]) if joining else own
 
 
@@ -55,12 +69,11 @@ def load(name: str) -> Any:
     """Return the tensor functions of a method.
 
     Raises:
-        ConfigError: there is no such method; the message lists those there are.
+        ConfigError: there is no such method.
     """
     return _module(name).METHOD
 
 
 def _module(name: str) -> Any:
-    if name not in available():
-        raise ConfigError(f"unknown method {name!r}; available: {', '.join(available())}")
+    require(name)
     return import_module(f"actors.methods.{name}")

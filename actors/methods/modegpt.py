@@ -42,6 +42,7 @@ from planners.plan import (
     Target,
 )
 from planners.refit import OPTION as REFIT
+from planners.spelling import did_you_mean
 
 Weights = Mapping[str, Tensor]
 MODULES = ("mlp", "qk", "vo")
@@ -287,7 +288,10 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     del shape
     unknown = set(_modules(options)) - set(MODULES)
     if unknown:
-        return f"modules has {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}"
+        return (
+            f"modules has {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}"
+            + did_you_mean(min(unknown), MODULES)
+        )
     try:
         grid = shares(options)
     except ValueError:

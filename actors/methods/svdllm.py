@@ -37,6 +37,7 @@ from planners.plan import (
 )
 from planners.ranks import by_type, one_share, rank_ladder
 from planners.refit import OPTION as REFIT
+from planners.spelling import did_you_mean
 
 TAP_OF = {
     "q_proj": "attn_in",
@@ -268,7 +269,10 @@ def _joins(modules: Sequence[str]) -> dict[str, Option]:
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     del shape
     unknown = [name for name in _linears(options) if name not in LINEARS]
-    return f"modules has {', '.join(unknown)}; known: {', '.join(LINEARS)}" if unknown else ""
+    if not unknown:
+        return ""
+    said = f"modules has {', '.join(unknown)}; known: {', '.join(LINEARS)}"
+    return said + did_you_mean(unknown[0], LINEARS)
 
 
 SPEC = MethodSpec(

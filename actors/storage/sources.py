@@ -1,6 +1,5 @@
 """Where a model comes from: a folder, an object store, the package itself, or the Hub."""
 
-import difflib
 import errno
 import hashlib
 import os
@@ -14,6 +13,7 @@ import huggingface_hub as hub  # its parts are imported when first used
 from huggingface_hub import constants, errors
 
 from planners.errors import CompressionError, ModelError, StorageError
+from planners.spelling import did_you_mean
 
 EMBEDDED = "tiny"
 HUB_ALIASES: Mapping[str, str] = {
@@ -85,10 +85,8 @@ def resolve_model(name: str) -> ModelSource:
         return _local_model(name)
     if _HUB_ID.fullmatch(label):
         return _download(label, revision=revision, name=label.rpartition("/")[2])
-    nearest = difflib.get_close_matches(label.lower(), ALIASES, n=1)
     raise ModelError(
-        f"model {name!r}: no such directory or alias"
-        + (f"; did you mean {nearest[0]}?" if nearest else ""),
+        f"model {name!r}: no such directory or alias{did_you_mean(label, ALIASES)}",
         hint=f"a directory with a config.json, a Hub id org/name, or one of: {', '.join(ALIASES)}",
     )
 

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 
 from actors.storage.quoting import said, shown
 from planners.errors import DataError
+from planners.spelling import did_you_mean
 
+NAMED = ("stdlib", "wikitext2", "embedded")  # the last is tokens, and read as such
 SPLITS = ("train", "calibration", "evaluation")
 MAX_PIECE = 2_000_000  # characters of a text that are handled at a time
 
@@ -78,7 +80,7 @@ def _open_source(source: str, split: str) -> Iterator[str]:
     if reader is None:
         what = "is a file of another kind" if path.is_file() else "is no source of text"
         raise DataError(
-            f"{shown(source)} {what}",
+            f"{shown(source)} {what}" + did_you_mean(source, NAMED),
             hint=f"stdlib, wikitext2, or the path of a file ending in {', '.join(_FILE_READERS)}",
         )
     require_file(path, hint="give the path of an existing local file")

@@ -1,6 +1,5 @@
 """Node types: the head stays and does no work, the workers are spot and go away when idle."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from orchestrator.clusters.document import ClusterFile, Finding, Key, Level, mapping
+from planners.spelling import nearest
 
 MAX_IDLE_MINUTES = 30
 CLOUDS = ("aws", "gcp")
@@ -234,7 +234,7 @@ def _against(
 
 
 def _unknown(file: ClusterFile, key: Key, known: Any) -> Finding:
-    near = difflib.get_close_matches(str(key[-1]), list(known), n=1)
-    fix = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    near = nearest(str(key[-1]), known)
+    fix = f"did you mean {near}?" if near else f"known here: {', '.join(known)}"
     why = "the cloud has no such setting; Ray does not look, and the first machine fails"
     return file.finding("error", key, why, fix)

@@ -15,6 +15,7 @@ from orchestrator.report.numbers import (
     number,
     percent,
     quotient,
+    seconds_text,
     short_count,
     times,
 )
@@ -146,6 +147,31 @@ def comparisons(report: Document) -> tuple[Comparison, ...]:
     return tuple(row for row in found if row is not None)
 
 
+def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
+    """Return the results of two runs, one in the place of before and the other in that of after.
+
+    Speeds are those relative to each run's own dense model: the runs were timed at other times.
+    What neither has is left out.
+    """
+
+    def pair(value: Callable[[Document], Any]) -> tuple[Any, Any]:
+        return value(a), value(b)
+
+    found = [
+        _compare("kept", pair(keep_fraction), percent),
+        _compare("parameters", pair(lambda r: section(r, "parameters").get("after")), count),
+        _compare("checkpoint", pair(lambda r: section(r, "bytes").get("after")), bytes_text),
+        _compare("perplexity", pair(lambda r: _perplexity(r, "compressed")), decimal),
+        _compare("  of the dense model", pair(lambda r: _perplexity(r, "dense")), decimal),
+        _compare(
+            "prefill, to dense", pair(lambda r: _speed(r, "prefill_tokens_per_second")), times
+        ),
+        _compare("decode, to dense", pair(lambda r: _speed(r, "decode_tokens_per_second")), times),
+        _compare("took", pair(lambda r: section(r, "seconds").get("total")), seconds_text),
+    ]
+    return tuple(row for row in found if row is not None)
+
+
 def tiles(report: Document) -> tuple[Comparison, ...]:
     """Return the few measures that stand at the top of the page."""
     return tuple(row for row in comparisons(report) if row.name in _TILES)
@@ -220,10 +246,10 @@ def statistics_note(report: Document) -> str:
 
 
 def throughput_note(report: Document) -> str:
-    """Return how far the rounds of the timing agree; empty where nothing is said."""
+    """Return how far the rounds of the timing agree; empty where they are not known."""
     ranges = speed_ranges(report)
     if not ranges:
-        return str(section(report, "throughput").get("throughput_note") or "")
+        return ""
     said = [f"{what} {low:.2f} to {high:.2f}\u00d7" for what, (low, high) in ranges.items()]
     noise = " A range that crosses 1 is noise." if any(map(crosses_one, ranges.values())) else ""
     return f"Speed relative to the dense model, round by round: {', '.join(said)}.{noise}"
@@ -251,6 +277,10 @@ def loading_code(report: Document) -> str:
         'inputs = tokenizer("def main", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))\n"
     )
+
+
+def _perplexity(report: Document, side: str) -> Any:
+    return section(report, "evaluation", side).get("perplexity")
 
 
 def _speed(report: Document, key: str) -> float | None:

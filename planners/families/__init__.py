@@ -5,6 +5,7 @@ from importlib import import_module
 
 from planners.errors import ModelError
 from planners.families._base import Family
+from planners.spelling import did_you_mean
 
 
 def available() -> tuple[str, ...]:
@@ -29,5 +30,8 @@ def family_of(model_type: str) -> Family:
     for family in families:
         if model_type in family.model_types:
             return family
-    known = ", ".join(sorted(t for family in families for t in family.model_types))
-    raise ModelError(f"model_type {model_type!r} is not supported; supported: {known}")
+    known = sorted(t for family in families for t in family.model_types)
+    raise ModelError(
+        f"model_type {model_type!r} is not supported; supported: {', '.join(known)}"
+        + did_you_mean(model_type, known)
+    )

@@ -181,3 +181,18 @@ def test_the_installed_command_says_the_same(given, model):
     message = f"{model}/model.safetensors: 0 bytes are too few for a safetensors file"
     assert (done.returncode, error["class"], error["message"]) == (3, "ModelError", message)
     assert done.stderr.endswith(f"ModelError: {message}\n")
+
+
+def test_a_path_is_called_what_the_user_calls_it(refused, tmp_path):
+    (tmp_path / "results").mkdir()
+    refused(["report", "results"], 6, "results: has no finished run", "status results says")
+    refused(["report", tmp_path / "results"], 6, f"{tmp_path}/results: has no finished run")
+    said = command_line(["report", "results"], folder=tmp_path)
+    assert str(tmp_path) not in said.stderr
+
+
+def test_a_recipe_and_a_batch_are_told_apart(refused, tmp_path):
+    (tmp_path / "many.yaml").write_text("out: x\nruns: [{model: tiny}]\n")
+    refused(["run", "-r", "many.yaml"], 2, "is a batch file", "compress-cluster batch many.yaml")
+    (tmp_path / "one.yaml").write_text("model: tiny\nout: x\n")
+    refused(["batch", "one.yaml"], 2, "one.yaml: is a recipe", "compress-cluster run -r one.yaml")

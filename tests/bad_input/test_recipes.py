@@ -101,7 +101,10 @@ WRONG = {
     ),
     "choice a flag": ("options: {rotation: true}", "options.rotation: is True"),
     "flag a number": ("options: {slice_head: 2}", "options.slice_head: is 2; it must be true or"),
-    "method unknown": ("method: slicegtp", "unknown method 'slicegtp'; available: "),
+    "method unknown": (
+        "method: slicegtp",
+        "method: unknown method 'slicegtp'; did you mean slicegpt?; there are: modegpt",
+    ),
     "method a path": ("method: ../slicegpt", "unknown method '../slicegpt'"),
     "method a module": ("method: __init__", "unknown method '__init__'"),
 }

@@ -20,7 +20,7 @@ class Finished:
     stderr: str
 
 
-def in_new_process(function, *arguments):
+def in_new_process(function, *arguments, seconds=_SECONDS):
     """Call a function in a process forked from one that has imported everything; return its code.
 
     What transformers registers as it loads code of a model stays for the life of a process.
@@ -29,15 +29,15 @@ def in_new_process(function, *arguments):
     processes.set_forkserver_preload(["orchestrator.cli", "orchestrator.screens"])
     process = processes.Process(target=function, args=arguments)
     process.start()
-    process.join(_SECONDS)
+    process.join(seconds)
     process.kill()
     return process.exitcode
 
 
-def command_line(arguments, *, folder, environment=()):
+def command_line(arguments, *, folder, environment=(), seconds=_SECONDS):
     """Run ``compress-cluster`` in a folder, where what it prints is kept too."""
     words = [str(argument) for argument in arguments]
-    exit_code = in_new_process(_invoke, words, folder, dict(environment))
+    exit_code = in_new_process(_invoke, words, folder, dict(environment), seconds=seconds)
     stdout, stderr = ((folder / name).read_text() for name in PRINTED)
     return Finished(exit_code, stdout, stderr)
 

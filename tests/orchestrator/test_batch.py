@@ -1,5 +1,6 @@
 """Many runs as one: one calibration for what shares model and text, a budget, a table, a resume."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from actors.storage.files import Directory
 from orchestrator import batch as batches
 from orchestrator.batch import Budget, Spent, do_batch, read_batch
 from orchestrator.batch_screen import batch as batch_command
+from orchestrator.cli import main
+from orchestrator.cluster import ClusterFacts
 from orchestrator.executors import LocalExecutor
 from orchestrator.journal import read_events
 from orchestrator.run import run_on
@@ -30,7 +33,7 @@ def models(tmp_path_factory):
 def in_process(monkeypatch):
     """Do each run in this process, on the same path but for Ray."""
 
-    def run_here(prepared, *, listener):
+    def run_here(prepared, *, listener, **_):
         open_run(prepared)
         return run_on(prepared, LocalExecutor(), listener=listener)
 
@@ -98,6 +101,51 @@ def test_two_models_at_three_sizes_take_two_calibrations_and_give_the_bytes_of_r
     ]
 
 
+def test_a_dry_run_says_what_the_runs_come_to_and_that_only_one_of_them_calibrates(
+    models, tmp_path, capsys
+):
+    runs = [entry_of(models[0], keep_fraction=[0.9, 0.8], method="modegpt")]
+    budget = {"hours": 1, "price_per_worker_hour": 2.0}
+    path = write(tmp_path, runs, budget=budget)
+    main(["batch", path, "--dry-run", "--json"])
+    first, second = (run["expected"] for run in json.loads(capsys.readouterr().out)["runs"])
+    assert first["flops"]["calibrate"] > 0
+    assert not second["flops"].get("calibrate")
+    assert first["money"]["p50"] == pytest.approx(first["seconds"]["p50"] / 3600 * 2)
+    main(["batch", path, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "2 runs are left: about " in said
+    assert " of money" in said
+
+
+@pytest.mark.parametrize(("budget", "asked"), [({"hours": 1}, 1), ({"money": 5}, 0)])
+def test_a_batch_is_asked_about_once_unless_its_budget_is_the_answer(
+    models, tmp_path, monkeypatch, capsys, budget, asked
+):
+    runs = [entry_of(models[0], keep_fraction=[0.9, 0.8], method="modegpt", address="10.0.0.1:1")]
+    path = write(tmp_path, runs, budget={**budget, "price_per_worker_hour": 2.0})
+    visited = []
+
+    @contextlib.contextmanager
+    def connected(address, **_):
+        visited.append(address)
+        yield ClusterFacts(
+            address=address, num_nodes=1, cpus=8.0, gpus=0.0, spot=False, dashboard=""
+        )
+
+    monkeypatch.setattr("orchestrator.consent.connected", connected)
+    monkeypatch.setattr("orchestrator.batch_screen.do_batch", lambda *_, **__: [])
+    if asked:
+        with pytest.raises(SystemExit) as refused:
+            main(["batch", path])
+        assert refused.value.code == 2
+        assert "may cost money (2 runs are left: about " in capsys.readouterr().err
+        main(["batch", path, "--yes"])
+    else:
+        main(["batch", path])
+    assert set(visited) == {"10.0.0.1:1"}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_budget_stops_in_the_middle_and_a_larger_one_goes_on(models, tmp_path):
@@ -120,7 +168,7 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(models, tmp_path, mo
     path = write(tmp_path, [entry_of(models[0], slice=[0.25, 0.5], method="slicegpt")])
     well, broken = batches.run, []
 
-    def fails_once(prepared, *, listener):
+    def fails_once(prepared, *, listener, **_):
         if prepared.config.slice == 0.25 and not broken:
             broken.append(True)
             raise ModelError("layer 1 is not finite")
@@ -128,11 +176,11 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(models, tmp_path, mo
 
     monkeypatch.setattr(batches, "run", fails_once)
     with pytest.raises(CompressionError, match="1 of 2 runs failed"):
-        batch_command(path, dry_run=False, json_=True)
+        batch_command(path, dry_run=False, yes=False, json_=True)
     table = json.loads(capsys.readouterr().out)["runs"]
     assert [row["state"] for row in table] == ["failed", "READY"]
     assert table[0]["error"] == "ModelError: layer 1 is not finite"
-    batch_command(path, dry_run=False, json_=True)
+    batch_command(path, dry_run=False, yes=False, json_=True)
     table = json.loads(capsys.readouterr().out)["runs"]
     assert [row["state"] for row in table] == ["READY", "READY"]
     assert table[0]["calibration"] == "one-slicegpt-slice0.5"

@@ -201,7 +201,7 @@ def test_a_step_that_does_not_fit_is_named_with_what_would():
 
 @pytest.mark.slow
 def test_a_batch_takes_entries_of_several_steps(model, tmp_path, monkeypatch):
-    def run_here(prepared, *, listener):
+    def run_here(prepared, *, listener, **_):
         open_run(prepared)
         return run_on(prepared, LocalExecutor(), listener=listener)
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from actors.storage.files import Directory
-from orchestrator import looks
+from orchestrator import diff_screen
 from orchestrator.cli import cli
 from orchestrator.executors import LocalExecutor
 from orchestrator.prepare import prepare
@@ -121,19 +121,38 @@ def test_two_runs_are_told_apart_by_recipe_layers_and_evaluation(model, finished
     assert "evaluation.dense.perplexity" not in evaluation
     page = told("diff", finished, other)
     assert "keep_fraction" in page
-    assert "data the same" in page
+    assert "data      the same" in page
+    assert "layer 0." not in page
+    assert "perplexity" in page
+    assert len(page.splitlines()) <= 24
+    everything = told("diff", finished, other, "--details")
+    assert "layer 0.widths.intermediate" in everything
+
+
+def test_of_two_methods_the_options_of_one_alone_are_only_named(model, finished, tmp_path):
+    other = tmp_path / "other"
+    run_local(model, other, method="svdllm", keep_fraction=0.8)
+    page = told("diff", finished, other)
+    assert "options that only the method of A has: " in page
+    assert "allocation  " not in page
+    assert "not finished" not in page
+    assert page.count("READY") == 2
+    (other / "READY").unlink()
+    page = told("diff", finished, other)
+    assert "B UNFINISHED" in page
+    assert "not finished" in page
 
 
 def test_a_run_does_not_differ_from_itself_and_what_is_no_run_is_refused(finished, tmp_path):
     found = json.loads(told("diff", finished, finished, "--json"))
     assert all(not rows for name, rows in found.items() if name not in "ab")
     with pytest.raises(StorageError, match="no run here"):
-        looks.diff(str(finished), str(tmp_path / "nothing"), json_=True)
+        diff_screen.diff(str(finished), str(tmp_path / "nothing"), details=False, json_=True)
 
 
 def test_commands_that_look_import_neither_torch_nor_ray():
     code = (
-        "import sys, orchestrator.cli, orchestrator.looks;"
+        "import sys, orchestrator.cli, orchestrator.looks, orchestrator.diff_screen;"
         "print([m for m in ('torch', 'ray', 'transformers', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

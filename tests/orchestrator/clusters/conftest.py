@@ -1,81 +1,16 @@
-"""A cluster with its dashboard, job API and token, as `ray up` leaves one."""
+"""One cluster with its token for all tests of jobs."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.live import LiveCluster
+from tests.live import live_cluster as started
+
 TOKEN = "0123456789abcdef" * 4
-START = """
-import pathlib, sys, ray
-from orchestrator.cluster import HEALTH_CHECK
-context = ray.init(
-    address="local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1",
-    dashboard_port=int(sys.argv[1]), object_store_memory=200 * 2**20, log_to_driver=False,
-    _metrics_export_port=int(sys.argv[2]), _temp_dir=sys.argv[3],
-    _system_config={**HEALTH_CHECK, "metrics_report_interval_ms": 1000},
-)
-address = context.address_info["gcs_address"]
-# As `ray start` does: jobs look there for their cluster, and would take any other of this machine.
-pathlib.Path(sys.argv[3], "ray_current_cluster").write_text(address)
-print("up", address, flush=True)
-sys.stdin.read()
-"""
-
-
-@dataclass(frozen=True)
-class LiveCluster:
-    """Where it listens, and the home directory that has its token."""
-
-    url: str
-    gcs_address: str
-    metrics_port: int
-    home: Path
-    pid: int
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
 def live_cluster(tmp_path_factory) -> Iterator[LiveCluster]:
-    home = tmp_path_factory.mktemp("home")
-    (home / ".ray").mkdir()
-    (home / ".ray" / "auth_token").write_text(TOKEN)
-    (home / ".ray" / "auth_token").chmod(0o644)  # as Ray writes it
-    dashboard, metrics = free_port(), free_port()
-    env = {
-        **os.environ,
-        "HOME": str(home),
-        "RAY_AUTH_MODE": "token",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    folder = tempfile.mkdtemp(prefix="cc-")  # short: Ray makes sockets below it
-    command = [sys.executable, "-c", START, str(dashboard), str(metrics), folder]
-    with subprocess.Popen(
-        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        said = process.stdout.readline().split()
-        assert said[:1] == ["up"], "the cluster did not start"
-        yield LiveCluster(
-            url=f"http://127.0.0.1:{dashboard}",
-            gcs_address=said[1],
-            metrics_port=metrics,
-            home=home,
-            pid=process.pid,
-        )
-        process.stdin.close()  # it shuts its Ray down
-        process.wait(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
+    with started(tmp_path_factory.mktemp("home"), token=TOKEN) as cluster:
+        yield cluster

@@ -59,7 +59,7 @@ def test_a_driver_that_is_killed_is_started_again_and_the_run_is_found_by_its_di
     model, at_home, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    main(["submit", *options_of(model, out, at_home), "--keep-alive", "1"])
+    main(["submit", *options_of(model, out, at_home), "--keep-alive", "1", "--price", "2.5"])
     assert "goes on without this terminal" in capsys.readouterr().out
     with pytest.raises(SystemExit) as refused:
         main(["submit", *options_of(model, out, at_home)])
@@ -73,6 +73,7 @@ def test_a_driver_that_is_killed_is_started_again_and_the_run_is_found_by_its_di
     said = capsys.readouterr().out
     assert "the driver was killed by SIGKILL; try 2 of 2 begins" in said
     assert (out / "READY").exists()
+    assert json.loads((out / "plan.json").read_text())["forecast"]["price_per_hour"] == 2.5
     second = read_records(run)
     assert len(second) > 10
 

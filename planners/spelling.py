@@ -1,0 +1,20 @@
+"""A word that was mistyped, and the one that was meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that is spelt most like another, or an empty text where none is near.
+
+    Case does not count: ``SliceGPT`` is near ``slicegpt``.
+    """
+    spelt = {each.lower(): each for each in sorted(known)}
+    close = difflib.get_close_matches(word.lower(), spelt, n=1)
+    return spelt[close[0]] if close else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean X?`` for the end of a message, or nothing where no word is near."""
+    found = nearest(word, known)
+    return f"; did you mean {found}?" if found else ""
