@@ -9,9 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 
 SAMPLE_SECONDS = 0.02
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BLOCK = 2**26  # bytes of the largest block that is kept
-GIVEN_BACK_BLOCK = 2**20
 _STATUS = Path("/proc/self/status")
 
 
@@ -34,20 +31,6 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
     if trim is not None:
         trim(0)
-
-
-def keep_freed(*, keep: bool) -> None:
-    """Have the allocator keep freed memory for what asks next, or give it back to the system.
-
-    The activations of a pass are freed and asked for again at every step. glibc gives each block
-    above 32 MiB back, and the system clears its pages anew: a tenth of the time of a pass on a CPU.
-    Larger blocks than `KEPT_BLOCK` are given back even so: clearing their pages costs little beside
-    what is computed with them. Systems without glibc's ``mallopt`` do as they do.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK if keep else GIVEN_BACK_BLOCK)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2 * GIVEN_BACK_BLOCK)
 
 
 class PeakMemory:

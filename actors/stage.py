@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from actors.memory import PeakMemory, give_back, keep_freed
+from actors.memory import PeakMemory, give_back
 from actors.messages import (
     Assignment,
     CompressionJob,
@@ -79,7 +79,6 @@ class Stage:
         """
         started = time.monotonic()
         self.drop()
-        keep_freed(keep=self._setup.device == "cpu")
         checkpoint = Checkpoint(assignment.checkpoint_uri)
         dtype = getattr(torch, assignment.dtype)
         device = self._setup.device
@@ -120,7 +119,6 @@ class Stage:
         self._skeleton = None  # it has the modules that were filled, and with them the weights
         self._embedding = self._head = self._norm = None
         self._next, self._saved = {}, {}
-        keep_freed(keep=False)
         give_back()
 
     @torch.inference_mode()
@@ -213,7 +211,6 @@ class Stage:
         started, begun = time.time(), time.monotonic()
         if self._layers:
             self.drop()
-        give_back()  # what the unit before has freed would stand beside this one
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,

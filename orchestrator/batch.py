@@ -21,6 +21,7 @@ from orchestrator.prepare import Prepared, prepare
 from orchestrator.recipe_file import load_config
 from orchestrator.run import run
 from orchestrator.rundir import finished_report
+from orchestrator.wording import printable
 from planners.errors import CompressionError, ConfigError
 from planners.plan import Target
 from planners.spelling import did_you_mean
@@ -148,11 +149,11 @@ def read_batch(path: str) -> Batch:
         CompressionError: a run cannot be done; the message says which entry it is from.
     """
     file = _mapping_of(path)
-    unknown = set(file) - set(KEYS)
-    if unknown:
+    unknown = min((str(key) for key in file if key not in KEYS), default=None)
+    if unknown is not None:
         raise ConfigError(
-            f"{path}: {min(unknown)}: unknown key; known: {', '.join(KEYS)}"
-            + did_you_mean(str(min(unknown)), KEYS),
+            f"{path}: {printable(unknown)}: unknown key; known: {', '.join(KEYS)}"
+            + did_you_mean(unknown, KEYS),
             hint="compress-cluster batch --help shows a file",
         )
     if not isinstance(file.get("out"), str) or not file["out"]:

@@ -120,7 +120,7 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) ->
         expected = f"a mapping with keys of: {', '.join(SECTIONS[path].model_fields)}"
     said = f"{path}: is {short(error['input'])}; it must be {expected}"
     words = re.findall(r"'(\w+)'", str(error["ctx"]["expected"])) if kind == "literal_error" else []
-    return said + did_you_mean(str(error["input"]), words)
+    return said + did_you_mean(error["input"], words)
 
 
 def _step_of(loc: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:

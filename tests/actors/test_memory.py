@@ -1,18 +1,13 @@
 """Peak memory: a spike between two questions is seen, and nothing is left running."""
 
-import ctypes
 import mmap
-import resource
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
-import torch
 
-from actors.memory import PeakMemory, keep_freed
+from actors.memory import PeakMemory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is anonymous")
 MIB = 2**20
@@ -48,22 +43,3 @@ def test_the_watching_ends_with_its_owner():
     for thread in started:
         thread.join(timeout=10)
         assert not thread.is_alive()
-
-
-def faults_of_steps(keep):
-    """Return the pages that the system cleared while memory was freed and asked for again."""
-    keep_freed(keep=keep)
-    for _ in range(10):  # glibc does not find its own freed blocks at once where they are aligned
-        torch.empty(2**23).fill_(1.0)  # 32 MiB
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.empty(2**23).fill_(1.0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="an allocator of its own")
-def test_freed_memory_is_kept_or_given_back_as_told():
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        kept, given_back = (pool.submit(faults_of_steps, keep).result() for keep in (True, False))
-    assert given_back >= 10  # each time, whatever the size of a page
-    assert kept < given_back / 5
