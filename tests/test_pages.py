@@ -59,7 +59,7 @@ NOT_EXECUTED = {
     "make nightly": OF_THE_TESTS,
     ".venv/bin/pytest --hypothesis-profile nightly": (
         "this test is a part of it",
-        f"cd {ROOT} && pytest --hypothesis-profile nightly --collect-only -q tests/planners/test_spelling.py",
+        f"cd {ROOT}/tests/planners && pytest --hypothesis-profile nightly --co -q test_spelling.py",
     ),
     "pip install -c constraints.txt .": (
         "it downloads torch and Ray",
