@@ -117,18 +117,23 @@ def _others(turns: Round) -> float:
 
 
 class _Usage:
-    """Processor seconds until now: of the machine, and of this process and those it started."""
+    """Processor seconds until now: of the machine, and of this process and those it started.
+
+    Those that have ended count too: a turn is often a process of its own, gone when it is looked at.
+    """
 
     def __init__(self) -> None:
         self._at = time.monotonic()
         self._busy = _busy_seconds()
-        self.own = time.process_time()
-        for process in psutil.Process().children(recursive=True):
+        this = psutil.Process()
+        self.own = 0.0
+        for process in (this, *this.children(recursive=True)):
             try:
                 times = process.cpu_times()
             except psutil.NoSuchProcess:
                 continue
-            self.own += times.user + times.system
+            ended = times.children_user + times.children_system
+            self.own += times.user + times.system + ended
 
     def others_since(self, before: "_Usage") -> float:
         """Return the share of all cores that was neither idle nor ours; 0 where unknown."""
