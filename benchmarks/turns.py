@@ -119,7 +119,7 @@ def _others(turns: Round) -> float:
 class _Usage:
     """Processor seconds until now: of the machine, and of this process and those it started.
 
-    Those that have ended count too: a turn is often a process of its own, gone when it is looked at.
+    Those that have ended count too: a turn is often a process of its own, and is gone by then.
     """
 
     def __init__(self) -> None:
