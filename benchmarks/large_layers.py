@@ -5,7 +5,7 @@ bfloat16 weights, go through calibration and compression with each method, one l
 time, in the memory that the plan states: the FFN's 6.6 GB gram is packed, mapped, and factored in
 place. The plan's bytes are within 10 % of the peak, and the seconds of its phases, from a sample
 timed before (`plan --measure`), within 25 % of the measured. The same script with ``--shrink`` does
-the same at a fraction of the widths.
+the same at a fraction of the widths. What a method took is kept in a ``--folder``, if one is given.
 
     .venv/bin/python benchmarks/large_layers.py [--shrink N] [--methods a,b] [--folder DIR]
 """
@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from plan_truth import BYTES_GOAL, LONG, PHASES, SECONDS_GOAL
 from result_file import Goal, Result, load_average, report, table
-from shaped import VOCABULARY, config_of, gib, run_apart, run_here, write_checkpoint, write_tokens
+from shaped import (
+    VOCABULARY,
+    config_of,
+    gib,
+    layer_by_layer,
+    run_apart,
+    run_here,
+    write_checkpoint,
+    write_tokens,
+)
 
 from orchestrator.forecast import Terms, forecast_of
 from orchestrator.prepare import prepare
@@ -39,7 +48,8 @@ METHOD = """\
 Each method has a process of its own with one worker in it: the path of `compress-cluster run` up to
 verification, in bfloat16, on a local directory. Memory is anonymous
 memory above what the imports took, sampled every 20 ms; mapped files do not count. Driver and
-worker are one process here. The bound on memory is such that the plan has one layer in a wave. The
+worker are one process here. Memory is bounded to the least that the plan accepts, and each layer is
+told to be a wave of its own, though two may fit in what a factorisation takes afterwards. The
 planned seconds are those of `plan --measure`, which times a sample for a few minutes before, of
 smaller widths where a whole layer takes longer."""
 
@@ -60,15 +70,27 @@ def measured(method: str, folder: Path, *, threads: int, statistics_dtype: str) 
             "device": "cpu",
             "threads": threads,
         }
-        recipe["worker_gib"] = one_layer_gib(recipe)
-        expected = forecast_of(prepare(load_config(None, recipe)), Terms(measure=True)).to_json()
+        recipe["worker_gib"] = least_gib(recipe)
+        expected = forecast_of(layer_by_layer(recipe), Terms(measure=True)).to_json()
         found = run_apart(Path(__file__), recipe)
         found["forecast"] = expected
     print(f"{method}: {found['peak_bytes']:,} bytes of {found['planned_bytes']:,} planned")
     return found
 
 
-def one_layer_gib(recipe: Mapping[str, Any]) -> float:
+def _kept(method: str, folder: Path, *, given: argparse.Namespace) -> dict[str, Any]:
+    """Return what was found of a method in this folder, now or before: each takes long."""
+    path = folder / f"{method}.json"
+    if not path.exists():
+        found = measured(
+            method, folder, threads=given.threads, statistics_dtype=given.statistics_dtype
+        )
+        path.write_text(json.dumps(found))
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
+
+
+def least_gib(recipe: Mapping[str, Any]) -> float:
     """Return the least memory that a worker can be planned with, to a thousandth."""
     low, high = 0.0, 1000.0
     while high - low > high / 1000:
@@ -110,12 +132,7 @@ def main() -> None:
                 sequence_length=LENGTH,
                 vocabulary=VOCABULARY,
             )
-        found = {
-            method: measured(
-                method, folder, threads=given.threads, statistics_dtype=given.statistics_dtype
-            )
-            for method in given.methods.split(",")
-        }
+        found = {method: _kept(method, folder, given=given) for method in given.methods.split(",")}
     _report(config, found, given, load=load)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from actors.storage.checkpoint import INDEX, Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from orchestrator.executors import LocalExecutor
-from orchestrator.prepare import prepare
+from orchestrator.prepare import Prepared, prepare
 from orchestrator.recipe_file import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir import check_run, open_run
@@ -93,13 +94,25 @@ class MeasuredError(Exception):
     """The run has come to its verification, to which it is measured."""
 
 
+def layer_by_layer(recipe: Mapping[str, Any]) -> Prepared:
+    """Return a run whose plan has each layer in a wave of its own, though more may fit."""
+    prepared = prepare(load_config(None, recipe))
+    plan = prepared.plan
+    stage, count = plan.waves[0][0], plan.shape.num_layers
+    waves = tuple(
+        (replace(stage, first=i, last=i + 1, embedding=i == 0, head=i == count - 1),)
+        for i in range(count)
+    )
+    return replace(prepared, plan=replace(plan, waves=waves))
+
+
 def run_here(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a run, or what is left of it, in this process; return its memory and its seconds.
+    """Do a run `layer_by_layer`, or what is left of it, here; return its memory and its seconds.
 
     Driver and worker are one process here, so the peak is of both.
     """
     peak = PeakMemory()  # everything is imported by now
-    prepared = prepare(load_config(None, recipe))
+    prepared = layer_by_layer(recipe)
     if not check_run(prepared):
         open_run(prepared)
     begun, seconds, peaks = time.perf_counter(), {}, {}
