@@ -43,7 +43,7 @@ class Evaluator:
         """Take the threads and the device; nothing is loaded yet."""
         torch.set_num_threads(threads)
         self._device = device
-        self._peak = PeakMemory()
+        self._peak = PeakMemory(device)
 
     @torch.inference_mode()
     def verify(self, unit: str, request: VerifyRequest) -> UnitDone:
@@ -68,7 +68,7 @@ class Evaluator:
                 models[name] = _loaded(stack.enter_context(local_copy(uri)), self._device)
                 _timed(models[name], request)  # so that nobody pays for the libraries' first call
             for name, model in models.items():
-                peak = PeakMemory()
+                peak = PeakMemory(self._device)
                 _timed(model, request)
                 # Weights are mapped from their files: they count in full, and what is made beside.
                 peaks[name] = _weight_bytes(model) + peak.bytes()

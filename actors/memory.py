@@ -1,4 +1,4 @@
-"""How much memory of its own this process used at its peak."""
+"""How much memory this process used at its peak: of its own, or of its device."""
 
 import ctypes
 import threading
@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
 SAMPLE_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
@@ -33,11 +34,23 @@ def give_back() -> None:
         trim(0)
 
 
-class PeakMemory:
-    """Samples anonymous memory in a thread and keeps the most it saw above where it began."""
+def _device_bytes() -> int:
+    """Return the most memory of the device that was in use since somebody last began to watch."""
+    return int(torch.cuda.max_memory_allocated())
 
-    def __init__(self) -> None:
-        self._baseline = anonymous_bytes()
+
+class PeakMemory:
+    """Samples anonymous memory in a thread and keeps the most it saw above where it began.
+
+    Where the work is done on a device, it is the device's memory.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._used = anonymous_bytes
+        if device == "cuda":
+            self._used = _device_bytes
+            torch.cuda.reset_peak_memory_stats()  # others who watch have sampled it before
+        self._baseline = self._used()
         self._peak = self._baseline
         watching = threading.Thread(
             target=_watch, args=(weakref.ref(self),), daemon=True, name="peak-memory"
@@ -46,7 +59,7 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """Return the peak above the baseline so far."""
-        self._peak = max(self._peak, anonymous_bytes())
+        self._peak = max(self._peak, self._used())
         return self._peak - self._baseline
 
 

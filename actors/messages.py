@@ -179,6 +179,17 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnDone:
+    """What a stage says after tokens have passed that it keeps the keys and values of.
+
+    Attributes:
+        held_bytes: its weights, and the most that generating took beside them.
+    """
+
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStream:
     """Calibration tokens for units that stream them through layers themselves.
 

@@ -1,9 +1,11 @@
 """The worker of one stage: a contiguous run of layers on one device."""
 
 import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from actors.memory import PeakMemory, give_back
 from actors.messages import (
@@ -16,6 +18,7 @@ from actors.messages import (
     SaveDone,
     StepDone,
     Summing,
+    TurnDone,
     UnitDone,
     UnitTask,
     WorkerSetup,
@@ -40,6 +43,21 @@ from planners.units import layer_statistics
 PARTIAL = "partial"  # the folder of partial sums in a run
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What a stage keeps of sequences that are being generated.
+
+    Attributes:
+        cache: keys and values of its layers, under their numbers in the model.
+        peak: of memory, since the first prompt.
+        weight_bytes: of what it holds.
+    """
+
+    peak: PeakMemory
+    weight_bytes: int
+    cache: DynamicCache = field(default_factory=DynamicCache)
+
+
 class Stage:
     """Holds layers, passes microbatches through them, and does units of work.
 
@@ -50,7 +68,7 @@ class Stage:
         """Take the threads and the device of the setup; no layer is loaded yet."""
         torch.set_num_threads(setup.threads)
         self._setup = setup
-        self._peak = PeakMemory()
+        self._peak = PeakMemory(setup.device)
         self._layers: dict[int, nn.Module] = {}
         self._skeleton: Skeleton | None = None
         self._statistics: dict[int, LayerStatistics] = {}
@@ -60,6 +78,7 @@ class Stage:
         self._embedding: Tensor | None = None
         self._head: Tensor | None = None
         self._norm: nn.Module | None = None
+        self._generated: Generated | None = None
 
     def __repr__(self) -> str:
         """Return what Ray's dashboard and log prefixes show."""
@@ -119,6 +138,7 @@ class Stage:
         self._skeleton = None  # it has the modules that were filled, and with them the weights
         self._embedding = self._head = self._norm = None
         self._next, self._saved = {}, {}
+        self._generated = None
         give_back()
 
     @torch.inference_mode()
@@ -154,6 +174,46 @@ class Stage:
             boundary=boundary,
         )
         return done, pack(hidden) if microbatch.hand_over else None
+
+    @torch.inference_mode()
+    def generate(self, packed: Packed, start: int) -> tuple[TurnDone, Packed]:
+        """Pass the next tokens of some sequences, whose keys and values so far are kept here.
+
+        Args:
+            packed: what the stage before returned; for the first stage token ids, (batch, tokens).
+            start: position of the first of them; 0 begins anew.
+
+        Returns:
+            What the next stage takes; the last stage returns the likeliest next ids, (batch, 1).
+        """
+        assert self._skeleton is not None  # it was loaded
+        if start == 0:
+            self._generated = Generated(
+                peak=PeakMemory(self._setup.device), weight_bytes=self._weight_bytes()
+            )
+        generated = self._generated
+        assert generated is not None  # a prompt comes first
+        hidden = unpack(packed, device=self._setup.device)
+        if self._embedding is not None:
+            hidden = torch.nn.functional.embedding(hidden, self._embedding)
+        angles = self._skeleton.angles(hidden, start=start)
+        for layer in self._layers.values():
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=angles,
+                past_key_values=generated.cache,
+            )
+        if self._head is not None and self._norm is not None:
+            hidden = (self._norm(hidden[:, -1:]) @ self._head.T).argmax(-1)
+        handed_on = pack(hidden)
+        return TurnDone(held_bytes=generated.weight_bytes + generated.peak.bytes()), handed_on
+
+    def _weight_bytes(self) -> int:
+        modules = [*self._layers.values(), *([] if self._norm is None else [self._norm])]
+        tensors = [t for t in (self._embedding, self._head) if t is not None]
+        tensors += [t for module in modules for t in module.parameters()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self) -> SaveDone:
         """Write the sums so far of the layers that have summed since they were last written.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,9 @@ def run_here(recipe: Mapping[str, Any]) -> dict[str, Any]:
     prepared = layer_by_layer(recipe)
     if not check_run(prepared):
         open_run(prepared)
-    begun, seconds, peaks = time.perf_counter(), {}, {}
+    begun = time.perf_counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    peaks: list[tuple[str, int]] = []
     starts: dict[str, float] = {}
 
     def listen(event: Mapping[str, Any]) -> None:
@@ -124,8 +127,8 @@ def run_here(recipe: Mapping[str, Any]) -> dict[str, Any]:
             if event["unit"] == "verify":
                 raise MeasuredError
         elif event["kind"] == "phase ends":
-            seconds[event["unit"]] = time.perf_counter() - starts[event["unit"]]
-            peaks[event["unit"]] = peak.bytes()
+            seconds[event["unit"]] += time.perf_counter() - starts[event["unit"]]
+            peaks.append((event["unit"], peak.bytes()))
 
     with contextlib.suppress(MeasuredError):
         run_on(prepared, LocalExecutor(), listener=listen)

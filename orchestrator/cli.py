@@ -222,14 +222,34 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
 @click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--batch", "batches", type=int, multiple=True, help="Batch sizes. [1 and 8]")
 @click.option("--new-tokens", default=32, show_default=True, help="Tokens generated for each.")
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads of each worker.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Over which a model goes that does not fit one.",
+)
+@click.option(
+    "--worker-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory of each. [its share of this machine, or its device]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where they generate.",
+)
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
     """Time models side by side: prefill, decode, memory."""
-    from orchestrator import screens
+    from orchestrator import bench_screen
 
     given["batches"] = given["batches"] or (1, 8)
-    screens.bench(list(directories), json_=json_, **given)
+    bench_screen.bench(directories, json_=json_, **given)
 
 
 @cli.group()

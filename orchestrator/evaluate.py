@@ -1,14 +1,14 @@
-"""Perplexity through the same stages that calibrate, and throughput in a process of its own."""
+"""Perplexity through the stages that calibrate; what a process of its own says to a request."""
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from actors.evaluator import Evaluator
-from actors.messages import Microbatch, StepDone, ThroughputRequest, UnitDone, UnitTask
+from actors.messages import Microbatch, StepDone, UnitDone, UnitTask
 from orchestrator.calibrate import assignments, boundary_name, cut
 from orchestrator.context import RunContext, WorkContext
 from orchestrator.executors import Executor, Resources, WorkerFailed, WorkerLost
@@ -16,13 +16,12 @@ from orchestrator.failures import GO_ON, POLICIES, Failures, class_of, final_err
 from orchestrator.pipeline import Pass, PassPlan, run_side_by_side
 from orchestrator.pool import PLACE_SECONDS
 from orchestrator.prepare import Prepared
-from orchestrator.subjects import EvaluationPlan, Subject
+from orchestrator.subjects import EvaluationPlan, Subject, exact_dtype
 from planners.errors import ClusterError, NumericsError
 from planners.plan import SCHEMA_VERSION, fingerprint
 from planners.units import Unit, shard_cuts
 
 EVALUATION_TOKENS = "tokens/evaluation.parquet"
-PROMPT_TOKENS, BATCH, NEW_TOKENS, ROUNDS = 128, 4, 32, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +57,7 @@ def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
         num_sequences=len(prepared.evaluation),
         microbatch_sequences=identity.microbatch_sequences,
         tokens_hash=prepared.evaluation_hash,
-        # On a CPU float32 is exact and fast; on a device the model's own dtype is what is served.
-        dtype="float32" if identity.device == "cpu" else shape.dtype,
+        dtype=exact_dtype(identity.device, shape.dtype),
         threads=identity.threads,
         device=identity.device,
     )
@@ -154,27 +152,6 @@ def _evaluation_pass(
     return Pass(
         context.pool, passing, first_slot=first_slot, on_step=on_step, on_published=on_published
     )
-
-
-def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any]:
-    """Return name -> prefill and decode tokens per second and peak bytes, measured in turn."""
-    key = {"schema": SCHEMA_VERSION, "kind": "throughput", "of": [s.identity for s in subjects]}
-    unit = Unit(name="throughput", kind="throughput", index=-1, inputs=(),
-                fingerprint=fingerprint(key))  # fmt: skip
-    if not context.ledger.todo([unit]):
-        return context.ledger.record(unit).values
-    longest = int(context.prepared.model_config.get("max_position_embeddings", 2048))
-    request = ThroughputRequest(
-        uris={s.name: s.uri for s in subjects},
-        prompt=max(1, min(PROMPT_TOKENS, longest - NEW_TOKENS)),
-        batch=BATCH,
-        new_tokens=NEW_TOKENS,
-        rounds=ROUNDS,
-    )
-    with context.phase("throughput", total=1):
-        done = run_in_fresh_process(context, unit, "throughput", request)
-        context.ledger.commit(unit, done, attempt=1)
-    return done.values
 
 
 def _say_nothing(kind: str, **fields: Any) -> None:

@@ -1,16 +1,20 @@
 """Looking at results from outside: is every byte as recorded, does it load, how fast is it."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.messages import ThroughputRequest, VerifyRequest
+from actors.messages import ThroughputRequest, VerifyRequest, WorkerSetup
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import Record, read_records, torn_records
 from orchestrator import cluster
 from orchestrator.evaluate import FreshProcess, in_fresh_process
 from orchestrator.executors import RayExecutor
+from orchestrator.journal import Event, Journal
+from orchestrator.pool import Pool
 from orchestrator.rundir import READY, REPORT, finished_report
+from orchestrator.throughput import Workers, fits_one, through_stages
 from planners.errors import StorageError
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
@@ -56,17 +60,32 @@ def verify(uri: str, *, threads: int = 1, device: str = "cpu") -> list[dict[str,
 
 
 def bench(
-    uris: Sequence[str], *, prompt: int, batches: Sequence[int], new_tokens: int, threads: int
+    uris: Sequence[str],
+    *,
+    prompt: int,
+    batches: Sequence[int],
+    new_tokens: int,
+    setup: WorkerSetup,
+    workers: Workers,
 ) -> list[dict[str, Any]]:
     """Return one row a model and batch size: prefill and decode tokens per second, peak bytes.
 
-    The models of one batch size are measured in turn in one process, so that they share whatever
-    else the machine does; medians of three rounds.
+    Where all models fit one worker they are measured in turn in one process, so that they share
+    whatever else the machine does; else each goes over as few workers as hold it, one model after
+    the other. Medians of three rounds. A model that does not fit has a row that says so.
     """
     for uri in uris:
         Checkpoint(uri)  # at the door: every one of them is a sound checkpoint
+    gpus = workers.number if setup.device == "cuda" else 0
     rows = []
-    with cluster.connected("local", num_cpus=threads, num_gpus=0, store_bytes=0):
+    with (
+        tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder,
+        cluster.connected(
+            "local", num_cpus=workers.number * setup.threads, num_gpus=gpus, store_bytes=0
+        ),
+    ):
+        executor = RayExecutor()
+        journal = Journal(Directory(folder), _nobody)
         for batch in batches:
             request = ThroughputRequest(
                 uris={uri: uri for uri in uris},
@@ -75,12 +94,25 @@ def bench(
                 new_tokens=new_tokens,
                 rounds=3,
             )
-            fresh = FreshProcess(unit=f"bench-{batch}", threads=threads, device="cpu")
-            done = in_fresh_process(RayExecutor(), fresh, "throughput", request)
+            if fits_one(request, workers):
+                fresh = FreshProcess(
+                    unit=f"bench-{batch}", threads=setup.threads, device=setup.device
+                )
+                done = in_fresh_process(executor, fresh, "throughput", request)
+            else:
+                done = through_stages(
+                    request,
+                    workers,
+                    lambda number: Pool(executor, setup, num_workers=number, journal=journal),
+                )
             for uri, measured in done.values.items():
                 assert isinstance(measured, Mapping)  # written by our own evaluator
                 rows.append({"model": uri, "batch": batch, **measured})
     return rows
+
+
+def _nobody(event: Event) -> None:
+    del event  # nobody listens to a measurement
 
 
 def check_files(run: Directory) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
 from orchestrator.method_options import chosen_methods, resolve_options, resolve_steps
 from orchestrator.prepare import Prepared
+from orchestrator.subjects import exact_dtype
 from planners.catalogue import CONFIGS
 from planners.compose import require_disjoint
 from planners.cost import dense_start
@@ -179,7 +180,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     device = devices.name if devices else "CPU"
     microbatch = min(sequences, max(1, config.calibration.microbatch_tokens // length))
     shards = min(config.calibration.shards, -(-sequences // microbatch))
-    compute_dtype = "float32" if device.upper() == "CPU" else dtype
+    compute_dtype = exact_dtype(device.lower(), dtype)
     if config.calibration_dtype != "auto":
         compute_dtype = config.calibration_dtype
     work = Workload(
@@ -187,10 +188,12 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
         sequence_length=length,
         microbatch_sequences=microbatch,
         compute_dtype=compute_dtype,
+        evaluation_dtype=exact_dtype(device.lower(), dtype),
         statistics_dtype=config.statistics_dtype,
         num_workers=workers,
         worker_bytes=memory,
         shards=shards,
+        mapped=device.upper() == "CPU" and "://" not in f"{config.out} {config.stats}",
     )
     data = Data(
         tokens=sequences * length,

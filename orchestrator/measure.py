@@ -29,7 +29,7 @@ from orchestrator.allocate import measured
 from orchestrator.calibrate import calibrate
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
-from orchestrator.evaluate import evaluate, evaluation_plan, throughput
+from orchestrator.evaluate import evaluate, evaluation_plan
 from orchestrator.executors import LocalExecutor, Resources
 from orchestrator.journal import Event, Journal
 from orchestrator.ledger import Ledger
@@ -39,6 +39,7 @@ from orchestrator.refit import refit
 from orchestrator.run import dense_subject, new_pool
 from orchestrator.rundir import open_run
 from orchestrator.stitch import stitch, stitched
+from orchestrator.throughput import throughput
 from orchestrator.verify import verify
 from planners.cost import dense_start, model_parameters
 from planners.devices import rates_of
@@ -237,7 +238,7 @@ def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) 
     layers = (*whole.layers[: num_layers - 1], whole.layers[-1])
     said = []
     if scale > 1:
-        said.append(f"widths of a {scale}th")
+        said.append(f"1/{scale} of the widths")
     if length != data.sequence_length or sequences * length != data.microbatch_tokens:
         said.append(f"microbatches of {sequences * length} tokens")
     note = f"timed on {' and '.join(said)}; larger ones follow from the operations" if said else ""

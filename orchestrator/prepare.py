@@ -16,7 +16,7 @@ from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.chain import StepInput, chained, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, Facts, RunConfig, resolved, with_tokens
 from orchestrator.method_options import chosen_methods, resolve_layer_options, resolve_steps
-from orchestrator.subjects import EvaluationPlan, Subject
+from orchestrator.subjects import EvaluationPlan, Subject, exact_dtype
 from planners.compose import require_disjoint
 from planners.cost import dense_start
 from planners.errors import ModelError
@@ -27,6 +27,7 @@ from planners.units import Identity
 
 GIB = 2**30
 MISTRAL_WINDOW = 4096
+USABLE_DEVICE = 0.9  # of a device's memory: the rest is its context and the allocator's
 USABLE = 0.8  # share of a machine's memory that its workers may plan with
 
 
@@ -169,15 +170,15 @@ def prepare(given: RunConfig) -> Prepared:
     checkpoint = Checkpoint(source.uri)
     shape = checkpoint.shape
     door.check(checkpoint)
-    device = _device(given)
+    device = chosen_device(given.device, given.address)
     facts = Facts(
         model_name=source.name,
         longest=_longest(checkpoint.config)[0],
         longest_key=_longest(checkpoint.config)[1],
         options=options,
         device=device,
-        calibration_dtype="float32" if device == "cpu" else shape.dtype,  # type: ignore[arg-type] # checked at the door
-        worker_gib=round(_machine_gib() * USABLE / given.workers, 1),
+        calibration_dtype=exact_dtype(device, shape.dtype),  # type: ignore[arg-type] # checked at the door
+        worker_gib=round(usable_gib(device, given.workers), 1),
     )
     layer_options = resolve_layer_options(specs[0], given.layer_options)
     config = resolved(given, facts).model_copy(update={"layer_options": layer_options})
@@ -192,9 +193,11 @@ def prepare(given: RunConfig) -> Prepared:
         microbatch_sequences=size,
         shards=shards,
         compute_dtype=config.calibration_dtype,
+        evaluation_dtype=exact_dtype(device, shape.dtype),
         statistics_dtype=config.statistics_dtype,
         num_workers=config.workers,
         worker_bytes=int((config.worker_gib or 0) * GIB),
+        mapped=sums_are_mapped(config),
     )
     start = dense_start(shape)
     steps = list(zip(specs, options, strict=True))
@@ -264,7 +267,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     checkpoint = Checkpoint(source.uri)
     shape = checkpoint.shape
     door.check_classes(checkpoint)
-    device = _device(given)
+    device = chosen_device(given.device, given.address)
     own = "embedded" if given.model == "tiny" else "stdlib"
     text = given.evaluation.source or own
     held = text == "embedded" or text.startswith("tokens:")
@@ -280,8 +283,8 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         seed=given.seed,
     )
     size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
-    dtype = "float32" if device == "cpu" else shape.dtype
-    worker_gib = given.worker_gib or _machine_gib() * USABLE / given.workers
+    dtype = exact_dtype(device, shape.dtype)
+    worker_gib = given.worker_gib or usable_gib(device, given.workers)
     load = load_of(shape, frozenset(), microbatch_tokens=size * ids.shape[1], compute_dtype=dtype)
     return PreparedEvaluation(
         subject=Subject(name="model", uri=source.uri, identity=checkpoint.revision),
@@ -341,15 +344,29 @@ def _longest(config: Mapping[str, Any]) -> tuple[int, str]:
     return longest, "max_position_embeddings"
 
 
-def _device(config: RunConfig) -> Literal["cpu", "cuda"]:
-    if config.device != "auto":
-        return config.device
-    if config.address != "local":
+def sums_are_mapped(config: RunConfig) -> bool:
+    """Return whether workers read sums as pages of local files: no store, and no device."""
+    places = [Directory(uri) for uri in (config.out, config.stats) if uri]
+    return config.device == "cpu" and all(place.is_local for place in places)
+
+
+def chosen_device(device: str, address: str) -> Literal["cpu", "cuda"]:
+    """Return where workers compute; ``device`` is as given, ``address`` that of the cluster."""
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda" or address != "local":
         return "cuda"  # a cluster is rented for its devices; without any it says so at once
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _machine_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+def usable_gib(device: str, workers: int) -> float:
+    """Return a worker's share of this machine, or of the smallest device here: it has one alone."""
+    if device == "cuda":
+        import torch
+
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        if found:
+            return float(min(each.total_memory for each in found) * USABLE_DEVICE / GIB)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB * USABLE / workers

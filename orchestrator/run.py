@@ -15,7 +15,7 @@ from orchestrator.cluster import ClusterFacts
 from orchestrator.compose import reach_last_step, settle
 from orchestrator.context import RunContext
 from orchestrator.dispatch import compress
-from orchestrator.evaluate import Loss, evaluate, evaluation_plan, throughput
+from orchestrator.evaluate import Loss, evaluate, evaluation_plan
 from orchestrator.executors import Executor, RayExecutor
 from orchestrator.failures import POLICIES
 from orchestrator.interrupt import Interruption, interruptible
@@ -29,6 +29,7 @@ from orchestrator.repair import make_whole, require_whole, spare_what_nobody_rea
 from orchestrator.rundir import check_run, finish, finished_report, open_run
 from orchestrator.stitch import stitch, stitched
 from orchestrator.subjects import Subject
+from orchestrator.throughput import throughput
 from orchestrator.verify import verify
 from planners.placement import shared_bytes
 

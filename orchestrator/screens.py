@@ -264,26 +264,6 @@ def verify(directory: str, *, json_: bool) -> None:
         raise NumericsError(f"{directory}: {', '.join(failed)}: did not hold")
 
 
-def bench(directories: list[str], *, json_: bool, **how: Any) -> None:
-    """Print prefill and decode rates of several models side by side."""
-    rows = examine.bench(directories, **how)
-    if json_:
-        print(json.dumps({"rows": rows}))  # noqa: T201 the one document
-        return
-    table = Table(title=f"prompt {how['prompt']}, {how['new_tokens']} new", title_justify="left")
-    for column in ("model", "batch", "prefill tok/s", "decode tok/s", "peak MiB"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(
-            row["model"],
-            str(row["batch"]),
-            f"{row['prefill_tokens_per_second']:,.0f}",
-            f"{row['decode_tokens_per_second']:,.0f}",
-            f"{row['peak_bytes'] / 2**20:,.1f}",
-        )
-    _out.print(table)
-
-
 def statistics(action: str, run_uri: str, *, json_: bool) -> None:
     """List, show or verify the statistics that a run kept."""
     run_ = Directory(run_uri)

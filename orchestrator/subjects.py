@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from planners.plan import StagePlan
 
 
+def exact_dtype(device: str, stored: str) -> str:
+    """Return what losses are measured in.
+
+    On a CPU float32 is exact and fast; on a device the model's own dtype is what is served.
+    """
+    return "float32" if device == "cpu" else stored
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """A model that is evaluated.

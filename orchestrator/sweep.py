@@ -18,10 +18,11 @@ from orchestrator.journal import Journal, Listener
 from orchestrator.ledger import Ledger
 from orchestrator.method_options import resolve_options
 from orchestrator.pool import Pool
-from orchestrator.prepare import GIB, Prepared
+from orchestrator.prepare import GIB, Prepared, sums_are_mapped
 from orchestrator.report import render_pareto
 from orchestrator.run import compress_and_evaluate, dense_subject, new_pool
 from orchestrator.rundir import open_run
+from orchestrator.subjects import exact_dtype
 from planners.errors import ConfigError, PlanError
 from planners.placement import shared_bytes
 from planners.plan import Target
@@ -238,8 +239,10 @@ def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, A
             microbatch_sequences=base.identity.microbatch_sequences,
             shards=base.identity.shards,
             compute_dtype=base.identity.compute_dtype,
+            evaluation_dtype=exact_dtype(config.device, base.plan.shape.dtype),
             num_workers=config.workers,
             worker_bytes=int((config.worker_gib or 0) * GIB),
+            mapped=sums_are_mapped(config),
         ),
     )  # fmt: skip
     given = RunConfig(model=config.model, method=method, keep_fraction=fraction)

@@ -26,7 +26,7 @@ from planners.plan import (
     Statistic,
     dense_form,
 )
-from planners.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
+from planners.workspace import PANEL, eigh_bytes, low_rank_bytes, nystrom_bytes
 
 DOUBLE, SINGLE = 8, 4
 LOGIT_TOKENS = 1024  # rows of logits that exist at one time
@@ -97,6 +97,7 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
     tokens: tuple[int, int],
     dtype: str,
     start: ModelForm | None = None,
+    mapped: bool = False,
 ) -> int:
     """Return the peak of the largest unit of compression.
 
@@ -108,8 +109,10 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
         tokens: of one microbatch, and of all of them.
         dtype: of the pass.
         start: widths of the input model; those of one that nothing touched if None.
+        mapped: the sums are pages of files and take no memory of their own.
     """
     statistics = spec.statistics(options)
+    held = frozenset() if mapped else statistics
     peaks = [_table_unit(shape, residual=spec.residual)]
     if spec.residual:
         peaks.append(_basis(shape, options))
@@ -122,14 +125,15 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
         cells = layer_parameters(shape, before) * BYTES_OF[dtype]
         passing = forward_bytes(shape, frozenset(), tokens=tokens[0], dtype=dtype, form=before)
         if spec.residual:
-            peaks.append(_turned_layer(shape, before, layer))
+            shared = options.get("rotation") == "shared"
+            peaks.append(_turned_layer(shape, before, layer, shared=shared))
             if options.get("schedule") == "sequential":
                 peaks.append(2 * cells + passing + 4 * shape.hidden**2 * DOUBLE)
         else:
-            peaks.append(_shrunk_layer(shape, before, layer, statistics))
+            peaks.append(_shrunk_layer(shape, before, layer, held))
         if spec.measures(options) == "damage":
             peaks += [
-                _damage(shape, before, cut, statistics, tokens=tokens[1], dtype=dtype)
+                _damage(shape, before, cut, (statistics, held), tokens=tokens[1], dtype=dtype)
                 for cut in (layer, *_cuts(shape, before, spec.candidates))
             ]
         if options.get("refit"):
@@ -159,20 +163,18 @@ def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
     return eigh_bytes(shape.hidden) + square
 
 
-def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
-    """Return a layer between its bases: the widest linear twice in float32, and the result."""
-    stored = BYTES_OF[shape.dtype]
+def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shared: bool) -> int:
+    """Return a layer with its bases, the result, and what the largest product takes beside them.
+
+    That is a basis in float32 with three blocks of rows, or a shortcut in float64.
+    """
     widths = (form.residual_in, form.residual_mid, form.residual_out)
-    bases = shape.hidden * (sum(widths) * DOUBLE + max(widths) * SINGLE)
-    # Of two factors one is turned: the other has no side in the residual stream.
-    dims = {name: linear_dims(shape, start, name) for name in LINEARS}
-    largest = max(
-        min(out * inner, start.ranks.get(name, out) * max(out, inner))
-        for name, (out, inner) in dims.items()
-    )
     whole = layer_parameters(shape, start) + layer_parameters(shape, form)
-    turned = largest * SINGLE * (2 + max(widths) / shape.hidden)
-    return int(whole * stored + bases + turned)
+    bases = shape.hidden * (widths[0] if shared else sum(widths)) * DOUBLE
+    block = min(PANEL, max(shape.hidden, start.intermediate))
+    turning = (max(widths) + 3 * block) * shape.hidden * SINGLE
+    shortcut = 0 if shared else widths[1] * max(widths[0], widths[2]) * DOUBLE
+    return whole * BYTES_OF[shape.dtype] + bases + max(turning, shortcut)
 
 
 def _shrunk_layer(
@@ -201,18 +203,22 @@ def _damage(
     shape: ModelShape,
     start: LayerForm,
     form: LayerForm,
-    statistics: frozenset[Statistic],
+    statistics: tuple[frozenset[Statistic], frozenset[Statistic]],
     *,
     tokens: int,
     dtype: str,
 ) -> int:
-    """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way."""
+    """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way.
+
+    ``statistics`` are all that there are, and those that take memory.
+    """
     width = BYTES_OF[dtype]
     cells = layer_parameters(shape, start)
-    probes = [int(s.kind.removeprefix("probe")) for s in statistics if s.kind.startswith("probe")]
+    kinds = [s.kind for s in statistics[0]]
+    probes = [int(kind.removeprefix("probe")) for kind in kinds if kind.startswith("probe")]
     probe = min(max(probes, default=0), tokens)
     held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
-    sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
+    sums = sum(statistic_elements(shape, s, start) for s in statistics[1]) * DOUBLE
     probe_bytes = forward_bytes(shape, frozenset(), tokens=probe, dtype=dtype, form=start)
     # What is measured as damage is float32, the output and its difference beside it.
     passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)

@@ -33,6 +33,7 @@ class Load:
         table: the embedding, or the head: what each end of the model holds beside layers.
         unit: the peak of the largest unit of compression, for which layers are dropped.
         libraries: what the libraries take beside tensors.
+        evaluation: the same while losses are measured, where that takes a wider dtype.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class Load:
     table: int = 0
     unit: int = 0
     libraries: int = 0
+    evaluation: "Load | None" = None
 
     def stage(self, num_layers: int, *, tables: int = 0) -> dict[str, int]:
         """Return the planned bytes by kind of a worker that holds so many layers and tables."""
@@ -51,8 +53,10 @@ class Load:
             "boundaries": HELD * self.microbatch,
             "libraries": self.libraries,
         }
-        beside = self.unit + self.libraries - sum(held.values())
-        return {**held, "workspace": max(self.workspace, beside)}
+        others = [self.unit + self.libraries]
+        if self.evaluation is not None:
+            others.append(sum(self.evaluation.stage(num_layers, tables=tables).values()))
+        return {**held, "workspace": max(self.workspace, max(others) - sum(held.values()))}
 
     def shortfall(self, worker_bytes: int, *, num_layers: int) -> int:
         """Return the bytes that a worker lacks for one layer of so many; above 0 if any."""

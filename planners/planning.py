@@ -40,12 +40,14 @@ class Workload:
         sequence_length: tokens of each.
         microbatch_sequences: sequences that go through a stage in one call.
         compute_dtype: of the forward pass.
+        evaluation_dtype: of the pass that measures losses; ``compute_dtype`` where it is empty.
         statistics_dtype: of grams on disk.
         num_workers: workers at hand.
         worker_bytes: memory of each.
         extra_statistics: summed too, for others.
         shards: parts of the calibration tokens that are summed by themselves, at most one a
             microbatch.
+        mapped: the sums are read as pages of local files, and on no device of their own.
     """
 
     sequences: int
@@ -54,9 +56,11 @@ class Workload:
     compute_dtype: str
     num_workers: int
     worker_bytes: int
+    evaluation_dtype: str = ""
     statistics_dtype: str = "float64"
     extra_statistics: frozenset[Statistic] = frozenset()
     shards: int = 1
+    mapped: bool = False
 
 
 def make_plan(  # noqa: PLR0913 what a plan is made of
@@ -134,6 +138,7 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
     bases = 0
     if spec.residual:
         dims = [d for layer in form.layers for d in (layer.residual_in, layer.residual_mid)]
+        dims.append(form.layers[-1].residual_out)
         bases = sum(dims) * shape.hidden * 8
     return RunPlan(
         shape=shape,
@@ -190,25 +195,32 @@ def _load(
     start: Start,
     work: Workload,
 ) -> Load:
-    return load_of(
+    tokens = work.microbatch_sequences * work.sequence_length
+    unit = unit_bytes(
+        shape,
+        form,
+        spec=spec,
+        options=options,
+        tokens=(tokens, work.sequences * work.sequence_length),
+        dtype=work.compute_dtype,
+        start=start.form,
+        mapped=work.mapped,
+    )
+    load = load_of(
         shape,
         spec.statistics(options) | work.extra_statistics,
-        microbatch_tokens=work.microbatch_sequences * work.sequence_length,
+        microbatch_tokens=tokens,
         compute_dtype=work.compute_dtype,
-        unit=unit_bytes(
-            shape,
-            form,
-            spec=spec,
-            options=options,
-            tokens=(
-                work.microbatch_sequences * work.sequence_length,
-                work.sequences * work.sequence_length,
-            ),
-            dtype=work.compute_dtype,
-            start=start.form,
-        ),
+        unit=unit,
         start=start.form,
     )
+    exact = work.evaluation_dtype or work.compute_dtype
+    if BYTES_OF[exact] <= BYTES_OF[work.compute_dtype]:
+        return load
+    evaluation = load_of(
+        shape, frozenset(), microbatch_tokens=tokens, compute_dtype=exact, start=start.form
+    )
+    return replace(load, evaluation=evaluation)
 
 
 def _shortfall(

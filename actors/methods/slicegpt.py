@@ -155,9 +155,12 @@ def _part(weights: Weights, name: str, factor: str) -> str:
 def _turned_columns(weight: Tensor, basis: Tensor) -> Tensor:
     if _is_identity(basis):
         return weight.clone()
-    blocks, axes = torch.split(weight, BLOCK, dim=1), basis.to(_turned_as(weight))
-    turned = [(axes.T @ block.to(axes.dtype)).to(weight.dtype) for block in blocks]
-    return torch.cat(turned, dim=1)
+    axes = basis.to(_turned_as(weight))
+    turned = weight.new_empty(basis.shape[1], weight.shape[1])
+    blocks = (torch.split(t, BLOCK, dim=1) for t in (weight, turned))
+    for block, into in zip(*blocks, strict=True):
+        into.copy_(axes.T @ block.to(axes.dtype))
+    return turned
 
 
 def _turned_as(weight: Tensor) -> torch.dtype:
@@ -178,14 +181,15 @@ def turned_rows(
     rows: Float[Tensor, "rows hidden"], *, basis: Tensor, scale: Tensor | None = None
 ) -> Float[Tensor, "rows keep"]:
     """Return rows that read a site, with the scale of the norm before it, in a basis."""
-    turned, turns = [], not _is_identity(basis)
-    axes = basis.to(_turned_as(rows))
-    for block in torch.split(rows, BLOCK):  # copies of full size would double the memory
+    turns, axes = not _is_identity(basis), basis.to(_turned_as(rows))
+    turned = rows.new_empty(len(rows), basis.shape[1])
+    # Into what is there: copies of full size, or of all blocks, would double the memory.
+    for block, into in zip(*(torch.split(t, BLOCK) for t in (rows, turned)), strict=True):
         scaled = block.to(axes.dtype)
         if scale is not None:
             scaled = scaled * scale.to(axes.dtype)
-        turned.append((scaled @ axes if turns else scaled).to(rows.dtype))
-    return torch.cat(turned)
+        into.copy_(scaled @ axes if turns else scaled)
+    return turned
 
 
 def _site_kind(options: Mapping[str, Option]) -> str:

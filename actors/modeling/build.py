@@ -53,9 +53,9 @@ class Skeleton:
         """Return the norm before the head."""
         return self._filled(self._model.model.norm, tensors)
 
-    def angles(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of positions 0, 1, ... for activations (batch, tokens, width)."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    def angles(self, hidden: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of positions start, ... for activations (batch, tokens, width)."""
+        positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
         cos, sin = self._rotary(hidden, position_ids=positions)
         return cos, sin
 
