@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.storage.files import FileEntry
+from actors.transfer import to_device, to_host
 from planners.plan import ModelForm, ModelShape, Option, Statistic
 
 
@@ -29,7 +30,7 @@ class Packed:
 
 def pack(tensor: Tensor) -> Packed:
     """Return a tensor of at least one dimension as bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = to_host(tensor).contiguous().reshape(-1)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Packed(shape=tuple(tensor.shape), dtype=dtype, buffer=flat.view(torch.uint8).numpy())
 
@@ -37,7 +38,7 @@ def pack(tensor: Tensor) -> Packed:
 def unpack(packed: Packed, *, device: str) -> Tensor:
     """Return the tensor on a device, in memory of its own: the buffer may be read-only."""
     flat = torch.frombuffer(bytearray(packed.buffer), dtype=torch.uint8)
-    return flat.view(getattr(torch, packed.dtype)).reshape(packed.shape).to(device)
+    return to_device(flat.view(getattr(torch, packed.dtype)).reshape(packed.shape), device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

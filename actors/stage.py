@@ -34,6 +34,7 @@ from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from actors.sums import write_sums
+from actors.transfer import to_device
 from actors.units import do_unit
 from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
@@ -121,11 +122,11 @@ class Stage:
         for partial in summing.partials if summing is not None else ():
             self._go_on(partial)
         if assignment.embedding:
-            self._embedding = checkpoint.read(family.embedding).to(device, dtype)
+            self._embedding = to_device(checkpoint.read(family.embedding), device, dtype)
         if assignment.head:
             tied = family.head not in checkpoint.locations
             name = family.embedding if tied else family.head
-            self._head = checkpoint.read(name).to(device, dtype)
+            self._head = to_device(checkpoint.read(name), device, dtype)
             prefix = family.final_norm.removesuffix("weight")
             self._norm = skeleton.final_norm(checkpoint.read_prefix(prefix))
         give_back()

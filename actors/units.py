@@ -1,7 +1,7 @@
 """The units of compression: each reads files, computes, and writes files. Nothing else is kept."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from actors.storage.tensors import (
 )
 from actors.storage.tokens import tokens_from_parquet
 from actors.sums import add_shards
+from actors.transfer import to_device
 from planners.errors import NumericsError
 from planners.families import load as load_family
 
@@ -86,14 +87,14 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Write one compressed layer."""
     checkpoint = Checkpoint(job.checkpoint_uri)
     form = job.form.layers[task.index]
-    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
+    weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
         bases = _bases(task.inputs, run, device)
         new = method.apply(weights, (bases[0], bases[len(bases) // 2], bases[-1]), form=form)
         values: dict[str, object] = {}
     else:
-        sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
+        sums = _on(device, read_statistics(run, job, task.index).items())
         if job.makers:
             start = checkpoint.form.layers[task.index]
             new, values = compete.compress(
@@ -129,8 +130,8 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
     checkpoint = Checkpoint(job.checkpoint_uri)
-    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
-    sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
+    weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
+    sums = _on(device, read_statistics(run, job, task.index).items())
     losses = None
     if job.options.get("damage") == "loss":
         # The probe is the first sequences of the calibration tokens.
@@ -146,8 +147,8 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
     checkpoint = Checkpoint(job.checkpoint_uri)
-    weights = {k: v.to(device) for k, v in one_ahead(checkpoint.stream_layer(task.index))}
-    sums = {k: v.to(device) for k, v in read_statistics(run, job, task.index).items()}
+    weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
+    sums = _on(device, read_statistics(run, job, task.index).items())
     form = job.form.layers[task.index]
     return (), {
         "losses": methods.load(job.method).losses(weights, sums, form=form, options=job.options)
@@ -160,7 +161,7 @@ def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) ->
     assert former is not None  # the driver plans such a unit behind a step only
     where = Directory(former.run_uri)
     statistics, *bases = task.inputs
-    sums = {k: v.to(device) for k, v in read_statistics(where, former, task.index).items()}
+    sums = _on(device, read_statistics(where, former, task.index).items())
     found = _bases(tuple(bases), where, device)
     weights = Checkpoint(former.checkpoint_uri).read_layer(task.index)
     scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
@@ -251,6 +252,10 @@ def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor | None:
     tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
     wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
     return read_statistics(run, job, owner)[str(wanted[tap])] if tap in wanted else None
+
+
+def _on(device: str, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: to_device(tensor, device) for name, tensor in named}
 
 
 def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:

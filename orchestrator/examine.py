@@ -37,12 +37,11 @@ def verify(uri: str, *, threads: int = 1, device: str = "cpu") -> list[dict[str,
         ModelError: the model is broken.
     """
     run, tensors = Directory(uri), {}
-    model = uri
+    model = model_of(run)
     checks: list[dict[str, Any]] = []
-    if run.size("plan.json") is not None:
+    if model != run.uri:
         checks.append(check_files(run))
         tensors = _tensors_of(read_records(run))
-        model = run.below("model")
     checkpoint = Checkpoint(model)
     request = VerifyRequest(
         uri=model,
@@ -57,6 +56,12 @@ def verify(uri: str, *, threads: int = 1, device: str = "cpu") -> list[dict[str,
     found = done.values["checks"]
     assert isinstance(found, list)  # written by our own evaluator
     return [*checks, *found]
+
+
+def model_of(directory: Directory) -> str:
+    """Return where the model is: in the directory, or in that of the run that it is."""
+    is_run = directory.size("plan.json") is not None
+    return directory.below("model") if is_run else directory.uri
 
 
 def bench(
@@ -74,8 +79,9 @@ def bench(
     whatever else the machine does; else each goes over as few workers as hold it, one model after
     the other. Medians of three rounds. A model that does not fit has a row that says so.
     """
-    for uri in uris:
-        Checkpoint(uri)  # at the door: every one of them is a sound checkpoint
+    models = {uri: model_of(Directory(uri)) for uri in uris}
+    for model in models.values():
+        Checkpoint(model)  # at the door: every one of them is a sound checkpoint
     gpus = workers.number if setup.device == "cuda" else 0
     rows = []
     with (
@@ -88,7 +94,7 @@ def bench(
         journal = Journal(Directory(folder), _nobody)
         for batch in batches:
             request = ThroughputRequest(
-                uris={uri: uri for uri in uris},
+                uris=models,
                 prompt=prompt,
                 batch=batch,
                 new_tokens=new_tokens,

@@ -253,6 +253,8 @@ class _Chain:
         try:
             return self._pool.executor.result(ticket)
         except WorkerLost as lost:
+            if self._pool.failures.exhausted("throughput", lost):
+                raise final_error("throughput", lost, capsule="") from lost
             self._pool.replace(slot, lost)
             raise _AgainError from lost
         except InputLost as lost:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
+from actors.transfer import to_device
 
 transformers_logging.disable_progress_bar()
 
@@ -62,9 +63,9 @@ class Skeleton:
     def _filled(self, module: nn.Module, tensors: Named) -> nn.Module:
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         moved = {
-            name: tensor.to(self._device, self._dtype)
-            if tensor.is_floating_point()
-            else tensor.to(self._device)
+            name: to_device(
+                tensor, self._device, self._dtype if tensor.is_floating_point() else None
+            )
             for name, tensor in pairs
         }
         module.load_state_dict(moved, strict=True, assign=True)

@@ -246,7 +246,25 @@ def statistics_note(report: Document) -> str:
 
 
 def throughput_note(report: Document) -> str:
-    """Return how far the rounds of the timing agree; empty where they are not known."""
+    """Return how the timing was done and how far its rounds agree; empty where nothing is known."""
+    return " ".join(part for part in (_how_timed(report), _agreement(report)) if part)
+
+
+def _how_timed(report: Document) -> str:
+    """Return over how many workers models went that do not fit one, or why they were not timed."""
+    said = []
+    for side in ("dense", "compressed"):
+        found = section(report, "throughput", side)
+        if found.get("not_measured"):
+            said.append(f"The {side} model was not timed: {found['not_measured']}.")
+        elif found.get("stages"):
+            count = found["stages"]
+            workers = f"{count} workers" if count > 1 else "1 worker"
+            said.append(f"The {side} model was timed through {workers}, by itself.")
+    return " ".join(said)
+
+
+def _agreement(report: Document) -> str:
     ranges = speed_ranges(report)
     if not ranges:
         return ""

@@ -10,11 +10,16 @@ import psutil
 import pytest
 import ray
 
+from actors.messages import ThroughputRequest, WorkerSetup
+from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from orchestrator import cluster
 from orchestrator.executors import RayExecutor
-from orchestrator.journal import read_events
+from orchestrator.journal import Journal, read_events
+from orchestrator.pool import Pool
+from orchestrator.throughput import Workers, through_stages
 from planners.errors import ClusterError
+from planners.generation import generation_load
 from tests.builders import compress_local, result_files, run_local, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -96,6 +101,25 @@ def test_a_whole_run_on_one_worker_is_ready_and_writes_the_same_bytes(model, und
     assert report["verify"]["passed"]
     assert (tmp_path / "READY").exists()
     assert result_files(tmp_path) == undisturbed
+
+
+def test_a_model_generates_over_two_processes(model, tmp_path):
+    request = ThroughputRequest(
+        uris={"dense": str(model)}, prompt=6, batch=2, new_tokens=8, rounds=1
+    )
+    found = Checkpoint(str(model))
+    load = generation_load(found.shape, found.form, batch=2, tokens=14)
+    workers = Workers(number=2, bytes=sum(load.stage(2, tables=1).values()))
+    setup = WorkerSetup(name="pattern", incarnation="", threads=1, device="cpu")
+    journal = Journal(Directory(str(tmp_path)), [].append)
+    done = through_stages(
+        request,
+        workers,
+        lambda number: Pool(RayExecutor(), setup, num_workers=number, journal=journal),
+    )
+    assert done.values["dense"]["stages"] == 2
+    assert done.values["dense"]["decode_tokens_per_second"] > 0
+    assert done.values["dense"]["peak_bytes"] >= found.total_bytes
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1"])

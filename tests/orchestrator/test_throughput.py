@@ -1,0 +1,271 @@
+"""Models that fit no worker generate through stages: the same tokens, whatever is lost."""
+
+import json
+from weakref import WeakSet
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.messages import ThroughputRequest, UnitDone, WorkerSetup, pack, unpack
+from actors.stage import Stage
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from orchestrator.calibrate import assignments
+from orchestrator.executors import LocalExecutor, WorkerLost
+from orchestrator.interrupt import Interruption
+from orchestrator.journal import Journal
+from orchestrator.pool import Pool
+from orchestrator.report import summary
+from orchestrator.throughput import Workers, fits_one, through_stages
+from planners.errors import ClusterError, ModelError
+from planners.generation import fewest_stages, generation_load, whole_bytes
+from planners.placement import LIBRARIES
+from tests.builders import VOCABULARY, run_local, save_model, worker_gib
+
+NEW_TOKENS = 6
+SETUP = WorkerSetup(name="worker-0", incarnation="one", threads=1, device="cpu")
+SIZES = {
+    "slicegpt": {"slice": 0.25},
+    "modegpt": {"keep_fraction": 0.8},
+    "svdllm": {"keep_fraction": 0.8},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def request_of(*uris, batch=2, prompt=5, new_tokens=NEW_TOKENS):
+    return ThroughputRequest(
+        uris={str(uri): str(uri) for uri in uris}, prompt=prompt, batch=batch,
+        new_tokens=new_tokens, rounds=2,
+    )  # fmt: skip
+
+
+def load_of(uri, request):
+    found = Checkpoint(str(uri))
+    tokens = request.prompt + request.new_tokens
+    return found, generation_load(found.shape, found.form, batch=request.batch, tokens=tokens)
+
+
+def stage_bytes(uri, request, num_layers):
+    """Return the memory of a worker that holds so many layers of a model and not one more."""
+    _, load = load_of(uri, request)
+    return sum(load.stage(num_layers, tables=1).values())
+
+
+def pools(executor, tmp_path, heard=None, interruption=None):
+    """Return a function that makes pools whose journal tells ``heard``."""
+    listener = [].append if heard is None else heard.append
+    journal = Journal(Directory(str(tmp_path / "events")), listener)
+
+    def make(number):
+        pool = Pool(executor, SETUP, num_workers=number, journal=journal)
+        pool.interruption = interruption or pool.interruption
+        return pool
+
+    return make
+
+
+def generated_by_stages(uri, ids, cuts):
+    """Return the ids that a chain of stages generates after a prompt."""
+    found = Checkpoint(str(uri))
+    _, load = load_of(uri, request_of(uri))
+    whole = fewest_stages(found.shape, load, num_workers=1, worker_bytes=2**40)
+    (stage,) = whole
+    parts = [(0, cuts[0]), *zip(cuts, [*cuts[1:], stage.last], strict=True)] if cuts else [(0, 3)]
+    stages = [
+        type(stage)(first=a, last=b, embedding=a == 0, head=b == stage.last) for a, b in parts
+    ]
+    chain = []
+    for assignment in assignments(
+        stages, run_uri=str(uri), checkpoint_uri=str(uri), family=found.shape.family,
+        dtype=found.shape.dtype,
+    ):  # fmt: skip
+        chain.append(Stage(SETUP))
+        chain[-1].load(assignment)
+    passing, tokens = pack(ids), []
+    for number in range(NEW_TOKENS):
+        start = 0 if number == 0 else ids.shape[1] + number - 1
+        for each in chain:
+            _, passing = each.generate(passing, start)
+        tokens.append(unpack(passing, device="cpu"))
+    return torch.cat(tokens, dim=1)
+
+
+def expected_of(folder, ids):
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=True, local_files_only=True
+    ).eval()
+    made = loaded.generate(
+        ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+        eos_token_id=None, attention_mask=torch.ones_like(ids),
+    )  # fmt: skip
+    return made[:, ids.shape[1] :]
+
+
+def prompts():
+    return torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [1, 2]], ids=["one stage", "two", "three"])
+def test_stages_generate_what_transformers_generates(model, cuts):
+    found = generated_by_stages(model, prompts(), cuts)
+    assert torch.equal(found, expected_of(model, prompts()))
+
+
+@pytest.mark.parametrize("method", SIZES)
+def test_stages_generate_what_a_compressed_model_generates(method, model, tmp_path):
+    run_local(model, tmp_path, method=method, **SIZES[method])
+    found = generated_by_stages(tmp_path / "model", prompts(), [2])
+    assert torch.equal(found, expected_of(tmp_path / "model", prompts()))
+
+
+def test_a_tied_model_generates_through_stages(tmp_path):
+    tied = save_model(tmp_path, tie_word_embeddings=True)
+    assert torch.equal(generated_by_stages(tied, prompts(), [1]), expected_of(tied, prompts()))
+
+
+def test_a_new_prompt_begins_anew(model):
+    stage = Stage(SETUP)
+    (whole,) = fewest_stages(*load_arguments(model), num_workers=1, worker_bytes=2**40)
+    (assignment,) = assignments(
+        [whole], run_uri=str(model), checkpoint_uri=str(model), family="llama", dtype="float32"
+    )
+    stage.load(assignment)
+    ids = pack(prompts())
+    _, first = stage.generate(ids, 0)
+    stage.generate(first, prompts().shape[1])
+    _, again = stage.generate(ids, 0)
+    assert (again.buffer == first.buffer).all()
+
+
+def load_arguments(uri):
+    found, load = load_of(uri, request_of(uri))
+    return found.shape, load
+
+
+def test_as_few_workers_as_hold_the_model(model):
+    shape, load = load_arguments(model)
+    request = request_of(model)
+    for num_layers, expected in ((1, 3), (2, 2)):
+        memory = stage_bytes(model, request, num_layers)
+        found = fewest_stages(shape, load, num_workers=8, worker_bytes=memory)
+        assert len(found) == expected
+        assert [stage.first for stage in found[1:]] == [stage.last for stage in found[:-1]]
+        assert max(sum(stage.bytes.values()) for stage in found) <= memory
+    assert (
+        len(fewest_stages(shape, load, num_workers=8, worker_bytes=whole_bytes(shape, load))) == 1
+    )
+    assert fewest_stages(shape, load, num_workers=8, worker_bytes=LIBRARIES) == ()
+
+
+def test_models_are_timed_one_after_the_other_over_stages(model, tmp_path):
+    small = save_model(tmp_path / "small", num_hidden_layers=2)
+    request = request_of(model, small)
+    workers = Workers(number=3, bytes=stage_bytes(model, request, 1))
+    assert not fits_one(request, workers)
+    done = through_stages(request, workers, pools(LocalExecutor(), tmp_path))
+    assert isinstance(done, UnitDone)
+    assert {name: found["stages"] for name, found in done.values.items()} == {
+        str(model): 3,
+        str(small): 2,
+    }
+    for uri, found in done.values.items():
+        assert len(found["rounds"]) == request.rounds
+        assert min(*found["rounds"][0], *found["rounds"][1]) > 0
+        weights = Checkpoint(uri).total_bytes
+        assert weights <= found["peak_bytes"] < weights + 3 * LIBRARIES
+    json.dumps(dict(done.values))  # it becomes a record
+
+
+def test_a_model_that_all_workers_do_not_hold_is_not_timed(model, tmp_path):
+    small = save_model(tmp_path / "small", num_hidden_layers=2)
+    request = request_of(model, small)
+    workers = Workers(number=2, bytes=stage_bytes(model, request, 1))
+    found = through_stages(request, workers, pools(LocalExecutor(), tmp_path)).values
+    assert set(found[str(model)]) == {"not_measured"}
+    assert "bytes, the workers have" in found[str(model)]["not_measured"]
+    assert found[str(small)]["stages"] == 2
+
+
+class LosingExecutor(LocalExecutor):
+    """Loses the workers of some calls, counted over all ``generate`` calls; then goes on."""
+
+    def __init__(self, losses):
+        self._losses, self._calls, self.gone = set(losses), 0, WeakSet()
+
+    def call(self, handle, method, *args, num_returns=1, label):
+        if method == "generate":
+            self._calls += 1
+            if self._calls in self._losses or handle in self.gone:
+                self.gone.add(handle)
+                args = ()
+                handle = Lost()
+        return super().call(handle, method, *args, num_returns=num_returns, label=label)
+
+
+class Lost:
+    def generate(self):
+        raise WorkerLost("preempted", "gone")
+
+
+@pytest.mark.parametrize("losses", [[1], [2], [9], [4, 30]])
+def test_a_lost_worker_is_replaced_and_the_model_is_timed_again(losses, model, tmp_path):
+    request, heard = request_of(model), []
+    workers = Workers(number=2, bytes=stage_bytes(model, request, 2))
+    executor = LosingExecutor(losses)
+    done = through_stages(request, workers, pools(executor, tmp_path, heard))
+    assert done.values[str(model)]["stages"] == 2
+    assert [event["kind"] for event in heard].count("preempted") == len(losses)
+
+
+def test_workers_that_are_lost_again_and_again_end_it(model, tmp_path):
+    request = request_of(model)
+    workers = Workers(number=2, bytes=stage_bytes(model, request, 2))
+    with pytest.raises(ClusterError):
+        through_stages(request, workers, pools(LosingExecutor(range(10**4)), tmp_path))
+
+
+def test_ctrl_c_ends_it_at_once(model, tmp_path):
+    request, interruption = request_of(model), Interruption()
+    interruption.requested = True
+    workers = Workers(number=2, bytes=stage_bytes(model, request, 2))
+    with pytest.raises(KeyboardInterrupt):
+        through_stages(
+            request, workers, pools(LocalExecutor(), tmp_path, interruption=interruption)
+        )
+
+
+def test_a_broken_weight_is_named(model, tmp_path):
+    broken = save_model(tmp_path / "broken")
+    file = broken / "model.safetensors"
+    held = bytearray(file.read_bytes())
+    held[-4:] = b"\x00\x00\xc0\x7f"  # a NaN
+    file.write_bytes(held)
+    request = request_of(broken)
+    workers = Workers(number=2, bytes=stage_bytes(model, request, 2))
+    with pytest.raises(ModelError, match="NaN"):
+        through_stages(request, workers, pools(LocalExecutor(), tmp_path))
+
+
+def test_a_run_whose_models_fit_no_worker_says_over_how_many_they_went(model, tmp_path):
+    request = request_of(model, batch=4, prompt=8, new_tokens=32)  # what a run asks of this model
+    memory = (stage_bytes(model, request, 1) + 0.5) / 2**30
+    report = run_local(model, tmp_path, slice=0.25, workers=3, worker_gib=memory)
+    assert report["verdict"] == "READY"
+    dense, compressed = (report["throughput"][side] for side in ("dense", "compressed"))
+    assert dense["stages"] == 3
+    assert compressed["stages"] in (2, 3)
+    assert "through 3 workers" in summary.throughput_note(report)
+
+
+def test_a_run_whose_models_do_not_fit_all_workers_says_that_they_were_not_timed(model, tmp_path):
+    report = run_local(
+        model, tmp_path, slice=0.25, workers=1, worker_gib=worker_gib(model, num_layers=1)
+    )
+    assert report["verdict"] == "READY"
+    assert set(report["throughput"]["dense"]) == {"not_measured"}
+    assert "The dense model was not timed" in summary.throughput_note(report)

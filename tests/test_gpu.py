@@ -1,0 +1,51 @@
+"""What only a CUDA device can show; skipped, with the reason, where there is none."""
+
+import pytest
+import torch
+
+from actors.memory import PeakMemory
+from actors.messages import pack, unpack
+from actors.transfer import to_device, to_host
+from tests.builders import perplexity, run_local, save_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+SIZES = {
+    "slicegpt": {"slice": 0.25},
+    "modegpt": {"keep_fraction": 0.8},
+    "svdllm": {"keep_fraction": 0.8},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_what_goes_to_a_device_comes_back(dtype):
+    tensor = (torch.arange(12) - 5).reshape(3, 4).to(dtype)
+    there = to_device(tensor, "cuda")
+    assert there.is_cuda
+    assert torch.equal(to_host(there), tensor)
+    assert torch.equal(unpack(pack(there), device="cpu"), tensor)
+
+
+def test_a_dtype_is_reached_on_the_device():
+    tensor = torch.linspace(0, 1, 7)
+    assert torch.equal(to_host(to_device(tensor, "cuda", torch.bfloat16)), tensor.bfloat16())
+
+
+def test_the_peak_is_that_of_the_device():
+    peak = PeakMemory("cuda")
+    held = torch.ones(2**22, device="cuda")
+    del held
+    assert 2**24 <= peak.bytes() < 2**25
+
+
+@pytest.mark.parametrize("method", SIZES)
+def test_a_run_on_a_device_loses_what_one_on_the_cpu_loses(method, tmp_path):
+    model = save_model(tmp_path / "model")
+    for device in ("cpu", "cuda"):
+        report = run_local(model, tmp_path / device, method=method, device=device, **SIZES[method])
+        assert report["verdict"] == "READY"
+    for name in ("dense", "compressed"):
+        on_cpu, on_device = (perplexity(tmp_path / d, name) for d in ("cpu", "cuda"))
+        assert on_device == pytest.approx(on_cpu, rel=1e-3)
