@@ -53,7 +53,7 @@ LAYERS = ("layer", "draft", "chosen", "damage", "losses", "carried")  # units th
 FIRST_WORDS = {  # until the first unit of a phase is done
     "calibrate": "loading layers",
     "verify": "in a fresh process",
-    "throughput": "in a fresh process",
+    "throughput": "loading models",
 }
 
 
