@@ -166,15 +166,17 @@ def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
 def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shared: bool) -> int:
     """Return a layer with its bases, the result, and what the largest product takes beside them.
 
-    That is a basis in float32 with three blocks of rows, or a shortcut in float64.
+    That is a basis in float32, or a shortcut in float64. A block of rows, its scaled copy and its
+    product come and go; the allocator keeps about as much again of those that went.
     """
     widths = (form.residual_in, form.residual_mid, form.residual_out)
     whole = layer_parameters(shape, start) + layer_parameters(shape, form)
     bases = shape.hidden * (widths[0] if shared else sum(widths)) * DOUBLE
     block = min(PANEL, max(shape.hidden, start.intermediate))
-    turning = (max(widths) + 3 * block) * shape.hidden * SINGLE
+    blocks = 2 * 3 * block * shape.hidden * SINGLE
+    turning = max(widths) * shape.hidden * SINGLE
     shortcut = 0 if shared else widths[1] * max(widths[0], widths[2]) * DOUBLE
-    return whole * BYTES_OF[shape.dtype] + bases + max(turning, shortcut)
+    return whole * BYTES_OF[shape.dtype] + bases + blocks + max(turning, shortcut)
 
 
 def _shrunk_layer(
