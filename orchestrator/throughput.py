@@ -1,8 +1,7 @@
 """How fast models generate: in one process where all of them fit, else through stages in turn.
 
-What fits is the plan's arithmetic, so the same run takes the same way on every machine. Through
-stages the sequences go over as few workers as hold the model; each keeps the keys and values of its
-layers, and the driver sees nothing but token ids.
+What fits is the plan's arithmetic. Through stages the sequences go over as few workers as hold the
+model; each keeps the keys and values of its layers, and the driver sees nothing but token ids.
 """
 
 import statistics
@@ -82,6 +81,10 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
             done = run_in_fresh_process(context, unit, "throughput", request)
         else:
             done = through_stages(request, workers, pool_of)
+            context.journal.tell(
+                unit.kind, unit=unit.name, worker=done.worker, start=done.started,
+                seconds=done.seconds,
+            )  # fmt: skip
         context.ledger.commit(unit, done, attempt=1)
     return done.values
 
@@ -142,8 +145,11 @@ def _load(model: Checkpoint, request: ThroughputRequest) -> Load:
 
 
 def _too_large(model: Checkpoint, load: Load, workers: Workers) -> str:
-    needed, held = whole_bytes(model.shape, load), workers.number * workers.bytes
-    return f"generating takes {needed:,} bytes, the workers have {held:,}"
+    needed = whole_bytes(model.shape, load)
+    count = f"{workers.number} workers" if workers.number > 1 else "1 worker"
+    return (
+        f"generating takes {needed:,} bytes in all, and {count} of {workers.bytes:,} cannot do it"
+    )
 
 
 class _AgainError(Exception):
