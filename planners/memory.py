@@ -197,7 +197,7 @@ def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
         peaks.append(3 * shape.num_heads * start.vo_head_dim * start.residual_mid * DOUBLE)
     for name in form.ranks.keys() - start.ranks.keys():
         out_dim, in_dim = linear_dims(shape, start, name)
-        peaks.append(low_rank_bytes(max(out_dim, in_dim), min(out_dim, in_dim)))
+        peaks.append(low_rank_bytes(out_dim, in_dim, form.ranks[name]))
     return max(peaks)
 
 

@@ -12,9 +12,27 @@ def nystrom_bytes(dim: int, out_dim: int) -> int:
     return DOUBLE * (dim * dim + dim * out_dim + 3 * dim * PANEL)
 
 
-def low_rank_bytes(dim: int, out_dim: int) -> int:
-    """Return a weight in float64, both its factors, and the eigendecomposition on the way."""
-    return DOUBLE * 2 * dim * out_dim + eigh_bytes(min(dim, out_dim)) + DOUBLE * out_dim * out_dim
+def low_rank_bytes(out_dim: int, in_dim: int, rank: int) -> int:
+    """Return the largest of three moments: squares of the narrow side, its axes, both factors.
+
+    A wide weight is in float64 for the outputs' gram and once more for its factor; a tall one is
+    met in blocks, beside the factor of its inputs' gram.
+    """
+    narrow, long = min(out_dim, in_dim), max(out_dim, in_dim)
+    square, panel = narrow * narrow, PANEL * (long + narrow)
+    if out_dim <= in_dim:
+        moments = (
+            narrow * long + 2 * square + panel,
+            eigh_bytes(narrow) // DOUBLE + square,
+            square + narrow * long + rank * long,
+        )
+    else:
+        moments = (
+            4 * square + panel,
+            eigh_bytes(narrow) // DOUBLE + 2 * square,
+            2 * square + rank * (2 * narrow + long) + PANEL * narrow,
+        )
+    return DOUBLE * max(moments)
 
 
 def eigh_bytes(dim: int) -> int:
