@@ -21,7 +21,7 @@ from planners.errors import ClusterError, ConfigError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_SECONDS = 10.0
 NO_AGENT = "No available agent"  # what Ray says before its first node has registered
-AGENT_SECONDS = 60.0
+AGENT_SECONDS = 180.0  # a head that has just begun on a busy machine takes a minute and more
 SUBMIT_SECONDS = 60.0  # the head starts a process before it answers
 OWNER_ONLY = 0o600
 REFUSED = (401, 403)
