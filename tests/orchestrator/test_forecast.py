@@ -84,7 +84,7 @@ def test_the_screen_keeps_numbers_whole(columns, cluster):
 
 def test_what_does_not_fit_names_three_ways_and_each_of_them_fits():
     with pytest.raises(PlanError, match=r"[\d,]+ bytes too small for one layer") as caught:
-        of_70b("8xT4-14GB", method="svdllm")
+        of_70b("8xT4-11GB", method="svdllm")
     ways = caught.value.hint.partition(": ")[2].split("; ")
     assert 2 <= len(ways) <= 3
     assert "--worker-gib" in ways[-1]
@@ -97,7 +97,7 @@ def test_what_does_not_fit_names_three_ways_and_each_of_them_fits():
         if "--option" in pairs:
             key, value = pairs["--option"].split("=")
             recipe[f"options.{key}"] = value
-        assert of_70b("8xT4-14GB", **recipe).plan.waves
+        assert of_70b("8xT4-11GB", **recipe).plan.waves
     # As much memory as it asks for is enough, and it asks for no more than it says.
     gib = float(ways[-1].split()[1])
     assert of_70b("8xT4-20GB", method="svdllm").plan.waves if gib < 18 else True
