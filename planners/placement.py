@@ -27,7 +27,7 @@ class Load:
 
     Attributes:
         layer: weights of one dense layer.
-        statistics: sums of one layer.
+        statistics: sums of one layer; of a model that generates, its keys and values.
         microbatch: one boundary activation.
         workspace: what one layer's forward, or its losses, or its loading need on top.
         table: the embedding, or the head: what each end of the model holds beside layers.
