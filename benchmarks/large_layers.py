@@ -173,9 +173,11 @@ def _report(
         for method, one in found.items()
         for name, seconds in sorted(one["units"].items())
     ]
+    some = "" if set(found) == set(METHODS) else f"_{'_'.join(found)}"
+    shrunk = "" if given.shrink == 1 else f"_shrink{given.shrink}"
     report(
         Result(
-            claim="large_layers" if given.shrink == 1 else f"large_layers_shrink{given.shrink}",
+            claim=f"large_layers{some}{shrunk}",
             method=METHOD,
             configuration={
                 "model": f"{LAYERS} layers of {MODEL}, widths over {given.shrink}: {dict(config)}",

@@ -175,9 +175,9 @@ class SVDLLM:
                 gram = sums[f"{tap}.gram"]
                 known[name] = output_axes(weight, gram, where=f"{name}, tap {tap}")
             first, second, errors[name], rungs[name] = truncated(weight, known[name], rank=rank)
-            del known  # unless the caller keeps it
             new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
             new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
+            del known, first, second  # not held beside the next linear, unless the caller does
             if f"{name}.bias" in new:
                 new[f"{name}.second.bias"] = new.pop(f"{name}.bias")
         dense = [name for name in LINEARS if name not in form.ranks]
@@ -204,6 +204,7 @@ class SVDLLM:
             axes = output_axes(weight, sums[f"{tap}.gram"], where=f"{name}, tap {tap}")
             rank = form.ranks.get(name, len(axes.energy))
             found[name] = float(axes.energy[rank:].sum().sqrt())
+            del axes  # before those of the next linear are made
         return found
 
 

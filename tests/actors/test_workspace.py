@@ -3,25 +3,32 @@
 Measured in a process of its own: in that of the tests, what others left behind moves too.
 """
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 import torch
 
+from actors import memory
 from actors.memory import PeakMemory, anonymous_bytes, give_back
-from actors.methods.svdllm import low_rank
+from actors.methods.svdllm import METHOD, low_rank
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import eigh_descending
 from actors.numerics.nystrom import nystrom
 from actors.numerics.packed import packed, zeros
 from actors.storage.files import Directory
 from actors.storage.tensors import map_tensors, write_tensors
+from planners.catalogue import CONFIGS
+from planners.families import family_of
 from planners.packing import ROWS, packed_elements
+from planners.plan import dense_form
 from planners.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
 
+MMAP_THRESHOLD = -3  # of malloc.h
 SLACK = 24 * 2**20  # of libraries' own buffers and of what the allocator keeps
 
 pytestmark = pytest.mark.skipif(not anonymous_bytes(), reason="the system does not tell memory")
@@ -39,6 +46,7 @@ def mapped_gram(dim, folder):
 
 def watched(work):
     """Return the most memory that some work takes, its result included."""
+    memory.SAMPLE_SECONDS = 0.001  # some moments are short here; this process is ours alone
     gc.collect()
     give_back()
     peak = PeakMemory()
@@ -48,10 +56,21 @@ def watched(work):
     return found
 
 
+def give_back_at_once():
+    """Have glibc return what is freed, as it does with the sizes of a large model.
+
+    It keeps blocks of up to 32 MiB for later, which would be half of what is measured here.
+    """
+    choose = getattr(ctypes.CDLL(None), "mallopt", None)
+    if choose is not None:
+        choose(MMAP_THRESHOLD, 2**20)
+
+
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Callable[..., int]]:
     """Return a function that measures some work in a process that does nothing else."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=give_back_at_once) as pool:
         yield lambda work, *args: pool.submit(work, *args).result()
 
 
@@ -88,6 +107,23 @@ def low_rank_peak(dim, out_dim, folder):
     return watched(work(dim, out_dim))
 
 
+def two_linears_peak(dim, out_dim, rank, folder):
+    """Return the most memory beside the weights that two linears of a layer take."""
+
+    def work(dim, out_dim, rank):
+        gram = mapped_gram(dim, folder)
+        weight = torch.randn(out_dim, dim, dtype=torch.bfloat16)
+        weights = {"gate_proj.weight": weight, "up_proj.weight": weight}
+        sizes = {**CONFIGS["llama-2-7b"], "hidden_size": dim, "intermediate_size": out_dim}
+        shape = family_of("llama").shape_of(sizes, "bfloat16")
+        form = replace(dense_form(shape), ranks={"gate_proj": rank, "up_proj": rank})
+        sums = {"mlp_in.gram": gram}
+        return lambda: METHOD.compress(weights, sums, shape=shape, form=form, options={})
+
+    work(256, 300, 100)()
+    return watched(work(dim, out_dim, rank))
+
+
 def accumulation_peak(dim, tokens):
     total = zeros(dim, device="cpu").fill_(1.0)  # touched, hence there
     assert total.numel() == packed_elements(dim)
@@ -114,8 +150,15 @@ def test_two_factors_of_a_weight_take_what_is_planned(alone, tmp_path, out_dim, 
         alone(low_rank_peak, dim, out_dim, tmp_path),
         low_rank_bytes(out_dim, dim, min(dim, out_dim) // 2),
     )
-    assert 0.8 * planned <= found <= planned + SLACK
+    assert 0.6 * planned <= found <= planned + SLACK
     assert planned < 8 * 6144**2  # the gram of the wide side is never whole
+
+
+def test_what_a_linear_took_is_given_back_before_the_next(alone, tmp_path):
+    dim, out_dim, rank = 1024, 12288, 900
+    found = alone(two_linears_peak, dim, out_dim, rank, tmp_path)
+    factors = 2 * rank * (dim + out_dim)  # of one, in bfloat16
+    assert found <= low_rank_bytes(out_dim, dim, rank) + 2 * factors + SLACK
 
 
 def test_a_sum_is_added_without_a_product_of_its_size(alone):
