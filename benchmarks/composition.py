@@ -16,15 +16,14 @@ Needs the models and tokens in ``../shared``, which a fresh clone has not, and s
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from result_file import ROOT, Goal, Result, load_average, report, table
+from result_file import Goal, Result, load_average, report, table
+from trained import at_hand, stored, with_code_apart
 
-SHARED = ROOT.parent / "shared"
 MODEL = "babyllama105"
 FRACTIONS = (0.9, 0.8, 0.7)
 STEP = 0.01  # of the parameters: the most that two results of one size are apart
@@ -74,10 +73,9 @@ def one(
     from orchestrator.run import Directory, compress_and_evaluate, new_pool
     from orchestrator.rundir import open_run
 
-    tokens = f"tokens:{SHARED}/reference/{MODEL}"
     first = f"{folder}/first"
     given = {
-        "model": str(SHARED / "models" / MODEL),
+        **stored(MODEL, sequences=sequences),
         "out": f"{folder}/{name}".replace(" ", "-"),
         "steps": [
             {"method": method, "keep_fraction": fraction, "options": dict(options)}
@@ -85,11 +83,6 @@ def one(
         ],
         "stats": None if name == "first" else first,
         "keep_statistics": True,
-        "calibration.source": f"{tokens}.calibration.safetensors",
-        "calibration.sequences": sequences,
-        "evaluation.source": f"{tokens}.evaluation.safetensors",
-        "evaluation.sequences": sequences,
-        "device": "cpu",
         "threads": 1,
     }
     started = time.monotonic()
@@ -122,10 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few sequences; nothing is kept")
     quick = parser.parse_args().quick
-    if not SHARED.is_dir():
-        print(
-            "skipped: needs ../shared/models and ../shared/reference, which a fresh clone has not"
-        )
+    if not at_hand(MODEL):
         return
     before, sequences = load_average(), 32 if quick else None
     found: dict[tuple[str, float], dict[str, Any]] = {}
@@ -204,8 +194,4 @@ def _report(found: Mapping[tuple[str, float], dict[str, Any]], *, load: str, kee
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="composition-code-") as modules:
-        # Where transformers puts the code that travels with a result; else the home directory.
-        os.environ["HF_MODULES_CACHE"] = modules
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        main()
+    with_code_apart(main)

@@ -27,6 +27,7 @@ import torch
 from bare import bare_forward, llama, load_bare, write_random_model
 from result_file import ROOT, Goal, Result, load_average, report, table
 from safetensors.torch import load_file, save_file
+from trained import at_hand, stored
 from turns import Timings, take_turns
 
 from actors.storage.files import Directory
@@ -41,7 +42,6 @@ GOALS = {"float32": 1.25, "bfloat16": 0.70}
 PERPLEXITY_GOAL = 0.005
 SLICE = 0.25
 PHASES = ("calibrate", "compress", "stitch")  # of what is counted, with what lies between them
-SHARED = ROOT.parent / "shared"
 TRAINED = "babyllama105"
 METHOD = """\
 Each turn is a process of its own. *Bare*: transformers' own decoder layers in a loop without hooks,
@@ -229,15 +229,12 @@ class MeasuredError(Exception):
 def perplexities() -> dict[str, float]:
     """Return dtype of the calibration pass -> perplexity of a trained model sliced after it."""
     found = {}
-    tokens = SHARED / "reference" / TRAINED
     for dtype in GOALS:
         with tempfile.TemporaryDirectory() as out:
             recipe = {
-                "model": str(SHARED / "models" / TRAINED),
+                **stored(TRAINED),
                 "slice": SLICE,
                 "out": f"{out}/run",
-                "calibration.source": f"tokens:{tokens}.calibration.safetensors",
-                "evaluation.source": f"tokens:{tokens}.evaluation.safetensors",
                 "calibration_dtype": dtype,
                 "threads": torch.get_num_threads(),
             }
@@ -315,7 +312,7 @@ def _report(
                     met=max(ratio, cpu_ratio) <= GOALS[name],
                 )
             )
-    if SHARED.exists() and keep:
+    if keep and at_hand(TRAINED):
         found = perplexities()
         effect = found["bfloat16"] / found["float32"] - 1
         measured = f"{effect:+.3%} ({found['float32']:.4f} -> {found['bfloat16']:.4f})"

@@ -14,16 +14,15 @@ Needs the models and tokens in ``../shared``, which a fresh clone has not, and s
 
 import argparse
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from result_file import ROOT, Goal, Result, load_average, report, table
+from result_file import Goal, Result, load_average, report, table
+from trained import at_hand, nobody, stored, with_code_apart
 
-SHARED = ROOT.parent / "shared"
 MODEL = "babyllama105"
 FRACTIONS = (0.9, 0.8, 0.7)
 BOTH = {"candidates": "modegpt,svdllm"}
@@ -55,37 +54,27 @@ def sweeps(
     from orchestrator.recipe_file import load_config
     from orchestrator.sweep import points_of, sweep_on
 
-    tokens = f"tokens:{SHARED}/reference/{MODEL}"
     dense, points = 0.0, {}
     for number, (name, options) in enumerate(CHOICES.items()):
         out = f"{folder}/{number}"
         given = {
-            "model": str(SHARED / "models" / MODEL),
+            **stored(MODEL, sequences=sequences),
             "out": out,
             "method": "modegpt",
             "keep_fraction": 0.9,
             "keep_statistics": True,
-            "calibration.source": f"{tokens}.calibration.safetensors",
-            "calibration.sequences": sequences,
-            "evaluation.source": f"{tokens}.evaluation.safetensors",
-            "evaluation.sequences": sequences,
-            "device": "cpu",
             "threads": 1,
             **{f"options.{key}": value for key, value in options.items()},
         }
         base = prepare(load_config(None, given))
         found = sweep_on(
-            base, points_of(base, ["modegpt"], fractions, options), LocalExecutor(), listener=_quiet
+            base, points_of(base, ["modegpt"], fractions, options), LocalExecutor(), listener=nobody
         )
         dense = found["dense"]["perplexity"]
         for point in found["points"]:
             said = json.loads(Path(out, "points", point["name"], "allocation.json").read_text())
             points[name, point["asked"]] = {**point, "makers": said.get("makers", [])}
     return dense, points
-
-
-def _quiet(event: Mapping[str, Any]) -> None:
-    del event
 
 
 def goals_of(points: Points, fractions: Sequence[float]) -> list[Goal]:
@@ -154,8 +143,7 @@ def main() -> None:
         "--quick", action="store_true", help="one size on few sequences; writes nothing"
     )
     given = parser.parse_args()
-    if not (SHARED / "models" / MODEL).is_dir():
-        print(f"hull_of_methods: skipped. It needs the model {MODEL} in ../shared/models.")
+    if not at_hand(MODEL):
         return
     load = load_average()
     fractions = FRACTIONS[1:2] if given.quick else FRACTIONS
@@ -182,8 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="hull-of-methods-code-") as modules:
-        # Where transformers puts the code that travels with a result; else the home directory.
-        os.environ["HF_MODULES_CACHE"] = modules
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        main()
+    with_code_apart(main)

@@ -16,14 +16,13 @@ Needs the models and tokens in ``../shared``, which a fresh clone has not, and s
 
 import argparse
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from result_file import ROOT, Goal, Result, load_average, report, table
+from result_file import Goal, Result, load_average, report, table
+from trained import at_hand, nobody, stored, with_code_apart
 
-SHARED = ROOT.parent / "shared"
 MODEL = "babyllama105"
 FRACTIONS = (0.9, 0.8, 0.7)
 CHOICES = {
@@ -67,23 +66,17 @@ def sweeps(
     from orchestrator.recipe_file import load_config
     from orchestrator.sweep import points_of, sweep_on
 
-    tokens = f"tokens:{SHARED}/reference/{MODEL}"
     dense, points = 0.0, {}
     for name, options in CHOICES.items():
         allocation = options["allocation"]
         own = [*fractions, *_equal(name)]
         first = name == "uniform"
         given = {
-            "model": str(SHARED / "models" / MODEL),
+            **stored(MODEL, sequences=sequences),
             "out": f"{folder}/{name}",
             "method": "modegpt",
             "keep_fraction": 0.9,
             "keep_statistics": True,
-            "calibration.source": f"{tokens}.calibration.safetensors",
-            "calibration.sequences": sequences,
-            "evaluation.source": f"{tokens}.evaluation.safetensors",
-            "evaluation.sequences": sequences,
-            "device": "cpu",
             "threads": 1,
             **{f"options.{key}": value for key, value in options.items()},
         }
@@ -92,12 +85,12 @@ def sweeps(
         if first:
             groups += [(["slicegpt"], fractions, {"round_to": "1"}), (["svdllm"], fractions, {})]
         runs = [p for names, sizes, chosen in groups for p in points_of(base, names, sizes, chosen)]
-        found = sweep_on(base, runs, LocalExecutor(), listener=_ignore)
+        found = sweep_on(base, runs, LocalExecutor(), listener=nobody)
         dense = found["dense"]["perplexity"]
         if name == "influence":
             nominal = [1 - _nominal_removal(base, share) / BEFORE for share in NOMINAL]
             more = points_of(base, ["modegpt"], nominal, {"allocation": allocation})
-            again = sweep_on(base, more, LocalExecutor(), listener=_ignore)["points"]
+            again = sweep_on(base, more, LocalExecutor(), listener=nobody)["points"]
             for share, asked in zip(NOMINAL, nominal, strict=True):
                 (point,) = (p for p in again if p["asked"] == asked)
                 points[f"modegpt influence, formula at {share}", asked] = point
@@ -141,10 +134,6 @@ def _equal(name: str) -> list[float]:
     """Return the fractions at which as many parameters are removed as by others."""
     removed = {"uniform": UNIFORM, "influence": INFLUENCE}.get(name, {})
     return [1 - count / BEFORE for count in removed]
-
-
-def _ignore(event: Mapping[str, Any]) -> None:
-    del event
 
 
 def goals_of(dense: float, points: Points, fractions: Sequence[float]) -> list[Goal]:
@@ -228,8 +217,7 @@ def main() -> None:
         "--quick", action="store_true", help="one size on few sequences; writes nothing"
     )
     given = parser.parse_args()
-    if not (SHARED / "models" / MODEL).is_dir():
-        print(f"method_quality: skipped. It needs the model {MODEL} in ../shared/models.")
+    if not at_hand(MODEL):
         return
     load = load_average()
     fractions = FRACTIONS[1:2] if given.quick else FRACTIONS
@@ -257,8 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="method-quality-code-") as modules:
-        # Where transformers puts the code that travels with a result; else the home directory.
-        os.environ["HF_MODULES_CACHE"] = modules
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        main()
+    with_code_apart(main)

@@ -21,16 +21,14 @@ Needs the models and tokens in ``../shared``, which a fresh clone has not, and s
 """
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from result_file import ROOT, Goal, Result, load_average, report, table
+from result_file import Goal, Result, load_average, report, table
+from trained import at_hand, nobody, stored, with_code_apart
 
-SHARED = ROOT.parent / "shared"
 TOLERANCE = 0.005  # of a perplexity
 LOGIT_TOLERANCE = 1e-4
 THREADS = 1
@@ -149,28 +147,22 @@ def measure(model: Model, slice_: float, *, sequences: int | None) -> Measured:
     from orchestrator.rundir import open_run
 
     with tempfile.TemporaryDirectory(prefix="reference-table-") as folder:
-        tokens = f"tokens:{SHARED}/reference/{model.name}"
         given = load_config(
             None,
             {
-                "model": str(SHARED / "models" / model.name),
+                **stored(model.name, sequences=sequences),
                 "out": f"{folder}/run",
                 "method": "slicegpt",
                 "slice": slice_,
                 "options.rotation": "per_site",
                 "options.pca_on": "residual",
                 "options.round_to": 8,
-                "calibration.source": f"{tokens}.calibration.safetensors",
-                "calibration.sequences": sequences,
-                "evaluation.source": f"{tokens}.evaluation.safetensors",
-                "evaluation.sequences": sequences,
-                "device": "cpu",
                 "threads": THREADS,
             },
         )
         prepared = prepare(given)
         open_run(prepared)
-        found = run_on(prepared, LocalExecutor(), listener=_ignore)
+        found = run_on(prepared, LocalExecutor(), listener=nobody)
         difference = None
         if slice_ == 0.0:
             ids = torch.from_numpy(prepared.evaluation[:LOGIT_SEQUENCES])
@@ -195,10 +187,6 @@ def _logit_difference(dense: str, compressed: str, ids: torch.Tensor) -> float:
         for uri, ours in ((dense, False), (compressed, True))
     ]
     return float((logits[0] - logits[1]).abs().max())
-
-
-def _ignore(event: dict[str, Any]) -> None:
-    del event
 
 
 def goals_of(model: Model, whole: Measured, found: dict[Point, Measured]) -> list[Goal]:
@@ -295,12 +283,7 @@ def main() -> None:
         "--quick", action="store_true", help="one point on few sequences; writes nothing"
     )
     given = parser.parse_args()
-    missing = [p for p in (SHARED / "models", SHARED / "reference") if not p.is_dir()]
-    if missing:
-        print(
-            "reference_table: skipped. It needs the models babyllama105 and llama-8m-ref in "
-            "../shared/models and their token files in ../shared/reference."
-        )
+    if not at_hand(*(model.name for model in MODELS)):
         return
     load = load_average()
     tables, goals = {}, []
@@ -335,8 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="reference-table-code-") as modules:
-        # Where transformers puts the code that travels with a result; else the home directory.
-        os.environ["HF_MODULES_CACHE"] = modules
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        main()
+    with_code_apart(main)

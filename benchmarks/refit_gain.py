@@ -12,14 +12,12 @@ Needs the models and tokens in ``../shared``, which a fresh clone has not, and s
 """
 
 import argparse
-import os
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
-from result_file import ROOT, Goal, Result, load_average, report, table
+from result_file import Goal, Result, load_average, report, table
+from trained import at_hand, nobody, stored, with_code_apart
 
-SHARED = ROOT.parent / "shared"
 MODEL = "babyllama105"
 FRACTIONS = (0.8, 0.7)
 FIFTH = 0.2
@@ -33,30 +31,20 @@ def one(folder: str, fraction: float, *, refit: bool, sequences: int | None) -> 
     from orchestrator.run import run_on
     from orchestrator.rundir import open_run
 
-    tokens = f"tokens:{SHARED}/reference/{MODEL}"
     given = {
-        "model": str(SHARED / "models" / MODEL),
+        **stored(MODEL, sequences=sequences),
         "out": f"{folder}/{fraction}-{refit}",
         "method": "modegpt",
         "keep_fraction": fraction,
         "keep_statistics": not refit,
         "stats": f"{folder}/{fraction}-False" if refit else None,
-        "calibration.source": f"{tokens}.calibration.safetensors",
-        "calibration.sequences": sequences,
-        "evaluation.source": f"{tokens}.evaluation.safetensors",
-        "evaluation.sequences": sequences,
-        "device": "cpu",
         "threads": 1,
         "options.allocation": "uniform",
         "options.refit": refit,
     }
     prepared = prepare(load_config(None, given))
     open_run(prepared)
-    return run_on(prepared, LocalExecutor(), listener=_ignore)
-
-
-def _ignore(event: Mapping[str, Any]) -> None:
-    del event
+    return run_on(prepared, LocalExecutor(), listener=nobody)
 
 
 def main() -> None:
@@ -64,10 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few sequences; nothing is kept")
     quick = parser.parse_args().quick
-    if not SHARED.is_dir():
-        print(
-            "skipped: needs ../shared/models and ../shared/reference, which a fresh clone has not"
-        )
+    if not at_hand(MODEL):
         return
     before = load_average()
     rows, goals = [], []
@@ -105,8 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="refit-gain-code-") as modules:
-        # Where transformers puts the code that travels with a result; else the home directory.
-        os.environ["HF_MODULES_CACHE"] = modules
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        main()
+    with_code_apart(main)

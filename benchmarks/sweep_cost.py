@@ -8,7 +8,6 @@ evaluating one point.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch
 from bare import VOCABULARY, llama, write_random_model
 from result_file import Goal, Result, load_average, report, table
 from safetensors.torch import save_file
+from trained import with_code_apart
 
 GOAL = 2.0
 DOMINATES = 4.0  # calibration over compress + evaluate of one point
@@ -241,8 +241,4 @@ def write_warm(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="sweep-cost-code-") as modules:
-        # Where transformers puts the code that travels with a result; else the home directory.
-        os.environ["HF_MODULES_CACHE"] = modules
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        main()
+    with_code_apart(main)

@@ -16,14 +16,12 @@ microbatch done.
     .venv/bin/python benchmarks/worker_scaling.py [--quick]
 """
 
-import argparse
 import contextlib
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,22 +37,21 @@ from bare import (
     write_random_model,
     write_random_tokens,
 )
-from result_file import Goal, Result, load_average, report, table
-from turns import take_turns
+from result_file import Result, load_average, report
+from trained import nobody
+from two_over_one import NICENESS, Bare, arguments, compared, turns
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask, WorkerSetup
 from actors.storage.files import Directory
 from orchestrator import cluster
 from orchestrator.executors import RayExecutor
-from orchestrator.journal import Event, Journal
+from orchestrator.journal import Journal
 from orchestrator.pipeline import Pass, PassPlan, run_side_by_side
 from orchestrator.pool import Pool
 from planners.plan import Statistic
 
-GOAL = 0.92
 THREADS = 1
 WORKERS = 2
-NICENESS = 15  # of Ray's workers; the bare processes take the same, so that others delay both alike
 WARM = 4  # microbatches of the round for warmth
 STATISTICS = frozenset(Statistic(tap, "gram") for tap in ("resid_attn", "resid_mlp", "resid_out"))
 METHOD = """\
@@ -116,10 +113,6 @@ class LoadedFirst(RayExecutor):
         return ticket
 
 
-def _ignore(event: Event) -> None:
-    del event
-
-
 class Ours:
     """Passes of the orchestrator over the first workers of a pool."""
 
@@ -129,11 +122,11 @@ class Ours:
         self._executor = LoadedFirst()
         run = str(folder / "run")
         setup = WorkerSetup(name="pattern", incarnation="", threads=THREADS, device="cpu")
-        journal = Journal(Directory(run), _ignore)
+        journal = Journal(Directory(run), nobody)
         self._pool = Pool(self._executor, setup, num_workers=WORKERS, journal=journal)
         self.busy: dict[int, list[float]] = {}
 
-    def seconds(self, num_stages: int, *, num_microbatches: int) -> float:
+    def seconds(self, num_stages: int, num_microbatches: int, /) -> float:
         """Return how long microbatches take to stream through so many stages."""
         steps = [0.0] * num_stages
 
@@ -178,43 +171,6 @@ class Ours:
         self._pool.close()
 
 
-class Bare:
-    """Processes with a plain loop, which wait for a share of the microbatches."""
-
-    def __init__(self, case: Case, folder: Path) -> None:
-        """Start the processes and wait until they have loaded the model."""
-        context = multiprocessing.get_context("spawn")
-        self._ends, self._processes = [], []
-        for _ in range(WORKERS):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, folder / "model", case.sequence_length)
-            process = context.Process(target=_bare_process, args=arguments, daemon=True)
-            process.start()
-            self._ends.append(ours)
-            self._processes.append(process)
-        self._wait(self._ends)
-
-    def seconds(self, num_processes: int, *, num_microbatches: int) -> float:
-        """Return how long so many processes take for microbatches, evenly split."""
-        ends = self._ends[:num_processes]
-        begun = time.perf_counter()
-        for end in ends:
-            end.send(num_microbatches // num_processes)
-        self._wait(ends)
-        return time.perf_counter() - begun
-
-    def close(self) -> None:
-        """End the processes."""
-        for end in self._ends:
-            end.send(None)
-        for process in self._processes:
-            process.join()
-
-    def _wait(self, ends: Sequence[Connection]) -> None:
-        for end in ends:
-            end.recv()
-
-
 def _bare_process(end: Connection, model_folder: Path, sequence_length: int) -> None:
     os.nice(NICENESS)
     torch.set_num_threads(THREADS)
@@ -244,7 +200,12 @@ def _subjects(case: Case) -> Iterator[tuple[Ours, Bare]]:
             num_sequences=case.num_microbatches,
             sequence_length=case.sequence_length,
         )
-        bare = Bare(case, folder)
+        bare = Bare(
+            _bare_process,
+            (folder / "model", case.sequence_length),
+            number=WORKERS,
+            share=lambda which, number, amount: len(range(which, amount, number)),
+        )
         with (
             contextlib.closing(bare),
             cluster.connected("local", num_cpus=WORKERS * THREADS, num_gpus=0, store_bytes=0),
@@ -253,57 +214,17 @@ def _subjects(case: Case) -> Iterator[tuple[Ours, Bare]]:
             yield ours, bare
 
 
-def _turns(ours: Ours, bare: Bare, *, num_microbatches: int) -> dict[str, Callable[[], float]]:
-    count = num_microbatches
-    return {
-        "one worker": lambda: ours.seconds(1, num_microbatches=count),
-        "two workers": lambda: ours.seconds(WORKERS, num_microbatches=count),
-        "bare, one process": lambda: bare.seconds(1, num_microbatches=count),
-        "bare, two processes": lambda: bare.seconds(WORKERS, num_microbatches=count),
-    }
-
-
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each [%(default)s]")
-    parser.add_argument(
-        "--patience",
-        type=int,
-        default=600,
-        help="seconds to wait for a quiet machine [%(default)s]",
-    )
-    parser.add_argument("--quick", action="store_true", help="a toy run that writes nothing")
-    given = parser.parse_args()
-    case, rounds = (QUICK, 1) if given.quick else (FULL, given.rounds)
+    given = arguments(__doc__.partition("\n")[0])
+    case = QUICK if given.quick else FULL
     load = load_average()
     with _subjects(case) as (ours, bare):
-        for turn in _turns(ours, bare, num_microbatches=WARM).values():
+        for turn in turns(ours, bare, WARM).values():
             turn()
         ours.busy.clear()
-        timings = take_turns(
-            _turns(ours, bare, num_microbatches=case.num_microbatches),
-            rounds=rounds,
-            max_rounds=rounds if given.quick else 2 * rounds,
-            patience_seconds=0 if given.quick else given.patience,
-        )
+        found = compared(ours, bare, case.num_microbatches, given)
         busy = {n: statistics.median(shares) for n, shares in ours.busy.items()}
-    speedup = timings.median("one worker") / timings.median("two workers")
-    bare_speedup = timings.median("bare, one process") / timings.median("bare, two processes")
-    by_round = [
-        (
-            name,
-            f"{timings.median(name):.2f}",
-            " ".join(f"{r[name].seconds:.2f}" for r in timings.quiet),
-        )
-        for name in timings.rounds[0]
-    ]
-    speedups = [
-        ("ours", f"{speedup:.3f}"),
-        ("bare", f"{bare_speedup:.3f}"),
-        ("ours / bare", f"{speedup / bare_speedup:.3f}"),
-    ]
-    alone = timings.median("one worker") / timings.median("bare, one process")
     report(
         Result(
             claim="worker_scaling",
@@ -315,24 +236,14 @@ def main() -> None:
                 "statistics": ", ".join(sorted(map(str, STATISTICS))),
                 "threads a process": THREADS,
                 "dtype": "float32",
-                "rounds": f"{rounds} quiet ones, after one of {WARM} microbatches for warmth",
+                "rounds": f"{given.rounds} quiet ones, after one of {WARM} microbatches for warmth",
             },
-            tables={
-                "Seconds to stream the pass:": table(("", "median", "by round"), by_round),
-                "Speed-up, two over one:": table(("", "of medians"), speedups),
-            },
-            goals=[
-                Goal(
-                    text=f"two workers reach {GOAL} of the bare speed-up",
-                    measured=f"{speedup / bare_speedup:.3f}",
-                    met=speedup / bare_speedup >= GOAL,
-                )
-            ],
+            tables=found.tables,
+            goals=[found.goal],
             notes=[
-                timings.say(),
+                *found.notes,
                 f"Inside their steps: the one worker {busy[1]:.1%} of the time, "
                 f"the busier of two {busy[WORKERS]:.1%}.",
-                f"One worker takes {alone:.3f} times as long as one bare process.",
             ],
             load=load,
         ),

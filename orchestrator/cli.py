@@ -21,6 +21,7 @@ from orchestrator.options import (
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
+COUNT = click.IntRange(min=1)
 as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
 
 
@@ -219,13 +220,17 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
 
 @cli.command()
 @click.argument("directories", nargs=-1, required=True)
-@click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--batch", "batches", type=int, multiple=True, help="Batch sizes. [1 and 8]")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens generated for each.")
-@click.option("--threads", default=1, show_default=True, help="CPU threads of each worker.")
+@click.option("--prompt", type=COUNT, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--batch", "batches", type=COUNT, multiple=True, help="Batch sizes. [1 and 8]")
+@click.option(
+    "--new-tokens", type=COUNT, default=32, show_default=True, help="Tokens generated for each."
+)
+@click.option(
+    "--threads", type=COUNT, default=1, show_default=True, help="CPU threads of each worker."
+)
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1,
     show_default=True,
     help="Over which a model goes that does not fit one.",

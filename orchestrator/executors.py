@@ -42,6 +42,7 @@ SYSTEM_ERRORS = (
 )
 STACK_SIGNAL = signal.SIGUSR2
 STACK_SECONDS = 5.0  # within which a worker's node shows its stack
+STACK_FILE = "compress-cluster-stack-"  # then the process's number
 
 
 class WorkerLost(Exception):
@@ -323,11 +324,23 @@ class RayExecutor:
 def _settled(actor: Any) -> Whereabouts:
     """Say where this process is, and have it show its stack whenever it gets the signal."""
     del actor
-    descriptor, path = tempfile.mkstemp(prefix="compress-cluster-stack-", suffix=".txt")
+    _tidy()
+    descriptor, path = tempfile.mkstemp(prefix=f"{STACK_FILE}{os.getpid()}-", suffix=".txt")
     # In C, at once, whatever the interpreter is doing.
     faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
     node = ray.get_runtime_context().get_node_id()
     return Whereabouts(node=node, pid=os.getpid(), stack_file=path)
+
+
+def _tidy() -> None:
+    """Remove the stacks of processes that are gone: a worker is killed, it removes nothing."""
+    for path in Path(tempfile.gettempdir()).glob(f"{STACK_FILE}[0-9]*-*"):
+        with contextlib.suppress(ValueError, OSError):  # another user's process, or file
+            pid = int(path.name.removeprefix(STACK_FILE).partition("-")[0])
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                path.unlink()
 
 
 def _beside(where: Whereabouts, work: Callable[[Whereabouts], Any]) -> Any:

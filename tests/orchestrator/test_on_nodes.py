@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator import cluster
@@ -204,7 +206,14 @@ def test_the_stack_of_a_worker_is_shown_while_it_is_busy():
     executor.call(handle, "wait_for_nothing", label="busy")
     time.sleep(0.5)
     assert "wait_for_nothing" in executor.stack(where)
+    executor.end(where)  # by force: it removes nothing itself
+    wait_until(lambda: not psutil.pid_exists(where.pid))
     executor.kill(handle)
+    after = executor.spawn(Idle, resources=Resources(num_cpus=1), name="after")
+    later = executor.result(executor.settle(after))
+    assert not Path(where.stack_file).exists()
+    assert Path(later.stack_file).exists()
+    executor.kill(after)
 
 
 def test_an_input_whose_maker_died_is_lost_and_no_fault_of_who_reads_it():

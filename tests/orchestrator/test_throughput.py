@@ -5,6 +5,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from actors.messages import ThroughputRequest, UnitDone, WorkerSetup, pack, unpack
@@ -12,6 +13,7 @@ from actors.stage import Stage
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from orchestrator.calibrate import assignments
+from orchestrator.cli import cli
 from orchestrator.executors import LocalExecutor, WorkerLost
 from orchestrator.interrupt import Interruption
 from orchestrator.journal import Journal
@@ -269,3 +271,41 @@ def test_a_run_whose_models_do_not_fit_all_workers_says_that_they_were_not_timed
     assert report["verdict"] == "READY"
     assert set(report["throughput"]["dense"]) == {"not_measured"}
     assert "The dense model was not timed" in summary.throughput_note(report)
+
+
+def bench(*arguments):
+    """Return what ``bench`` printed for the tiny models of this file."""
+    sizes = ("--prompt", 5, "--new-tokens", NEW_TOKENS, "--batch", 2)
+    return CliRunner().invoke(cli, ["bench", *map(str, (*arguments, *sizes))])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_times_models_side_by_side_over_workers(model, tmp_path):
+    small = save_model(tmp_path / "small", num_hidden_layers=2)
+    memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
+    said = bench(model, small, "--workers", 3, "--worker-gib", memory, "--json")
+    assert said.exception is None
+    rows = json.loads(said.stdout)["rows"]
+    assert [(row["model"], row["stages"]) for row in rows] == [(str(model), 3), (str(small), 2)]
+    assert all(row["decode_tokens_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_says_how_a_model_that_does_not_fit_would(model, tmp_path):
+    small = save_model(tmp_path / "small", num_hidden_layers=2)
+    memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
+    said = bench(model, small, "--workers", 2, "--worker-gib", memory)
+    assert said.exception is None
+    assert f"{model}, batch 2: not measured: generating takes" in said.output
+    assert "use more --workers" in said.output
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch", "0"], ["--prompt", "0"], ["--new-tokens", "-1"], ["--threads", "0"]]
+)
+def test_bench_refuses_sizes_that_are_none(words, model):
+    said = CliRunner().invoke(cli, ["bench", str(model), *words])
+    assert said.exit_code == 2
+    assert words[0] in said.output
