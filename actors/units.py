@@ -31,6 +31,7 @@ from actors.sums import add_shards
 from actors.transfer import to_device
 from planners.errors import NumericsError
 from planners.families import load as load_family
+from planners.weight_files import weight_files
 
 ROWS = 8192  # vocabulary rows that are in memory at one time
 SPECTRUM_SAMPLES = 256  # eigenvalues of a site that travel into its record
@@ -107,22 +108,23 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     family = load_family(job.shape.family)
     prefix = family.layer.format(i=task.index)
     named = {f"{prefix}.{family.below_layer(role)}": t.cpu() for role, t in new.items()}
-    folder = "draft" if task.kind == "draft" else "model"
-    name = f"{folder}/layer-{task.index:05d}.safetensors"
+    name = f"draft/layer-{task.index:05d}.safetensors"
+    if task.kind != "draft":
+        name = f"model/{weight_files(job.form)[task.unit]}"
     entry = write_tensors(run, name, named, metadata={"format": "pt"})
     return (entry,), {**values, "tensors": {k: described(t) for k, t in named.items()}}
 
 
 def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Make a layer part of the result: refitted if that is the better model, else as drafted."""
-    del job, device
+    del device
     draft, refitted, losses = (read_record(run, name).values for name in task.inputs)
     folder, tensors = "draft", draft["tensors"]
     if losses["used"]:
         folder, tensors = "refit", refitted["tensors"]
-    file = f"layer-{task.index:05d}.safetensors"
-    named = read_tensors(run, f"{folder}/{file}")
-    entry = write_tensors(run, f"model/{file}", named, metadata={"format": "pt"})
+    named = read_tensors(run, f"{folder}/layer-{task.index:05d}.safetensors")
+    name = f"model/{weight_files(job.form)[task.unit]}"
+    entry = write_tensors(run, name, named, metadata={"format": "pt"})
     said = {"used": losses["used"], "linears": refitted["linears"]}
     return (entry,), {**draft, "tensors": tensors, "refit": said}
 
@@ -208,7 +210,8 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
     if norm_weight is not None and job.form.head_norm_weight:
         scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
         tensors = {family.final_norm: scale.cpu()}
-        norm_file = write_tensors(run, "model/norm.safetensors", tensors, metadata={"format": "pt"})
+        name = f"model/{weight_files(job.form)['norm']}"
+        norm_file = write_tensors(run, name, tensors, metadata={"format": "pt"})
         facts = {k: described(t) for k, t in tensors.items()}
         known = values.get("tensors", {})
         assert isinstance(known, dict)  # ours, written by _table
@@ -303,7 +306,7 @@ def _table(
             dtypes.add(NAME_OF[block.dtype])
             yield block
 
-    name = "model/embedding.safetensors" if "embed" in target else "model/head.safetensors"
+    name = f"model/{weight_files(job.form)['embedding' if 'embed' in target else 'head']}"
     entry = write_rows(run, name, target, blocks(), shape=(num_rows, width))
     facts = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
     return (entry,), {"tensors": {target: facts}}

@@ -13,6 +13,7 @@ from planners.errors import ConfigError, ModelError, StorageError
 
 # What makes the sums what they are; a method, its options and its target do not.
 IDENTITY = (
+    "schema",
     "model revision",
     "calibration data",
     "microbatch sequences",
@@ -110,6 +111,12 @@ def require_same(prepared: Prepared) -> None:
             hint=f"give its first step: {run.below('steps/1-' + theirs['steps'][0]['method'])}",
         )
     differ = [key for key in IDENTITY if theirs.get(key) != facts[key]]
+    if "schema" in differ:
+        raise ConfigError(
+            f"stats: {run.uri} is a run of another version of compress-cluster: its files are of "
+            f"schema {theirs.get('schema', 1)}, those of this version of {facts['schema']}",
+            hint="leave out --stats, or use the version that made those statistics",
+        )
     if differ:
         said = "; ".join(
             f"{k} is {_short(facts[k])}, theirs {_short(theirs.get(k))}" for k in differ

@@ -21,7 +21,7 @@ from planners.compose import require_disjoint
 from planners.cost import dense_start
 from planners.errors import ModelError
 from planners.placement import load_of, place
-from planners.plan import MethodSpec, Option, RunPlan, Start, Statistic
+from planners.plan import SCHEMA_VERSION, MethodSpec, Option, RunPlan, Start, Statistic
 from planners.planning import Workload
 from planners.units import Identity
 
@@ -138,6 +138,7 @@ class Prepared:
             "slice": target.slice,
         }
         return {
+            "schema": SCHEMA_VERSION,
             "model revision": self.origin.revision,
             "calibration data": self.identity.calibration_hash,
             "evaluation data": self.evaluation_hash,

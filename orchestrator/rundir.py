@@ -154,6 +154,12 @@ def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
         differ = [key for key in facts if old.get(key) != facts[key]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # torn by a crash before anything else was written
+    if "schema" in differ:
+        raise ConfigError(
+            f"{run.uri} holds a run of another version of compress-cluster: its files are of "
+            f"schema {old.get('schema', 1)}, those of this version of {facts['schema']}",
+            hint="use another --out, or the version that began this run",
+        )
     if differ:
         said = "; ".join(
             f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ

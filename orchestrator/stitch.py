@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from importlib import metadata, resources
@@ -10,12 +11,14 @@ from typing import Any
 from actors.messages import UnitDone
 from actors.storage.checkpoint import INDEX
 from actors.storage.files import Directory, FileEntry
-from actors.storage.records import Record
+from actors.storage.tensors import TORCH_DTYPE
 from orchestrator.context import RunContext
 from orchestrator.model_config import result_config
 from orchestrator.subjects import Subject
+from planners.families import load as load_family
 from planners.plan import SCHEMA_VERSION, fingerprint, to_json
 from planners.units import Unit
+from planners.weight_files import weight_files
 
 CODE = "modeling_compressed.py"
 TOKENIZER_FILES = (
@@ -83,8 +86,7 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     if prepared.former:
         compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
         del compression["options"]
-    records = [context.ledger.record(unit) for unit in context.units]
-    files = [run.write(f"model/{INDEX}", _json(_index(records)))]
+    files = [run.write(f"model/{INDEX}", _json(_index(context)))]
     new_config = {
         **result_config(prepared.model_config, plan.shape, form),
         "compression": compression,
@@ -108,23 +110,19 @@ def _code() -> bytes:
     return resources.files("actors.modeling").joinpath(CODE).read_bytes()
 
 
-def _index(records: list[Record]) -> dict[str, Any]:
+def _index(context: RunContext) -> dict[str, Any]:
+    """Return which file holds each tensor, and the bytes of all of them without their headers."""
     weight_map: dict[str, str] = {}
     total = 0
-    for record in records:
-        tensors = record.values.get("tensors", {})
+    names = weight_files(context.form)
+    norm = load_family(context.prepared.plan.shape.family).final_norm
+    for unit in context.units:
+        tensors = context.ledger.record(unit).values.get("tensors", {})
         assert isinstance(tensors, dict)  # written by our own units
-        weight_map |= {name: _file_of(name, record) for name in tensors}
-        total += sum(file.bytes for file in record.files)
+        for name, said in tensors.items():
+            weight_map[name] = names["norm" if name == norm else unit.name]
+            total += math.prod(said["shape"]) * TORCH_DTYPE[said["dtype"]].itemsize
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _file_of(tensor: str, record: Record) -> str:
-    paths = [file.path.removeprefix("model/") for file in record.files]
-    norm = [path for path in paths if path.startswith("norm")]
-    if norm and tensor.endswith("norm.weight"):
-        return norm[0]
-    return paths[0]
 
 
 def _card(compression: Mapping[str, Any]) -> str:

@@ -198,6 +198,12 @@ def result_files(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(model)): p.read_bytes() for p in model.rglob("*") if p.is_file()}
 
 
+def layer_file(folder: Path, layer: int) -> Path:
+    """Return the file of one layer in a result; the first of them all is the embedding's."""
+    (path,) = folder.glob(f"model-{layer + 2:05d}-of-*.safetensors")
+    return path
+
+
 @torch.inference_mode()
 def logits_of(folder: Path, ids: Tensor, *, trust_remote_code: bool = False) -> Tensor:
     """Return the logits of a checkpoint as its users get them, in float32."""

@@ -11,6 +11,7 @@ from planners.errors import PlanError
 from planners.refit import DAMPINGS, cuts
 from tests.builders import (
     compress_local,
+    layer_file,
     perplexity,
     prepared_run,
     result_files,
@@ -147,8 +148,8 @@ def test_the_result_is_whichever_has_the_lower_held_out_loss(refitted):
     found = record(refitted, "refit-losses")
     assert found["used"] == (found["nats"]["refitted"] < found["nats"]["drafted"])
     chosen = "refit" if found["used"] else "draft"
-    for path in sorted((refitted / chosen).glob("*")):
-        assert path.read_bytes() == (refitted / "model" / path.name).read_bytes()
+    for layer, path in enumerate(sorted((refitted / chosen).glob("*"))):
+        assert path.read_bytes() == layer_file(refitted / "model", layer).read_bytes()
 
 
 def changed_by_refit(out):

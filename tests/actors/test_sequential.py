@@ -7,7 +7,14 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors
 from planners.errors import PlanError
-from tests.builders import compress_local, prepared_run, result_files, run_local, save_model
+from tests.builders import (
+    compress_local,
+    layer_file,
+    prepared_run,
+    result_files,
+    run_local,
+    save_model,
+)
 
 SEQUENTIAL = {"schedule": "sequential"}
 SITES = range(7)  # of the three layers of the model
@@ -99,7 +106,7 @@ def test_a_layer_whose_records_are_lost_comes_out_the_same(model, tmp_path):
         (out / f"records/{unit}.json").unlink()
     for site in (2, 3, 5):
         (out / f"basis/basis-site-{site:05d}.safetensors").unlink()
-    (out / "model/layer-00001.safetensors").unlink()
+    layer_file(out / "model", 1).unlink()
     compress_local(model, out, options=SEQUENTIAL)
     assert result_files(out) == expected
     for site, data in bases.items():

@@ -12,7 +12,7 @@ from orchestrator.recipe_file import load_config
 from planners.errors import CompressionError, ModelError
 from tests.bad_input.refusals import attempt, refusal
 from tests.bad_input.warm import in_new_process
-from tests.builders import compress_local
+from tests.builders import compress_local, layer_file
 
 
 @pytest.fixture(scope="session")
@@ -88,13 +88,15 @@ def test_a_form_of_other_widths_is_refused_by_the_tensor(refused, form, key):
 
 
 def test_a_missing_layer_file_is_refused_by_name(refused, model):
-    (model / "layer-00001.safetensors").unlink()
-    refused(ModelError, "names layer-00001.safetensors, which does not exist")
+    path = layer_file(model, 1)
+    path.unlink()
+    refused(ModelError, f"names {path.name}, which does not exist")
 
 
 def test_a_layer_file_in_the_place_of_another_is_refused(refused, model):
-    shutil.copy(model / "layer-00000.safetensors", model / "layer-00001.safetensors")
-    refused(ModelError, "'model.layers.0.", "is in layer-00000.safetensors and in layer-00001.")
+    first, second = layer_file(model, 0), layer_file(model, 1)
+    shutil.copy(first, second)
+    refused(ModelError, "'model.layers.0.", f"is in {first.name} and in {second.name}")
 
 
 def test_the_model_it_was_made_from_must_be_supported(refused, edit):
@@ -162,7 +164,7 @@ def test_pairs_that_are_none_are_refused(narrow, tmp_path, sound, change, words)
 def broken_pairs(narrow, tmp_path, sound, change):
     """Return why a result with other pairs in its first layer is refused."""
     model = shutil.copytree(narrow, tmp_path / "model")
-    path = model / "layer-00000.safetensors"
+    path = layer_file(model, 0)
     tensors = load_file(path)
     (name,) = [key for key in tensors if key.endswith("rope_pairs")]
     assert tensors[name].shape[1] > 1

@@ -252,7 +252,7 @@ def test_what_the_statistics_lack_is_said_and_only_that_is_calibrated(first, mod
 
 
 def files_of(out):
-    return {p.name: p.read_bytes() for p in (out / "model").glob("layer-*")}
+    return {p.name: p.read_bytes() for p in (out / "model").glob("model-*")}
 
 
 def test_statistics_of_another_model_are_refused(first, tmp_path):

@@ -31,6 +31,7 @@ from tests.builders import (
     VOCABULARY,
     DeadDriverError,
     compress_local,
+    layer_file,
     logits_of,
     perplexity,
     prepared_run,
@@ -327,7 +328,7 @@ def test_a_result_that_lost_a_file_is_made_whole_though_its_steps_are_gone(
     name = "modegpt then svdllm"
     compress_local(model, tmp_path, steps=RECIPES[name])
     whole = result_files(tmp_path)
-    (tmp_path / "model/layer-00001.safetensors").unlink()
+    layer_file(tmp_path / "model", 1).unlink()
     for file in (tmp_path / "stats").iterdir():
         file.unlink()
     compress_local(model, tmp_path, steps=RECIPES[name])

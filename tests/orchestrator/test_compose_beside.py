@@ -29,6 +29,7 @@ from planners.plan import model_form_from_json
 from tests.builders import (
     LENGTH,
     compress_local,
+    layer_file,
     logits_of,
     prepared_run,
     result_files,
@@ -119,7 +120,7 @@ def test_turned_statistics_are_stored_as_the_recipe_says(model, tmp_path):
 def test_a_wrong_byte_in_the_result_is_put_right_though_its_steps_are_gone(model, tmp_path):
     compress_local(model, tmp_path, steps=[MODEGPT, SLICE])
     whole = result_files(tmp_path)
-    path = tmp_path / "model/layer-00001.safetensors"
+    path = layer_file(tmp_path / "model", 1)
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)

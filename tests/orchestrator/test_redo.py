@@ -51,8 +51,8 @@ def test_a_layer_is_made_again_with_an_option_of_its_own(finished):
     assert report["method"]["steps"][0]["layer_options"] == own
     assert recipe_of(Directory(str(finished))).layer_options == {1: own["1"], 2: own["2"]}
     after, new = started(finished), result_files(finished)
-    changed = {name for name in files if name.startswith("l") and files[name] != new[name]}
-    assert changed == {"layer-00001.safetensors", "layer-00002.safetensors"}
+    changed = {name for name in files if name.endswith(".safetensors") and files[name] != new[name]}
+    assert changed == {"model-00003-of-00007.safetensors", "model-00004-of-00007.safetensors"}
     again = {unit for unit in before if after[unit] != before[unit]}
     for prefix in ("statistics-", "layer-"):
         units = {unit for unit in again if unit.startswith(prefix)}

@@ -93,22 +93,22 @@ def test_a_driver_may_die_again_and_again(model, undisturbed, tmp_path):
 
 # What may be lost, and the units that are done again for it.
 LOSSES = {
-    "a layer's file": (["model/layer-00002.safetensors"], {"layer-00002"}),
+    "a layer's file": (["model/model-00004-of-00006.safetensors"], {"layer-00002"}),
     "a layer's record": (["records/layer-00001.json"], {"layer-00001"}),
     "a basis that all that read it have read": (["basis/basis-site-00003.safetensors"], set()),
     "a basis and what was made of it": (
-        ["basis/basis-site-00000.safetensors", "model/embedding.safetensors"],
+        ["basis/basis-site-00000.safetensors", "model/model-00001-of-00006.safetensors"],
         {"basis-site-00000", "embedding"},
     ),
     "statistics": (["stats/layer-00001.safetensors"], {"statistics-layer-00001"}),
-    "the head": (["model/head.safetensors"], {"head"}),
+    "the head": (["model/model-00006-of-00006.safetensors"], {"head"}),
     "an evaluation": (
         ["records/evaluation-compressed-part-00001.json"],
         {"evaluation-compressed-part-00001"},
     ),
     "the index": (["model/model.safetensors.index.json"], {"stitch"}),
     "several": (
-        ["model/layer-00000.safetensors", "records/embedding.json", "model/config.json"],
+        ["model/model-00002-of-00006.safetensors", "records/embedding.json", "model/config.json"],
         {"layer-00000", "embedding", "stitch"},
     ),
 }
@@ -130,7 +130,7 @@ def test_only_what_is_lost_is_done_again(model, undisturbed, tmp_path, lost):
 def test_what_a_killed_worker_left_half_written_disturbs_nobody(model, undisturbed, tmp_path):
     with pytest.raises(DeadDriverError):
         run_local(model, tmp_path, listener=DyingDriver("basis", 1))
-    for name in ("stats/layer-00001.safetensors", "model/layer-00003.safetensors"):
+    for name in ("stats/layer-00001.safetensors", "model/model-00005-of-00006.safetensors"):
         path = tmp_path / f"{name}.0123456789ab.tmp"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
@@ -204,7 +204,7 @@ def test_tokens_beside_a_torn_plan_are_not_taken_for_those_of_this_run(
 
 def test_a_finished_run_that_lost_a_file_is_made_whole(model, undisturbed, tmp_path):
     run_local(model, tmp_path)
-    (tmp_path / "model" / "layer-00001.safetensors").unlink()
+    (tmp_path / "model" / "model-00003-of-00006.safetensors").unlink()
     assert finished_report(Directory(str(tmp_path))) is None
     assert not (tmp_path / "READY").exists()
     run_local(model, tmp_path)
@@ -212,16 +212,17 @@ def test_a_finished_run_that_lost_a_file_is_made_whole(model, undisturbed, tmp_p
     assert result_files(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("name", ["layer-00001", "embedding", "head"])
+@pytest.mark.parametrize(("name", "number"), [("layer-00001", 3), ("embedding", 1), ("head", 6)])
 def test_one_flipped_bit_is_found_and_mended_before_a_run_is_ready(
-    model, undisturbed, tmp_path, name
+    model, undisturbed, tmp_path, name, number
 ):
     compress_local(model, tmp_path)
     before = started(tmp_path)
-    flip(tmp_path / "model" / f"{name}.safetensors")
+    file = f"model/model-{number:05d}-of-00006.safetensors"
+    flip(tmp_path / file)
     events = []
     run_local(model, tmp_path, listener=events.append)
-    assert [e["detail"] for e in events if e["kind"] == "damaged"] == [f"model/{name}.safetensors"]
+    assert [e["detail"] for e in events if e["kind"] == "damaged"] == [file]
     after = started(tmp_path)
     assert {unit for unit in before if after[unit] != before[unit]} == {name}
     assert result_files(tmp_path) == undisturbed
@@ -235,7 +236,7 @@ def test_one_bit_that_flips_while_the_result_is_verified_is_found(
 
     def spoil(event):
         if event["kind"] == "phase begins" and event["unit"] == "verify":
-            flip(tmp_path / "model" / "layer-00001.safetensors")
+            flip(tmp_path / "model" / "model-00003-of-00006.safetensors")
 
     with pytest.raises(NumericsError, match="every tensor as computed"):
         run_local(model, tmp_path, listener=spoil, **how)
@@ -248,9 +249,11 @@ def test_one_bit_that_flips_while_the_result_is_verified_is_found(
 def test_storage_that_spoils_what_is_written_again_and_again_ends_in_an_error(model, tmp_path):
     def spoil(event):
         if event["unit"] == "layer-00001":
-            flip(tmp_path / "model" / "layer-00001.safetensors")
+            flip(tmp_path / "model" / "model-00003-of-00006.safetensors")
 
-    with pytest.raises(StorageError, match=r"layer-00001.safetensors: is not what was written"):
+    with pytest.raises(
+        StorageError, match=r"model-00003-of-00006.safetensors: is not what was written"
+    ):
         run_local(model, tmp_path, listener=spoil)
     assert not (tmp_path / "READY").exists()
 
@@ -267,7 +270,7 @@ def test_after_ready_one_layer_costs_its_own_statistics_and_sites_alone(
     run_local(model, tmp_path)
     assert Directory(str(tmp_path)).names("stats") == []
     before = started(tmp_path)
-    flip(tmp_path / "model" / "layer-00002.safetensors")
+    flip(tmp_path / "model" / "model-00004-of-00006.safetensors")
     prepared = prepared_run(model, tmp_path)
     assert finished_report(prepared.run) is not None, "sizes are as they were"
     assert finished_report(prepared.run, hashes=True) is None

@@ -111,7 +111,7 @@ def test_nor_do_losses_in_any_wave(model, undisturbed, tmp_path_factory, seed, w
 def test_the_next_driver_goes_on_with_other_workers(model, undisturbed, tmp_path, kind, count):
     dying = DyingDriver(kind, count)
     compress_local(model, tmp_path, workers=2, calibration=in_shards(), listener=dying)
-    assert not list(tmp_path.glob("model/layer-*"))
+    assert not list(tmp_path.glob("model/model-*"))
     executor = CountingExecutor()
     compress_local(model, tmp_path, executor=executor, workers=6, calibration=in_shards())
     assert_same(tmp_path, undisturbed)
