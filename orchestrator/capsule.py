@@ -14,21 +14,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter
 
-from actors.messages import (
-    Assignment,
-    CompressionJob,
-    Microbatch,
-    TokenStream,
-    UnitTask,
-    WorkerSetup,
-)
+from actors.messages import Assignment, CompressionJob, Microbatch, UnitTask, WorkerSetup
 from actors.stage import Stage
 from actors.storage.files import Directory, HashingStream
 from actors.storage.records import read_record
@@ -36,9 +30,25 @@ from actors.units import do_unit
 from orchestrator.failures import class_of
 from orchestrator.versions import environment
 from planners.errors import CompressionError, StorageError
-from planners.plan import ModelShape, Statistic, model_form_from_json, to_json
+from planners.plan import to_json
 
 FOLDER = "failures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCall:
+    """What a worker got that was to do a unit."""
+
+    task: UnitTask
+    job: CompressionJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCall:
+    """What a stage got: layers to load, and a microbatch to pass, unless it failed to load."""
+
+    assignment: Assignment
+    microbatch: Microbatch | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +58,21 @@ class Work:
     Attributes:
         name: of the unit, or of the microbatch in a stage; it names the capsule.
         setup: threads and device of the worker.
-        call: the messages that it got, by their names.
+        call: the messages that it got.
         inputs: the units whose files it reads.
         fingerprint: of what determines its bytes, where it is a unit.
     """
 
     name: str
     setup: WorkerSetup
-    call: Mapping[str, Any]
+    call: UnitCall | PassCall
     inputs: Sequence[str] = ()
     fingerprint: str = ""
+
+
+# Both ways from one place, by the types: what a layer's options are keyed by stays a number.
+CALL: TypeAdapter[UnitCall | PassCall] = TypeAdapter(UnitCall | PassCall)
+SETUP = TypeAdapter(WorkerSetup)
 
 
 def write_capsule(run: Directory, work: Work, error: Exception, *, met: Sequence[str]) -> str:
@@ -76,7 +91,7 @@ def write_capsule(run: Directory, work: Work, error: Exception, *, met: Sequence
         "versions": environment(),
         "recipe": _recipe(run),
         "reproduce": _command(run.path(name)),
-        "call": {key: _plain(message) for key, message in work.call.items()},
+        "call": CALL.dump_python(work.call, mode="json"),
     }
     run.write(name, json.dumps(document, indent=1, sort_keys=True).encode())
     return f"to do it again here: {document['reproduce']}"
@@ -92,19 +107,18 @@ def reproduce(location: str) -> None:
     folder, _, name = location.rpartition("/")
     try:
         document = json.loads(Directory(folder or ".").read(name))
-        call, setup = document["call"], WorkerSetup(**document["worker"])
+        call = CALL.validate_python(document["call"])
+        setup = SETUP.validate_python(document["worker"])
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{location}: is not a capsule of ours: {error}") from error
     torch.set_num_threads(setup.threads)
     with tempfile.TemporaryDirectory(prefix="compress-cluster-capsule-") as scratch:
-        if "job" in call:
-            job = _job(call["job"])
-            task = UnitTask(**{**call["task"], "inputs": tuple(call["task"]["inputs"])})
-            run = _ReadOnly(job.run_uri, Directory(scratch))
+        if isinstance(call, UnitCall):
+            run = _ReadOnly(call.job.run_uri, Directory(scratch))
             with torch.inference_mode():
-                do_unit(task, job, run=run, device=setup.device)
+                do_unit(call.task, call.job, run=run, device=setup.device)
         else:
-            _pass(_assignment(call["assignment"]), call["microbatch"], setup)
+            _pass(call.assignment, call.microbatch, setup)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +152,7 @@ class _ReadOnly(Directory):
             yield stream
 
 
-def _pass(assignment: Assignment, sent: Mapping[str, Any] | None, setup: WorkerSetup) -> None:
+def _pass(assignment: Assignment, sent: Microbatch | None, setup: WorkerSetup) -> None:
     """Load the layers that a stage held; pass a microbatch to them, from its tokens on.
 
     What came before them is computed here, a layer at a time, so that no other worker is needed.
@@ -160,33 +174,9 @@ def _pass(assignment: Assignment, sent: Mapping[str, Any] | None, setup: WorkerS
         )
         stage = Stage(setup)
         stage.load(one)
-        read = not last or bool(sent["hand_over"] or sent["write_boundary"])
-        microbatch = Microbatch(**{
-            **sent, "rows": tuple(sent["rows"]), "index": 0, "hand_over": read,
-            "read_boundary": "", "write_boundary": "",
-        })  # fmt: skip
+        read = not last or bool(sent.hand_over or sent.write_boundary)
+        microbatch = replace(sent, index=0, hand_over=read, read_boundary="", write_boundary="")
         _, packed = stage.step(microbatch, packed)
-
-
-def _plain(message: Any) -> Any:
-    if isinstance(message, Assignment):
-        known = to_json(replace(message, statistics=frozenset()))
-        return {**known, "statistics": sorted([s.tap, s.kind] for s in message.statistics)}
-    return to_json(message)
-
-
-def _assignment(data: Mapping[str, Any]) -> Assignment:
-    found = frozenset(Statistic(tap, kind) for tap, kind in data["statistics"])
-    return Assignment(**{**data, "statistics": found})
-
-
-def _job(data: Mapping[str, Any]) -> CompressionJob:
-    return CompressionJob(**{
-        **data,
-        "shape": ModelShape(**data["shape"]),
-        "form": model_form_from_json(data["form"]),
-        "stream": TokenStream(**data["stream"]),
-    })  # fmt: skip
 
 
 def _input(run: Directory, unit: str) -> dict[str, Any]:

@@ -174,6 +174,11 @@ def _made(chain: Sequence[RunContext]) -> RunContext:
         for step in prepared.former:
             _drop(step)
     else:  # what it leaves is its input, which stays
+        context.journal.tell(
+            "step",
+            unit=f"step {len(context.steps)}, {prepared.spec.name}",
+            detail="removes nothing and writes nothing: what it leaves is what it began with",
+        )
         _record(context)
     return _recorded(context) or context
 
@@ -266,6 +271,7 @@ def _record(context: RunContext) -> None:
         else {
             "parameters": context.parameters_after,
             "keep_fraction": context.parameters_after / prepared.plan.parameters_before,
+            "idle": True,  # it removed nothing
         }
     )
     values = {"form": to_json(context.form), "found": found}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.messages import CompressionJob, UnitDone, UnitTask
-from orchestrator.capsule import Work
+from orchestrator.capsule import UnitCall, Work
 from orchestrator.context import RunContext
 from orchestrator.executors import InputLost, WorkerFailed, WorkerLost
 from orchestrator.failures import POLICIES, class_of
@@ -136,7 +136,7 @@ class _Dispatch:
             work = Work(
                 name=unit.name,
                 setup=self._pool.setup(slot),
-                call={"task": task_of(unit), "job": self._job},
+                call=UnitCall(task=task_of(unit), job=self._job),
                 inputs=unit.inputs,
                 fingerprint=unit.fingerprint,
             )

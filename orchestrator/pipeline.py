@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from actors.messages import Assignment, Microbatch, StepDone, Summing, UnitDone, UnitTask
-from orchestrator.capsule import Work
+from orchestrator.capsule import PassCall, Work
 from orchestrator.executors import InputLost, WorkerFailed, WorkerLost
 from orchestrator.failures import POLICIES, class_of
 from orchestrator.partials import BYTES_PER_SECOND, Partials, interval
@@ -296,7 +296,7 @@ class Pass:
                 Work(
                     name=name,
                     setup=self._pool.setup(self._slots[at]),
-                    call={"assignment": assignment, "microbatch": sent},
+                    call=PassCall(assignment=assignment, microbatch=sent),
                 ),
                 error,
                 run_uri=assignment.run_uri,

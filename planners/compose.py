@@ -29,8 +29,11 @@ def require_disjoint(steps: Sequence[Step]) -> None:
 
 
 def leaves_all(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
-    """Return whether a step with this form removes nothing, so that its output is its input."""
-    return not spec.residual and replace(form, native=start.native) == start
+    """Return whether a step with this form removes nothing, so that its output is its input.
+
+    Only of a method that does nothing else: widths do not tell what became of the numbers.
+    """
+    return spec.only_shrinks and replace(form, native=start.native) == start
 
 
 def only_turns(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:

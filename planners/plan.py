@@ -259,6 +259,8 @@ class MethodSpec:
         modules: what it shrinks.
         options: everything that can be set, with defaults.
         residual: it turns the basis of the residual stream: a layer needs its sites' bases.
+        only_shrinks: what it does shows in widths and ranks; a model that keeps all of them keeps
+            every number. A method that changes numbers or their dtype alone must not say so.
         statistics: options -> the sums it needs of every layer.
         refuses: why it cannot take this model with these options, or an empty string.
         form: (shape, start, target, options) -> the widths that meet the target without any
@@ -295,6 +297,7 @@ class MethodSpec:
         lambda *_: {}
     )
     joins: Callable[[Sequence[str]], Mapping[str, Option]] | None = None
+    only_shrinks: bool = False
     candidates: tuple[Candidate, ...] = ()
 
     def shrinks(self, options: Mapping[str, Option]) -> tuple[str, ...]:

@@ -366,6 +366,7 @@ SPEC = MethodSpec(
     source="arXiv:2408.09632",
     modules=MODULES,
     residual=False,
+    only_shrinks=True,
     options=(
         OptionSpec(
             name="allocation",

@@ -282,6 +282,7 @@ SPEC = MethodSpec(
     source="arXiv:2403.07378",
     modules=LINEARS,
     residual=False,
+    only_shrinks=True,
     options=(
         OptionSpec(
             name="allocation",

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from actors import methods
 from actors.carry import turned_sums
 from actors.numerics.packed import packed
 from actors.storage.checkpoint import Checkpoint
@@ -191,6 +192,45 @@ def test_behind_a_pure_rotation_statistics_are_turned_and_not_measured_again(mod
             assert relative(found[name], expected[name]) < 1e-6
         probe = taps["probe"][: len(found["probe"])]
         assert relative(found["probe"].abs(), probe.float().abs()) < 1e-3  # signs of axes are free
+
+
+HALVES = """
+from planners.plan import MethodSpec, Statistic
+
+
+class METHOD:
+    @staticmethod
+    def compress(weights, sums, *, shape, form, options):
+        return {**weights, "down_proj.weight": weights["down_proj.weight"] / 2}, {}
+
+
+SPEC = MethodSpec(
+    name="halves", revision=1, source="none", modules=("mlp",), residual=False, options=(),
+    statistics=lambda options: frozenset({Statistic("mlp_in", "gram")}),
+    refuses=lambda shape, options: "", form=lambda shape, start, target, options: start.form,
+)
+"""
+
+
+def test_a_step_that_changes_numbers_alone_is_a_step(model, tmp_path, monkeypatch):
+    (tmp_path / "halves.py").write_text(HALVES)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    last = step("modegpt", 0.95, modules="vo", allocation="uniform")
+    compress_local(model, tmp_path / "run", steps=[step("halves", 1.0), last])
+    name = "model.layers.1.mlp.down_proj.weight"
+    halved, dense = (
+        Checkpoint(str(folder)).read(name) for folder in (tmp_path / "run/model", model)
+    )
+    assert torch.equal(halved, dense / 2)
+
+
+def test_a_step_that_does_nothing_says_so(model, tmp_path):
+    first = step("modegpt", 1.0, modules="mlp", allocation="uniform")
+    last = step("modegpt", 0.95, modules="vo", allocation="uniform")
+    said = told(model, tmp_path, [first, last])
+    assert said[1] == "removes nothing and writes nothing: what it leaves is what it began with"
+    assert "step 1, modegpt, removed nothing" in said[2]
+    assert records_of(tmp_path / "steps/1-modegpt")["step"].values["found"]["idle"] is True
 
 
 def test_turned_sums_are_those_of_the_turned_model(model):

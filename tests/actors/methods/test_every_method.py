@@ -247,7 +247,7 @@ SHARES = st.floats(0.2, 0.9)
 def test_full_width_changes_nothing(name, case):
     options = own_options(name)
     target = Target(slice=0.0) if methods.spec(name).residual else Target(keep_fraction=1.0)
-    if not methods.spec(name).residual:
+    if methods.spec(name).only_shrinks:
         form = (
             methods.spec(name).form(case.shape, dense_start(case.shape), target, options).layers[0]
         )
