@@ -272,6 +272,7 @@ class Stage:
         started, begun = time.time(), time.monotonic()
         if self._layers:
             self.drop()
+        give_back()  # what the unit before has freed
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,

@@ -286,7 +286,14 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
     dtype = exact_dtype(device, shape.dtype)
     worker_gib = given.worker_gib or usable_gib(device, given.workers)
-    load = load_of(shape, frozenset(), microbatch_tokens=size * ids.shape[1], compute_dtype=dtype)
+    load = load_of(
+        shape,
+        frozenset(),
+        microbatch_tokens=size * ids.shape[1],
+        sequence_length=ids.shape[1],
+        compute_dtype=dtype,
+        start=checkpoint.form,
+    )
     return PreparedEvaluation(
         subject=Subject(name="model", uri=source.uri, identity=checkpoint.revision),
         plan=EvaluationPlan(

@@ -20,7 +20,17 @@ def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: i
     largest = max(form.layers, key=lambda layer: layer_parameters(shape, layer))
     widest = widest_layer(form)
     cached = batch * tokens * shape.num_kv_heads * (widest.qk_head_dim + widest.vo_head_dim) * width
-    passing = forward_bytes(shape, frozenset(), tokens=batch * tokens, dtype=dtype, form=widest)
+    passing = max(
+        forward_bytes(
+            shape,
+            frozenset(),
+            tokens=batch * tokens,
+            sequence_length=tokens,
+            dtype=dtype,
+            form=each,
+        )
+        for each in (widest, *form.layers)
+    )
     logits = batch * shape.vocab_size * (width + SINGLE)
     loading = load_bytes(shape, dtype=dtype, form=largest)
     return Load(

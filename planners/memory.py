@@ -39,12 +39,13 @@ def forward_bytes(
     statistics: frozenset[Statistic],
     *,
     tokens: int,
+    sequence_length: int,
     dtype: str,
     form: LayerForm | None = None,
 ) -> int:
     """Return what one layer's forward and its sums need beside weights and sums.
 
-    Without a ``form``, of a layer that nothing touched.
+    ``tokens`` are those of all sequences. Without a ``form``, of a layer that nothing touched.
     """
     layer = form or dense_form(shape)
     width = BYTES_OF[dtype]
@@ -54,7 +55,10 @@ def forward_bytes(
     # The residual, its normed copy and what they are made of; then attention, or the MLP.
     attention = 3 * hidden + 4 * heads + 3 * kv
     mlp = 3 * hidden + 3 * layer.intermediate
-    peak = tokens * max(attention, mlp) * width
+    peak = max(
+        tokens * attention * width + _scores(shape, layer, tokens, sequence_length),
+        tokens * mlp * width,
+    )
     for statistic in statistics:
         dim = tap_dim(shape, statistic.tap, layer)
         if statistic.kind not in ("gram", "normed_gram"):
@@ -66,6 +70,19 @@ def forward_bytes(
         product = min(dim, BLOCK_ROWS) * dim
         peak = max(peak, kept + (product + tokens * dim * copies) * SINGLE)
     return peak
+
+
+def _scores(shape: ModelShape, form: LayerForm, tokens: int, sequence_length: int) -> int:
+    """Return what attention takes where it forms the scores of all heads at once.
+
+    The kernels that go by blocks want query, key and value heads of one width. Without them there
+    are the scores, their softmax and a byte for each that tells which are masked, beside scaled
+    copies of queries and keys.
+    """
+    if form.qk_head_dim == form.vo_head_dim:
+        return 0
+    scores = sequence_length * (2 * SINGLE + 1)
+    return tokens * shape.num_heads * (scores + 2 * form.qk_head_dim * SINGLE)
 
 
 def loss_bytes(shape: ModelShape, *, tokens: int, dtype: str) -> int:
@@ -95,6 +112,7 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
     spec: MethodSpec,
     options: Mapping[str, Option],
     tokens: tuple[int, int],
+    sequence_length: int,
     dtype: str,
     start: ModelForm | None = None,
     mapped: bool = False,
@@ -107,6 +125,7 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
         spec: of the method.
         options: of the method.
         tokens: of one microbatch, and of all of them.
+        sequence_length: tokens of one sequence.
         dtype: of the pass.
         start: widths of the input model; those of one that nothing touched if None.
         mapped: the sums are pages of files and take no memory of their own.
@@ -123,7 +142,13 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
             continue
         known.append((before, layer))
         cells = layer_parameters(shape, before) * BYTES_OF[dtype]
-        passing = forward_bytes(shape, frozenset(), tokens=tokens[0], dtype=dtype, form=before)
+        length = sequence_length
+        passing = max(
+            forward_bytes(
+                shape, frozenset(), tokens=tokens[0], sequence_length=length, dtype=dtype, form=each
+            )
+            for each in (before, layer)
+        )
         if spec.residual:
             shared = options.get("rotation") == "shared"
             peaks.append(_turned_layer(shape, before, layer, shared=shared))
@@ -132,10 +157,14 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
         else:
             peaks.append(_shrunk_layer(shape, before, layer, held))
         if spec.measures(options) == "damage":
+            makers = spec.candidates or (Candidate(spec=spec, options=options),)
             peaks += [
-                _damage(shape, before, cut, (statistics, held), tokens=tokens[1], dtype=dtype)
-                for cut in (layer, *_cuts(shape, before, spec.candidates))
-            ]
+                _damage(
+                    shape, before, cut, (statistics, held),
+                    tokens=tokens[1], sequence_length=length, dtype=dtype,
+                )
+                for cut in (layer, *_cuts(shape, before, makers))
+            ]  # fmt: skip
         if options.get("refit"):
             streams = 3 * tokens[0] * shape.hidden * BYTES_OF[dtype]
             peaks.append(refit.workspace_bytes(shape, layer_bytes=cells) + passing + streams)
@@ -145,10 +174,11 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
 def _cuts(
     shape: ModelShape, layer: LayerForm, candidates: Sequence[Candidate]
 ) -> Iterator[LayerForm]:
-    """Yield a layer cut by each of several methods, which may all be asked for all its modules."""
+    """Yield a layer with one module cut, by each method that may be asked for it."""
     for each in candidates:
         for ladder in each.spec.ladders(shape, layer, each.options).values():
-            yield ladder.cut(layer, ladder.sizes[-1])
+            for size in ladder.sizes[-1:]:  # a module of one pair cannot be cut
+                yield ladder.cut(layer, size)
 
 
 def _table_unit(shape: ModelShape, *, residual: bool) -> int:
@@ -201,13 +231,14 @@ def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
     return max(peaks)
 
 
-def _damage(
+def _damage(  # noqa: PLR0913 all that decides what is measured
     shape: ModelShape,
     start: LayerForm,
     form: LayerForm,
     statistics: tuple[frozenset[Statistic], frozenset[Statistic]],
     *,
     tokens: int,
+    sequence_length: int,
     dtype: str,
 ) -> int:
     """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way.
@@ -221,7 +252,17 @@ def _damage(
     probe = min(max(probes, default=0), tokens)
     held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
     sums = sum(statistic_elements(shape, s, start) for s in statistics[1]) * DOUBLE
-    probe_bytes = forward_bytes(shape, frozenset(), tokens=probe, dtype=dtype, form=start)
+    probe_bytes = max(
+        forward_bytes(
+            shape,
+            frozenset(),
+            tokens=probe,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            form=each,
+        )
+        for each in (start, form)
+    )
     # What is measured as damage is float32, the output and its difference beside it.
     passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
     factoring = _factorisation(shape, start, form) + _axes(shape, start, form)

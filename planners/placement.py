@@ -12,7 +12,7 @@ from planners.cost import (
 )
 from planners.errors import PlanError
 from planners.memory import LIBRARIES, forward_bytes, load_bytes, loss_bytes, table_bytes
-from planners.plan import ModelForm, ModelShape, StagePlan, Statistic, dense_form
+from planners.plan import LayerForm, ModelForm, ModelShape, StagePlan, Statistic, dense_form
 
 WINDOW = 4  # microbatches that may wait before a stage
 MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
@@ -64,14 +64,16 @@ class Load:
         return sum(self.stage(1, tables=tables).values()) - worker_bytes
 
 
-def load_of(
+def load_of(  # noqa: PLR0913 all that decides what a worker holds
     shape: ModelShape,
     statistics: frozenset[Statistic],
     *,
     microbatch_tokens: int,
+    sequence_length: int,
     compute_dtype: str,
     unit: int = 0,
     start: ModelForm | None = None,
+    result: ModelForm | None = None,
 ) -> Load:
     """Return the bytes that a layer, its statistics and its microbatches take.
 
@@ -79,19 +81,32 @@ def load_of(
         shape: of the model.
         statistics: that are summed of each layer.
         microbatch_tokens: that pass a stage in one call.
+        sequence_length: tokens of one sequence.
         compute_dtype: of the pass.
         unit: the peak of the largest unit of compression, where there is any.
         start: widths of the model that passes; those of one that nothing touched if None. Where it
             is given the dense model passes the same stages too, to be evaluated.
+        result: widths of the result, which passes them to be evaluated.
     """
     width, tokens = BYTES_OF[compute_dtype], microbatch_tokens
     start = start or dense_model_form(shape)
     widest = widest_layer(start)
     sums = sum(statistic_elements(shape, s, widest) for s in statistics)
-    passing = max(
-        forward_bytes(shape, statistics, tokens=tokens, dtype=compute_dtype, form=widest),
-        forward_bytes(shape, frozenset(), tokens=tokens, dtype=compute_dtype),
-    )
+    forms = [dense_form(shape)]  # layers alike are counted once
+    for layer in (*start.layers, *(result.layers if result is not None else ())):
+        forms += [layer] * (layer not in forms)
+
+    def passed(form: LayerForm, observed: frozenset[Statistic]) -> int:
+        return forward_bytes(
+            shape,
+            observed,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            dtype=compute_dtype,
+            form=form,
+        )
+
+    passing = max(passed(widest, statistics), *(passed(form, frozenset()) for form in forms))
     losing = loss_bytes(shape, tokens=tokens, dtype=compute_dtype)
     # Shortcuts of a former step may make a layer larger than the dense one.
     largest = max((dense_form(shape), *start.layers), key=lambda f: layer_parameters(shape, f))

@@ -202,6 +202,7 @@ def _load(
         spec=spec,
         options=options,
         tokens=(tokens, work.sequences * work.sequence_length),
+        sequence_length=work.sequence_length,
         dtype=work.compute_dtype,
         start=start.form,
         mapped=work.mapped,
@@ -210,15 +211,23 @@ def _load(
         shape,
         spec.statistics(options) | work.extra_statistics,
         microbatch_tokens=tokens,
+        sequence_length=work.sequence_length,
         compute_dtype=work.compute_dtype,
         unit=unit,
         start=start.form,
+        result=form,
     )
     exact = work.evaluation_dtype or work.compute_dtype
     if BYTES_OF[exact] <= BYTES_OF[work.compute_dtype]:
         return load
     evaluation = load_of(
-        shape, frozenset(), microbatch_tokens=tokens, compute_dtype=exact, start=start.form
+        shape,
+        frozenset(),
+        microbatch_tokens=tokens,
+        sequence_length=work.sequence_length,
+        compute_dtype=exact,
+        start=start.form,
+        result=form,
     )
     return replace(load, evaluation=evaluation)
 

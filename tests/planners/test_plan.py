@@ -29,7 +29,9 @@ assert "torch" not in sys.modules
 def plan_of(shape, **changes):
     form = dense_model_form(shape)
     layers = (replace(form.layers[0], ranks={"up_proj": 3, "q_proj": 2}), *form.layers[1:])
-    load = load_of(shape, frozenset(), microbatch_tokens=8, compute_dtype="float32")
+    load = load_of(
+        shape, frozenset(), microbatch_tokens=8, sequence_length=4, compute_dtype="float32"
+    )
     plan = RunPlan(
         shape=shape,
         form=replace(form, layers=layers),
@@ -50,7 +52,9 @@ def plan_of(shape, **changes):
 def run_plans(draw):
     shape = draw(shapes())
     form = draw(model_forms(shape))
-    load = load_of(shape, frozenset(), microbatch_tokens=8, compute_dtype="float32")
+    load = load_of(
+        shape, frozenset(), microbatch_tokens=8, sequence_length=4, compute_dtype="float32"
+    )
     workers = draw(st.integers(1, 3))
     memory = sum(load.stage(1, tables=2).values()) + draw(st.integers(0, 3)) * load.layer
     return RunPlan(
