@@ -73,6 +73,7 @@ class Assignment:
         statistics: what it accumulates while it observes.
         dtype: compute dtype.
         statistics_dtype: of the grams as they are stored.
+        contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).
     """
 
     run_uri: str
@@ -85,6 +86,7 @@ class Assignment:
     statistics: frozenset[Statistic]
     dtype: str
     statistics_dtype: str = "float64"
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +230,7 @@ class CompressionJob:
         makers: of each layer, module -> the method that shrinks it, where several compete.
         candidates: method -> its options, of those beside the one that is named.
         statistics_dtype: of grams as they are stored.
+        contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).
     """
 
     run_uri: str
@@ -243,6 +246,7 @@ class CompressionJob:
     makers: tuple[Mapping[str, str], ...] = ()
     candidates: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
     statistics_dtype: str = "float64"
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

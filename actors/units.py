@@ -86,7 +86,7 @@ def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Dir
 
 def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Write one compressed layer."""
-    checkpoint = Checkpoint(job.checkpoint_uri)
+    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     form = job.form.layers[task.index]
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     method = methods.load(job.method)
@@ -131,7 +131,7 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
-    checkpoint = Checkpoint(job.checkpoint_uri)
+    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     sums = _on(device, read_statistics(run, job, task.index).items())
     losses = None
@@ -148,7 +148,7 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
-    checkpoint = Checkpoint(job.checkpoint_uri)
+    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     sums = _on(device, read_statistics(run, job, task.index).items())
     form = job.form.layers[task.index]
@@ -165,7 +165,7 @@ def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) ->
     statistics, *bases = task.inputs
     sums = _on(device, read_statistics(where, former, task.index).items())
     found = _bases(tuple(bases), where, device)
-    weights = Checkpoint(former.checkpoint_uri).read_layer(task.index)
+    weights = Checkpoint(former.checkpoint_uri, former.contents).read_layer(task.index)
     scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
     new = turned_sums(sums, (found[0], found[len(found) // 2], found[-1]), scales=scales)
     name = f"stats/layer-{task.index:05d}.safetensors"
@@ -188,7 +188,7 @@ def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) 
 def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Write the head in blocks of rows, unless it is the embedding's tensor, and the final norm."""
     family = load_family(job.shape.family)
-    checkpoint = Checkpoint(job.checkpoint_uri)
+    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     norm_weight = None  # folded into the head by a step before
     if checkpoint.form.head_norm_weight:
         norm_weight = checkpoint.read(family.final_norm).to(device)
@@ -292,15 +292,14 @@ def _table(
     how: tuple[str, Callable[[Tensor], Tensor]],
 ) -> Done:
     device, turn = how
-    checkpoint = Checkpoint(job.checkpoint_uri)
+    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     num_rows = job.shape.vocab_size
     width = job.form.embedding_dim if "embed" in target else job.form.head_dim
     digest = hashlib.sha256()
     dtypes = set()
 
     def blocks() -> Iterator[Tensor]:
-        for start in range(0, num_rows, ROWS):
-            rows = checkpoint.read(source, rows=(start, min(start + ROWS, num_rows)))
+        for rows in checkpoint.read_blocks(source, rows=ROWS):
             block = turn(rows.to(device)).cpu()
             digest.update(tensor_bytes(block))
             dtypes.add(NAME_OF[block.dtype])

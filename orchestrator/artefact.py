@@ -1,8 +1,10 @@
 """The statistics that a run kept: what they are, whether they are whole, who may use them."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from actors.storage.contents import difference
 from actors.storage.files import Directory
 from actors.storage.records import Record, is_intact, read_records
 from actors.storage.sums import check_sums
@@ -12,9 +14,10 @@ from orchestrator.prepare import Prepared
 from planners.errors import ConfigError, ModelError, StorageError
 
 # What makes the sums what they are; a method, its options and its target do not.
+MODEL = "model revision"
 IDENTITY = (
     "schema",
-    "model revision",
+    MODEL,
     "calibration data",
     "microbatch sequences",
     "calibration_dtype",
@@ -104,7 +107,8 @@ def require_same(prepared: Prepared) -> None:
     if not first.statistics_uri:
         return
     run, facts = Directory(first.statistics_uri), first.facts()
-    theirs = _plan(run)["identity"]
+    plan = _plan(run)
+    theirs = plan["identity"]
     if "steps" in theirs:
         raise ConfigError(
             f"stats: {run.uri} is a run of several steps; what it kept is of the model between two",
@@ -118,13 +122,19 @@ def require_same(prepared: Prepared) -> None:
             hint="leave out --stats, or use the version that made those statistics",
         )
     if differ:
-        said = "; ".join(
-            f"{k} is {_short(facts[k])}, theirs {_short(theirs.get(k))}" for k in differ
-        )
+        said = [f"{k} is {_short(facts[k])}, theirs {_short(theirs.get(k))}" for k in differ]
+        if MODEL in differ and (changed := changed_parts(plan, first)):
+            said.insert(0, changed)
         raise ConfigError(
-            f"stats: the statistics of {run.uri} cannot serve this run: {said}",
+            f"stats: the statistics of {run.uri} cannot serve this run: {'; '.join(said)}",
             hint="give the same model, calibration data and settings, or leave out --stats",
         )
+
+
+def changed_parts(plan: Mapping[str, Any], prepared: Prepared) -> str:
+    """Return which parts of the model are not what they were when a plan was written, in words."""
+    old = plan.get("model")
+    return difference(old, prepared.origin.contents) if isinstance(old, dict) else ""
 
 
 def tell_missing(context: RunContext) -> None:

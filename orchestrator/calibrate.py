@@ -176,7 +176,7 @@ def _pass(
     plan = PassPlan(
         kind="calibrate",
         assignments=[
-            replace(each, statistics_dtype=_stored_dtype(context))
+            replace(each, statistics_dtype=_stored_dtype(context), contents=prepared.contents)
             for each in assignments(
                 wave,
                 run_uri=context.run.uri,

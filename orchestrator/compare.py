@@ -12,7 +12,7 @@ from actors.storage.records import Record, read_records
 from orchestrator.finished import finished_report
 from planners.errors import StorageError
 
-DATA = ("model revision", "calibration data", "evaluation data")
+DATA = ("model revision", "tokenizer files", "calibration data", "evaluation data")
 PLACES = ("out",)  # of a recipe: two runs never share them
 
 

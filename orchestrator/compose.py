@@ -136,6 +136,7 @@ def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext
         model_uri=uri,
         model_config=source.config,
         revision=revision,
+        contents=before.contents if uri == before.model_uri else {},
         start=source.start,
         plan=plan,
         identity=identity,

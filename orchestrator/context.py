@@ -143,4 +143,5 @@ class RunContext(WorkContext):
             makers=self.makers,
             candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},
             statistics_dtype=prepared.identity.statistics_dtype,
+            contents=prepared.contents,
         )

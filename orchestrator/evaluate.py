@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -129,13 +129,16 @@ def _evaluation_pass(
 
     passing = PassPlan(
         kind="evaluate",
-        assignments=assignments(
-            wave,
-            run_uri=context.run.uri,
-            checkpoint_uri=subject.uri,
-            family=plan.family,
-            dtype=plan.dtype,
-        ),
+        assignments=[
+            replace(each, contents=subject.contents)
+            for each in assignments(
+                wave,
+                run_uri=context.run.uri,
+                checkpoint_uri=subject.uri,
+                family=plan.family,
+                dtype=plan.dtype,
+            )
+        ],
         microbatches=[
             Microbatch(
                 index=number - start,

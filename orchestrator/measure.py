@@ -24,6 +24,7 @@ from typing import Any
 
 from actors import methods
 from actors.sample import write_sample
+from actors.storage.contents import cache_folder
 from actors.storage.files import Directory
 from orchestrator.allocate import measured
 from orchestrator.calibrate import calibrate
@@ -188,8 +189,7 @@ def measure(setting: Setting, *, budget_seconds: float = BUDGET_SECONDS) -> Cloc
 
 
 def _path(setting: Setting) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "compress-cluster" / "measured" / f"{fingerprint(setting.key)[:16]}.json"
+    return cache_folder() / "measured" / f"{fingerprint(setting.key)[:16]}.json"
 
 
 def _specimens(setting: Setting, budget_seconds: float) -> Iterator[_Specimen]:

@@ -10,6 +10,7 @@ import numpy as np
 from actors import methods
 from actors.storage import door
 from actors.storage.checkpoint import Checkpoint
+from actors.storage.contents import revision_of, tokenizer_hash
 from actors.storage.files import Directory
 from actors.storage.sources import resolve_model
 from actors.storage.tokens import prepare_tokens, tokens_hash
@@ -40,7 +41,9 @@ class Prepared:
         given: the recipe as it was asked for.
         model_uri: the input checkpoint.
         model_config: its ``config.json``.
-        revision: content hash of it.
+        revision: content hash of it; empty where a large model was only planned for.
+        contents: what that is the hash of (`actors.storage.contents`).
+        tokenizer_hash: of the files that the result takes over, generation_config.json among them.
         spec: of the method.
         options: of the method, complete.
         plan: what will be done.
@@ -65,6 +68,8 @@ class Prepared:
     model_uri: str
     model_config: Mapping[str, Any]
     revision: str
+    contents: Mapping[str, str]
+    tokenizer_hash: str
     spec: MethodSpec
     options: Mapping[str, Option]
     plan: RunPlan
@@ -139,7 +144,8 @@ class Prepared:
         }
         return {
             "schema": SCHEMA_VERSION,
-            "model revision": self.origin.revision,
+            "model revision": self.origin.revision or None,
+            "tokenizer files": self.tokenizer_hash,
             "calibration data": self.identity.calibration_hash,
             "evaluation data": self.evaluation_hash,
             **(steps if self.former else only),
@@ -152,8 +158,15 @@ class Prepared:
         }
 
 
-def prepare(given: RunConfig) -> Prepared:
+def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     """Return a run whose model, data, method and plan have been checked.
+
+    All of the model is read, for what it is and whether its values are finite.
+
+    Args:
+        given: the recipe.
+        only_plan: nothing will be done: leave the weights of 1 GB and more unread, unless they are
+            to be compared with those that statistics are of. The run has no revision then.
 
     Raises:
         ConfigError: an option is wrong, or the target is out of reach.
@@ -171,6 +184,9 @@ def prepare(given: RunConfig) -> Prepared:
     checkpoint = Checkpoint(source.uri)
     shape = checkpoint.shape
     door.check(checkpoint)
+    unread = only_plan and not given.stats and not checkpoint.is_small
+    contents = {} if unread else checkpoint.contents
+    revision = revision_of(contents) if contents else ""
     device = chosen_device(given.device, given.address)
     facts = Facts(
         model_name=source.name,
@@ -209,12 +225,14 @@ def prepare(given: RunConfig) -> Prepared:
         given=given,
         model_uri=source.uri,
         model_config=checkpoint.config,
-        revision=checkpoint.revision,
+        revision=revision,
+        contents=contents,
+        tokenizer_hash=tokenizer_hash(checkpoint.directory),
         spec=specs[0],
         options=options[0],
         plan=planned(steps[0], config.chain[0].target, dense, work, path=path),
         identity=Identity(
-            model_revision=checkpoint.revision,
+            model_revision=revision,
             calibration_hash=tokens_hash(calibration),
             microbatch_sequences=size,
             compute_dtype=config.calibration_dtype,
@@ -295,7 +313,8 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         start=checkpoint.form,
     )
     return PreparedEvaluation(
-        subject=Subject(name="model", uri=source.uri, identity=checkpoint.revision),
+        # Its record is kept nowhere, so it needs no identity, and the weights no reading for one.
+        subject=Subject(name="model", uri=source.uri, identity=""),
         plan=EvaluationPlan(
             family=shape.family,
             waves=place(shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)),

@@ -155,7 +155,9 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
 def dense_subject(prepared: Prepared) -> Subject:
     """Return the input model as something to be evaluated."""
     origin = prepared.origin
-    return Subject(name="dense", uri=origin.model_uri, identity=origin.revision)
+    return Subject(
+        name="dense", uri=origin.model_uri, identity=origin.revision, contents=origin.contents
+    )
 
 
 def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:

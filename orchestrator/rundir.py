@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from actors.storage.files import Directory
 from actors.storage.records import sealed
 from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
-from orchestrator.artefact import require_same
+from orchestrator.artefact import MODEL, changed_parts, require_same
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.context import CALIBRATION_TOKENS, RunContext
 from orchestrator.evaluate import EVALUATION_TOKENS
@@ -37,7 +37,7 @@ def check_run(prepared: Prepared) -> bool:
         StorageError: it holds something that is no run.
     """
     require_same(prepared)
-    known = _is_this_run(prepared.run, to_json(prepared.facts()))
+    known = _is_this_run(prepared)
     if not known:
         _refuse_what_is_no_run(prepared.run)
     return known
@@ -70,6 +70,7 @@ def write_plan(prepared: Prepared) -> None:
     """Write what a run is, what it does and what that was expected to take."""
     content: dict[str, Any] = {
         "identity": to_json(prepared.facts()),
+        "model": dict(prepared.origin.contents),
         "plan": to_json(prepared.plan),
     }
     if prepared.expected:
@@ -145,12 +146,14 @@ def _refuse_what_is_no_run(run: Directory) -> None:
         )
 
 
-def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
+def _is_this_run(prepared: Prepared) -> bool:
     """Return whether the directory holds this run, and not none yet."""
+    run, facts = prepared.run, to_json(prepared.facts())
     if run.size("plan.json") is None:
         return False
     try:
-        old = json.loads(run.read("plan.json"))["identity"]
+        plan = json.loads(run.read("plan.json"))
+        old = plan["identity"]
         differ = [key for key in facts if old.get(key) != facts[key]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # torn by a crash before anything else was written
@@ -161,11 +164,11 @@ def _is_this_run(run: Directory, facts: Mapping[str, Any]) -> bool:
             hint="use another --out, or the version that began this run",
         )
     if differ:
-        said = "; ".join(
-            f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ
-        )
+        said = [f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ]
+        if MODEL in differ and (changed := changed_parts(plan, prepared)):
+            said.insert(0, changed)
         raise ConfigError(
-            f"{run.uri} holds another run: {said}",
+            f"{run.uri} holds another run: {'; '.join(said)}",
             hint="use another --out, or the options of the run that is there",
         )
     return True

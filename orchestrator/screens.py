@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """Show the plan of a run, do it, showing how it goes on stderr, and print its report."""
     if dry_run:
-        prepared = prepare(config)
+        prepared = prepare(config, only_plan=True)
         artefact.require_same(prepared)
         _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return
@@ -94,7 +94,7 @@ def _started(prepared: Prepared, terms: Terms, *, yes: bool, is_done: bool = Fal
 def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bool) -> None:
     """Print the plan of a run; for a model whose weights are not here, from its config alone."""
     if cluster_text is None and config.model not in CONFIGS:
-        prepared = prepare(config)
+        prepared = prepare(config, only_plan=True)
         artefact.require_same(prepared)
         _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
         return

@@ -10,28 +10,19 @@ from typing import Any
 
 from actors.messages import UnitDone
 from actors.storage.checkpoint import INDEX
+from actors.storage.contents import TAKEN_OVER, tokenizer_hash
 from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import TORCH_DTYPE
 from orchestrator.context import RunContext
 from orchestrator.model_config import result_config
 from orchestrator.subjects import Subject
+from planners.errors import ModelError
 from planners.families import load as load_family
 from planners.plan import SCHEMA_VERSION, fingerprint, to_json
 from planners.units import Unit
 from planners.weight_files import weight_files
 
 CODE = "modeling_compressed.py"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def stitch_unit(context: RunContext) -> Unit:
@@ -95,7 +86,14 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     files.append(run.write("model/config.json", _json(new_config)))
     if not form.native:
         files.append(run.write(f"model/{CODE}", _code()))
-    present = [name for name in TOKENIZER_FILES if source.size(name) is not None]
+    if tokenizer_hash(source) != prepared.tokenizer_hash:
+        raise ModelError(
+            f"{source.uri}: the tokenizer, or generation_config.json, is not what it was when this "
+            "run began with the model",
+            hint="put it back and run the same command again; for the model as it is now, use "
+            "another --out",
+        )
+    present = [name for name in TAKEN_OVER if source.size(name) is not None]
     files += [run.write(f"model/{name}", source.read(name)) for name in present]
     files.append(run.write("model/README.md", _card(compression).encode()))
     return tuple(files)

@@ -1,6 +1,7 @@
 """What is evaluated, and how it is cut."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from planners.plan import StagePlan
 
@@ -21,11 +22,13 @@ class Subject:
         name: ``dense`` or ``compressed``.
         uri: its checkpoint.
         identity: fingerprint of what determines its weights.
+        contents: as workers must find them; nothing for a result, whose bytes its records tell.
     """
 
     name: str
     uri: str
     identity: str
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,23 +1,23 @@
 """A Hugging Face checkpoint, checked at the door and read one tensor at a time."""
 
 import functools
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from actors.numerics.packed import all_finite
+from actors.storage.contents import CONFIG, config_hash, hasher, remembered, revision_of
 from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.quoting import shown
-from actors.storage.tensors import read_header, read_tensor
+from actors.storage.tensors import read_header, read_tensor, tensor_bytes
 from planners.cost import dense_model_form
 from planners.errors import ModelError, StorageError
 from planners.families import family_of
@@ -27,8 +27,8 @@ from planners.plan import ModelForm, ModelShape, model_form_from_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-SAMPLED_BLOCKS = 64
-SAMPLE_BYTES = 4096
+SMALL_BYTES = 1_000_000_000  # a model below is read each time; of a larger one hashes are kept
+READERS = 8  # threads that read and hash, if there are so many cores
 MAX_JSON_BYTES = 10**7  # an index of 90,000 tensors; JSON takes up to 40 times that once parsed
 MAX_NAME = 255  # characters
 COMPRESSED = "compress_cluster"  # model_type of our own results
@@ -55,16 +55,24 @@ class Checkpoint:
         locations: tensor name -> file and byte range.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, expected: Mapping[str, str] | None = None) -> None:
         """Read config, index and headers; no weight is read.
 
+        Args:
+            uri: the model directory.
+            expected: its contents as they must be. They are compared as they are read; without
+                any, whatever is there is taken.
+
         Raises:
-            ModelError: something is missing, broken or unsafe; the message names it.
+            ModelError: something is missing, broken or unsafe, or the config is not as expected;
+                the message names it.
         """
         self.directory = Directory(uri)
         _refuse_links_out(self.directory)
-        self.config = read_json(self.directory, "config.json")
+        self.config = read_json(self.directory, CONFIG)
         self.locations = _locations(self.directory)
+        self._expected = expected or {}
+        self._require(CONFIG, self.directory.path(CONFIG), lambda: config_hash(self.config))
 
     @functools.cached_property
     def shape(self) -> ModelShape:
@@ -122,41 +130,86 @@ class Checkpoint:
         })  # fmt: skip
 
     @functools.cached_property
+    def contents(self) -> dict[str, str]:
+        """The hashes of config and tensors, which are all read for them and checked to be finite.
+
+        Of a model of 1 GB or more they are kept in the user's cache, file by file, for as long as
+        nothing touches the file (`actors.storage.contents.remembered`).
+
+        Raises:
+            ModelError: a tensor has NaN or infinite entries.
+        """
+        files: dict[str, list[str]] = {}
+        for name, place in sorted(self.locations.items(), key=lambda item: item[1].entry.start):
+            files.setdefault(place.file, []).append(name)
+        found = {CONFIG: config_hash(self.config)}
+        for file, names in sorted(files.items()):
+            if self.is_small:
+                found |= self._hashes(names)
+            else:
+                hashed = functools.partial(self._hashes, names)
+                found |= remembered(self.directory, file, names, hashed)
+        return found
+
+    @property
     def revision(self) -> str:
-        """Sha256 of config, headers, sizes and 64 sampled blocks a file: the model's identity."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({location.file for location in self.locations.values()}):
-            size = self.directory.size(file) or 0
-            digest.update(f"{file} {size}".encode())
-            # Evenly spaced, header included: a different model differs in nearly every block.
-            starts = np.linspace(0, max(size - SAMPLE_BYTES, 0), SAMPLED_BLOCKS).astype(int)
-            for start in dict.fromkeys(starts.tolist()):
-                length = min(SAMPLE_BYTES, size - start)
-                digest.update(self.directory.read_range(file, start, length))
-        return digest.hexdigest()
+        """The model's identity: sha256 of its contents, for which all of it is read."""
+        return revision_of(self.contents)
+
+    @property
+    def is_small(self) -> bool:
+        """All of it can be read in about a second."""
+        return self.total_bytes < SMALL_BYTES
+
+    def _hashes(self, names: Iterable[str]) -> dict[str, str]:
+        def hashed(name: str) -> tuple[str, str]:
+            digest = hasher(self.locations[name].entry)
+            for block in self._blocks(name, None):
+                digest.update(tensor_bytes(block))
+            return name, digest.hexdigest()
+
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as threads:
+            return dict(threads.map(hashed, names))  # an error or Ctrl-C cancels what waits
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(location.entry.size for location in self.locations.values())
 
-    def read(self, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """Return a tensor, or rows ``[a, b)`` of it, checked to be finite.
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, checked to be finite and what is expected.
 
         Raises:
-            ModelError: there is no such tensor, or it has NaN or infinite entries.
+            ModelError: there is no such tensor, it has NaN or infinite entries, or it changed.
         """
+        tensor = self._read(name, None)
+
+        def found() -> str:
+            digest = hasher(self.locations[name].entry)
+            digest.update(tensor_bytes(tensor))
+            return digest.hexdigest()
+
+        self._require(name, self._where(name), found)
+        return tensor
+
+    def _read(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         if name not in self.locations:
             raise ModelError(f"{self.directory.path(name)}: the checkpoint has no such tensor")
         location = self.locations[name]
         tensor = read_tensor(self.directory, location.file, location.entry, rows=rows)
         if tensor.is_floating_point() and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(
-                f"{self.directory.path(location.file)}: tensor {name} has {bad} entries that are "
-                "NaN or infinite"
-            )
+            raise ModelError(f"{self._where(name)} has {bad} entries that are NaN or infinite")
         return tensor
+
+    def _require(self, name: str, where: str, found: Callable[[], str]) -> None:
+        """Refuse what is not as expected, so that no result is made of two models."""
+        if self._expected and self._expected.get(name) != found():
+            raise ModelError(
+                f"{where} is not what it was when this run began with the model",
+                hint="put back the model that it was, here and on every machine, and run the same "
+                "command again; for the model as it is now, use another --out",
+            )
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return role -> tensor of one layer, each checked to be finite.
@@ -185,15 +238,31 @@ class Checkpoint:
         for name in [name for name in self.locations if name.startswith(prefix)]:
             yield name[len(prefix) :], self.read(name)
 
-    def read_blocks(self, name: str) -> Iterator[Tensor]:
-        """Return a tensor in blocks of rows, each checked to be finite."""
+    def read_blocks(self, name: str, *, rows: int | None = None) -> Iterator[Tensor]:
+        """Yield a tensor in blocks of rows, checked as `read` does, the whole of it at its end.
+
+        Args:
+            name: of the tensor.
+            rows: of a block; as many as are 32 MiB, if not given.
+        """
+        digest = hasher(self.locations[name].entry)
+        for block in self._blocks(name, rows):
+            if self._expected:
+                digest.update(tensor_bytes(block))
+            yield block
+        self._require(name, self._where(name), digest.hexdigest)
+
+    def _where(self, name: str) -> str:
+        return f"{self.directory.path(self.locations[name].file)}: tensor {name}"
+
+    def _blocks(self, name: str, rows: int | None) -> Iterator[Tensor]:
         entry = self.locations[name].entry
         if not entry.shape or not entry.size:
-            yield self.read(name)
+            yield self._read(name, None)
             return
-        step = max(1, BLOCK_BYTES * entry.shape[0] // entry.size)
+        step = rows or max(1, BLOCK_BYTES * entry.shape[0] // entry.size)
         for start in range(0, entry.shape[0], step):
-            yield self.read(name, rows=(start, min(start + step, entry.shape[0])))
+            yield self._read(name, (start, min(start + step, entry.shape[0])))
 
     def _checked(self, name: str, dims: tuple[int, ...]) -> str:
         location = self.locations.get(name)

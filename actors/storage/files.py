@@ -212,6 +212,34 @@ class Directory:
         info = self._do(name, lambda: self._fs.get_file_info(self._full(name)))
         return int(info.size) if info.type == fs.FileType.File else None
 
+    def key(self, name: str) -> dict[str, Any] | None:
+        """Return what another content of a file would change, without reading it.
+
+        Of a local file its inode, size and times, the time of the last change of the inode among
+        them, which no program can set; of an object what its store says, the tag of its content
+        among it. None where the store gives no tag.
+
+        Raises:
+            StorageError: there is no such file.
+        """
+        if self.is_local:
+            with self._storage_errors(name):
+                found = Path(self._full(name)).stat()  # of what a link leads to
+            return {
+                "device": found.st_dev,
+                "inode": found.st_ino,
+                "bytes": found.st_size,
+                "mtime_ns": found.st_mtime_ns,
+                "ctime_ns": found.st_ctime_ns,
+            }
+
+        def said() -> dict[bytes, bytes]:
+            with self._fs.open_input_file(self._full(name)) as file:
+                return dict(file.metadata() or {})
+
+        facts = {_text(k): _text(v) for k, v in self._do(name, said).items()}
+        return facts if any(k.lower() == "etag" and v for k, v in facts.items()) else None
+
     def has_bucket(self) -> bool:
         """Return whether what the URI begins with exists: a missing file may be a missing store."""
         bucket = self.root.partition("/")[0]
@@ -338,6 +366,10 @@ class _Upload:
             self._stream = self._open()
         held, self._held = bytes(self._held), bytearray()
         self._stream.write(held)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _filled(file: Any, size: int) -> bytearray:
