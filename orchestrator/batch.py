@@ -20,7 +20,7 @@ from orchestrator.journal import Event, Listener
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.recipe_file import load_config
 from orchestrator.run import run
-from orchestrator.rundir import finished_report
+from orchestrator.rundir import check_run, finished_report
 from orchestrator.wording import printable
 from planners.errors import CompressionError, ConfigError
 from planners.plan import Target
@@ -323,10 +323,11 @@ def _entries(where: str, out: Directory, defaults: object, given: object) -> Ite
         try:
             config = load_config(None, recipe)
             name = own or _name(config)
-            asked = config.model_copy(update={"out": out.below(name)})
-            yield Entry(name=name, where=where, priority=priority, prepared=prepare(asked))
+            prepared = prepare(config.model_copy(update={"out": out.below(name)}))
+            check_run(prepared)  # one that is READY is not begun, so nobody else would look
         except CompressionError as error:
             raise type(error)(f"{where}: {error}", hint=error.hint) from error
+        yield Entry(name=name, where=where, priority=priority, prepared=prepared)
 
 
 def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def refusal(error_class, call, *words):
     return said
 
 
-def attempt(model, out, **recipe):
+def attempt(model, out, *, only_plan=False, **recipe):
     """Pass the door with a model of the fixture ``model``, or raise what it raises."""
     given = {
         "model": str(model),
@@ -70,4 +70,4 @@ def attempt(model, out, **recipe):
         **({} if "keep_fraction" in recipe else {"slice": 0.25}),
         **{key.replace("__", "."): value for key, value in recipe.items()},
     }
-    return prepare(load_config(None, given))
+    return prepare(load_config(None, given), only_plan=only_plan)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.storage import checkpoint, door
+from actors.storage import checkpoint
 from planners.errors import ModelError
 from tests.bad_input.refusals import attempt
 from tests.builders import run_local
@@ -78,10 +78,13 @@ def test_values_are_looked_at_in_blocks(refused, model, weights, monkeypatch):
     refused(ModelError, f"tensor {Q} has 1 entries that are NaN or infinite")
 
 
-def test_values_of_a_large_model_are_left_to_its_workers(model, weights, monkeypatch, tmp_path):
+def test_values_of_a_large_model_are_looked_at_unless_it_is_only_planned_for(
+    refused, model, weights, monkeypatch, tmp_path
+):
     weights(**{NORM: torch.full((32,), math.nan)})
-    monkeypatch.setattr(door, "DOOR_BYTES", 1000)
-    assert attempt(model, tmp_path / "run").plan.keep_fraction < 1
+    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 1000)
+    assert attempt(model, tmp_path / "run", only_plan=True).plan.keep_fraction < 1
+    refused(ModelError, f"tensor {NORM} has 32 entries that are NaN or infinite")
 
 
 @pytest.mark.parametrize(
