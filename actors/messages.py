@@ -219,7 +219,7 @@ class CompressionJob:
     Attributes:
         run_uri: the run directory, where units read and write.
         checkpoint_uri: the input model.
-        statistics_uri: another run whose statistics are reused, or empty.
+        sums: layer -> the directories and files of its statistics, those of another run first.
         method: a file of ``actors/methods``.
         options: of the method, complete.
         layer_options: layer -> those that it has for itself.
@@ -235,11 +235,11 @@ class CompressionJob:
 
     run_uri: str
     checkpoint_uri: str
-    statistics_uri: str
     method: str
     options: Mapping[str, Option]
     shape: ModelShape
     form: ModelForm
+    sums: Mapping[int, tuple[tuple[str, FileEntry], ...]] = field(default_factory=dict)
     stream: TokenStream = TokenStream()
     former: "CompressionJob | None" = None
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)

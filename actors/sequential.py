@@ -25,7 +25,8 @@ from actors.modeling.halves import HalvedLayer
 from actors.observe import ADD
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
-from actors.storage.tensors import read_tensors, write_tensors
+from actors.storage.records import read_record
+from actors.storage.tensors import map_tensors, read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
 from planners.units import shard_cuts
@@ -72,7 +73,8 @@ class _Passing:
             self._table = self._checkpoint.read(name).to(device, self._dtype)
             self._ids = torch.from_numpy(tokens_from_parquet(run.read(job.stream.tokens)))
         if site > 0:
-            found = read_tensors(run, f"basis/{basis}.safetensors")["vectors"].to(device)
+            (file,) = read_record(run, basis).files
+            found = map_tensors(run, file)["vectors"].to(device)
             self._half = self._built(found)
             self._basis = found.to(self._dtype)
 

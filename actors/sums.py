@@ -38,7 +38,7 @@ def add_shards(task: UnitTask, job: CompressionJob, run: Directory, device: str)
     records = [read_record(run, name) for name in task.inputs]
     taps = sorted(set.intersection(*(_taps(record.values) for record in records)))
     parts = (
-        {k: t for file in record.files for k, t in map_tensors(run, file.path).items()}
+        {k: t for file in record.files for k, t in map_tensors(run, file).items()}
         for record in records
     )
     tensors = added(parts, taps)

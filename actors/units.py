@@ -57,7 +57,7 @@ def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Factor the statistics of one site of the residual stream, or of all sites into one basis."""
     last = 2 * job.shape.num_layers
     sites = range(last + 1) if task.index < 0 else [task.index]
-    grams = [gram for site in sites if (gram := _site_gram(site, job, run)) is not None]
+    grams = [gram for site in sites if (gram := _site_gram(site, job)) is not None]
     return _factored([gram.to(device) for gram in grams], task, job, run)
 
 
@@ -95,7 +95,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
         new = method.apply(weights, (bases[0], bases[len(bases) // 2], bases[-1]), form=form)
         values: dict[str, object] = {}
     else:
-        sums = _on(device, read_statistics(run, job, task.index).items())
+        sums = _on(device, read_statistics(job, task.index).items())
         if job.makers:
             start = checkpoint.form.layers[task.index]
             new, values = compete.compress(
@@ -133,7 +133,7 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
     checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
-    sums = _on(device, read_statistics(run, job, task.index).items())
+    sums = _on(device, read_statistics(job, task.index).items())
     losses = None
     if job.options.get("damage") == "loss":
         # The probe is the first sequences of the calibration tokens.
@@ -148,9 +148,10 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
+    del run  # the job names the files of its statistics
     checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
-    sums = _on(device, read_statistics(run, job, task.index).items())
+    sums = _on(device, read_statistics(job, task.index).items())
     form = job.form.layers[task.index]
     return (), {
         "losses": methods.load(job.method).losses(weights, sums, form=form, options=job.options)
@@ -163,7 +164,7 @@ def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) ->
     assert former is not None  # the driver plans such a unit behind a step only
     where = Directory(former.run_uri)
     statistics, *bases = task.inputs
-    sums = _on(device, read_statistics(where, former, task.index).items())
+    sums = _on(device, read_statistics(former, task.index).items())
     found = _bases(tuple(bases), where, device)
     weights = Checkpoint(former.checkpoint_uri, former.contents).read_layer(task.index)
     scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
@@ -246,7 +247,7 @@ def _site_dims(job: CompressionJob) -> list[int]:
     return [*dims, job.form.layers[-1].residual_out]
 
 
-def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor | None:
+def _site_gram(site: int, job: CompressionJob) -> Tensor | None:
     """Return the gram of a site, which its own layer keeps; the last layer keeps the head's.
 
     None of the last site where the method does not ask for it.
@@ -254,34 +255,31 @@ def _site_gram(site: int, job: CompressionJob, run: Directory) -> Tensor | None:
     owner = min(site // 2, job.shape.num_layers - 1)
     tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
     wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
-    return read_statistics(run, job, owner)[str(wanted[tap])] if tap in wanted else None
+    return read_statistics(job, owner)[str(wanted[tap])] if tap in wanted else None
 
 
 def _on(device: str, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: to_device(tensor, device) for name, tensor in named}
 
 
-def read_statistics(run: Directory, job: CompressionJob, index: int) -> dict[str, Tensor]:
+def read_statistics(job: CompressionJob, index: int) -> dict[str, Tensor]:
     """Return the sums of one layer: those of the run, and those of the artefact it reuses.
 
     Grams are packed; on a local disk they are the pages of its files and take no memory until they
     are unpacked where they are factored.
+
+    Raises:
+        StorageError: a file is not as it was written.
     """
     found: dict[str, Tensor] = {}
-    for uri in (job.statistics_uri, run.uri):
-        directory = Directory(uri) if uri else None
-        if directory is not None:
-            for name in directory.names("stats"):
-                # A worker that was killed while it wrote leaves a temporary name behind.
-                if name.startswith(f"stats/layer-{index:05d}") and name.endswith(".safetensors"):
-                    found |= map_tensors(directory, name)
+    for uri, file in job.sums.get(index, ()):
+        found |= map_tensors(Directory(uri), file)
     return found
 
 
 def _bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor, ...]:
-    return tuple(
-        read_tensors(run, f"basis/{name}.safetensors")["vectors"].to(device) for name in names
-    )
+    files = [file for name in names for file in read_record(run, name).files]
+    return tuple(map_tensors(run, file)["vectors"].to(device) for file in files)
 
 
 def _table(

@@ -127,7 +127,7 @@ class RunContext(WorkContext):
         return CompressionJob(
             run_uri=self.run.uri,
             checkpoint_uri=prepared.model_uri,
-            statistics_uri=prepared.statistics_uri,
+            sums={unit.index: self.ledger.files(unit) for unit in self.sums},
             method=prepared.spec.name,
             options=prepared.options,
             layer_options=prepared.layer_options,

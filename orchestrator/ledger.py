@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from actors.messages import UnitDone
-from actors.storage.files import Directory
+from actors.storage.files import Directory, FileEntry
 from actors.storage.records import (
     Record,
     damaged_files,
@@ -43,7 +43,7 @@ class Ledger:
             verify_hashes: compare bytes, not only sizes.
             fence: raises where this driver may write no more records.
         """
-        self._run = run
+        self._run, self._reuse = run, reuse
         self._known = read_records(run)
         self._records = _intact(run, self._known, hashes=verify_hashes)
         self._spared: set[str] = set()
@@ -101,9 +101,23 @@ class Ledger:
         values = {key: value for record in found for key, value in record.values.items()}
         return replace(found[-1], values=values)
 
+    def files(self, unit: Unit) -> tuple[tuple[str, FileEntry], ...]:
+        """Return the files that a unit left, each with its directory: another run's come first."""
+        return tuple((d.uri, file) for d, record in self._places(unit) for file in record.files)
+
     def _found(self, unit: Unit) -> list[Record]:
-        records = (self._reused.get(unit.name), self._records.get(unit.name))
-        return [r for r in records if r is not None and r.fingerprint == unit.fingerprint]
+        return [record for _, record in self._places(unit)]
+
+    def _places(self, unit: Unit) -> list[tuple[Directory, Record]]:
+        known = ((self._reuse, self._reused), (self._run, self._records))
+        found = [(directory, records.get(unit.name)) for directory, records in known]
+        return [
+            (directory, record)
+            for directory, record in found
+            if directory is not None
+            and record is not None
+            and record.fingerprint == unit.fingerprint
+        ]
 
     def todo(self, units: list[Unit]) -> list[Unit]:
         """Return the units that are not done, counting the others as resumed."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.storage.files import Directory, FileEntry
 from actors.storage.headers import TensorEntry, header_bytes, parse_header, parse_length
-from planners.errors import ModelError
+from planners.errors import ModelError, StorageError
 
 TORCH_DTYPE = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -57,16 +57,26 @@ def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
     return {key: read_tensor(directory, name, entry) for key, entry in header.items()}
 
 
-def map_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
+def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
     """Return all tensors of one of our own files: a local file's pages, in memory while in use.
 
     What is changed in them stays in this process.
+
+    Raises:
+        StorageError: the file is not as it was written.
     """
-    if not directory.is_local:
-        return read_tensors(directory, name)
-    header = read_header(directory, name)
-    with Path(directory.path(name)).open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header = read_header(directory, file.path)
+    pages: mmap.mmap | bytearray
+    if directory.is_local:
+        with Path(directory.path(file.path)).open("rb") as local:
+            pages = mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_COPY)
+    else:
+        pages = directory.read_range(file.path, 0, file.bytes)
+    if hashlib.sha256(pages).hexdigest() != file.sha256:
+        raise StorageError(
+            f"{directory.path(file.path)}: is not what its record says it was",
+            hint="run the same command again with --verify-hashes, which makes such files again",
+        )
     found = {}
     for key, entry in header.items():
         dtype = TORCH_DTYPE[entry.dtype]

@@ -1,6 +1,7 @@
 """A model that is edited in place is another model: nothing of the old one is mixed with it."""
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -12,10 +13,10 @@ from actors.storage.contents import TAKEN_OVER
 from actors.storage.files import Directory
 from orchestrator.batch import read_batch
 from orchestrator.executors import LocalExecutor
-from orchestrator.run import run
+from orchestrator.run import run, run_on
 from orchestrator.rundir import check_run, write_plan
 from orchestrator.sweep import points_of, sweep_on
-from planners.errors import ConfigError, ModelError
+from planners.errors import ConfigError, ModelError, StorageError
 from tests.builders import (
     DeadDriverError,
     DyingDriver,
@@ -129,6 +130,40 @@ def test_statistics_of_the_model_as_it_was_are_refused(model, finished, tmp_path
     words = rf"stats: .* cannot serve this run: tensor {UP} of the model changed; model revision is"
     with pytest.raises(ConfigError, match=words):
         check_run(prepared_run(model, tmp_path, **given))
+
+
+def spoiled(out, name):
+    """Change a bit of a sum in place; its size is as it was."""
+    path = out / name
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def test_kept_statistics_that_are_edited_serve_no_other_run_and_are_made_again_where_asked(
+    model, finished, tmp_path
+):
+    kept = shutil.copytree(finished, tmp_path / "kept")
+    name = "stats/layer-00001.safetensors"
+    spoiled(kept, name)
+    given = {**UNIFORM, "stats": str(kept)}
+    words = rf"{name}: is not what its record says it was"
+    with pytest.raises(StorageError, match=words):
+        compress_local(model, tmp_path / "out", **given)
+    prepared = prepared_run(model, tmp_path / "out", **given)
+    with pytest.raises(DeadDriverError):
+        run_on(prepared, LocalExecutor(), verify_hashes=True,
+               listener=DyingDriver("phase begins", 1, unit="verify"))  # fmt: skip
+    assert result_files(tmp_path / "out") == result_files(finished)
+
+
+def test_a_basis_that_is_edited_between_two_drivers_is_refused(model, tmp_path):
+    with pytest.raises(DeadDriverError):
+        run_local(model, tmp_path, listener=DyingDriver("phase begins", 1, unit="stitch"))
+    spoiled(tmp_path, "basis/basis-site-00002.safetensors")
+    (tmp_path / "records" / "layer-00001.json").unlink()
+    with pytest.raises(StorageError, match=r"basis-site-00002.*: is not what its record"):
+        compress_local(model, tmp_path)
 
 
 def test_a_sweep_and_its_points_are_of_the_model_as_it_was(model, finished):
