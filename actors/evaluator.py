@@ -112,7 +112,8 @@ def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
         logits = model(batch).logits
         finite = bool(torch.isfinite(logits).all())
         checks.append(Check(name="logits are finite", passed=finite, detail=str(logits.dtype)))
-        layer_by_layer = _stagewise_logits(str(folder), batch, request.family, device)
+        checkpoint = Checkpoint(str(folder), model_store=request.model_store)
+        layer_by_layer = _stagewise_logits(checkpoint, batch, request.family, device)
         name = "logits equal those of the layers as computed"
         checks.append(_close(name, logits, layer_by_layer))
         checks += _generation(model.float(), batch)
@@ -121,7 +122,7 @@ def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
 
 def _stagewise_checks(request: VerifyRequest) -> list[Check]:
     """Check a result that does not fit this process: a tensor at a time, nothing generated."""
-    checkpoint = Checkpoint(request.uri)
+    checkpoint = Checkpoint(request.uri, model_store=request.model_store)
     present = [name for name in request.tensors if name in checkpoint.locations]
     bad = [n for n in present if _sha256(checkpoint.read(n)) != request.tensors[n]["sha256"]]
     missing = sorted(set(request.tensors) ^ set(checkpoint.locations))
@@ -174,9 +175,10 @@ def _same_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Mapping[st
     return Check(name="every tensor as computed", passed=not wrong + extra, detail=detail)
 
 
-def _stagewise_logits(uri: str, batch: Tensor, family_name: str, device: str) -> Tensor:
+def _stagewise_logits(
+    checkpoint: Checkpoint, batch: Tensor, family_name: str, device: str
+) -> Tensor:
     """Return the logits of a checkpoint by passing its layers one at a time, as a stage does."""
-    checkpoint = Checkpoint(uri)
     family = load_family(family_name)
     embedding = checkpoint.read(family.embedding).to(device)
     skeleton = Skeleton(checkpoint.config, dtype=embedding.dtype, device=device)

@@ -65,6 +65,7 @@ class Assignment:
     Attributes:
         run_uri: the run directory: tokens, boundaries and statistics.
         checkpoint_uri: a model directory, dense or compressed.
+        model_store: a directory that links in it may lead into, or empty.
         family: names its tensors.
         first: first layer.
         last: one past the last layer.
@@ -87,6 +88,7 @@ class Assignment:
     dtype: str
     statistics_dtype: str = "float64"
     contents: Mapping[str, str] = field(default_factory=dict)
+    model_store: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +222,7 @@ class CompressionJob:
         run_uri: the run directory, where units read and write.
         checkpoint_uri: the input model.
         sums: layer -> the directories and files of its statistics, those of another run first.
+        model_store: a directory that links in it may lead into, or empty.
         method: a file of ``actors/methods``.
         options: of the method, complete.
         layer_options: layer -> those that it has for itself.
@@ -247,6 +250,7 @@ class CompressionJob:
     candidates: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
     statistics_dtype: str = "float64"
     contents: Mapping[str, str] = field(default_factory=dict)
+    model_store: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +305,7 @@ class VerifyRequest:
         tensors: name -> sha256, shape and dtype as they were computed.
         ids: sequences of equal length to run it on.
         whole: it fits one process; else it is read a tensor at a time.
+        model_store: a directory that links in its directory may lead into, or empty.
     """
 
     uri: str
@@ -308,6 +313,7 @@ class VerifyRequest:
     tensors: Mapping[str, Mapping[str, Any]]
     ids: Sequence[Sequence[int]]
     whole: bool
+    model_store: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +326,7 @@ class ThroughputRequest:
         batch: prompts at one time.
         new_tokens: tokens generated for each.
         rounds: how often each is measured, after one warm-up round that is not counted.
+        model_store: a directory that links in their directories may lead into, or empty.
     """
 
     uris: Mapping[str, str]
@@ -327,3 +334,4 @@ class ThroughputRequest:
     batch: int
     new_tokens: int
     rounds: int
+    model_store: str = ""

@@ -85,7 +85,7 @@ class _Boundary:
 def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Embed the tokens: all streams are equal there."""
     del task
-    checkpoint, family = Checkpoint(job.checkpoint_uri, job.contents), load_family(job.shape.family)
+    checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
     table = checkpoint.read(family.embedding).to(device, _dtype(job.stream))
     ids = _ids(job.stream, run, device)
     fitted, held = _cuts(job.stream)
@@ -140,7 +140,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure all streams' losses on the held-out sequences, which say what is used."""
     boundary = _boundary(2 * task.index, job, run, device)
-    checkpoint, family = Checkpoint(job.checkpoint_uri, job.contents), load_family(job.shape.family)
+    checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
     dtype = _dtype(job.stream)
     table = family.embedding if checkpoint.form.tied else family.head
     head = checkpoint.read(table).to(device, dtype)
@@ -168,7 +168,7 @@ class _Builder:
 
     def __init__(self, job: CompressionJob, index: int, device: str) -> None:
         self._job, self._index, self._device = job, index, device
-        self._checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+        self._checkpoint = Checkpoint.of(job)
 
     def dense(self, prefix: str) -> HalvedLayer:
         form = self._checkpoint.form.layers[self._index]

@@ -66,7 +66,7 @@ class _Passing:
         self, site: int, basis: str, job: CompressionJob, run: Directory, device: str
     ) -> None:
         self._site, self._job, self._run, self._device = site, job, run, device
-        self._checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+        self._checkpoint = Checkpoint.of(job)
         self._dtype = getattr(torch, job.stream.dtype)
         if site <= 1:
             name = load_family(job.shape.family).embedding

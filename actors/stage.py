@@ -99,7 +99,7 @@ class Stage:
         """
         started = time.monotonic()
         self.drop()
-        checkpoint = Checkpoint(assignment.checkpoint_uri, assignment.contents)
+        checkpoint = Checkpoint.of(assignment)
         dtype = getattr(torch, assignment.dtype)
         device = self._setup.device
         self._assignment = assignment

@@ -86,7 +86,7 @@ def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Dir
 
 def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Write one compressed layer."""
-    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+    checkpoint = Checkpoint.of(job)
     form = job.form.layers[task.index]
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     method = methods.load(job.method)
@@ -131,7 +131,7 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
-    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+    checkpoint = Checkpoint.of(job)
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     sums = _on(device, read_statistics(job, task.index).items())
     losses = None
@@ -149,7 +149,7 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
     del run  # the job names the files of its statistics
-    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+    checkpoint = Checkpoint.of(job)
     weights = _on(device, one_ahead(checkpoint.stream_layer(task.index)))
     sums = _on(device, read_statistics(job, task.index).items())
     form = job.form.layers[task.index]
@@ -166,7 +166,7 @@ def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) ->
     statistics, *bases = task.inputs
     sums = _on(device, read_statistics(former, task.index).items())
     found = _bases(tuple(bases), where, device)
-    weights = Checkpoint(former.checkpoint_uri, former.contents).read_layer(task.index)
+    weights = Checkpoint.of(former).read_layer(task.index)
     scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
     new = turned_sums(sums, (found[0], found[len(found) // 2], found[-1]), scales=scales)
     name = f"stats/layer-{task.index:05d}.safetensors"
@@ -183,13 +183,14 @@ def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) 
     def turn(rows: Tensor) -> Tensor:
         return methods.load(job.method).apply_embedding(rows, bases[0]) if bases else rows
 
-    return _table(name, name, job, run, (device, turn))
+    width = job.form.embedding_dim
+    return _table(name, name, ("embedding", width), job, run, (device, turn))
 
 
 def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Write the head in blocks of rows, unless it is the embedding's tensor, and the final norm."""
     family = load_family(job.shape.family)
-    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+    checkpoint = Checkpoint.of(job)
     norm_weight = None  # folded into the head by a step before
     if checkpoint.form.head_norm_weight:
         norm_weight = checkpoint.read(family.final_norm).to(device)
@@ -207,7 +208,8 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
             )
             return turned
 
-        files, values = _table(source, family.head, job, run, (device, turn))
+        width = job.form.head_dim
+        files, values = _table(source, family.head, ("head", width), job, run, (device, turn))
     if norm_weight is not None and job.form.head_norm_weight:
         scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
         tensors = {family.final_norm: scale.cpu()}
@@ -285,14 +287,15 @@ def _bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor,
 def _table(
     source: str,
     target: str,
+    made: tuple[str, int],
     job: CompressionJob,
     run: Directory,
     how: tuple[str, Callable[[Tensor], Tensor]],
 ) -> Done:
     device, turn = how
-    checkpoint = Checkpoint(job.checkpoint_uri, job.contents)
+    role, width = made
+    checkpoint = Checkpoint.of(job)
     num_rows = job.shape.vocab_size
-    width = job.form.embedding_dim if "embed" in target else job.form.head_dim
     digest = hashlib.sha256()
     dtypes = set()
 
@@ -303,7 +306,7 @@ def _table(
             dtypes.add(NAME_OF[block.dtype])
             yield block
 
-    name = f"model/{weight_files(job.form)['embedding' if 'embed' in target else 'head']}"
+    name = f"model/{weight_files(job.form)[role]}"
     entry = write_rows(run, name, target, blocks(), shape=(num_rows, width))
     facts = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
     return (entry,), {"tensors": {target: facts}}

@@ -38,7 +38,7 @@ from orchestrator.report.numbers import bytes_text, decimal, percent, seconds_te
 from planners import errors
 from planners.catalogue import CONFIGS, shape_of
 from planners.cost import dense_parameters, dense_start, model_parameters
-from planners.families import available, load
+from planners.families import known_types
 from planners.plan import Target
 
 README = ROOT / "README.md"
@@ -156,7 +156,7 @@ def _slicing() -> str:
 
 def _models() -> str:
     """Return which checkpoints are read."""
-    types = sorted(t for name in available() for t in load(name).model_types)
+    types = known_types()
     count = _embedded_parameters()
     return (
         f"- `tiny`, the model in the package: a Llama of {count:,} parameters;\n"

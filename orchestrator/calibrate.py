@@ -26,7 +26,7 @@ def boundary_name(stream: str, layer: int, index: int) -> str:
     return f"boundary/{stream}-layer-{layer:05d}-mb-{index:05d}.safetensors"
 
 
-def assignments(
+def assignments(  # noqa: PLR0913 each is a field of what it returns
     wave: Sequence[StagePlan],
     *,
     run_uri: str,
@@ -34,6 +34,7 @@ def assignments(
     family: str,
     dtype: str,
     statistics: frozenset[Statistic] = frozenset(),
+    model_store: str = "",
 ) -> list[Assignment]:
     """Return what each stage of a wave loads."""
     return [
@@ -47,6 +48,7 @@ def assignments(
             head=stage.head,
             statistics=statistics,
             dtype=dtype,
+            model_store=model_store,
         )
         for stage in wave
     ]
@@ -184,6 +186,7 @@ def _pass(
                 family=prepared.plan.shape.family,
                 dtype=prepared.identity.compute_dtype,
                 statistics=_missing(shard.units, context),
+                model_store=prepared.config.model_store,
             )
         ],
         microbatches=[

@@ -16,6 +16,7 @@ from orchestrator.options import (
     evaluation_options,
     pairs_of,
     recipe_options,
+    store_option,
     terms_options,
 )
 from planners.errors import CompressionError, ConfigError
@@ -168,12 +169,13 @@ def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> No
 
 @cli.command()
 @click.argument("directory")
+@store_option
 @as_json
-def verify(directory: str, json_: bool) -> None:
+def verify(directory: str, model_store: str | None, json_: bool) -> None:
     """Check a run or a model: bytes, loading, generation."""
     from orchestrator import screens
 
-    screens.verify(directory, json_=json_)
+    screens.verify(directory, model_store=model_store or "", json_=json_)
 
 
 @cli.command()
@@ -248,12 +250,14 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
     show_default=True,
     help="Where they generate.",
 )
+@store_option
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
     """Time models side by side: prefill, decode, memory."""
     from orchestrator import bench_screen
 
     given["batches"] = given["batches"] or (1, 8)
+    given["model_store"] = given["model_store"] or ""
     bench_screen.bench(directories, json_=json_, **given)
 
 

@@ -117,6 +117,7 @@ class RunConfig(_Section):
 
     Attributes:
         model: a directory, an ``s3://`` or ``gs://`` URI, a Hub id, or an alias.
+        model_store: a directory that links in the model's directory may lead into; none if empty.
         out: run directory; empty is ``runs/MODEL-METHOD-SIZE``.
         method: a file of ``actors/methods``.
         options: of the method; what is not given has the method's default.
@@ -144,6 +145,7 @@ class RunConfig(_Section):
     model: str = Field(
         default="tiny", min_length=1, description="a directory, a URI, a Hub id, or an alias"
     )
+    model_store: str = Field(default="", description="a directory")
     out: str = Field(default="", description="the run directory, a path or a URI")
     method: str = Field(default="slicegpt", min_length=1, description="the name of a method")
     options: dict[str, str | int | float | bool] = Field(

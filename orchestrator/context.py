@@ -127,6 +127,7 @@ class RunContext(WorkContext):
         return CompressionJob(
             run_uri=self.run.uri,
             checkpoint_uri=prepared.model_uri,
+            model_store=prepared.config.model_store,
             sums={unit.index: self.ledger.files(unit) for unit in self.sums},
             method=prepared.spec.name,
             options=prepared.options,

@@ -137,6 +137,7 @@ def _evaluation_pass(
                 checkpoint_uri=subject.uri,
                 family=plan.family,
                 dtype=plan.dtype,
+                model_store=subject.model_store,
             )
         ],
         microbatches=[

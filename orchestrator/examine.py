@@ -8,6 +8,7 @@ from actors.messages import ThroughputRequest, VerifyRequest, WorkerSetup
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import Record, read_records, torn_records
+from actors.storage.sources import resolve_store
 from orchestrator import cluster
 from orchestrator.evaluate import FreshProcess, in_fresh_process
 from orchestrator.executors import RayExecutor
@@ -29,26 +30,29 @@ DROPPED = (
 )  # gone once a run is READY
 
 
-def verify(uri: str, *, threads: int = 1, device: str = "cpu") -> list[dict[str, Any]]:
+def verify(
+    uri: str, *, model_store: str = "", threads: int = 1, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Return what was checked of a run, or of a model directory that no run of ours wrote.
 
     Raises:
         StorageError: a file differs from its record; the message names it.
         ModelError: the model is broken.
     """
-    run, tensors = Directory(uri), {}
+    run, tensors, store = Directory(uri), {}, resolve_store(model_store)
     model = model_of(run)
     checks: list[dict[str, Any]] = []
     if model != run.uri:
         checks.append(check_files(run))
         tensors = _tensors_of(read_records(run))
-    checkpoint = Checkpoint(model)
+    checkpoint = Checkpoint(model, model_store=store)
     request = VerifyRequest(
         uri=model,
         family=checkpoint.shape.family,
         tensors=tensors or _stored(checkpoint),
         ids=[[i % checkpoint.shape.vocab_size for i in row] for row in IDS],
         whole=True,
+        model_store=store,
     )
     with cluster.connected("local", num_cpus=threads, num_gpus=0, store_bytes=0):
         fresh = FreshProcess(unit="verify", threads=threads, device=device)
@@ -64,7 +68,7 @@ def model_of(directory: Directory) -> str:
     return directory.below("model") if is_run else directory.uri
 
 
-def bench(
+def bench(  # noqa: PLR0913 all that decides what is measured
     uris: Sequence[str],
     *,
     prompt: int,
@@ -72,6 +76,7 @@ def bench(
     new_tokens: int,
     setup: WorkerSetup,
     workers: Workers,
+    model_store: str = "",
 ) -> list[dict[str, Any]]:
     """Return one row a model and batch size: prefill and decode tokens per second, peak bytes.
 
@@ -79,9 +84,9 @@ def bench(
     whatever else the machine does; else each goes over as few workers as hold it, one model after
     the other. Medians of three rounds. A model that does not fit has a row that says so.
     """
-    models = {uri: model_of(Directory(uri)) for uri in uris}
+    models, store = {uri: model_of(Directory(uri)) for uri in uris}, resolve_store(model_store)
     for model in models.values():
-        Checkpoint(model)  # at the door: every one of them is a sound checkpoint
+        Checkpoint(model, model_store=store)  # at the door: every one of them is a sound checkpoint
     gpus = workers.number if setup.device == "cuda" else 0
     rows = []
     with (
@@ -99,6 +104,7 @@ def bench(
                 batch=batch,
                 new_tokens=new_tokens,
                 rounds=3,
+                model_store=store,
             )
             if fits_one(request, workers):
                 fresh = FreshProcess(

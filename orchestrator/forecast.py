@@ -167,7 +167,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
             hint=f"give a directory with a config.json, or one of: {', '.join(CONFIGS)}",
         )
     dtype = str(found.get("dtype") or found.get("torch_dtype") or "float32")
-    shape = family_of(str(found.get("model_type"))).shape_of(found, dtype)
+    shape = family_of(found.get("model_type")).shape_of(found, dtype)
     named = [methods.spec(step.method) for step in config.chain]
     options = resolve_steps(config, named)
     steps = list(zip(chosen_methods(config, options), options, strict=True))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from planners.families import load as load_family
 from planners.plan import ModelForm, ModelShape, to_json
 
 AUTO_MAP = {
@@ -14,7 +15,8 @@ AUTO_MAP = {
 
 def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return the config of a model of these widths; ``config`` may be compressed already."""
-    return (_native if form.native else _remote)(config, shape, form)
+    kept = {k: v for k, v in config.items() if k != "torch_dtype"}  # dtype's old name
+    return (_native if form.native else _remote)({**kept, "dtype": shape.dtype}, shape, form)
 
 
 def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
     width = layer.residual_in
     return {
         **config,
+        # The config of a model that was saved without its head names a class that has none.
+        "architectures": [load_family(shape.family).classes[shape.model_type]],
         "hidden_size": width,
         "head_dim": shape.head_dim,
         "intermediate_size": layer.intermediate,

@@ -66,7 +66,13 @@ _MEASURING = (
                  help="Tokens of each. [that of a token file; the model's longest, up to 2048]"),
     click.option("--seed", type=int, metavar="S", help="Of the choice of sequences. [0]"),
 )  # fmt: skip
+_STORE = click.option(
+    "--model-store", metavar="DIR",
+    help="A directory that links in MODEL's directory may lead into, such as a store of weights "
+    "that is shared; every worker must see it. [none: links that leave it are refused]",
+)  # fmt: skip
 _MACHINES = (
+    _STORE,
     click.option("--workers", type=int, metavar="N", help="Ray actors, each with a stage. [1]"),
     click.option("--threads", type=int, metavar="N",
                  help="CPU threads of each; other threads, other bits. [1]"),
@@ -102,6 +108,11 @@ def terms_of(given: dict[str, Any]) -> dict[str, float]:
     """Take what `terms_options` gave out of the options of a command; what was not given is out."""
     found = {name: given.pop(name) for name in ("price", "preemptions_per_hour")}
     return {name: value for name, value in found.items() if value}
+
+
+def store_option(command: Any) -> Any:
+    """Add where links in a model's directory may lead."""
+    return _added(command, (_STORE,))
 
 
 def recipe_options(command: Any) -> Any:

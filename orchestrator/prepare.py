@@ -12,7 +12,7 @@ from actors.storage import door
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.contents import revision_of, tokenizer_hash
 from actors.storage.files import Directory
-from actors.storage.sources import resolve_model
+from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.chain import StepInput, chained, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, Facts, RunConfig, resolved, with_tokens
@@ -180,8 +180,8 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     require_disjoint(list(zip(specs, options, strict=True)))
     if given.out:
         Directory(given.out)  # before it is shown to anybody
-    source = resolve_model(given.model)
-    checkpoint = Checkpoint(source.uri)
+    source, store = resolve_model(given.model), resolve_store(given.model_store)
+    checkpoint = Checkpoint(source.uri, model_store=store)
     shape = checkpoint.shape
     door.check(checkpoint)
     unread = only_plan and not given.stats and not checkpoint.is_small
@@ -198,7 +198,9 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         worker_gib=round(usable_gib(device, given.workers), 1),
     )
     layer_options = resolve_layer_options(specs[0], given.layer_options)
-    config = resolved(given, facts).model_copy(update={"layer_options": layer_options})
+    config = resolved(given, facts).model_copy(
+        update={"layer_options": layer_options, "model_store": store}
+    )
     calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
     config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
     sequences, length = calibration.shape
@@ -282,8 +284,8 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         ModelError: the checkpoint is missing, broken or not supported.
         DataError: there is too little text, or it cannot be read.
     """
-    source = resolve_model(given.model)
-    checkpoint = Checkpoint(source.uri)
+    source, store = resolve_model(given.model), resolve_store(given.model_store)
+    checkpoint = Checkpoint(source.uri, model_store=store)
     shape = checkpoint.shape
     door.check_classes(checkpoint)
     device = chosen_device(given.device, given.address)
@@ -314,7 +316,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     )
     return PreparedEvaluation(
         # Its record is kept nowhere, so it needs no identity, and the weights no reading for one.
-        subject=Subject(name="model", uri=source.uri, identity=""),
+        subject=Subject(name="model", uri=source.uri, identity="", model_store=store),
         plan=EvaluationPlan(
             family=shape.family,
             waves=place(shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)),

@@ -156,7 +156,11 @@ def dense_subject(prepared: Prepared) -> Subject:
     """Return the input model as something to be evaluated."""
     origin = prepared.origin
     return Subject(
-        name="dense", uri=origin.model_uri, identity=origin.revision, contents=origin.contents
+        name="dense",
+        uri=origin.model_uri,
+        identity=origin.revision,
+        model_store=origin.config.model_store,
+        contents=origin.contents,
     )
 
 

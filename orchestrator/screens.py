@@ -243,13 +243,13 @@ def redo(  # noqa: PLR0913 -- what the command is given
     print_report(do_prepared(new, lambda _: replace(said, approve=lambda _: None)), json_=json_)
 
 
-def verify(directory: str, *, json_: bool) -> None:
+def verify(directory: str, *, model_store: str, json_: bool) -> None:
     """Print what was checked of a run or a model.
 
     Raises:
         NumericsError: a check did not hold.
     """
-    checks = examine.verify(directory)
+    checks = examine.verify(directory, model_store=model_store)
     failed = [check["name"] for check in checks if not check["passed"]]
     if json_:
         print(json.dumps({"directory": directory, "passed": not failed, "checks": checks}))  # noqa: T201 the one document

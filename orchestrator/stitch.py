@@ -81,7 +81,6 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     new_config = {
         **result_config(prepared.model_config, plan.shape, form),
         "compression": compression,
-        "dtype": plan.shape.dtype,  # as stored; a config may say another
     }
     files.append(run.write("model/config.json", _json(new_config)))
     if not form.native:

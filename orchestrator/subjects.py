@@ -23,12 +23,14 @@ class Subject:
         uri: its checkpoint.
         identity: fingerprint of what determines its weights.
         contents: as workers must find them; nothing for a result, whose bytes its records tell.
+        model_store: a directory that links in the checkpoint may lead into, or empty.
     """
 
     name: str
     uri: str
     identity: str
     contents: Mapping[str, str] = field(default_factory=dict)
+    model_store: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

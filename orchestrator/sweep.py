@@ -245,7 +245,12 @@ def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, A
             mapped=sums_are_mapped(config),
         ),
     )  # fmt: skip
-    given = RunConfig(model=config.model, method=method, keep_fraction=fraction)
+    given = RunConfig(
+        model=config.model,
+        model_store=config.model_store,
+        method=method,
+        keep_fraction=fraction,
+    )
     return replace(
         base, config=config, given=given, spec=spec, options=dict(options), plan=plan,
         statistics_uri=base.config.out, extra_statistics=frozenset(),

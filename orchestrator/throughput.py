@@ -59,6 +59,7 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
         batch=BATCH,
         new_tokens=NEW_TOKENS,
         rounds=ROUNDS,
+        model_store=config.model_store,
     )
     workers = Workers(number=config.workers, bytes=int((config.worker_gib or 0) * GIB))
 
@@ -91,7 +92,7 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
 
 def fits_one(request: ThroughputRequest, workers: Workers) -> bool:
     """Return whether all the models fit one worker at the same time."""
-    models = map(Checkpoint, request.uris.values())
+    models = [Checkpoint(uri, model_store=request.model_store) for uri in request.uris.values()]
     return sum(whole_bytes(m.shape, _load(m, request)) for m in models) <= workers.bytes
 
 
@@ -114,7 +115,7 @@ def through_stages(
     started, begun = time.time(), time.monotonic()
     values: dict[str, Any] = {}
     for name, uri in request.uris.items():
-        model = Checkpoint(uri)
+        model = Checkpoint(uri, model_store=request.model_store)
         load = _load(model, request)
         stages = fewest_stages(
             model.shape, load, num_workers=workers.number, worker_bytes=workers.bytes
@@ -176,6 +177,7 @@ class _Chain:
             checkpoint_uri=uri,
             family=model.shape.family,
             dtype=model.shape.dtype,
+            model_store=request.model_store,
         )
 
     def measured(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from actors.transfer import to_device
 
 transformers_logging.disable_progress_bar()
 
+OWN = ("model_type", "dtype", "torch_dtype", "auto_map")  # keys that are not passed on
 Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
@@ -26,7 +27,7 @@ class Skeleton:
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: str) -> None:
         """Build the modules of a ``config.json``; takes no memory for weights."""
         self._dtype, self._device = dtype, device
-        rest = {k: v for k, v in config.items() if k not in ("model_type", "dtype", "auto_map")}
+        rest = {k: v for k, v in config.items() if k not in OWN}
         compressed = config["model_type"] == CompressedConfig.model_type
         self.config = (
             CompressedConfig(**rest)

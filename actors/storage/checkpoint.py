@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from actors.numerics.packed import all_finite
@@ -20,8 +21,9 @@ from actors.storage.quoting import shown
 from actors.storage.tensors import read_header, read_tensor, tensor_bytes
 from planners.cost import dense_model_form
 from planners.errors import ModelError, StorageError
-from planners.families import family_of
+from planners.families import family_of, known_types
 from planners.families import load as load_family
+from planners.families._base import Family
 from planners.plan import ModelForm, ModelShape, model_form_from_json
 
 SINGLE = "model.safetensors"
@@ -36,6 +38,11 @@ BLOCK_BYTES = 2**25  # of a tensor that is read in blocks
 # Tables that older programs stored; they follow from the config.
 COMPUTED = ".rotary_emb.inv_freq"
 READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+LARGEST_HALF = 65504  # of float16's numbers
+UNWRAP = (
+    "save the model inside its wrapper: model.module (DDP), model._orig_mod (torch.compile), "
+    "model.language_model (of a multimodal model), model.merge_and_unload() (PEFT)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,33 +53,58 @@ class Location:
     entry: TensorEntry
 
 
+class NamesCheckpoint(Protocol):
+    """A message to a worker that names a checkpoint."""
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """The model directory."""
+
+    @property
+    def contents(self) -> Mapping[str, str]:
+        """Its contents as they must be (`actors.storage.contents`)."""
+
+    @property
+    def model_store(self) -> str:
+        """A directory that links in it may lead into, or empty."""
+
+
 class Checkpoint:
     """A model directory whose headers have been read and agree with its config.
 
     Attributes:
         directory: where it lies.
         config: ``config.json``.
-        locations: tensor name -> file and byte range.
+        locations: tensor name -> file and byte range. The names are those of the model with its
+            head, also where it was saved without.
     """
 
-    def __init__(self, uri: str, expected: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, uri: str, expected: Mapping[str, str] | None = None, *, model_store: str = ""
+    ) -> None:
         """Read config, index and headers; no weight is read.
 
         Args:
             uri: the model directory.
             expected: its contents as they must be. They are compared as they are read; without
                 any, whatever is there is taken.
+            model_store: a directory that links in it may lead into; none if empty.
 
         Raises:
             ModelError: something is missing, broken or unsafe, or the config is not as expected;
                 the message names it.
         """
         self.directory = Directory(uri)
-        _refuse_links_out(self.directory)
+        _refuse_links_out(self.directory, model_store)
         self.config = read_json(self.directory, CONFIG)
-        self.locations = _locations(self.directory)
+        self.locations = _whole_names(self.config, _locations(self.directory))
         self._expected = expected or {}
         self._require(CONFIG, self.directory.path(CONFIG), lambda: config_hash(self.config))
+
+    @classmethod
+    def of(cls, message: "NamesCheckpoint") -> "Checkpoint":
+        """Open the checkpoint that a message to a worker names, as the message says it must be."""
+        return cls(message.checkpoint_uri, message.contents, model_store=message.model_store)
 
     @functools.cached_property
     def shape(self) -> ModelShape:
@@ -82,10 +114,9 @@ class Checkpoint:
             ModelError: the family is not supported, or a tensor is missing or of a wrong shape.
         """
         model_type = self.config.get("model_type")
-        if not isinstance(model_type, str):
-            raise ModelError(f"{self.directory.path('config.json')}: model_type is missing")
         if model_type == COMPRESSED:
-            return self._original_shape()
+            original = {**self.config, "model_type": self.config.get("compressed_from", "llama")}
+            return family_of(original["model_type"]).shape_of(original, self.dtype)
         family = family_of(model_type)
         shape = family.shape_of(self.config, "float32")
         outer = family.outer_tensors(replace(shape, tied=False))
@@ -94,26 +125,41 @@ class Checkpoint:
             del expected[family.head]
         for layer in range(shape.num_layers):
             expected |= dict(family.layer_tensors(shape, layer).values())
-        dtypes = {self._checked(name, dims) for name, dims in expected.items()}
+        for name, dims in expected.items():
+            self._check(name, dims, family)
         unknown = self.locations.keys() - expected.keys()
         if unknown:
             raise ModelError(
                 f"{self.directory.uri}: tensor {shown(min(unknown))} is no part of the model that "
                 f"config.json describes, a {model_type} of {shape.num_layers} layers"
+                f"{self._other_class(family)}"
             )
-        if len(dtypes) > 1:
-            raise ModelError(
-                f"{self.directory.uri}: weights of several dtypes: {', '.join(sorted(dtypes))}; "
-                "one is needed"
-            )
-        return replace(shape, dtype=dtypes.pop())
+        return replace(shape, dtype=self.dtype)
 
-    def _original_shape(self) -> ModelShape:
-        """Return the shape of the model that this one was made from; the widths are not checked."""
-        original = {**self.config, "model_type": self.config.get("compressed_from", "llama")}
-        dtypes = {place.entry.dtype for place in self.locations.values()}
-        dtype = next((STORED[name] for name in sorted(dtypes & STORED.keys())), "float32")
-        return family_of(original["model_type"]).shape_of(original, dtype)
+    @functools.cached_property
+    def dtype(self) -> str:
+        """What all weights are read in: as they are stored, or in the config's dtype where several.
+
+        So transformers loads them, and with it whoever uses the input or the result.
+
+        Raises:
+            ModelError: they are of several, and the config's dtype is none of these.
+        """
+        of: dict[str, list[str]] = {}
+        for name, place in self.locations.items():
+            if place.entry.dtype in STORED:
+                of.setdefault(STORED[place.entry.dtype], []).append(name)
+        asked = self.config.get("dtype") or self.config.get("torch_dtype")
+        if len(of) < 2 or asked in [*of]:  # noqa: PLR2004 one is no choice
+            return str(asked) if len(of) > 1 else min(of, default="float32")
+        most, *_, rare = sorted(of, key=lambda dtype: (-len(of[dtype]), dtype))
+        name = min(of[rare])
+        raise ModelError(
+            f"{self.directory.path(self.locations[name].file)}: tensor {shown(name)} is {rare}, "
+            f"others are {most}, and the dtype of config.json is {shown(asked)}",
+            hint=f'set "dtype" in config.json to "{most}", or to another that is stored: weights '
+            "of several dtypes are all read in that one, as transformers does",
+        )
 
     @functools.cached_property
     def form(self) -> ModelForm:
@@ -166,6 +212,7 @@ class Checkpoint:
             digest = hasher(self.locations[name].entry)
             for block in self._blocks(name, None):
                 digest.update(tensor_bytes(block))
+                self._converted(block, name)  # refuses what the model's dtype cannot hold
             return name, digest.hexdigest()
 
         with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as threads:
@@ -182,6 +229,8 @@ class Checkpoint:
         Raises:
             ModelError: there is no such tensor, it has NaN or infinite entries, or it changed.
         """
+        if name in self.locations and self._is_converted(name):
+            return self._read_converted(name)
         tensor = self._read(name, None)
 
         def found() -> str:
@@ -192,15 +241,49 @@ class Checkpoint:
         self._require(name, self._where(name), found)
         return tensor
 
+    def _read_converted(self, name: str) -> Tensor:
+        """Return a tensor that is stored in another dtype; it is never whole in both."""
+        found = torch.empty(self.locations[name].entry.shape, dtype=getattr(torch, self.dtype))
+        start = 0
+        for block in self.read_blocks(name):
+            if not block.ndim:
+                return block
+            found[start : start + len(block)] = block
+            start += len(block)
+        return found
+
     def _read(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         if name not in self.locations:
             raise ModelError(f"{self.directory.path(name)}: the checkpoint has no such tensor")
         location = self.locations[name]
         tensor = read_tensor(self.directory, location.file, location.entry, rows=rows)
-        if tensor.is_floating_point() and not all_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(f"{self._where(name)} has {bad} entries that are NaN or infinite")
+        if tensor.is_floating_point():
+            self._require_finite(tensor, name)
         return tensor
+
+    def _is_converted(self, name: str) -> bool:
+        return STORED.get(self.locations[name].entry.dtype, self.dtype) != self.dtype
+
+    def _converted(self, tensor: Tensor, name: str) -> Tensor:
+        """Return a tensor in the dtype of the model, where it is stored in another."""
+        if not self._is_converted(name):
+            return tensor
+        tensor = tensor.to(getattr(torch, self.dtype))
+        self._require_finite(tensor, name)
+        return tensor
+
+    def _require_finite(self, tensor: Tensor, name: str) -> None:
+        if all_finite(tensor):
+            return
+        bad = int((~torch.isfinite(tensor)).sum())
+        said = f"{self._where(name)} has {bad} entries that are NaN or infinite"
+        if tensor.dtype != torch.float16:
+            raise ModelError(said)
+        raise ModelError(
+            f"{said} in float16, which ends at {LARGEST_HALF}",
+            hint="use the weights in bfloat16 or float32 that these were converted from, with that "
+            "dtype in config.json",
+        )
 
     def _require(self, name: str, where: str, found: Callable[[], str]) -> None:
         """Refuse what is not as expected, so that no result is made of two models."""
@@ -249,7 +332,7 @@ class Checkpoint:
         for block in self._blocks(name, rows):
             if self._expected:
                 digest.update(tensor_bytes(block))
-            yield block
+            yield self._converted(block, name)
         self._require(name, self._where(name), digest.hexdigest)
 
     def _where(self, name: str) -> str:
@@ -264,10 +347,10 @@ class Checkpoint:
         for start in range(0, entry.shape[0], step):
             yield self._read(name, (start, min(start + step, entry.shape[0])))
 
-    def _checked(self, name: str, dims: tuple[int, ...]) -> str:
+    def _check(self, name: str, dims: tuple[int, ...], family: Family) -> None:
         location = self.locations.get(name)
         if location is None:
-            raise ModelError(f"{self.directory.uri}: tensor {name} is missing from the weights")
+            raise self._missing(name, family)
         if location.entry.shape != dims:
             raise ModelError(
                 f"{self.directory.path(location.file)}: tensor {name} has shape "
@@ -279,7 +362,37 @@ class Checkpoint:
                 f"supported: {', '.join(STORED)}",
                 hint="quantised checkpoints cannot be compressed; use the original weights",
             )
-        return STORED[location.entry.dtype]
+
+    def _missing(self, name: str, family: Family) -> ModelError:
+        """Return why a tensor is missing, as far as the names of others tell."""
+        where = self.directory.uri
+        for stored in sorted(self.locations):
+            more = _more_parts(stored, name)
+            if more:
+                return ModelError(
+                    f"{where}: tensor {name} is stored as {shown(stored)}: {shown('.'.join(more))} "
+                    "in the names is of a wrapper around the model",
+                    hint=UNWRAP,
+                )
+        if name == family.head:
+            return ModelError(
+                f"{where}: the model has no head: tensor {name} is missing, and "
+                f"tie_word_embeddings is false{self._other_class(family)}",
+                hint="a model that predicts tokens is needed, as AutoModelForCausalLM saves it; if "
+                "its head is its embedding, set tie_word_embeddings to true in config.json",
+            )
+        return ModelError(f"{where}: tensor {name} is missing from the weights")
+
+    def _other_class(self, family: Family) -> str:
+        """Return the class that the config names for the weights, where it is not one with a head.
+
+        ``architectures`` decides nothing: transformers does not go by it either.
+        """
+        known = family.classes[self.config["model_type"]]
+        named = self.config.get("architectures")
+        if not named or named == [known]:
+            return ""
+        return f"; its architectures are {shown(named)}, and {known} is needed"
 
 
 def read_json(directory: Directory, name: str) -> dict[str, Any]:
@@ -304,6 +417,26 @@ def read_json(directory: Directory, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{where}: not a JSON object")
     return data
+
+
+def _whole_names(config: Mapping[str, Any], locations: dict[str, Location]) -> dict[str, Location]:
+    """Return locations by the names of the whole model, also of one saved without its head."""
+    families = [f for t, f in known_types().items() if t == config.get("model_type")]
+    if not families or families[0].embedding in locations:
+        return locations
+    renamed = {families[0].with_base(name): place for name, place in locations.items()}
+    return renamed if len(renamed) == len(locations) else locations
+
+
+def _more_parts(stored: str, name: str) -> tuple[str, ...]:
+    """Return what a name has between the parts of another; nothing where it lacks one of them."""
+    rest, more = name.split("."), []
+    for part in stored.split("."):
+        if rest and part == rest[0]:
+            rest.pop(0)
+        else:
+            more.append(part)
+    return () if rest or any(part.isdigit() for part in more) else tuple(more)
 
 
 def _locations(directory: Directory) -> dict[str, Location]:
@@ -354,6 +487,15 @@ def _check_name(file: object, *, where: str) -> None:
 
 
 def _explain_missing_weights(directory: Directory) -> None:
+    for name in (SINGLE, INDEX) if directory.is_local else ():
+        path = Path(directory.path(name))
+        if path.is_symlink():
+            raise ModelError(
+                f"{path}: is a link to {shown(os.path.realpath(path))}, which does not exist on "
+                "this machine",
+                hint="every machine that works on the model must see it: mount it there, or copy "
+                "the file into the model's directory",
+            )
     try:
         names = directory.names()
     except StorageError:
@@ -368,8 +510,8 @@ def _explain_missing_weights(directory: Directory) -> None:
     raise ModelError(f"{directory.uri}: has a config.json but no weights ({SINGLE} or {INDEX})")
 
 
-def _refuse_links_out(directory: Directory) -> None:
-    """Refuse links that leave the model, unless they are the Hub cache's own links to its blobs.
+def _refuse_links_out(directory: Directory, model_store: str) -> None:
+    """Refuse links that leave the model, unless they lead into its store or the Hub's cache.
 
     What is read goes into the result, so such a link could carry any file of this machine along.
     """
@@ -379,8 +521,26 @@ def _refuse_links_out(directory: Directory) -> None:
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
+    if model_store:
+        homes.append(Path(model_store))
     for path in (root / name for name in directory.entries()):
         if path.is_symlink() and path.suffix in READ_SUFFIXES:
             real = Path(os.path.realpath(path))  # unlike resolve(), does not raise on a loop
-            if not any(real.is_relative_to(home) for home in homes):
-                raise ModelError(f"{path}: is a link that leaves the model's directory")
+            if any(real.is_relative_to(home) for home in homes) or _is_blob(path, real):
+                continue
+            raise ModelError(
+                f"{path}: is a link that leaves the model's directory, to {shown(str(real))}",
+                hint=f"copy the file there, or allow it: --model-store {real.parent} (in a recipe "
+                "model_store)",
+            )
+
+
+def _is_blob(path: Path, real: Path) -> bool:
+    """Return whether a link names a file of the Hub's cache, as old downloads to a folder made.
+
+    Such a file is named by the hash of its content: whoever can name it knows it.
+    """
+    cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
+    parts = real.relative_to(cache).parts if real.is_relative_to(cache) else ()
+    is_blob = len(parts) == 3 and parts[0].startswith("models--") and parts[1] == "blobs"  # noqa: PLR2004 repository, blobs, hash
+    return is_blob and path.readlink().name == real.name

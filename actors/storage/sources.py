@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub as hub  # its parts are imported when first used
 from huggingface_hub import constants, errors
 
-from planners.errors import CompressionError, ModelError, StorageError
+from planners.errors import CompressionError, ConfigError, ModelError, StorageError
 from planners.spelling import did_you_mean
 
 EMBEDDED = "tiny"
@@ -89,6 +89,23 @@ def resolve_model(name: str) -> ModelSource:
         f"model {name!r}: no such directory or alias{did_you_mean(label, ALIASES)}",
         hint=f"a directory with a config.json, a Hub id org/name, or one of: {', '.join(ALIASES)}",
     )
+
+
+def resolve_store(given: str) -> str:
+    """Return the directory that links of a model may lead into, absolute; empty if none is given.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    if not given:
+        return ""
+    path = os.path.expanduser(given)  # noqa: PTH111 unlike Path's, does not raise on ~nobody
+    if not os.path.isdir(path):  # noqa: PTH112 nor on a NUL
+        raise ConfigError(
+            f"model_store: {given!r}: no such directory",
+            hint="the directory that links in the model's directory lead into, or nothing",
+        )
+    return os.path.realpath(path)
 
 
 def _is_path(name: str) -> bool:

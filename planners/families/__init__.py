@@ -5,7 +5,8 @@ from importlib import import_module
 
 from planners.errors import ModelError
 from planners.families._base import Family
-from planners.spelling import did_you_mean
+
+MAX_CHARACTERS = 64  # of what a config says, in a message
 
 
 def available() -> tuple[str, ...]:
@@ -20,18 +21,40 @@ def load(name: str) -> Family:
     return family
 
 
-def family_of(model_type: str) -> Family:
+def known_types() -> dict[str, Family]:
+    """Return model_type -> family of all that a family claims, sorted."""
+    families = [load(name) for name in available()]
+    return {t: family for family in families for t in sorted(family.classes)}
+
+
+def family_of(model_type: object) -> Family:
     """Return the family of a checkpoint whose ``config.json`` says ``model_type``.
 
     Raises:
         ModelError: no family claims it; the message lists the model types that are claimed.
     """
-    families = [load(name) for name in available()]
-    for family in families:
-        if model_type in family.model_types:
-            return family
-    known = sorted(t for family in families for t in family.model_types)
+    known = known_types()
+    if not isinstance(model_type, str) or not model_type:
+        said = "missing" if model_type is None else repr(model_type)[:MAX_CHARACTERS]
+        raise ModelError(
+            f"config.json: model_type is {said}; it must be one of: {', '.join(known)}"
+        )
+    if model_type in known:
+        return known[model_type]
+    # Most types that are spelt alike are other models: mixtral, mllama and llama4 are no slips.
+    meant = [t for t in known if _is_slip(model_type, t)]
     raise ModelError(
-        f"model_type {model_type!r} is not supported; supported: {', '.join(known)}"
-        + did_you_mean(model_type, known)
+        f"model_type {model_type[:MAX_CHARACTERS]!r} is not supported; supported: "
+        f"{', '.join(known)}" + "".join(f"; did you mean {t}?" for t in meant),
+        hint=""
+        if meant
+        else "no file in planners/families says how such a model names its tensors; "
+        "CONTRIBUTING.md says what one needs",
     )
+
+
+def _is_slip(word: str, known: str) -> bool:
+    """Return whether a word is another in other case or punctuation, or lacks a letter of it."""
+    spelt = "".join(c for c in word.lower() if c.isalnum())
+    shorter = [known[:i] + known[i + 1 :] for i, c in enumerate(known) if c.isalpha()]
+    return spelt in (known, *shorter)

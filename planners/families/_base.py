@@ -13,7 +13,10 @@ class Family:
 
     Attributes:
         name: the file's name.
-        model_types: the ``model_type`` values of the ``config.json`` files it covers.
+        classes: ``model_type`` of the ``config.json`` files it covers -> transformers' class of it
+            with a head.
+        base: what the names of all tensors but the head begin with; a model that was saved
+            without its class's head has names without it.
         layer: prefix of layer ``{i}`` in the state dict.
         linears: role, one of `planners.plan.LINEARS`, -> name below the layer.
         norms: ``attn_norm`` and ``mlp_norm`` -> name below the layer.
@@ -24,7 +27,8 @@ class Family:
     """
 
     name: str
-    model_types: tuple[str, ...]
+    classes: Mapping[str, str]
+    base: str
     layer: str
     linears: Mapping[str, str]
     norms: Mapping[str, str]
@@ -50,6 +54,12 @@ class Family:
         for role, name in self.norms.items():
             tensors[f"{role}.weight"] = (f"{prefix}.{name}.weight", (shape.hidden,))
         return tensors
+
+    def with_base(self, name: str) -> str:
+        """Return a name of a model that was saved without a head, as the whole model has it."""
+        whole = f"{self.base}.{name}"
+        ours = (self.embedding, self.final_norm, self.layer.partition("{")[0])
+        return whole if whole.startswith(ours) else name
 
     def below_layer(self, role: str) -> str:
         """Return the name below its layer of a role, also of one that only compression makes."""

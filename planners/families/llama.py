@@ -55,7 +55,12 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
 
 FAMILY = Family(
     name="llama",
-    model_types=("llama", "mistral", "qwen2"),
+    classes={
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    },
+    base="model",
     layer="model.layers.{i}",
     linears={
         "q_proj": "self_attn.q_proj",
