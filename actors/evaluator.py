@@ -21,6 +21,7 @@ from actors.storage.copies import local_copy
 from actors.storage.tensors import NAME_OF, tensor_bytes
 from planners.errors import ModelError
 from planners.families import load as load_family
+from planners.overflow import overflowed
 
 # Largest difference of logits between two orders of the same products, relative to their size.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -111,7 +112,9 @@ def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
         batch = torch.tensor(request.ids, device=device)
         logits = model(batch).logits
         finite = bool(torch.isfinite(logits).all())
-        checks.append(Check(name="logits are finite", passed=finite, detail=str(logits.dtype)))
+        dtype = str(logits.dtype).removeprefix("torch.")
+        detail = dtype if finite else f"they are not{overflowed(dtype)}"
+        checks.append(Check(name="logits are finite", passed=finite, detail=detail))
         checkpoint = Checkpoint(str(folder), model_store=request.model_store)
         layer_by_layer = _stagewise_logits(checkpoint, batch, request.family, device)
         name = "logits equal those of the layers as computed"

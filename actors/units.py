@@ -22,6 +22,7 @@ from actors.storage.tensors import (
     described,
     map_tensors,
     read_tensors,
+    require_finite,
     tensor_bytes,
     write_rows,
     write_tensors,
@@ -31,6 +32,7 @@ from actors.sums import add_shards
 from actors.transfer import to_device
 from planners.errors import NumericsError
 from planners.families import load as load_family
+from planners.overflow import found_behind
 from planners.weight_files import weight_files
 
 ROWS = 8192  # vocabulary rows that are in memory at one time
@@ -50,7 +52,8 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
     try:
         return KINDS[task.kind](task, job, run, device)
     except NumericsError as error:
-        raise NumericsError(f"{task.unit}: {error}", hint=error.hint) from error
+        said = NumericsError(f"{task.unit}: {error}", hint=error.hint)
+        raise found_behind(said, job.stream.dtype) from error
 
 
 def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -302,6 +305,7 @@ def _table(
     def blocks() -> Iterator[Tensor]:
         for rows in checkpoint.read_blocks(source, rows=ROWS):
             block = turn(rows.to(device)).cpu()
+            require_finite(block)
             digest.update(tensor_bytes(block))
             dtypes.add(NAME_OF[block.dtype])
             yield block

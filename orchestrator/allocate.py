@@ -7,7 +7,8 @@ from dataclasses import replace
 from orchestrator.context import RunContext
 from orchestrator.dispatch import run_units
 from planners.candidates import NAME as CANDIDATES
-from planners.errors import PlanError
+from planners.errors import NumericsError, PlanError
+from planners.overflow import found_behind
 from planners.plan import to_json
 from planners.units import Unit, damage_units, losses_units
 
@@ -24,9 +25,12 @@ def allocate(context: RunContext) -> RunContext:
     if spec.allocate is None or not spec.measures(options):
         return replace(context, form=prepared.plan.form)
     findings = _findings(context, measured(context))
-    allocation = spec.allocate(
-        prepared.plan.shape, prepared.start, prepared.config.target, options, findings
-    )
+    try:
+        allocation = spec.allocate(
+            prepared.plan.shape, prepared.start, prepared.config.target, options, findings
+        )
+    except NumericsError as error:
+        raise found_behind(error, prepared.identity.compute_dtype) from error
     said = {
         "measured": spec.measures(options),
         "findings": _small(findings),

@@ -18,6 +18,7 @@ from orchestrator.pool import PLACE_SECONDS
 from orchestrator.prepare import Prepared
 from orchestrator.subjects import EvaluationPlan, Subject, exact_dtype
 from planners.errors import ClusterError, NumericsError
+from planners.overflow import OTHER_WEIGHTS, overflowed
 from planners.plan import SCHEMA_VERSION, fingerprint
 from planners.units import Unit, shard_cuts
 
@@ -122,7 +123,7 @@ def _evaluation_pass(
                              start=done.started, seconds=done.seconds,
                              tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
         if last and at == len(wave) - 1:
-            context.ledger.commit(unit, _part_done(unit, done), attempt=1)
+            context.ledger.commit(unit, _part_done(unit, done, plan.dtype), attempt=1)
 
     def on_published(task: UnitTask, done: UnitDone) -> None:
         raise AssertionError(f"{task.unit}: an evaluation publishes nothing, not {done}")
@@ -255,9 +256,12 @@ def _part(plan: EvaluationPlan, subject: Subject, index: int, rows: tuple[int, i
     )
 
 
-def _part_done(unit: Unit, done: StepDone) -> UnitDone:
+def _part_done(unit: Unit, done: StepDone, dtype: str) -> UnitDone:
     if not math.isfinite(done.nats):
-        raise NumericsError(f"{unit.name}: the loss is not a finite number")
+        raise NumericsError(
+            f"{unit.name}: the loss is not a finite number{overflowed(dtype)}",
+            hint=OTHER_WEIGHTS if dtype == "float16" else "",
+        )
     return UnitDone(
         unit=unit.name,
         worker="",

@@ -8,6 +8,7 @@ from orchestrator.context import RunContext
 from orchestrator.evaluate import run_in_fresh_process
 from orchestrator.subjects import Subject
 from planners.errors import NumericsError
+from planners.overflow import OTHER_WEIGHTS
 from planners.plan import SCHEMA_VERSION, fingerprint
 from planners.units import Unit
 
@@ -41,7 +42,10 @@ def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
         failed = [c for c in checks if not c["passed"]]
         if failed:
             said = "; ".join(f"{c['name']} ({c['detail']})" for c in failed)
-            raise NumericsError(f"the result does not prove itself: {said}")
+            half = plan.shape.dtype == "float16"
+            raise NumericsError(
+                f"the result does not prove itself: {said}", hint=OTHER_WEIGHTS if half else ""
+            )
         context.ledger.commit(unit, done, attempt=1)
     return done.values
 

@@ -24,6 +24,7 @@ from planners.errors import ModelError, StorageError
 from planners.families import family_of, known_types
 from planners.families import load as load_family
 from planners.families._base import Family
+from planners.overflow import overflowed
 from planners.plan import ModelForm, ModelShape, model_form_from_json
 
 SINGLE = "model.safetensors"
@@ -38,7 +39,6 @@ BLOCK_BYTES = 2**25  # of a tensor that is read in blocks
 # Tables that older programs stored; they follow from the config.
 COMPUTED = ".rotary_emb.inv_freq"
 READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
-LARGEST_HALF = 65504  # of float16's numbers
 UNWRAP = (
     "save the model inside its wrapper: model.module (DDP), model._orig_mod (torch.compile), "
     "model.language_model (of a multimodal model), model.merge_and_unload() (PEFT)"
@@ -117,6 +117,8 @@ class Checkpoint:
         if model_type == COMPRESSED:
             original = {**self.config, "model_type": self.config.get("compressed_from", "llama")}
             return family_of(original["model_type"]).shape_of(original, self.dtype)
+        if model_type is None:
+            raise ModelError(f"{self.directory.path('config.json')}: model_type is missing")
         family = family_of(model_type)
         shape = family.shape_of(self.config, "float32")
         outer = family.outer_tensors(replace(shape, tied=False))
@@ -276,13 +278,13 @@ class Checkpoint:
         if all_finite(tensor):
             return
         bad = int((~torch.isfinite(tensor)).sum())
-        said = f"{self._where(name)} has {bad} entries that are NaN or infinite"
-        if tensor.dtype != torch.float16:
-            raise ModelError(said)
+        dtype = str(tensor.dtype).removeprefix("torch.")
         raise ModelError(
-            f"{said} in float16, which ends at {LARGEST_HALF}",
-            hint="use the weights in bfloat16 or float32 that these were converted from, with that "
-            "dtype in config.json",
+            f"{self._where(name)} has {bad} entries that are NaN or infinite{overflowed(dtype)}",
+            hint="use the bfloat16 or float32 weights that these were converted from, with that "
+            "dtype in config.json"
+            if dtype == "float16"
+            else "",
         )
 
     def _require(self, name: str, where: str, found: Callable[[], str]) -> None:

@@ -20,6 +20,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+NARROW = ("F8", "F6", "F4")  # what quantised weights are stored in
 MAX_DIMS = 8
 MAX_BYTES = 2**62  # of a tensor, dims of 0 counted as 1: what a reader's integers can hold
 
@@ -119,7 +120,12 @@ def _entry(value: object, *, begin: int, where: str) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         known = ", ".join(DTYPE_BYTES)
-        raise ModelError(f"{where}: dtype {shown(dtype)} is not supported; supported: {known}")
+        raise ModelError(
+            f"{where}: dtype {shown(dtype)} is not supported; supported: {known}",
+            hint="quantised checkpoints cannot be compressed; use the original weights"
+            if isinstance(dtype, str) and dtype.startswith(NARROW)
+            else "",
+        )
     width = DTYPE_BYTES[dtype]
     if (
         not _natural_numbers(shape)

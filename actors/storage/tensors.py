@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.numerics.packed import all_finite
 from actors.storage.files import Directory, FileEntry
 from actors.storage.headers import TensorEntry, header_bytes, parse_header, parse_length
-from planners.errors import ModelError, StorageError
+from planners.errors import ModelError, NumericsError, StorageError
+from planners.overflow import OTHER_WEIGHTS, overflowed
 
 TORCH_DTYPE = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -94,8 +96,27 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
+def require_finite(tensor: Tensor) -> None:
+    """Refuse a result with entries that are none of its dtype's numbers.
+
+    Raises:
+        NumericsError: it has such an entry.
+    """
+    if tensor.is_floating_point() and not all_finite(tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise NumericsError(
+            f"the result has entries that are NaN or infinite{overflowed(dtype)}",
+            hint=OTHER_WEIGHTS if dtype == "float16" else "",
+        )
+
+
 def described(tensor: Tensor) -> dict[str, object]:
-    """Return what a reader can compare: the hash of the bytes as they were computed."""
+    """Return what a reader can compare: the hash of the bytes as they were computed.
+
+    Raises:
+        NumericsError: an entry is NaN or infinite.
+    """
+    require_finite(tensor)
     return {
         "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
         "shape": list(tensor.shape),

@@ -41,7 +41,10 @@ WRONG = {
     "vocab missing": ({"vocab_size": ABSENT}, "vocab_size is missing"),
     "vocab wrong": ({"vocab_size": 511}, "embed_tokens.weight has shape [512, 32]"),
     "model_type missing": ({"model_type": ABSENT}, "model_type is missing"),
-    "model_type a number": ({"model_type": 3}, "model_type is missing"),
+    "model_type a number": ({"model_type": 3}, "model_type is 3; it must be one of: llama, mis"),
+    "model_type a list": ({"model_type": ["llama"]}, "model_type is ['llama']; it must be one"),
+    "model_type empty": ({"model_type": ""}, "model_type is ''; it must be one of: llama, mistral"),
+    "model_type nearly known": ({"model_type": "mixtral"}, "mistral, qwen2; no file in planners"),
     "model_type unknown": (
         {"model_type": "bert"},
         "model_type 'bert' is not supported; supported: llama, mistral, qwen2",

@@ -5,9 +5,10 @@ import os
 import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from actors.storage.checkpoint import MAX_JSON_BYTES
-from planners.errors import ModelError
+from planners.errors import ConfigError, ModelError
 from tests.bad_input.refusals import attempt, refusal
 from tests.builders import save_model
 
@@ -158,6 +159,62 @@ def test_a_link_out_of_the_model_is_refused(refused, norm_file, tmp_path):
     refused(ModelError, str(norm_file), "is a link that leaves the model's directory")
 
 
+def test_a_link_out_is_refused_with_its_target_and_ways_that_work(
+    refused, model, norm_file, tmp_path
+):
+    store = tmp_path / "store"
+    store.mkdir()
+    target = norm_file.rename(store / "weights.safetensors")
+    norm_file.symlink_to(target)
+    said = refused(ModelError, str(norm_file), str(target), "copy the file there")
+    assert f"--model-store {store} " in said
+    assert attempt(model, tmp_path / "run", model_store=str(store)).config.model_store == str(store)
+    norm_file.unlink()
+    shutil.copy(target, norm_file)
+    assert attempt(model, tmp_path / "run").config.model_store == ""
+
+
+def test_a_store_that_is_reached_by_a_link_is_a_store(model, norm_file, tmp_path, monkeypatch):
+    store = tmp_path / "disk" / "store"
+    store.mkdir(parents=True)
+    (tmp_path / "mount").symlink_to(tmp_path / "disk")
+    norm_file.rename(store / "weights.safetensors")
+    norm_file.symlink_to(tmp_path / "mount" / "store" / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = attempt(model, tmp_path / "run", model_store="mount/store").config.model_store
+    assert found == str(store), "what workers are told is absolute"
+
+
+@pytest.mark.parametrize("secret", ["config.json", "tokenizer.json"])
+def test_a_store_allows_no_links_to_anywhere_else(refused, model, norm_file, tmp_path, secret):
+    store = tmp_path / "store"
+    store.mkdir()
+    norm_file.symlink_to(norm_file.rename(store / "weights.safetensors"))
+    shutil.copy(model / "config.json", tmp_path / "store-of-others")
+    (model / secret).unlink(missing_ok=True)
+    (model / secret).symlink_to(tmp_path / "store-of-others")
+    refused(ModelError, secret, "is a link that leaves", model_store=str(store))
+
+
+@pytest.mark.parametrize(
+    "store", ["nowhere", "~nobody-there/x", "a\0b", "model.safetensors.index.json"]
+)
+def test_a_store_that_is_no_directory_is_refused(refused, model, monkeypatch, store):
+    monkeypatch.chdir(model)
+    refused(ConfigError, "model_store: ", "no such directory", model_store=store)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
+def test_weights_that_link_to_what_this_machine_lacks_are_refused_as_that(
+    refused, model, tmp_path, file
+):
+    (model / "model.safetensors.index.json").unlink()
+    (model / file).symlink_to(tmp_path / "store" / "w.safetensors")
+    (tmp_path / "store").mkdir()
+    said = f"is a link to {str(tmp_path / 'store' / 'w.safetensors')!r}, which does not exist on"
+    refused(ModelError, file, said, "every machine", model_store=str(tmp_path / "store"))
+
+
 def test_a_link_out_by_way_of_a_link_is_refused(refused, norm_file, tmp_path):
     target = norm_file.rename(tmp_path / "elsewhere.safetensors")
     (norm_file.parent / "inner").symlink_to(target)
@@ -205,6 +262,41 @@ def test_the_links_of_a_hub_cache_are_followed(model, tmp_path):
         path.rename(blobs / str(number))
         path.symlink_to(f"../../blobs/{number}")
     assert attempt(snapshot, tmp_path / "run").source_bytes > 0
+
+
+@pytest.fixture
+def blobs(tmp_path, monkeypatch):
+    """The files of a repository in a cache of the Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "models--org--name" / "blobs"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_folder_that_was_downloaded_as_links_into_the_hub_cache_is_read(
+    model, norm_file, blobs, tmp_path
+):
+    norm_file.symlink_to(norm_file.rename(blobs / "0123abcd"))
+    assert attempt(model, tmp_path / "run").source_bytes > 0
+
+
+@pytest.mark.usefixtures("blobs")
+@pytest.mark.parametrize(
+    "name", ["token", "models--org--name/refs/main", "datasets--a--b/blobs/01"]
+)
+def test_what_is_no_model_file_of_the_hub_cache_is_not_read(refused, norm_file, tmp_path, name):
+    target = tmp_path / "hub" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    norm_file.symlink_to(norm_file.rename(target))
+    refused(ModelError, str(norm_file), "is a link that leaves")
+
+
+def test_a_cache_file_is_not_read_by_who_cannot_name_its_hash(refused, norm_file, blobs):
+    snapshot = blobs.parent / "snapshots" / "01"
+    snapshot.mkdir(parents=True)
+    (snapshot / "w.safetensors").symlink_to(norm_file.rename(blobs / "0123abcd"))
+    norm_file.symlink_to(snapshot / "w.safetensors")
+    refused(ModelError, str(norm_file), "is a link that leaves")
 
 
 def test_a_cache_link_out_of_the_cache_is_refused(model, tmp_path):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.storage import checkpoint
 from planners.errors import ModelError
+from tests.bad_input.conftest import ABSENT
 from tests.bad_input.refusals import attempt
 from tests.builders import run_local
 
@@ -53,12 +54,78 @@ def test_double_precision_is_refused(refused, weights):
 
 def test_float8_is_refused(refused, weights):
     weights(**{Q: torch.ones(32, 32).to(torch.float8_e4m3fn)})
-    refused(ModelError, f"{Q!r}: dtype 'F8_E4M3' is not supported")
+    refused(ModelError, f"{Q!r}: dtype 'F8_E4M3' is not supported", "use the original weights")
 
 
-def test_several_dtypes_are_refused(refused, weights):
+@pytest.mark.parametrize("asked", ["float16", None, ABSENT], ids=["another", "null", "none"])
+def test_several_dtypes_of_which_the_config_names_none_are_refused_until_it_does(
+    refused, model, weights, edit, tmp_path, asked
+):
     weights(**{Q: torch.ones(32, 32, dtype=torch.bfloat16)})
-    refused(ModelError, "weights of several dtypes: bfloat16, float32; one is needed")
+    edit("config.json", dtype=asked)
+    place = f"model.safetensors: tensor {Q!r} is bfloat16, others are float32, and the dtype of"
+    refused(ModelError, place, 'set "dtype" in config.json to "float32"')
+    edit("config.json", dtype="float32")
+    assert attempt(model, tmp_path / "run").plan.shape.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", [Q, NORM])
+def test_what_float16_cannot_hold_is_refused_with_its_name(refused, weights, edit, name):
+    edit("config.json", dtype="float16")
+    large = torch.full((32, 32) if name == Q else (32,), 7e4)
+    half = torch.zeros(512, 32, dtype=torch.float16)
+    weights(**{name: large, "lm_head.weight": half})
+    entries = large.numel()
+    said = f"tensor {name} has {entries} entries that are NaN or infinite in float16, whose largest"
+    refused(ModelError, said, "bfloat16 or float32 weights", "config.json")
+
+
+def test_infinite_float16_weights_are_refused_as_float16(refused, weights):
+    weights(**{NORM: torch.full((32,), math.inf, dtype=torch.float16)})
+    refused(ModelError, f"{NORM} has 32 entries that are NaN or infinite in float16, whose largest")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "said"),
+    [
+        ("module.{}", "module"),
+        ("_orig_mod.{}", "_orig_mod"),
+        ("module._orig_mod.{}", "module._orig_mod"),
+        ("language_model.{}", "language_model"),
+        ("base_model.model.{}", "base_model.model"),
+        ("model.language_{}", "language_model"),
+    ],
+)
+def test_names_of_a_wrapper_are_refused_with_what_it_is(refused, model, weights, wrapper, said):
+    tensors = load_file(model / "model.safetensors")
+    weights(**dict.fromkeys(tensors), **{wrapper.format(n): t for n, t in tensors.items()})
+    refused(ModelError, f"{said!r} in the names is of a wrapper around", "model inside its wrapper")
+
+
+def test_names_of_a_wrapper_around_each_layer_are_refused_with_what_it_is(refused, weights):
+    inner = Q.replace("self_attn", "_orig_mod.self_attn")
+    weights(**{Q: None, inner: torch.ones(32, 32)})
+    refused(ModelError, f"tensor {Q} is stored as {inner!r}", "'_orig_mod' in the names")
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_a_model_without_a_head_that_is_not_tied_is_refused(
+    refused, model, weights, edit, prefixed
+):
+    edit("config.json", architectures=["LlamaModel"])
+    tensors = load_file(model / "model.safetensors")
+    bare = {n.removeprefix("model."): t for n, t in tensors.items()}
+    changed = {} if prefixed else {**dict.fromkeys(tensors), **bare}
+    weights(**{**changed, "lm_head.weight": None})
+    refused(ModelError, "the model has no head: tensor lm_head.weight is missing", "'LlamaModel'")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifier_is_refused_with_its_class(refused, weights, edit, tied):
+    edit("config.json", architectures=["LlamaForSequenceClassification"], tie_word_embeddings=tied)
+    weights(**{"lm_head.weight": None, "score.weight": torch.ones(2, 32)})
+    said = "'score.weight' is no part of the model" if tied else "the model has no head"
+    refused(ModelError, said, "LlamaForSequenceClassification", "LlamaForCausalLM is needed")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -27,6 +27,31 @@ def test_a_question_is_asked_only_where_a_word_is_near():
     assert did_you_mean("gpt2", ["llama", "mistral"]) == ""
 
 
-def test_a_family_that_is_nearly_known_is_named():
-    with pytest.raises(ModelError, match=r"supported: .*; did you mean mistral\?"):
-        family_of("mistal")
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("mistal", "mistral"), ("lama", "llama"), ("LLaMA", "llama"), ("Qwen-2", "qwen2")],
+)
+def test_a_model_type_that_lacks_a_letter_is_named(word, meant):
+    with pytest.raises(ModelError, match=rf"supported: .*; did you mean {meant}\?"):
+        family_of(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["mixtral", "llama4", "mllama", "llava", "ministral", "qwen3", "qwen", "phi3", "gpt_neox",
+     "mistral3", "x" * 10**6],
+    ids=repr_short,
+)  # fmt: skip
+def test_another_model_is_not_taken_for_a_misspelt_one(word):
+    with pytest.raises(
+        ModelError, match=r"is not supported; supported: llama, mistral, qwen2$"
+    ) as e:
+        family_of(word)
+    assert "planners/families" in e.value.hint
+    assert len(str(e.value)) < 200
+
+
+@pytest.mark.parametrize("value", ["", None, 3, ["llama"], {"a": 1}], ids=repr_short)
+def test_a_model_type_that_is_no_word_is_refused_as_such(value):
+    with pytest.raises(ModelError, match=r"model_type is .*; it must be one of: llama, mistral"):
+        family_of(value)
