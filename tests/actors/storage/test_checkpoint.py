@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from actors.storage import checkpoint as module
 from actors.storage.checkpoint import Checkpoint
 from orchestrator.prepare import prepare
 from planners.errors import ModelError
+from planners.families import llama
 from tests.builders import compress_local, logits_of, prepared_run, run_local, save_model
 
 IDS = torch.tensor([[1, 5, 9, 12, 33, 60], [7, 7, 0, 2, 41, 3]])
@@ -108,6 +110,15 @@ def test_a_model_that_was_saved_without_its_head_has_the_names_of_the_whole(tmp_
         assert torch.equal(found.read(name), expected.read(name))
 
 
+@torch.inference_mode()
+def plain_perplexity(folder):
+    """Return the perplexity of the weights that transformers loads, computed in float64."""
+    ids = load_file(folder / "tokens" / "evaluation.safetensors")["input_ids"]
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").double().eval()
+    log_p = found(ids).logits[:, :-1].log_softmax(-1)
+    return float(log_p.gather(-1, ids[:, 1:, None]).mean().neg().exp())
+
+
 def sources(folder):
     """Return kind -> a model, and keys of the recipe for it."""
     return {
@@ -120,7 +131,8 @@ def sources(folder):
 @pytest.mark.parametrize("kind", ["mixed", "headless", "linked"])
 def test_a_result_of_full_width_has_the_logits_that_transformers_gets_of_the_input(tmp_path, kind):
     folder, keys = sources(tmp_path)[kind]
-    compress_local(folder, tmp_path / "run", method="slicegpt", slice=0.0, **keys)
+    losses = compress_local(folder, tmp_path / "run", method="slicegpt", slice=0.0, **keys)
+    assert losses["dense"] == pytest.approx(plain_perplexity(folder), rel=1e-5)
     model = tmp_path / "run" / "model"
     config = json.loads((model / "config.json").read_text())
     ours = "auto_map" in config
@@ -156,6 +168,23 @@ def test_a_second_step_reads_what_a_first_made_of_weights_of_several_dtypes(tmp_
         {"method": "slicegpt", "keep_fraction": 0.8},
     ]
     assert run_local(folder, tmp_path / "run", steps=steps)["verdict"] == "READY"
+
+
+def test_roles_are_the_familys_whatever_the_tensors_are_called(tmp_path, monkeypatch):
+    names = {"head": "embed_out.weight", "final_norm": "model.ln_f.weight"}
+    family = replace(llama.FAMILY, **names)
+    renamed = {getattr(llama.FAMILY, role): name for role, name in names.items()}
+    folder = save_model(tmp_path / "model")
+    changed(folder, lambda tensors: {renamed.get(n, n): t for n, t in tensors.items()})
+    monkeypatch.setattr(llama, "FAMILY", family)
+    compress_local(folder, tmp_path / "run", method="modegpt", keep_fraction=0.9)
+    model = tmp_path / "run" / "model"
+    files = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    outer = (family.embedding, family.head, family.final_norm)
+    assert len({files[name] for name in outer}) == len(outer)
+    before = load_file(folder / "model.safetensors")
+    for name in outer:
+        assert torch.equal(load_file(model / files[name])[name], before[name])
 
 
 def test_a_worker_is_refused_the_links_that_its_driver_was_not_allowed(tmp_path):
