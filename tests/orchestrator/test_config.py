@@ -168,7 +168,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_would_be_right(key, val
         ),
         ("sequence_length: 3", "sequence_length", "did you mean calibration.sequence_length?"),
         ("sequences: 3", "sequences", "calibration.sequences or evaluation.sequences?"),
-        ("zzz: 3", "zzz", "known here: model, out, method"),
+        ("zzz: 3", "zzz", "known here: model, model_store, out, method"),
         ("evaluation: {zzz: 3}", "evaluation.zzz", "known here: source, sequences"),
         ("1: 3", "1", "known here: model"),
     ],
