@@ -290,7 +290,7 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
         length = min(DEFAULT_SEQUENCE_LENGTH, facts.longest)
     if length is not None:
         where = "calibration.sequence_length: is"
-        _check_length(length, facts, where=where)
+        check_length(length, facts.longest, facts.longest_key, where=where)
     chain = [
         step.model_copy(update={"options": dict(options)})
         for step, options in zip(config.chain, facts.options, strict=True)
@@ -330,7 +330,7 @@ def with_tokens(
     sequences, length = calibration
     for key, longest in (("calibration", length), ("evaluation", evaluation[1])):
         where = f"{key}.source: has sequences of"
-        _check_length(longest, facts, where=where)
+        check_length(longest, facts.longest, facts.longest_key, where=where)
     asked = config.calibration.sequence_length
     if asked not in (None, length):
         raise ConfigError(
@@ -379,11 +379,15 @@ def _holds_tokens(source: str) -> bool:
     return source == "embedded" or source.startswith("tokens:")
 
 
-def _check_length(length: int, facts: Facts, *, where: str) -> None:
-    longest = facts.longest
+def check_length(length: int, longest: int, key: str, *, where: str) -> None:
+    """Refuse sequences that are longer than a model takes, as that key of its config says.
+
+    Raises:
+        ConfigError: they are.
+    """
     if length > longest:
         raise ConfigError(
-            f"{where} {length} tokens, but the model takes at most {longest} ({facts.longest_key})",
+            f"{where} {length} tokens, but the model takes at most {longest} ({key})",
             hint=f"use sequences of {longest} tokens or less",
         )
 

@@ -10,14 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 from actors import methods
-from actors.storage.checkpoint import read_json
+from actors.storage.checkpoint import read_config
 from actors.storage.files import Directory
 from orchestrator.artefact import listed
 from orchestrator.chain import StepInput, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
 from orchestrator.method_options import chosen_methods, resolve_options, resolve_steps
-from orchestrator.prepare import Prepared
+from orchestrator.prepare import Prepared, longest_sequence
 from orchestrator.subjects import exact_dtype
 from planners.catalogue import CONFIGS
 from planners.compose import require_disjoint
@@ -147,7 +147,7 @@ def config_of(model: str) -> dict[str, Any] | None:
         return dict(CONFIGS[model])
     directory = Directory(model)
     if "://" in model or directory.is_local:
-        return read_json(directory, "config.json") if directory.size("config.json") else None
+        return read_config(directory) if directory.size("config.json") else None
     return None
 
 
@@ -172,7 +172,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     options = resolve_steps(config, named)
     steps = list(zip(chosen_methods(config, options), options, strict=True))
     require_disjoint(steps)
-    longest = min(DEFAULT_SEQUENCE_LENGTH, int(found.get("max_position_embeddings", 2048)))
+    longest = min(DEFAULT_SEQUENCE_LENGTH, longest_sequence(found)[0])
     length = config.calibration.sequence_length or longest
     sequences = config.calibration.sequences or SEQUENCES
     workers = devices.count if devices else config.workers

@@ -428,7 +428,8 @@ def _prepared(specimen: _Specimen, folder: Path) -> Prepared:
         "vocab_size": shape.vocab_size,
         "dtype": shape.dtype,
         "tie_word_embeddings": shape.tied,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        # No sequence of a run is longer than a window.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")),
     }
     for name in ("layer_types", "torch_dtype", "quantization_config"):
         config.pop(name, None)

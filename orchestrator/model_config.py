@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planners.families import load as load_family
+from planners.families.llama import DEFAULTS, FULL, SLIDING, windows
 from planners.plan import ModelForm, ModelShape, to_json
 
 AUTO_MAP = {
@@ -11,6 +12,11 @@ AUTO_MAP = {
     "AutoModel": "modeling_compressed.CompressedModel",
     "AutoModelForCausalLM": "modeling_compressed.CompressedForCausalLM",
 }
+
+# Read by transformers, although its classes do not declare them.
+STORED = ("auto_map", "rope_theta", "rope_scaling", "original_max_position_embeddings",
+          "use_sliding_window", "max_window_layers")  # fmt: skip
+OF_A_CACHE = ("sliding_window", "layer_types", "attention_chunk_size", "kv_sharing_modes")
 
 
 def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
@@ -23,8 +29,10 @@ def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
     """Return the stock config of the narrower model; eps makes up for the narrower norm."""
     layer = form.layers[0]
     width = layer.residual_in
+    # A Llama's layers do not read these, but the cache of any model of transformers does.
+    unread = OF_A_CACHE if shape.model_type == "llama" else ()
     return {
-        **config,
+        **{k: v for k, v in config.items() if k not in unread},
         # The config of a model that was saved without its head names a class that has none.
         "architectures": [load_family(shape.family).classes[shape.model_type]],
         "hidden_size": width,
@@ -37,17 +45,16 @@ def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
 
 def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return a config for the modelling file that travels with the result."""
-    kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type")}
-    windowed = shape.model_type != "qwen2" or config.get("use_sliding_window", False)
+    if "layer_forms" not in config:
+        config = _with_windows({**DEFAULTS[shape.model_type], **config})
     return {
-        **kept,
+        **config,
         "architectures": ["CompressedForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_type": "compress_cluster",
         "compressed_from": shape.model_type,
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
-        "sliding_window": config.get("sliding_window") if windowed else None,
         "qkv_bias": shape.qkv_bias,
         "mlp_bias": shape.mlp_bias,
         "tie_word_embeddings": form.tied,
@@ -55,4 +62,35 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
         "head_input_dim": form.head_dim,
         "head_norm_weight": form.head_norm_weight,
         "layer_forms": to_json(form.layers),
+    }
+
+
+def _with_windows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in which the same keys say of any model which layers have a window."""
+    each = windows(config)
+    used = [window for window in each if window is not None]
+    found = {k: v for k, v in config.items() if k != "layer_types"}
+    found |= {"sliding_window": used[0] if used else None}
+    found |= {"use_sliding_window": bool(used), "max_window_layers": 0}
+    if 0 < len(used) < len(each):  # a mistral with this key is read as another architecture
+        found["layer_types"] = [FULL if window is None else SLIDING for window in each]
+    return found
+
+
+def stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result's config as it is written: with the keys that its code reads, no other.
+
+    One that needs code is stored under the original's model type, by which transformers chooses a
+    tokenizer, with an activation that no stock class has: none is built around these weights.
+    """
+    if "layer_forms" not in config:
+        return dict(config)
+    from actors.modeling.modeling_compressed import NEEDS_CODE, CompressedConfig
+
+    read = {*CompressedConfig.__dataclass_fields__, *STORED}
+    return {
+        **{k: v for k, v in config.items() if k in read},
+        "model_type": config["compressed_from"],
+        "hidden_act": NEEDS_CODE,
+        "activation": config.get("hidden_act") or "silu",
     }

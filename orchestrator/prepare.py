@@ -15,19 +15,27 @@ from actors.storage.files import Directory
 from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.chain import StepInput, chained, planned
-from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, Facts, RunConfig, resolved, with_tokens
+from orchestrator.config import (
+    DEFAULT_SEQUENCE_LENGTH,
+    Facts,
+    RunConfig,
+    check_length,
+    resolved,
+    with_tokens,
+)
 from orchestrator.method_options import chosen_methods, resolve_layer_options, resolve_steps
 from orchestrator.subjects import EvaluationPlan, Subject, exact_dtype
 from planners.compose import require_disjoint
 from planners.cost import dense_start
 from planners.errors import ModelError
+from planners.families.llama import DEFAULTS, windows
 from planners.placement import load_of, place
 from planners.plan import SCHEMA_VERSION, MethodSpec, Option, RunPlan, Start, Statistic
 from planners.planning import Workload
 from planners.units import Identity
 
 GIB = 2**30
-MISTRAL_WINDOW = 4096
+WINDOW = "sliding_window"
 USABLE_DEVICE = 0.9  # of a device's memory: the rest is its context and the allocator's
 USABLE = 0.8  # share of a machine's memory that its workers may plan with
 
@@ -190,8 +198,8 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     device = chosen_device(given.device, given.address)
     facts = Facts(
         model_name=source.name,
-        longest=_longest(checkpoint.config)[0],
-        longest_key=_longest(checkpoint.config)[1],
+        longest=longest_sequence(checkpoint.config)[0],
+        longest_key=longest_sequence(checkpoint.config)[1],
         options=options,
         device=device,
         calibration_dtype=exact_dtype(device, shape.dtype),  # type: ignore[arg-type] # checked at the door
@@ -292,17 +300,20 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     own = "embedded" if given.model == "tiny" else "stdlib"
     text = given.evaluation.source or own
     held = text == "embedded" or text.startswith("tokens:")
-    longest = min(_longest(checkpoint.config)[0], DEFAULT_SEQUENCE_LENGTH)
+    longest, longest_key = longest_sequence(checkpoint.config)
     ids = prepare_tokens(
         text,
         split="evaluation",
         tokenizer_uri=source.uri,
         vocab_size=shape.vocab_size,
-        sequence_length=given.calibration.sequence_length or (None if held else longest),
+        sequence_length=given.calibration.sequence_length
+        or (None if held else min(longest, DEFAULT_SEQUENCE_LENGTH)),
         num_sequences=given.evaluation.sequences,
         bos=given.calibration.bos,
         seed=given.seed,
     )
+    if longest_key == WINDOW:  # layers attend to all before; further than trained is only worse
+        check_length(ids.shape[1], longest, longest_key, where="evaluation: has sequences of")
     size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
     dtype = exact_dtype(device, shape.dtype)
     worker_gib = given.worker_gib or usable_gib(device, given.workers)
@@ -358,19 +369,14 @@ def _tokens(
     return calibration, evaluation
 
 
-def _longest(config: Mapping[str, Any]) -> tuple[int, str]:
+def longest_sequence(config: Mapping[str, Any]) -> tuple[int, str]:
     """Return the longest sequence that plain causal attention is right for, and what says so."""
-    longest = config.get("max_position_embeddings", 2048)
-    model_type = config.get("model_type")
-    windowed = model_type != "qwen2" or config.get("use_sliding_window", False)
-    # What transformers takes where the config does not say; an explicit null is no window.
-    default = MISTRAL_WINDOW if model_type == "mistral" else None
-    window = config.get("sliding_window", default) if windowed else None
+    original = {**config, "model_type": config.get("compressed_from", config["model_type"])}
+    longest = {**DEFAULTS[original["model_type"]], **original}["max_position_embeddings"]
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
         raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
-    if isinstance(window, int) and window < longest:
-        return window, "sliding_window"
-    return longest, "max_position_embeddings"
+    window = min((window for window in windows(original) if window is not None), default=longest)
+    return (window, WINDOW) if window < longest else (longest, "max_position_embeddings")
 
 
 def sums_are_mapped(config: RunConfig) -> bool:

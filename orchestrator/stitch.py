@@ -14,7 +14,7 @@ from actors.storage.contents import TAKEN_OVER, tokenizer_hash
 from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import TORCH_DTYPE
 from orchestrator.context import RunContext
-from orchestrator.model_config import result_config
+from orchestrator.model_config import result_config, stored
 from orchestrator.subjects import Subject
 from planners.errors import ModelError
 from planners.families import load as load_family
@@ -78,10 +78,10 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
         compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
         del compression["options"]
     files = [run.write(f"model/{INDEX}", _json(_index(context)))]
-    new_config = {
+    new_config = stored({
         **result_config(prepared.model_config, plan.shape, form),
         "compression": compression,
-    }
+    })  # fmt: skip
     files.append(run.write("model/config.json", _json(new_config)))
     if not form.native:
         files.append(run.write(f"model/{CODE}", _code()))

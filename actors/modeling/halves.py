@@ -39,7 +39,7 @@ class HalvedLayer:
         angles = self._skeleton.angles(hidden)
         attended: Tensor = layer.self_attn(
             layer.input_layernorm(hidden), position_embeddings=angles
-        )
+        )[0]
         return attended
 
     def mlp(self, middle: Tensor) -> Tensor:

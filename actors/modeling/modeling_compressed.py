@@ -1,23 +1,43 @@
 """A decoder-only transformer whose layers each have their own widths.
 
 This file travels with every compressed checkpoint that a stock config cannot express, and is loaded
-with ``trust_remote_code=True``. It needs torch and public names of transformers, nothing else.
+with ``trust_remote_code=True``. It needs torch and transformers, nothing else.
 
 Each layer is built from its entry of ``config.layer_forms``: widths of the residual stream before,
 between and after its two blocks (with *shortcut* matrices on the residual where they differ in
 basis), inner width of the MLP, head widths of q/k and of v/o, and ranks of the linears that are
 stored as two factors. Three things stay those of the original model whatever was cut: the norm's
 denominator (``hidden_size``), the rotary tables and the softmax scale (``head_dim``).
+
+A stored config has the ``model_type`` of the original model, by which transformers chooses a
+tokenizer, and a ``hidden_act`` that no stock class has, so that none is built around these weights.
 """
 
 from typing import Any
 
 import torch
+import transformers
+
+LEAST_TRANSFORMERS = "5.17"
+
+
+def _release(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
+
+
+if _release(transformers.__version__) < _release(LEAST_TRANSFORMERS):
+    raise ImportError(
+        f"this model needs transformers {LEAST_TRANSFORMERS} or later, and found "
+        f"{transformers.__version__}: pip install -U 'transformers>={LEAST_TRANSFORMERS}'"
+    )
+
+# ruff: noqa: E402 an older transformers lacks some of these
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -26,6 +46,13 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
     rotate_half,
 )
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+# What a stock class says that it does not know, in place of an activation.
+NEEDS_CODE = "made by compress-cluster: load it with trust_remote_code=True"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class CompressedConfig(LlamaConfig):
@@ -41,11 +68,42 @@ class CompressedConfig(LlamaConfig):
     head_norm_weight: bool = True
     qkv_bias: bool = False
     sliding_window: int | None = None
+    layer_types: list[str] | None = None
     compressed_from: str | None = None
     compression: dict[str, Any] | None = None
 
+    def __post_init__(self, activation: str | None = None, **kwargs: Any) -> None:
+        """Take the activation from where it is stored; without ``layer_types`` layers are alike."""
+        if activation is not None:
+            self.hidden_act = activation
+        if self.layer_types is None:
+            kind = FULL if self.sliding_window is None else SLIDING
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what is stored, under the model type that it has here."""
+        stored, rest = super().get_config_dict(*args, **kwargs)
+        return {**stored, "model_type": cls.model_type}, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is stored."""
+        stored = super().to_dict()
+        if len(set(stored["layer_types"])) == 1:
+            del stored["layer_types"]  # a mistral with the key is read as another architecture
+        return {
+            **stored,
+            "model_type": self.compressed_from or self.model_type,
+            "hidden_act": NEEDS_CODE,
+            "activation": self.hidden_act,
+        }
+
     def validate_architecture(self) -> None:
         """Accept any widths: they are the point."""
+
+
+MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 
 class ScaledRMSNorm(nn.Module):
@@ -114,9 +172,11 @@ class CompressedAttention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = heads // kv_heads
         self.scaling = config.head_dim**-0.5
-        self.attention_dropout = 0.0
+        self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.sliding_window = config.sliding_window
+        kinds = config.layer_types
+        windowed = kinds is not None and kinds[layer_idx] == SLIDING
+        self.sliding_window = config.sliding_window if windowed else None
         read, qkv_bias = form["residual_in"], config.qkv_bias
         q, k, v = heads * self.qk_head_dim, kv_heads * self.qk_head_dim, kv_heads * self.vo_head_dim
         self.q_proj = _linear(form, "q_proj", (q, read), bias=qkv_bias)
@@ -148,8 +208,8 @@ class CompressedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Return the attention output, (batch, tokens, residual_mid)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the attention output, (batch, tokens, residual_mid), and weights if computed."""
         shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
@@ -160,21 +220,21 @@ class CompressedAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, _ = attend(
+        output, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=0.0,
+            dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*shape, -1).contiguous())
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
-class CompressedDecoderLayer(nn.Module):
+class CompressedDecoderLayer(GradientCheckpointingLayer):
     """One block: two additions to the residual stream, which may change its basis at each."""
 
     def __init__(self, config: CompressedConfig, layer_idx: int) -> None:
@@ -194,7 +254,7 @@ class CompressedDecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Return the residual stream after the block."""
-        attended = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = self.attn_shortcut(hidden_states) + attended
         inner = self.mlp(self.post_attention_layernorm(hidden_states))
         return self.mlp_shortcut(hidden_states) + inner
@@ -209,6 +269,11 @@ class CompressedPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    _can_record_outputs = {  # noqa: RUF012 transformers' own form
+        "hidden_states": CompressedDecoderLayer,
+        "attentions": CompressedAttention,
+    }
 
 
 class CompressedModel(CompressedPreTrainedModel):
@@ -216,7 +281,9 @@ class CompressedModel(CompressedPreTrainedModel):
 
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.embedding_dim, config.pad_token_id
+        )
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([CompressedDecoderLayer(config, i) for i in layers])
         self.norm = ScaledRMSNorm(
@@ -226,12 +293,15 @@ class CompressedModel(CompressedPreTrainedModel):
             scale=config.head_norm_weight,
         )
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -242,29 +312,32 @@ class CompressedModel(CompressedPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
-        windowed = self.config.sliding_window is not None
-        make_mask = create_sliding_window_causal_mask if windowed else create_causal_mask
-        mask = make_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        masks = attention_mask  # one for each kind of layer, as `generate` may give them
+        if not isinstance(masks, dict):
+            masks = {
+                kind: MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=hidden,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for kind in set(self.config.layer_types)
+            }
         angles = self.rotary_emb(hidden, position_ids=position_ids)
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden = layer(
                 hidden,
-                attention_mask=mask,
+                attention_mask=masks[kind],
                 position_embeddings=angles,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                use_cache=use_cache,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
@@ -283,10 +356,11 @@ class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.head_input_dim, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(  # noqa: PLR0913 transformers' own signature
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -311,9 +385,9 @@ class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-
-
-# Known by name where this file is part of the package; a checkpoint names it in its auto_map.
-AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)

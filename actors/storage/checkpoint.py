@@ -34,7 +34,7 @@ SMALL_BYTES = 1_000_000_000  # a model below is read each time; of a larger one 
 READERS = 8  # threads that read and hash, if there are so many cores
 MAX_JSON_BYTES = 10**7  # an index of 90,000 tensors; JSON takes up to 40 times that once parsed
 MAX_NAME = 255  # characters
-COMPRESSED = "compress_cluster"  # model_type of our own results
+COMPRESSED = "compress_cluster"  # model_type of our own results, once they are read
 BLOCK_BYTES = 2**25  # of a tensor that is read in blocks
 # Tables that older programs stored; they follow from the config.
 COMPUTED = ".rotary_emb.inv_freq"
@@ -51,6 +51,18 @@ class Location:
 
     file: str
     entry: TensorEntry
+
+
+def read_config(directory: Directory) -> dict[str, Any]:
+    """Return the ``config.json`` of a model.
+
+    One of ours is stored under the original's model type, as its tokenizer needs it, with an
+    activation that no stock class knows; here it has a model type of its own, and its activation.
+    """
+    config = read_json(directory, CONFIG)
+    if "layer_forms" not in config:
+        return config
+    return {**config, "model_type": COMPRESSED, "hidden_act": config.get("activation")}
 
 
 class NamesCheckpoint(Protocol):
@@ -96,7 +108,7 @@ class Checkpoint:
         """
         self.directory = Directory(uri)
         _refuse_links_out(self.directory, model_store)
-        self.config = read_json(self.directory, CONFIG)
+        self.config = read_config(self.directory)
         self.locations = _whole_names(self.config, _locations(self.directory))
         self._expected = expected or {}
         self._require(CONFIG, self.directory.path(CONFIG), lambda: config_hash(self.config))

@@ -93,6 +93,11 @@ def check_settings(config: Config) -> None:
     if "max_position_embeddings" in config:
         positive(config, "max_position_embeddings")
     positive(config, "sliding_window", 1)  # null in most models
+    if config.get("is_causal") not in (None, True):
+        raise ModelError(
+            "config.json: is_causal is false: every token would attend to later ones too; only "
+            "causal attention is supported"
+        )
 
 
 def check_rope(config: Config, *, head_dim: int) -> None:

@@ -9,6 +9,71 @@ from planners.families._config import check_rope, check_settings, flag, positive
 from planners.plan import ModelShape
 
 MAX_LAYERS = 4096
+FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types that Qwen2 knows
+
+# What transformers takes for a key that is absent, where its model types differ.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+}
+
+
+def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer, as transformers reads the keys; None is all before.
+
+    A Llama reads none of them, a Mistral one for all layers. A Qwen2 reads it only with
+    ``use_sliding_window``, and then from layer ``max_window_layers`` on, or where ``layer_types``
+    has it.
+
+    Raises:
+        ModelError: a key says what transformers cannot run, or runs as another architecture.
+    """
+    model_type, count = config["model_type"], positive(config, "num_hidden_layers")
+    config = {**DEFAULTS[model_type], **config}
+    if model_type == "llama":
+        return (None,) * count
+    if model_type == "mistral":
+        if "layer_types" in config:
+            raise ModelError(
+                "config.json: has layer_types: transformers then reads a mistral as a ministral, "
+                "which is not supported; remove the key if sliding_window holds for all layers"
+            )
+        return (config["sliding_window"],) * count
+    used = flag(config, "use_sliding_window", default=False)
+    window = config["sliding_window"] if used else None
+    if config.get("layer_types") is not None:
+        return _listed_windows(config["layer_types"], window, count)
+    first = config["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise ModelError(f"config.json: max_window_layers is {first!r}; it must be an integer")
+    return tuple(window if i >= first else None for i in range(count))
+
+
+def _listed_windows(kinds: object, window: int | None, count: int) -> tuple[int | None, ...]:
+    if not isinstance(kinds, list) or not all(kind in (FULL, SLIDING) for kind in kinds):
+        raise ModelError(f"config.json: layer_types must be a list of {FULL} and {SLIDING}")
+    if len(kinds) != count:
+        raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {count} layers")
+    if SLIDING in kinds and window is None:
+        raise ModelError(
+            f"config.json: layer_types has {SLIDING}, but there is no window: set "
+            "use_sliding_window and sliding_window, or write full_attention"
+        )
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
@@ -20,7 +85,11 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
     hidden = positive(config, "hidden_size")
     num_layers = positive(config, "num_hidden_layers")
     num_heads = positive(config, "num_attention_heads")
-    num_kv_heads = positive(config, "num_key_value_heads", num_heads)
+    model_type = config["model_type"]
+    kv_default = num_heads  # also for null
+    if "num_key_value_heads" not in config:
+        kv_default = DEFAULTS[model_type].get("num_key_value_heads", num_heads)
+    num_kv_heads = positive(config, "num_key_value_heads", kv_default)
     head_dim = positive(config, "head_dim", max(hidden // num_heads, 1))
     if num_layers > MAX_LAYERS:
         raise ModelError(f"config.json: num_hidden_layers {num_layers} is over {MAX_LAYERS}")
@@ -33,8 +102,8 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
         raise ModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs pairs")
     check_settings(config)
     check_rope(config, head_dim=head_dim)
+    windows(config)
     attention_bias = flag(config, "attention_bias", default=False)
-    model_type = config["model_type"]
     return ModelShape(
         family="llama",
         model_type=model_type,
