@@ -345,6 +345,17 @@ class CompressedModel(CompressedPreTrainedModel):
         )
 
 
+def _kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """Return the last so many positions, 0 for all, or those of an index or a mask."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:]
+    if keep.ndim == 1:
+        return hidden[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    return hidden[torch.arange(len(hidden), device=keep.device)[:, None], keep]
+
+
 class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
     """The base model with its head."""
 
@@ -379,8 +390,7 @@ class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
