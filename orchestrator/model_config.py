@@ -77,6 +77,13 @@ def _with_windows(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def least_transformers() -> str:
+    """Return the oldest release of transformers that the code of a result runs with."""
+    from actors.modeling.modeling_compressed import LEAST_TRANSFORMERS
+
+    return LEAST_TRANSFORMERS
+
+
 def stored(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result's config as it is written: with the keys that its code reads, no other.
 

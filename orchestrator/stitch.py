@@ -14,7 +14,7 @@ from actors.storage.contents import TAKEN_OVER, tokenizer_hash
 from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import TORCH_DTYPE
 from orchestrator.context import RunContext
-from orchestrator.model_config import result_config, stored
+from orchestrator.model_config import least_transformers, result_config, stored
 from orchestrator.subjects import Subject
 from planners.errors import ModelError
 from planners.families import load as load_family
@@ -72,6 +72,8 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
         "native": form.native,
         "version": metadata.version("compress-cluster"),
     }
+    if not form.native:
+        compression["requires"] = f"transformers>={least_transformers()}"
     if context.makers:
         compression["makers"] = to_json(context.makers)
     if prepared.former:
@@ -125,6 +127,7 @@ def _index(context: RunContext) -> dict[str, Any]:
 def _card(compression: Mapping[str, Any]) -> str:
     before, after = compression["parameters"]
     code = "" if compression["native"] else ", trust_remote_code=True"
+    needs = f"\n{_needs(compression)}\n" if "requires" in compression else ""
     tags = ", ".join(compression["method"].split(" + "))
     return f"""---
 library_name: transformers
@@ -141,9 +144,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("."{code})
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
-
+{needs}
 The licence of the original model applies to these weights.
 """
+
+
+def _needs(compression: Mapping[str, Any]) -> str:
+    return (
+        f"This needs `{compression['requires']}`. `{CODE}` beside the weights holds the model's\n"
+        "code, and runs only with `trust_remote_code=True`; without it loading the model fails.\n"
+        "The tokenizer needs no code."
+    )
 
 
 def _options(compression: Mapping[str, Any]) -> str:
