@@ -84,6 +84,26 @@ WRONG = {
     "positions infinite": ({"max_position_embeddings": math.inf}, "max_position_embeddings is inf"),
     "window negative": ({"sliding_window": -1}, "sliding_window is -1"),
     "window text": ({"sliding_window": "all"}, "sliding_window is 'all'"),
+    "tokens that see the later ones": ({"is_causal": False}, "is_causal is false"),
+    "a mistral that is a ministral": (
+        {"model_type": "mistral", "layer_types": ["full_attention"] * 3},
+        "has layer_types: transformers then reads a mistral as a ministral",
+    ),
+    "window of no layer": (
+        {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3},
+        "layer_types has sliding_attention, but there is no window: set use_sliding_window",
+    ),
+    "layer types of other layers": (
+        {"model_type": "qwen2", "layer_types": ["full_attention"] * 2},
+        "layer_types has 2 entries for 3 layers",
+    ),
+    "layer types unknown": (
+        {"model_type": "qwen2", "layer_types": ["linear_attention"] * 3},
+        "layer_types must be a list of full_attention and sliding_attention",
+    ),
+    "layer types a text": ({"model_type": "qwen2", "layer_types": "full"}, "layer_types must be"),
+    "window layers a text": ({"model_type": "qwen2", "max_window_layers": "2"}, "is '2'; it must"),
+    "window used, a text": ({"model_type": "qwen2", "use_sliding_window": "no"}, "true or false"),
     "dtype unknown": ({"dtype": "int3"}, "dtype is 'int3'; it must be one of: float32, bfloat16"),
     "dtype a module's name": ({"torch_dtype": "nn"}, "torch_dtype is 'nn'"),
     "rope a list": ({"rope_parameters": [1]}, "rope_parameters is [1]; it must be an object"),
