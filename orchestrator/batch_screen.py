@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,12 +14,13 @@ from orchestrator.forecast import Forecast, Terms, forecast_of
 from orchestrator.journal import Event
 from orchestrator.plan_screen import duration
 from orchestrator.progress import ProgressScreen
+from orchestrator.terminal import Console
 from planners.errors import ClusterError, CompressionError
 
 MAX_FORECASTS = 50  # runs; each takes up to a second
 COLOURS = {"READY": "green", "failed": "red", "waiting": "yellow"}
-_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-_out = Console(highlight=False, markup=False, emoji=False)
+_err = Console(stderr=True)
+_out = Console()
 
 
 def batch(path: str, *, dry_run: bool, yes: bool, json_: bool) -> None:

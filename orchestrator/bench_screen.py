@@ -4,17 +4,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from actors.messages import WorkerSetup
 from orchestrator.examine import bench as measure
 from orchestrator.prepare import GIB, chosen_device, usable_gib
+from orchestrator.terminal import Console
 from orchestrator.throughput import Workers
 
 NUMBERS = ("batch", "workers", "prefill tok/s", "decode tok/s", "peak MiB")
 
-_out = Console(highlight=False, markup=False, emoji=False)
+_out = Console()
 
 
 def bench(

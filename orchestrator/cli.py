@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from actors.storage.quoting import require_utf8
 from orchestrator.commands import COMMANDS
 from orchestrator.options import (
     RecipeCommand,
@@ -19,6 +20,7 @@ from orchestrator.options import (
     store_option,
     terms_options,
 )
+from orchestrator.terminal import echo, streams
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
@@ -65,7 +67,7 @@ def run(
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
     costs = {name: given.pop(name) for name in ("price", "preemptions_per_hour")}
     config = config_of(model, given)
-    click.echo("reading the model and the text", err=True)  # what is imported next takes seconds
+    echo("reading the model and the text", err=True)  # what is imported next takes seconds
     terms = _terms(costs)
     from orchestrator import screens
 
@@ -309,8 +311,14 @@ for _command in COMMANDS:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with the exit code of what happened."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with streams():
+        _invoke(arguments)
+
+
+def _invoke(arguments: list[str]) -> None:
     json_ = "--json" in arguments
     try:
+        _require_names(arguments)
         cli.main(arguments, prog_name="compress-cluster", standalone_mode=False)
     except CompressionError as error:
         said = [_as_given(text, arguments) for text in (str(error), error.hint)]
@@ -328,6 +336,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.flush()
         # Ctrl-C went to Ray's processes too: on its way out Ray would make another code of this.
         os._exit(INTERRUPTED)
+
+
+def _require_names(arguments: list[str]) -> None:
+    """Refuse names that no recipe, journal or report could hold: those are UTF-8.
+
+    Raises:
+        ConfigError: an argument is not UTF-8, or the locale has no letters for it.
+    """
+    for word in arguments:
+        require_utf8(word, ConfigError)
+        names = sys.getfilesystemencoding()
+        if not word.isascii() and names != "utf-8":
+            raise ConfigError(
+                f"{os.fsencode(word).decode()}: cannot be named in this locale, which is {names}",
+                hint="set PYTHONUTF8=1, or a UTF-8 locale: LC_ALL=C.UTF-8",
+            )
 
 
 def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
@@ -361,7 +385,7 @@ def _as_given(text: str, arguments: list[str]) -> str:
 def _complain(kind: str, message: str, hint: str, *, json_: bool) -> None:
     if json_:
         error = {"class": kind, "message": message, "hint": hint}
-        click.echo(json.dumps({"error": error}))
-    click.echo(f"{kind}: {message}", err=True)
+        echo(json.dumps({"error": error}))
+    echo(f"{kind}: {message}", err=True)
     if hint:
-        click.echo(f"  {hint}", err=True)
+        echo(f"  {hint}", err=True)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from orchestrator.options import RecipeCommand, config_of, recipe_options, terms_of, terms_options
+from orchestrator.terminal import echo
 
 as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
 
@@ -182,7 +183,7 @@ def schema() -> None:
 
     from orchestrator.config import RunConfig
 
-    click.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+    echo(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
 @click.group()
@@ -205,7 +206,7 @@ def recipes_show(name: str) -> None:
     """Print one, to be changed and given to -r as a file."""
     from orchestrator.recipes import text
 
-    click.echo(text(name), nl=False)
+    echo(text(name), nl=False)
 
 
 @click.command(hidden=True)
@@ -218,7 +219,7 @@ def job(sent_by: str, tries: int, recipe: str, **given: Any) -> None:
     from orchestrator import submission
 
     def say(text: str) -> None:
-        click.echo(text, err=True)
+        echo(text, err=True)
 
     sys.exit(
         submission.do_job(recipe, sent_by=sent_by, tries=tries, say=say, terms=terms_of(given))

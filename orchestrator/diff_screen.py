@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,10 +12,11 @@ from orchestrator.compare import Difference, differences
 from orchestrator.finished import finished_report
 from orchestrator.report import summary
 from orchestrator.report.document import Document
+from orchestrator.terminal import Console
 
 UNTIL = 4  # names in a line; of more, how many
 OPTIONS = "options."
-_out = Console(highlight=False, markup=False, emoji=False)
+_out = Console()
 
 
 def diff(run_a: str, run_b: str, *, details: bool, json_: bool) -> None:

@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator import recipes as shipped
 from orchestrator.clusters.document import Finding
+from orchestrator.terminal import Console
 from planners.errors import ClusterError, ConfigError, DataError
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
-_out = Console(highlight=False, markup=False, emoji=False)
+_out = Console()
 
 
 def cluster_file(path: str, *, json_: bool) -> None:

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,9 +14,10 @@ from actors.storage.records import read_records
 from orchestrator import lease
 from orchestrator.finished import JOB, READY, REPORT, finished_report
 from orchestrator.report import render_page, render_terminal
+from orchestrator.terminal import Console
 from planners.errors import StorageError
 
-_out = Console(highlight=False, markup=False, emoji=False)
+_out = Console()
 
 
 def report(run_uri: str, *, json_: bool) -> None:

@@ -5,7 +5,6 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -35,13 +34,13 @@ from orchestrator.rundir import finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PAGE, exported, points_of
 from orchestrator.sweep import sweep as do_sweep
+from orchestrator.terminal import Console
 from planners.catalogue import CONFIGS
 from planners.errors import ConfigError, NumericsError
 from planners.plan import to_json
 
-# Paths and messages are printed as they are: a "[" or ":" in them has no meaning here.
-_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-_out = Console(highlight=False, markup=False, emoji=False)
+_err = Console(stderr=True)
+_out = Console()
 
 
 def run(

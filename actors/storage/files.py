@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pyarrow import fs
 
-from actors.storage.quoting import shown
+from actors.storage.quoting import require_utf8, shown
 from actors.storage.retries import ShortReadError, attempt, explained
 from actors.storage.stores import open_store
 from planners.errors import StorageError
@@ -83,7 +83,7 @@ class Directory:
         """Name a directory; nothing is read or created.
 
         Raises:
-            StorageError: the URI is not one that can be opened, or it holds a password.
+            StorageError: the URI is not one that can be opened, is not UTF-8, or holds a password.
         """
         _refuse_password(uri)
         try:
@@ -96,6 +96,7 @@ class Directory:
                 self.uri = root  # a process elsewhere has another working directory
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop.
             raise explained(error, shown(uri)[1:-1]) from error
+        require_utf8(root, StorageError)
         self.root = root.rstrip("/")
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
         if not self.is_local and not self.root:

@@ -2,10 +2,10 @@
 
 import time
 
-from rich.console import Console
 from rich.live import Live
 
 from orchestrator import submission
+from orchestrator.terminal import Console
 from orchestrator.watch.screen import lines, screen
 from orchestrator.watch.snapshot import Snapshot, Watcher
 from planners.errors import StorageError
@@ -19,7 +19,7 @@ def watch(uri: str, *, price: float, once: bool) -> None:
     Raises:
         StorageError: there is no run, and none was submitted to come.
     """
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console()
     watcher = Watcher(uri)
     first = watcher.snapshot()
     if first.verdict == "not begun" and submission.job_of(watcher.run) is None:

@@ -1,0 +1,85 @@
+"""What is printed: consoles and streams that take every text, whatever the terminal's encoding."""
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+
+import click
+import rich.console
+
+SURROGATES = range(0xDC80, 0xDD00)  # a byte of a name that is not UTF-8, as Python keeps it
+# One for one, so that columns stay aligned.
+LOOKALIKES = {
+    **{"\u00b7": "-", "\u2022": "*", "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00a0": " "},
+    **{"\u00d7": "x", "\u2192": ">", "\u2190": "<", "\u2026": "~", "\u2713": "v", "\u2717": "x"},
+    **{"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2248": "~"},
+    **{"\u2264": "<", "\u2265": ">"},
+    **dict.fromkeys("▁▂▃▄▅▆▇█▏▎▍▌▋▊▉░▒▓", "#"),
+    **dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*"),  # rich's spinner
+}
+
+
+class Console(rich.console.Console):
+    """A console that prints paths and messages as they are: a "[" or ":" has no meaning there."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text to stdout or stderr, in its own encoding: click alone would take UTF-8."""
+    click.echo(text, file=sys.stderr if err else sys.stdout, nl=nl)
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    r"""Let stdout and stderr take every text in this block, and end quietly once nobody reads.
+
+    What their encoding does not have is printed as what looks like it, a letter as its number:
+    ``caf\xe9``. JSON is not changed: its documents are ASCII.
+
+    Raises:
+        SystemExit: with 1, whoever read has left.
+    """
+    codecs.register_error("lookalike", _lookalike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="lookalike")
+    try:
+        yield
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+
+
+def _flush(stream: io.TextIOBase | None) -> None:
+    """Write what waits; where nobody reads it, see that the interpreter does not try again."""
+    try:
+        if stream is not None:  # closed by who started this process
+            stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _lookalike(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for letters that cannot be encoded, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_replaced, error.object[error.start : error.end])), error.end
+
+
+def _replaced(letter: str) -> str:
+    if ord(letter) in SURROGATES:
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    if letter in LOOKALIKES:
+        return LOOKALIKES[letter]
+    if letter.isalpha():  # part of a name, which without it is another name
+        return letter.encode("ascii", "backslashreplace").decode()
+    plain = unicodedata.normalize("NFKD", letter)
+    return plain if plain.isascii() and len(plain) == 1 else "?"
