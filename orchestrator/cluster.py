@@ -21,6 +21,7 @@ from ray.exceptions import RaySystemError, RpcError
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator import local_start
 from orchestrator.clusters.capacity import cluster_file_here, most
 from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
@@ -76,39 +77,74 @@ def connected(
         dashboard: start Ray's dashboard with a local cluster; on loopback only.
 
     Raises:
-        ClusterError: there is no cluster at the address, or it is too small.
+        ClusterError: there is no cluster at the address, or it is too small; or Ray does not start.
     """
+    if ray.is_initialized():
+        raise ClusterError(
+            "this process is connected to a Ray cluster already", hint="ray.shutdown() comes first"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # unread second returns of lost calls
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(local_start.sockets()) if address == "local" else None
+        stack.callback(ray.shutdown)  # before its directory goes
         if address == "local":
-            with _on_loopback():
-                context = ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=dashboard,
-                    dashboard_host="127.0.0.1",
-                    object_store_memory=max(STORE_BYTES, store_bytes),
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _system_config=HEALTH_CHECK,
-                )
+            context = _started(
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                object_store_memory=max(STORE_BYTES, store_bytes),
+                _temp_dir=folder,
+            )
         else:
-            _require_listener(address)
-            context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}",
-            hint="start one with `ray start --head`, or use --address local",
-        ) from error
-    _protect_token()
-    try:
+            context = _joined(address)
+        _protect_token()
         facts = _facts(address, context.dashboard_url or "")
         _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
         yield facts
-    finally:
+
+
+def _started(**how: Any) -> Any:
+    """Start a Ray for this process, and once more where a busy machine was only too slow.
+
+    Raises:
+        ClusterError: it does not start.
+    """
+    for last in (False, True):
+        try:
+            with _on_loopback():
+                return ray.init(
+                    address="local",
+                    dashboard_host="127.0.0.1",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _system_config=HEALTH_CHECK,
+                    **how,
+                )
+        except Exception as error:
+            node = local_start.half_started(error)
+            slow = local_start.was_slow(error, node)
+            refusal = local_start.refusal_of_start(error, node)
+            if node is not None:  # else they stay until this process ends
+                node.kill_all_processes(check_alive=False)
+            ray.shutdown()
+            if last or not slow:
+                raise refusal from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _joined(address: str) -> Any:
+    """Connect to a cluster that runs.
+
+    Raises:
+        ClusterError: there is none at the address, or it does not let this process in.
+    """
+    try:
+        _require_listener(address)
+        return ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:
         ray.shutdown()
+        raise local_start.refusal_of_cluster(error, address) from error
 
 
 @contextlib.contextmanager
@@ -180,10 +216,7 @@ def attached(address: str) -> Iterator[str]:
     Raises:
         ClusterError: there is no cluster at the address.
     """
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise ClusterError(f"no Ray cluster at {address!r}: {error}") from error
+    _joined(address)
     try:
         yield ray.get_runtime_context().get_node_id()
     finally:
@@ -294,10 +327,13 @@ def _require_listener(address: str) -> None:
 
     Raises:
         OSError: nothing does.
+        ValueError: it is an address of Ray Client, which has no part of what a run needs.
     """
-    found = services.get_ray_address_from_environment(address, None)
-    if found is None:
-        raise ConnectionError("none runs here")
+    found = address
+    if address == "auto":  # RAY_ADDRESS, or what runs on this machine
+        found = services.get_ray_address_from_environment(address, None)
+    if found.startswith("ray://"):
+        raise ValueError("is of Ray Client; a run is started on the cluster, or sent by `submit`")
     host, _, port = found.rpartition(":")
     if not host or not port.isdigit() or "//" in host:
         return  # a form of address that Ray knows and we do not

@@ -2,14 +2,18 @@
 
 import codecs
 import contextlib
+import errno
 import io
 import os
 import sys
 import unicodedata
 from collections.abc import Iterator
+from typing import TextIO
 
 import click
 import rich.console
+
+from planners.errors import StorageError
 
 SURROGATES = range(0xDC80, 0xDD00)  # a byte of a name that is not UTF-8, as Python keeps it
 # One for one, so that columns stay aligned.
@@ -43,7 +47,7 @@ def streams() -> Iterator[None]:
     ``caf\xe9``. JSON is not changed: its documents are ASCII.
 
     Raises:
-        SystemExit: with 1, whoever read has left.
+        SystemExit: with 1, whoever read has left; with 6, there is no space where it goes.
     """
     codecs.register_error("lookalike", _lookalike)
     for stream in (sys.stdout, sys.stderr):
@@ -53,18 +57,33 @@ def streams() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        raise _full(error) from None
     finally:
         for stream in (sys.stdout, sys.stderr):
             _flush(stream)
 
 
-def _flush(stream: io.TextIOBase | None) -> None:
-    """Write what waits; where nobody reads it, see that the interpreter does not try again."""
+def _full(error: OSError) -> SystemExit:
+    """Say that what is printed goes where there is no space; return what leaves with its code."""
+    refusal = StorageError(f"stdout: {error.strerror}")
+    with contextlib.suppress(OSError):  # stderr may go there too
+        echo(f"StorageError: {refusal}", err=True)
+    return SystemExit(refusal.exit_code)
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Write what waits; where that cannot be, see that the interpreter does not try again."""
+    if stream is None:  # closed by who started this process
+        return
     try:
-        if stream is not None:  # closed by who started this process
-            stream.flush()
-    except BrokenPipeError:
+        stream.flush()
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if error.errno == errno.ENOSPC:
+            raise _full(error) from None
 
 
 def _lookalike(error: UnicodeError) -> tuple[str, int]:

@@ -283,7 +283,14 @@ class Directory:
         return digest.hexdigest()
 
     def _do(self, name: str, action: Callable[[], _T]) -> _T:
-        return attempt(action, where=self.path(name), retry=not self.is_local)
+        try:
+            return attempt(action, where=self.path(name), retry=not self.is_local)
+        except UnicodeDecodeError as error:
+            found = bytes(error.object).decode(errors="backslashreplace")
+            raise StorageError(
+                f"{self.path(name)}: holds a file whose name is not UTF-8: {found}",
+                hint="rename it with mv, or remove it",
+            ) from error
 
     @contextlib.contextmanager
     def _storage_errors(self, name: str) -> Iterator[None]:
