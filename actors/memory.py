@@ -20,7 +20,7 @@ def anonymous_bytes() -> int:
     """
     if not _STATUS.exists():
         return 0
-    for line in _STATUS.read_text().splitlines():
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -72,7 +72,9 @@ def sweeps(
         )
         dense = found["dense"]["perplexity"]
         for point in found["points"]:
-            said = json.loads(Path(out, "points", point["name"], "allocation.json").read_text())
+            said = json.loads(
+                Path(out, "points", point["name"], "allocation.json").read_text(encoding="utf-8")
+            )
             points[name, point["asked"]] = {**point, "makers": said.get("makers", [])}
     return dense, points
 

@@ -86,7 +86,7 @@ def _kept(method: str, folder: Path, *, given: argparse.Namespace) -> dict[str, 
             method, folder, threads=given.threads, statistics_dtype=given.statistics_dtype
         )
         path.write_text(json.dumps(found))
-    kept: dict[str, Any] = json.loads(path.read_text())
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return kept
 
 

@@ -80,7 +80,9 @@ def main() -> None:
 def demo_command() -> str:
     """Return what ``make demo`` runs, as a user types it."""
     recipe = re.search(
-        r"^demo:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+        r"^demo:.*\n\t\$\(BIN\)/(.*)$",
+        (ROOT / "Makefile").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
     assert recipe is not None, "the Makefile has no target demo that begins with the command"
     return recipe[1]
@@ -212,7 +214,9 @@ def _out(command: str) -> str:
 
 
 def _report(command: str, folder: Path) -> Report:
-    report: Report = json.loads((folder / _out(command) / "report.json").read_text())
+    report: Report = json.loads(
+        (folder / _out(command) / "report.json").read_text(encoding="utf-8")
+    )
     return report
 
 

@@ -117,7 +117,9 @@ def _family(node: Any) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int(
+                    (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+                )
                 children[parent].append(int(entry.name))
     found = [_raylet(node)]
     for pid in found:  # grows while it is walked
@@ -134,7 +136,11 @@ def _actors(node: Any) -> list[int]:
     found = []
     for pid in _family(node):
         with contextlib.suppress(OSError):
-            if (Path("/proc") / str(pid) / "cmdline").read_text().startswith(ACTORS):
+            if (
+                (Path("/proc") / str(pid) / "cmdline")
+                .read_text(encoding="utf-8")
+                .startswith(ACTORS)
+            ):
                 found.append(pid)
     return found
 

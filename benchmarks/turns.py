@@ -147,6 +147,8 @@ def _busy_seconds() -> float:
     """Return all processor seconds that were not idle, those the hypervisor took included."""
     if not _STAT.exists():
         return 0.0
-    fields = [int(field) for field in _STAT.read_text().splitlines()[0].split()[1:9]]
+    fields = [
+        int(field) for field in _STAT.read_text(encoding="utf-8").splitlines()[0].split()[1:9]
+    ]
     idle, iowait = fields[3], fields[4]
     return (sum(fields) - idle - iowait) / os.sysconf("SC_CLK_TCK")

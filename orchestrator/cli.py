@@ -24,6 +24,7 @@ from orchestrator.terminal import echo, streams
 from planners.errors import CompressionError, ConfigError
 
 INTERRUPTED = 130
+TREE = CompressionError.__module__
 COUNT = click.IntRange(min=1)
 as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
 
@@ -322,7 +323,9 @@ def _invoke(arguments: list[str]) -> None:
         cli.main(arguments, prog_name="compress-cluster", standalone_mode=False)
     except CompressionError as error:
         said = [_as_given(text, arguments) for text in (str(error), error.hint)]
-        _complain(type(error).__name__, *said, json_=json_)
+        # What a module raises for itself is called as the tree of errors calls it.
+        kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == TREE]
+        _complain(kinds[0], *said, json_=json_)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         asked = getattr(error, "ctx", None)

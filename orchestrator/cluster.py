@@ -79,16 +79,11 @@ def connected(
     Raises:
         ClusterError: there is no cluster at the address, or it is too small; or Ray does not start.
     """
-    if ray.is_initialized():
-        raise ClusterError(
-            "this process is connected to a Ray cluster already", hint="ray.shutdown() comes first"
-        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # unread second returns of lost calls
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(local_start.sockets()) if address == "local" else None
-        stack.callback(ray.shutdown)  # before its directory goes
         if address == "local":
             context = _started(
                 num_cpus=num_cpus,
@@ -98,10 +93,21 @@ def connected(
             )
         else:
             context = _joined(address)
+        stack.callback(ray.shutdown)  # before its directory goes
         _protect_token()
         facts = _facts(address, context.dashboard_url or "")
         _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
         yield facts
+
+
+def most_gpus(address: str) -> float:
+    """Return how many devices a cluster has, or has when it is fully grown.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    with connected(address, num_cpus=0, num_gpus=0, store_bytes=0) as facts:
+        return max(facts.gpus, most(cluster_file_here(), "GPU"))
 
 
 def _started(**how: Any) -> Any:
@@ -110,6 +116,7 @@ def _started(**how: Any) -> Any:
     Raises:
         ClusterError: it does not start.
     """
+    _refuse_second()
     for last in (False, True):
         try:
             with _on_loopback():
@@ -141,10 +148,26 @@ def _joined(address: str) -> Any:
     """
     try:
         _require_listener(address)
+    except (OSError, ValueError) as error:
+        raise local_start.refusal_of_cluster(error, address) from error
+    _refuse_second()
+    try:
         return ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         ray.shutdown()
         raise local_start.refusal_of_cluster(error, address) from error
+
+
+def _refuse_second() -> None:
+    """Refuse a second connection: ending it would end the first.
+
+    Raises:
+        ClusterError: this process has one.
+    """
+    if ray.is_initialized():
+        raise ClusterError(
+            "this process is connected to a Ray cluster already", hint="ray.shutdown() comes first"
+        )
 
 
 @contextlib.contextmanager
@@ -327,15 +350,17 @@ def _require_listener(address: str) -> None:
 
     Raises:
         OSError: nothing does.
-        ValueError: it is an address of Ray Client, which has no part of what a run needs.
+        ValueError: it is a URL: of Ray Client, which cannot do what a run needs, or of a dashboard.
     """
     found = address
     if address == "auto":  # RAY_ADDRESS, or what runs on this machine
         found = services.get_ray_address_from_environment(address, None)
-    if found.startswith("ray://"):
-        raise ValueError("is of Ray Client; a run is started on the cluster, or sent by `submit`")
+    if "//" in found:
+        raise ValueError(
+            "is a URL; an address is HOST:PORT of the head, and `submit` takes a dashboard's URL"
+        )
     host, _, port = found.rpartition(":")
-    if not host or not port.isdigit() or "//" in host:
+    if not host or not port.isdigit():
         return  # a form of address that Ray knows and we do not
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_SECONDS).close()

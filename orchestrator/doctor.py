@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 
 from actors.storage.files import Directory
 from orchestrator.jobs import token_file
-from planners.errors import CompressionError
+from orchestrator.local_start import socket_place
+from planners.errors import ClusterError, CompressionError
 
 PACKAGE = "compress-cluster"
 TIMEOUT_SECONDS = 4.0
@@ -56,8 +57,8 @@ def examine(out: str, *, offline: bool) -> list[Check]:
     is removed again. ``offline`` leaves the requests out.
     """
     looks: list[Callable[[], Iterator[Check]]] = [
-        _versions, _devices, _shared_memory, lambda: _disk(out), lambda: _rights(out), _token,
-        _extras,
+        _versions, _devices, _shared_memory, _sockets, lambda: _disk(out), lambda: _rights(out),
+        _token, _extras,
     ]  # fmt: skip
     if not offline:
         looks += [_hub]
@@ -123,6 +124,20 @@ def _shared_memory() -> Iterator[Check]:
         level="ok" if enough else "warning", name="shared memory",
         said=f"{free / GIB:.1f} GiB free in /dev/shm",
         fix="" if enough else "activations wait there: docker run --shm-size=8g, or remount it",
+    )  # fmt: skip
+
+
+def _sockets() -> Iterator[Check]:
+    """Yield where a Ray of this machine alone keeps its sockets and logs."""
+    try:
+        place = socket_place()
+    except ClusterError as error:
+        yield Check(level="error", name="Ray's sockets", said=str(error), fix=error.hint)
+        return
+    yield Check(
+        level="note" if place.why else "ok", name="Ray's sockets",
+        said=f"in a new directory below {place.folder}" if place.why else f"in {place.folder}/ray",
+        fix=f"{place.why}; nothing is to be done" if place.why else "",
     )  # fmt: skip
 
 

@@ -368,7 +368,7 @@ def _shown_stack(where: Whereabouts) -> str:
     for _ in range(20):
         time.sleep(0.1)
         with contextlib.suppress(OSError):
-            text = path.read_text(errors="replace")[before:]
+            text = path.read_text(encoding="utf-8", errors="replace")[before:]
             if text:
                 return text
     return "its process does not react to signals: it is stopped, or waits for a device"

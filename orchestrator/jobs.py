@@ -11,8 +11,10 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,10 +24,16 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_SECONDS = 10.0
 NO_AGENT = "No available agent"  # what Ray says before its first node has registered
 AGENT_SECONDS = 180.0  # a head that has just begun on a busy machine takes a minute and more
+QUIET_SECONDS = 3.0  # after which a wait is told: the head itself answers after 10
+AGENT = (
+    "on the head, `ray status` and dashboard_agent.log in /tmp/ray/session_latest/logs say why; "
+    "`ray stop`, then the command that began the cluster, starts the agent anew"
+)
 SUBMIT_SECONDS = 60.0  # the head starts a process before it answers
 OWNER_ONLY = 0o600
 REFUSED = (401, 403)
 NOT_FOUND = 404
+SERVER_FAULT = 500  # and above
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -80,9 +88,22 @@ class JobClient:
         return str(found.get("ray_version", "unknown"))
 
     def submit(
-        self, entrypoint: str, *, submission_id: str, env: dict[str, str], metadata: dict[str, str]
+        self,
+        entrypoint: str,
+        *,
+        submission_id: str,
+        env: dict[str, str],
+        metadata: dict[str, str],
+        say: Callable[[str], None],
     ) -> None:
         """Start a command on the head; it goes on when this process ends.
+
+        Args:
+            entrypoint: the command.
+            submission_id: its name there.
+            env: its environment.
+            metadata: what the cluster keeps with it.
+            say: hears what is waited for, once that takes seconds.
 
         Raises:
             ClusterError: there is no cluster, or it does not take the job.
@@ -94,13 +115,29 @@ class JobClient:
             "metadata": metadata,
             "entrypoint_num_cpus": 0,  # the head has none to give
         }
-        until = time.monotonic() + AGENT_SECONDS
+        waiting = (
+            f"waiting for the job agent of the head at {self.address}; a head that has just begun "
+            f"has none yet, and after {AGENT_SECONDS:.0f} s this gives up"
+        )
+        timer = Timer(QUIET_SECONDS, say, [waiting])
+        timer.daemon = True
+        timer.start()
+        try:
+            self._submit(job, until=time.monotonic() + AGENT_SECONDS)
+        finally:
+            timer.cancel()
+
+    def _submit(self, job: dict[str, Any], *, until: float) -> None:
         while True:
             try:
                 self._call("POST", "/api/jobs/", job, seconds=SUBMIT_SECONDS)
-            except _NotYetError:
+            except _NotYetError as error:
                 if time.monotonic() > until:
-                    raise
+                    raise ClusterError(
+                        f"the cluster at {self.address} takes no job: the job agent of its head "
+                        f"did not answer within {AGENT_SECONDS:.0f} s",
+                        hint=AGENT,
+                    ) from error
                 time.sleep(1.0)
             else:
                 return
@@ -156,6 +193,10 @@ class JobClient:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from error
+        except TimeoutError as error:  # it took the request; an URLError is none
+            raise ClusterError(
+                f"the cluster at {self.address} did not answer within {seconds:.0f} s", hint=AGENT
+            ) from error
         except (OSError, HTTPException) as error:  # URLError is one
             reason = getattr(error, "reason", error)
             raise ClusterError(
@@ -182,7 +223,11 @@ class JobClient:
         kind = _NotFoundError if error.code == NOT_FOUND else ClusterError
         if NO_AGENT in text:
             kind = _NotYetError
-        return kind(f"{self.address} answers {error.code}: {lines[-1] if lines else error.reason}")
+        said = lines[-1].strip() if lines else error.reason
+        if text.startswith("Traceback"):  # of the head's own: the name of a class says nothing here
+            said = said.partition(": ")[2] or said
+        hint = AGENT if error.code >= SERVER_FAULT else ""
+        return kind(f"{self.address} answers {error.code}: {said}", hint=hint)
 
 
 class _NotYetError(ClusterError):
@@ -217,5 +262,5 @@ def _token() -> str:
     with contextlib.suppress(OSError):
         if path.stat().st_mode & 0o077:
             path.chmod(OWNER_ONLY)  # Ray leaves it open to all users
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     return ""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 
 from actors.storage.files import Directory
 from orchestrator import submission
@@ -14,7 +15,9 @@ def submit(
     config: RunConfig, *, address: str, tries: int, terms: Mapping[str, float], json_: bool
 ) -> None:
     """Send a run to a cluster and say how to follow it."""
-    job = submission.submit(config, address=address, tries=tries, terms=terms)
+    job = submission.submit(
+        config, address=address, tries=tries, terms=terms, say=partial(echo, err=True)
+    )
     if json_:
         echo(json.dumps({"run": config.out, "job": asdict(job)}))
         return

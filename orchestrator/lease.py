@@ -178,7 +178,7 @@ def _write(run: Directory, lease: dict[str, Any]) -> None:
 def _process_start(pid: int) -> str:
     """Return when a process started, in the kernel's clock ticks; empty where it does not run."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return _alive_without_proc(pid)
     fields = stat.rpartition(")")[2].split()

@@ -127,7 +127,8 @@ def refusal_of_start(error: BaseException, node: Any | None) -> ClusterError:
 
 def refusal_of_cluster(error: BaseException, address: str) -> ClusterError:
     """Return why a cluster cannot be joined, and what to do about it."""
-    said = " ".join(dict.fromkeys([first_line(error), first_line(error.__cause__ or error)]))
+    said, cause = first_line(error), first_line(error.__cause__ or error)
+    said += "" if cause in said else f": {cause}"
     hint = "start one with `ray start --head`, or use --address local"
     if "ersion mismatch" in said:
         hint = "install the same Python and versions on both: pip install -c constraints.txt"

@@ -133,7 +133,7 @@ def device_name(device: str) -> str:
 
         return str(torch.cuda.get_device_name())
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
@@ -141,7 +141,7 @@ def device_name(device: str) -> str:
 def kept_clock(setting: Setting) -> Clock | None:
     """Return the clock of an earlier measurement of this setting on this machine, if there is."""
     try:
-        found = json.loads(_path(setting).read_text())
+        found = json.loads(_path(setting).read_text(encoding="utf-8"))
         samples = {
             kind: Sample(seconds=s["seconds"], spread=s["spread"], work=Work(**s["work"]))
             for kind, s in found["samples"].items()
@@ -179,7 +179,7 @@ def measure(setting: Setting, *, budget_seconds: float = BUDGET_SECONDS) -> Cloc
         path = _path(setting)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f".{os.getpid()}.tmp")
-        new.write_text(json.dumps(kept, indent=1, sort_keys=True))
+        new.write_text(json.dumps(kept, indent=1, sort_keys=True), encoding="utf-8")
         new.replace(path)
         return found
     raise ClusterError(
@@ -294,7 +294,7 @@ def _free_bytes(device: str) -> float:
 
         return float(torch.cuda.mem_get_info()[0])
     info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024.0
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -80,7 +80,8 @@ _MACHINES = (
                  help="local: a Ray for this command alone; auto or HOST:PORT: a cluster that "
                  "runs. [local]"),
     click.option("--device", metavar="NAME",
-                 help="cpu or cuda. [cuda on a cluster and where this machine has it]"),
+                 help="cpu or cuda. [cuda where a worker of the cluster, as it is or fully grown, "
+                 "or this machine has a GPU]"),
     click.option("--worker-gib", type=float, metavar="GIB",
                  help="Memory the plan may give a worker. [its share of 80 % of this machine]"),
     click.option("--microbatch-tokens", type=int, metavar="N",

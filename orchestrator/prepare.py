@@ -27,7 +27,7 @@ from orchestrator.method_options import chosen_methods, resolve_layer_options, r
 from orchestrator.subjects import EvaluationPlan, Subject, exact_dtype
 from planners.compose import require_disjoint
 from planners.cost import dense_start
-from planners.errors import ModelError
+from planners.errors import ClusterError, ModelError
 from planners.families.llama import DEFAULTS, windows
 from planners.placement import load_of, place
 from planners.plan import SCHEMA_VERSION, MethodSpec, Option, RunPlan, Start, Statistic
@@ -181,6 +181,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         ModelError: the model is missing, broken or not supported.
         DataError: there is too little text, or it cannot be read.
         StorageError: the run directory is none that can be named.
+        ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
     """
     named = [methods.spec(step.method) for step in given.chain]
     options = resolve_steps(given, named)
@@ -291,6 +292,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     Raises:
         ModelError: the checkpoint is missing, broken or not supported.
         DataError: there is too little text, or it cannot be read.
+        ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
     """
     source, store = resolve_model(given.model), resolve_store(given.model_store)
     checkpoint = Checkpoint(source.uri, model_store=store)
@@ -386,14 +388,27 @@ def sums_are_mapped(config: RunConfig) -> bool:
 
 
 def chosen_device(device: str, address: str) -> Literal["cpu", "cuda"]:
-    """Return where workers compute; ``device`` is as given, ``address`` that of the cluster."""
-    if device == "cpu":
-        return "cpu"
-    if device == "cuda" or address != "local":
-        return "cuda"  # a cluster is rented for its devices; without any it says so at once
-    import torch
+    """Return where workers compute; ``device`` is as given, ``address`` that of the cluster.
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    ``auto`` is what the workers have: CUDA on a cluster with any GPU, or that can grow one; without
+    a cluster, on a machine with one.
+
+    Raises:
+        ClusterError: the cluster cannot be asked.
+    """
+    if device != "auto":
+        return "cuda" if device == "cuda" else "cpu"
+    if address == "local":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    from orchestrator.cluster import most_gpus  # imports Ray: seconds, where none is asked
+
+    try:
+        return "cuda" if most_gpus(address) > 0 else "cpu"
+    except ClusterError as error:
+        hint = f"{error.hint}; a plan with --device cpu or cuda asks no cluster"
+        raise ClusterError(str(error), hint=hint) from error
 
 
 def usable_gib(device: str, workers: int) -> float:

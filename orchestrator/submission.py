@@ -49,7 +49,12 @@ class Job:
 
 
 def submit(
-    config: RunConfig, *, address: str, tries: int, terms: Mapping[str, float] | None = None
+    config: RunConfig,
+    *,
+    address: str,
+    tries: int,
+    terms: Mapping[str, float] | None = None,
+    say: Callable[[str], None],
 ) -> Job:
     """Send a run to a cluster and note in its run directory where it went.
 
@@ -58,6 +63,7 @@ def submit(
         address: of the cluster's dashboard.
         tries: drivers that may be started, one after the other.
         terms: ``price`` and ``preemptions_per_hour`` of a worker, for the run to plan with.
+        say: hears what is waited for, once that takes seconds.
 
     Raises:
         ConfigError: the run has no directory that both can see, or is already under way.
@@ -99,6 +105,7 @@ def submit(
             submission_id=job.submission_id,
             env={"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"},
             metadata={"run": out, "model": config.model},
+            say=say,
         )
     except ClusterError:
         if client.info(job.submission_id) is None:
@@ -231,7 +238,7 @@ def do_job(
         )
     with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
         path = Path(folder) / "recipe.yaml"
-        path.write_text(recipe)  # JSON is YAML
+        path.write_text(recipe, encoding="utf-8")  # JSON is YAML
         command = [sys.executable, "-m", "orchestrator", "run", "-r", str(path), "--yes"]
         command += words_of(terms or {})
         return keep_alive(command, tries=tries, say=say)

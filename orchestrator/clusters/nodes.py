@@ -203,7 +203,9 @@ def _unknown_settings(file: ClusterFile, key: Key, config: Mapping[str, Any]) ->
     at = (*key, "node_config")
     if file.provider.get("type") == "aws":
         shapes = json.loads(
-            resources.files("orchestrator.clusters").joinpath("ec2.json").read_text()
+            resources.files("orchestrator.clusters")
+            .joinpath("ec2.json")
+            .read_text(encoding="utf-8")
         )
         known = {**shapes["RunInstancesRequest"], "SubnetIds": ""}  # Ray's own, a choice of subnets
         yield from _against(file, at, config, {**shapes, "RunInstancesRequest": known})
