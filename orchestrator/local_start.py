@@ -154,6 +154,7 @@ def _last_words(node: Any, kind: str) -> str:
                 encoding="utf-8", errors="replace"
             )
             lines = [line for line in text.splitlines() if line.strip()]
-            if lines:
-                return _LOGGED.sub("", lines[-1]).strip()
+            errors = [line for line in lines if " C " in line or " E " in line]
+            if lines:  # a stack follows what was wrong
+                return _LOGGED.sub("", (errors or lines)[-1]).strip()
     return "it left no message"

@@ -33,6 +33,10 @@ class Console(rich.console.Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
+    def on_broken_pipe(self) -> None:
+        """Let `streams` see that nobody reads any more, as where no console prints."""
+        raise  # rich calls this where it has caught the error
+
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print a text to stdout or stderr, in its own encoding: click alone would take UTF-8."""
@@ -50,40 +54,34 @@ def streams() -> Iterator[None]:
         SystemExit: with 1, whoever read has left; with 6, there is no space where it goes.
     """
     codecs.register_error("lookalike", _lookalike)
-    for stream in (sys.stdout, sys.stderr):
+    both = (sys.stdout, sys.stderr)  # click puts others there once nobody reads
+    for stream in both:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="lookalike")
     try:
         yield
     except BrokenPipeError:
         raise SystemExit(1) from None
-    except OSError as error:
+    except OSError as error:  # what could not be printed waits still, and is met again below
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
-        raise _full(error) from None
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            _flush(stream)
+        if errno.ENOSPC in [_flush(stream) for stream in both]:
+            with contextlib.suppress(OSError):  # stderr may go there too
+                echo(f"StorageError: stdout: {os.strerror(errno.ENOSPC)}", err=True)
+            raise SystemExit(StorageError.exit_code)
 
 
-def _full(error: OSError) -> SystemExit:
-    """Say that what is printed goes where there is no space; return what leaves with its code."""
-    refusal = StorageError(f"stdout: {error.strerror}")
-    with contextlib.suppress(OSError):  # stderr may go there too
-        echo(f"StorageError: {refusal}", err=True)
-    return SystemExit(refusal.exit_code)
-
-
-def _flush(stream: TextIO | None) -> None:
-    """Write what waits; where that cannot be, see that the interpreter does not try again."""
+def _flush(stream: TextIO | None) -> int | None:
+    """Write what waits; return why that cannot be, and see that the interpreter does not try."""
     if stream is None:  # closed by who started this process
-        return
+        return None
     try:
         stream.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if error.errno == errno.ENOSPC:
-            raise _full(error) from None
+        return error.errno
+    return None
 
 
 def _lookalike(error: UnicodeError) -> tuple[str, int]:

@@ -86,6 +86,7 @@ class Directory:
             StorageError: the URI is not one that can be opened, is not UTF-8, or holds a password.
         """
         _refuse_password(uri)
+        require_utf8(uri, StorageError)
         try:
             if "://" in uri:
                 self._fs, self._sink, root = open_store(uri)
@@ -96,7 +97,7 @@ class Directory:
                 self.uri = root  # a process elsewhere has another working directory
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop.
             raise explained(error, shown(uri)[1:-1]) from error
-        require_utf8(root, StorageError)
+        require_utf8(root, StorageError)  # the directory that it is below may have another name
         self.root = root.rstrip("/")
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
         if not self.is_local and not self.root:
@@ -254,15 +255,18 @@ class Directory:
         selector = fs.FileSelector(
             self._full(folder).rstrip("/"), recursive=True, allow_not_found=True
         )
-        infos = self._do(folder, lambda: self._fs.get_file_info(selector))
         start = len(self.root) + 1
-        return sorted(i.path[start:] for i in infos if i.type == fs.FileType.File)
+
+        def found() -> list[str]:
+            infos = self._fs.get_file_info(selector)
+            return sorted(i.path[start:] for i in infos if i.type == fs.FileType.File)
+
+        return self._do(folder, found)
 
     def entries(self) -> list[str]:
         """Return the names of the files and folders that lie directly in the root, sorted."""
         selector = fs.FileSelector(self.root, recursive=False, allow_not_found=True)
-        infos = self._do("", lambda: self._fs.get_file_info(selector))
-        return sorted(info.base_name for info in infos)
+        return self._do("", lambda: sorted(i.base_name for i in self._fs.get_file_info(selector)))
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""

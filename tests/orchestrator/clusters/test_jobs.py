@@ -1,15 +1,18 @@
 """What can be known of a job without a cluster: addresses, retries, capacity."""
 
+import json
 import signal
 import socket
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 
 import pytest
 
-from orchestrator import submission
+from orchestrator import jobs, submission
+from orchestrator.cli import main
 from orchestrator.clusters.capacity import most
 from orchestrator.jobs import JobClient
 from planners.errors import ClusterError, ConfigError
@@ -112,6 +115,72 @@ def test_a_cluster_that_has_only_just_come_up_gets_the_job_a_little_later():
     with ThreadingHTTPServer(("127.0.0.1", 0), _YoungCluster) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = JobClient(f"http://127.0.0.1:{server.server_port}")
-        client.submit("true", submission_id="one", env={}, metadata={})
+        client.submit("true", submission_id="one", env={}, metadata={}, say=[].append)
         server.shutdown()
     assert _YoungCluster.refusals == -1
+
+
+class _NoAgent(BaseHTTPRequestHandler):
+    """Answers as a head does that is up and whose job agent is not; its version is ours."""
+
+    said = b"No available agent to submit job, please try again later."
+
+    def do_GET(self):
+        version = json.dumps({"ray_version": metadata.version("ray")}).encode()
+        self._answer(200 if self.path == "/api/version" else 404, version)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(500, self.said)
+
+    def _answer(self, code, said):
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+@pytest.fixture
+def no_agent(monkeypatch):
+    """Serve as such a head, for a client that is patient for half a second; give its URL."""
+    monkeypatch.setattr(jobs, "AGENT_SECONDS", 0.5)
+    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NoAgent) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_head_without_a_job_agent_is_waited_for_aloud_and_then_named(no_agent, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["submit", "tiny", "--to", no_agent, "--out", str(tmp_path / "run"), "--json"])
+    assert refused.value.code == 4
+    said = capsys.readouterr()
+    assert said.err.startswith("waiting for the job agent of the head at ")
+    error = json.loads(said.out)["error"]
+    assert error["class"] == "ClusterError"
+    assert "the job agent of its head did not answer" in error["message"]
+    for way_out in ("ray status", "dashboard_agent.log", "ray stop"):
+        assert way_out in error["hint"]
+    assert not (tmp_path / "run" / "job.json").exists()
+
+
+def test_a_traceback_of_the_head_is_told_without_the_names_of_its_classes(no_agent, monkeypatch):
+    said = b"Traceback (most recent call last):\n  File ...\naiohttp.X: Cannot connect to host"
+    monkeypatch.setattr(_NoAgent, "said", said)
+    with pytest.raises(ClusterError, match="answers 500: Cannot connect to host") as refused:
+        JobClient(no_agent).stop("one")
+    assert "dashboard_agent.log" in refused.value.hint
+
+
+def test_a_job_that_the_cluster_does_not_know_is_an_error_of_the_public_tree(
+    no_agent, tmp_path, capsys
+):
+    job = {"address": no_agent, "submission_id": "one", "submitted": 0, "tries": 1, "version": "1"}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(SystemExit) as refused:
+        main(["logs", str(tmp_path)])
+    assert refused.value.code == 4
+    assert capsys.readouterr().err.startswith("ClusterError: ")
