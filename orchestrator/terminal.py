@@ -58,15 +58,18 @@ def streams() -> Iterator[None]:
     for stream in both:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="lookalike")
+    failed: set[int | None] = set()
     try:
         yield
     except BrokenPipeError:
         raise SystemExit(1) from None
-    except OSError as error:  # what could not be printed waits still, and is met again below
+    except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
+        failed.add(errno.ENOSPC)
     finally:
-        if errno.ENOSPC in [_flush(stream) for stream in both]:
+        failed |= {_flush(stream) for stream in both}
+        if errno.ENOSPC in failed:
             with contextlib.suppress(OSError):  # stderr may go there too
                 echo(f"StorageError: stdout: {os.strerror(errno.ENOSPC)}", err=True)
             raise SystemExit(StorageError.exit_code)

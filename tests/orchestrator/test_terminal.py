@@ -71,11 +71,12 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch, capsys, words):
     assert capsys.readouterr().err == ""
 
 
-def test_a_full_disk_under_stdout_is_said_in_a_line(monkeypatch, capsys):
+@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["schema"]], ids=str)
+def test_a_full_disk_under_stdout_is_said_in_a_line(monkeypatch, capsys, words):
     with Path("/dev/full").open("w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as refused:
-            main(["methods"])
+            main(words)
     assert refused.value.code == 6
     assert capsys.readouterr().err == "StorageError: stdout: No space left on device\n"
 
