@@ -37,9 +37,10 @@ def at_home(live_cluster, monkeypatch):
 
 
 def options_of(model, out, cluster):
+    """Name no device: the head asks its cluster, whose workers have no GPU."""
     tokens = f"tokens:{model}/tokens"
     return [
-        str(model), "--out", str(out), "--to", cluster.url, "--device", "cpu", "--slice", "0.25",
+        str(model), "--out", str(out), "--to", cluster.url, "--slice", "0.25",
         "--calibration", f"{tokens}/calibration.safetensors",
         "--evaluation", f"{tokens}/evaluation.safetensors",
         "--microbatch-tokens", str(LENGTH),
