@@ -10,7 +10,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## compress the model that ships with the package, and show the result
-	$(BIN)/compress-cluster run tiny --method slicegpt --slice 0.25 --out runs/demo --yes
+	$(BIN)/compress-cluster run tiny --out runs/demo --yes
 
 test: $(INSTALLED)  ## run every test that needs no GPU
 	$(BIN)/pytest -m "not gpu and not nightly"

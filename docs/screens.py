@@ -27,7 +27,7 @@ from orchestrator.watch.snapshot import Watcher
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLUMNS, WIDTH = 100, 1100  # characters; pixels
-RUN = ("run", "tiny", "--method", "modegpt", "--keep-fraction", "0.8", "--workers", "2",
+RUN = ("run", "tiny", "--workers", "2",
        "--option", "damage=loss", "--calibration", "stdlib", "--calibration-sequences", "96",
        "--dashboard", "--yes")  # fmt: skip
 DASHBOARD = "http://127.0.0.1:8265/#/actors"

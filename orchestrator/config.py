@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from planners.errors import ConfigError
 from planners.plan import Option, Target
 
+DEFAULT_METHOD = "modegpt"
+SLICED_METHOD = "slicegpt"  # the one whose paper says sizes as slices
 DEFAULT_KEEP_FRACTION = 0.8
 DEFAULT_SEQUENCE_LENGTH = 2048
 SOURCES_WITH_SPLITS = ("embedded", "stdlib", "wikitext2")
@@ -119,7 +121,8 @@ class RunConfig(_Section):
         model: a directory, an ``s3://`` or ``gs://`` URI, a Hub id, or an alias.
         model_store: a directory that links in the model's directory may lead into; none if empty.
         out: run directory; empty is ``runs/MODEL-METHOD-SIZE``.
-        method: a file of ``actors/methods``.
+        method: a file of ``actors/methods``; empty is ``modegpt``, with a nominal slice
+            ``slicegpt``.
         options: of the method; what is not given has the method's default.
         layer_options: layer -> options of that layer alone, as `redo` leaves them.
         keep_fraction: true parameters kept over parameters before, in (0, 1].
@@ -147,7 +150,7 @@ class RunConfig(_Section):
     )
     model_store: str = Field(default="", description="a directory")
     out: str = Field(default="", description="the run directory, a path or a URI")
-    method: str = Field(default="slicegpt", min_length=1, description="the name of a method")
+    method: str = Field(default="", description="the name of a method")
     options: dict[str, str | int | float | bool] = Field(
         default={}, description="a mapping from option to value"
     )
@@ -225,8 +228,9 @@ class RunConfig(_Section):
         if self.steps:
             return self.steps
         target = self.target
+        usual = DEFAULT_METHOD if target.slice is None else SLICED_METHOD
         only = StepConfig(
-            method=self.method,
+            method=self.method or usual,
             options=self.options,
             keep_fraction=target.keep_fraction,
             slice=target.slice,

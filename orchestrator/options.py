@@ -27,7 +27,8 @@ KEYS = {
 SOURCES = "stdlib, wikitext2, embedded, FILE.txt, .jsonl or .parquet, or tokens:FILE.safetensors."
 
 _COMPRESSION = (
-    click.option("--method", metavar="NAME", help="How layers shrink. [slicegpt]"),
+    click.option("--method", metavar="NAME",
+                 help="How layers shrink. [modegpt; slicegpt with --slice]"),
     click.option("--keep-fraction", type=float, metavar="F",
                  help="Parameters after / before, true counts, embeddings included. [0.8]"),
     click.option("--slice", "slice_", type=float, metavar="F",

@@ -75,7 +75,7 @@ NOT_EXECUTED = {
     ),
 }
 SAMPLE = (
-    "compress-cluster plan ./my-llama --keep-fraction 0.8",
+    "compress-cluster plan ./my-llama",
     "compress-cluster plan llama-2-70b --cluster 8xA100-80GB --price 1.10",
     "compress-cluster recipes ls",
     "compress-cluster methods",

@@ -8,8 +8,6 @@ from orchestrator.recipe_file import load_config
 from planners.errors import ConfigError, DataError, PlanError
 from tests.bad_input.refusals import attempt, refusal, within_limits
 
-OPTIONS = methods.spec("slicegpt")
-
 
 @pytest.fixture
 def recipe(tmp_path):
@@ -24,8 +22,8 @@ def recipe(tmp_path):
 
 
 def _resolved(path):
-    config = load_config(path, {})
-    return resolve_options(methods.spec(config.method), config.options)
+    (step,) = load_config(path, {}).chain
+    return resolve_options(methods.spec(step.method), step.options)
 
 
 NO_YAML = {
@@ -90,17 +88,17 @@ WRONG = {
     "option null": ("options: {round_to: null}", "options.round_to: is empty"),
     "option unknown": (
         "options: {roundto: 8}",
-        "options.roundto: slicegpt has no such option; did you mean round_to?; its options and",
+        "options.roundto: modegpt has no such option; did you mean round_to?; its options and",
     ),
     "option zero": ("options: {round_to: 0}", "options.round_to: is 0; it must be 1 or more"),
     "option fractional": ("options: {round_to: 8.5}", "round_to: is 8.5; it must be a whole num"),
     "option a word": ("options: {round_to: eight}", "round_to: is 'eight'; it must be a whole"),
     "choice unknown": (
-        "options: {rotation: none}",
+        "{method: slicegpt, options: {rotation: none}}",
         "options.rotation: is 'none'; it must be one of: per_site, shared",
     ),
-    "choice a flag": ("options: {rotation: true}", "options.rotation: is True"),
-    "flag a number": ("options: {slice_head: 2}", "options.slice_head: is 2; it must be true or"),
+    "choice a flag": ("{slice: 0.2, options: {rotation: true}}", "options.rotation: is True"),
+    "flag a number": ("options: {refit: 2}", "options.refit: is 2; it must be true or"),
     "method unknown": (
         "method: slicegtp",
         "method: unknown method 'slicegtp'; did you mean slicegpt?; there are: modegpt",

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import Facts, RunConfig, resolved, to_yaml, with_tokens
+from orchestrator.config import Facts, RunConfig, StepConfig, resolved, to_yaml, with_tokens
 from orchestrator.method_options import resolve_options
 from orchestrator.recipe_file import load_config
 from planners.errors import ConfigError
@@ -80,8 +80,14 @@ def test_import_does_not_load_the_slow_libraries():
 def test_nothing_given_is_the_embedded_default():
     config = load_config(None, {})
     assert config == RunConfig()
-    assert (config.model, config.method, config.address) == ("tiny", "slicegpt", "local")
-    assert config.target == Target(keep_fraction=0.8)
+    assert (config.model, config.address) == ("tiny", "local")
+    assert config.chain == [StepConfig(method="modegpt", keep_fraction=0.8)]
+
+
+def test_a_nominal_slice_without_a_method_is_slicegpt():
+    assert load_config(None, {"slice": 0.25}).chain == [StepConfig(method="slicegpt", slice=0.25)]
+    config = load_config(None, {"slice": 0.25, "method": "modegpt"})
+    assert config.chain == [StepConfig(method="modegpt", slice=0.25)]
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
@@ -276,6 +282,7 @@ def test_what_was_given_is_not_changed_by_resolving():
         None,
         {
             "out": "here",
+            "method": "svdllm",
             "keep_fraction": 0.5,
             "calibration.source": "wikitext2",
             "calibration.sequences": 3,
@@ -293,9 +300,9 @@ def test_what_was_given_is_not_changed_by_resolving():
 @pytest.mark.parametrize(
     ("size", "folder"),
     [
-        ({}, "runs/tiny-slicegpt-keep0.80"),
-        ({"keep_fraction": 0.7}, "runs/tiny-slicegpt-keep0.70"),
-        ({"keep_fraction": 0.705}, "runs/tiny-slicegpt-keep0.705"),
+        ({}, "runs/tiny-modegpt-keep0.80"),
+        ({"keep_fraction": 0.7}, "runs/tiny-modegpt-keep0.70"),
+        ({"keep_fraction": 0.705}, "runs/tiny-modegpt-keep0.705"),
         ({"slice": 0.25}, "runs/tiny-slicegpt-slice0.25"),
     ],
 )
