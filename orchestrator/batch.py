@@ -19,6 +19,7 @@ from orchestrator.config import SINGLE, RunConfig
 from orchestrator.journal import Event, Listener
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.recipe_file import load_config
+from orchestrator.report.quality import quality
 from orchestrator.run import run
 from orchestrator.rundir import check_run, finished_report
 from orchestrator.wording import printable
@@ -100,6 +101,7 @@ class Row:
         keep_fraction: true fraction of the result; 0 where there is none.
         dense_perplexity: of the input; 0 where it was not measured.
         perplexity: of the result; 0 where there is none.
+        quality: how that is to be read, and ``tone``, as in `orchestrator.report.quality`.
         seconds: that it took, all its drivers together.
         calibration: ``own``, the name of the run whose statistics it used, or empty.
         error: why it failed.
@@ -110,6 +112,8 @@ class Row:
     keep_fraction: float = 0.0
     dense_perplexity: float = 0.0
     perplexity: float = 0.0
+    quality: str = ""
+    tone: str = ""
     seconds: float = 0.0
     calibration: str = ""
     error: str = ""
@@ -298,13 +302,15 @@ def _row(batch: Batch, entry: Entry) -> Row:
     if report is None:
         state = "failed" if error else "waiting"
         return Row(name=entry.name, state=state, calibration=shared, error=error)
-    measured = report["evaluation"]
+    measured, read = report["evaluation"], quality(report)
     return Row(
         name=entry.name,
         state="READY",
         keep_fraction=report["parameters"]["keep_fraction"],
         dense_perplexity=measured["dense"]["perplexity"],
         perplexity=measured["compressed"]["perplexity"],
+        quality="" if read is None else read.word,
+        tone="" if read is None else read.tone,
         seconds=report["seconds"]["total"],
         calibration=shared,
     )

@@ -1,9 +1,10 @@
 """What `compress-cluster batch` prints: what it comes to, how each run goes, then the table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -12,8 +13,8 @@ from orchestrator.cluster import ClusterFacts
 from orchestrator.consent import ask_before, asker, require_consent
 from orchestrator.forecast import Forecast, Terms, forecast_of
 from orchestrator.journal import Event
-from orchestrator.plan_screen import duration
 from orchestrator.progress import ProgressScreen
+from orchestrator.report.numbers import seconds_text
 from orchestrator.terminal import Console
 from planners.errors import ClusterError, CompressionError
 
@@ -97,7 +98,8 @@ def _expected(found: Batch) -> str:
     known = [each for each in outlooks if each.get("seconds")]
     if len(known) < len(left):
         return f"{len(left)} runs are left; how long all of them take is not known"
-    said = f"{len(left)} runs are left: about {duration(sum(e['seconds']['p50'] for e in known))}"
+    seconds = sum(each["seconds"]["p50"] for each in known)
+    said = f"{len(left)} runs are left: about {seconds_text(seconds)}"
     money = [each["money"]["p50"] for each in known if each.get("money")]
     return said + (f", about {sum(money):,.2f} of money" if money else "")
 
@@ -120,25 +122,11 @@ def _print(found: Batch, rows: Sequence[Row], *, json_: bool) -> None:
         document = {"out": found.out, "spent": asdict(found.spent), "runs": runs}
         print(json.dumps(document))  # noqa: T201 the one document
         return
-    table = Table(title=found.out, title_justify="left")
-    table.add_column("run", overflow="fold")
-    table.add_column("state")
-    for column in ("kept", "perplexity", "over dense", "planned", "took"):
-        table.add_column(column, justify="right")
-    table.add_column("calibration", overflow="fold")
-    for row in rows:
-        done = row.state == "READY"
-        table.add_row(
-            row.name,
-            Text(row.state, style=COLOURS[row.state]),
-            f"{row.keep_fraction:.4f}" if done else "",
-            f"{row.perplexity:.4g}" if done else "",
-            f"{row.perplexity / row.dense_perplexity - 1:+.1%}" if done else "",
-            _planned(found, row),
-            f"{row.seconds:,.0f} s" if done else "",
-            row.calibration,
-        )
-    _out.print(table)
+    _out.print(found.out, style="bold", soft_wrap=True)
+    facts = [_facts(found, row) for row in rows]
+    table = _table(rows, facts)
+    wide = Measurement.get(_out, _out.options, table).maximum <= _out.width
+    _out.print(table if wide else _list(rows, facts))
     for row in rows:
         if row.error:
             _out.print(f"{row.name}: {row.error}", soft_wrap=True)
@@ -147,9 +135,45 @@ def _print(found: Batch, rows: Sequence[Row], *, json_: bool) -> None:
     _out.print(_spent(found))
 
 
-def _planned(found: Batch, row: Row) -> str:
+def _facts(found: Batch, row: Row) -> dict[str, Text]:
+    """Return column -> what is known of a run; a column of which nothing is known is not there."""
     seconds = (found.expected.get(row.name) or {}).get("seconds")
-    return duration(seconds["p50"]) if seconds else ""
+    facts = {"planned": Text(seconds_text(seconds["p50"]))} if seconds else {}
+    if row.state == "READY":
+        ratio = quotient(row.perplexity, row.dense_perplexity)
+        facts = {
+            "kept": Text(percent(row.keep_fraction)),
+            "perplexity": Text(decimal(row.perplexity)),
+            "over dense": Text(change(ratio)),
+            "quality": Text(row.quality, style=TONES[row.tone]),
+            "took": Text(seconds_text(row.seconds)),
+        }
+    return facts | ({"calibration": Text(row.calibration)} if row.calibration else {})
+
+
+def _table(rows: Sequence[Row], facts: Sequence[Mapping[str, Text]]) -> Table:
+    columns = list(dict.fromkeys(name for each in facts for name in each))
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for name in ("run", "state", *columns):
+        left = name in ("run", "state", "quality", "calibration")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for row, known in zip(rows, facts, strict=True):
+        state = Text(row.state, style=COLOURS[row.state])
+        table.add_row(row.name, state, *(known.get(name, Text()) for name in columns))
+    return table
+
+
+def _list(rows: Sequence[Row], facts: Sequence[Mapping[str, Text]]) -> Table:
+    """Return the same for a terminal on which the table would break: what is known below a name."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row, known in zip(rows, facts, strict=True):
+        table.add_row(Text(row.state, style=COLOURS[row.state]), row.name)
+        said = [Text.assemble((f"{name} ", "dim"), text) for name, text in known.items()]
+        if said:
+            table.add_row("", Text(", ").join(said))
+    return table
 
 
 def _spent(found: Batch) -> str:

@@ -9,10 +9,11 @@ from rich.table import Table
 from actors.messages import WorkerSetup
 from orchestrator.examine import bench as measure
 from orchestrator.prepare import GIB, chosen_device, usable_gib
+from orchestrator.report.numbers import bytes_text
 from orchestrator.terminal import Console
 from orchestrator.throughput import Workers
 
-NUMBERS = ("batch", "workers", "prefill tok/s", "decode tok/s", "peak MiB")
+NUMBERS = ("batch", "workers", "prefill tok/s", "decode tok/s", "peak memory")
 
 _out = Console()
 
@@ -58,5 +59,5 @@ def _numbers(row: dict[str, Any]) -> tuple[str, ...]:
         str(row.get("stages", 1)),
         f"{row['prefill_tokens_per_second']:,.0f}",
         f"{row['decode_tokens_per_second']:,.0f}",
-        f"{row['peak_bytes'] / 2**20:,.1f}",
+        bytes_text(row["peak_bytes"]),
     )

@@ -12,6 +12,7 @@ from orchestrator.compare import Difference, differences
 from orchestrator.finished import finished_report
 from orchestrator.report import summary
 from orchestrator.report.document import Document
+from orchestrator.report.terminal import TONES
 from orchestrator.terminal import Console
 
 UNTIL = 4  # names in a line; of more, how many
@@ -31,6 +32,8 @@ def diff(run_a: str, run_b: str, *, details: bool, json_: bool) -> None:
     for letter, uri, report in zip("AB", (run_a, run_b), reports, strict=True):
         said = summary.title(report) if report else "not finished"
         _out.print(Text(letter, style="bold"), summary.verdict(report), uri, said, soft_wrap=True)
+        if note := summary.quality_note(report):
+            _out.print(" ", Text(note, style=TONES[summary.tone(report)]), soft_wrap=True)
     _print_results(reports)
     if details:
         _print_all(found)

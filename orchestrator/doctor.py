@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from actors.storage.files import Directory
 from orchestrator.jobs import token_file
 from orchestrator.local_start import socket_place
+from orchestrator.report.numbers import bytes_text
 from planners.errors import ClusterError, CompressionError
 
 PACKAGE = "compress-cluster"
@@ -28,7 +29,6 @@ TIMEOUT_SECONDS = 4.0
 SHARED_MEMORY_BYTES = 2 * 2**30
 DISK_BYTES = 10 * 2**30
 CLOCK_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off; leases compare minutes
-GIB = 2**30
 HUB = "https://huggingface.co"
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -94,12 +94,12 @@ def _devices() -> Iterator[Check]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    yield Check(level="ok", name="cores", said=f"{cores}, {memory:.0f} GiB of memory")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Check(level="ok", name="cores", said=f"{cores}, {bytes_text(memory)} of memory")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            said = f"{facts.name}, {facts.total_memory / GIB:.0f} GiB"
+            said = f"{facts.name}, {bytes_text(facts.total_memory)}"
             yield Check(level="ok", name=f"GPU {index}", said=said)
     elif Path("/dev/nvidia0").exists():
         yield Check(
@@ -122,7 +122,7 @@ def _shared_memory() -> Iterator[Check]:
     enough = free >= SHARED_MEMORY_BYTES
     yield Check(
         level="ok" if enough else "warning", name="shared memory",
-        said=f"{free / GIB:.1f} GiB free in /dev/shm",
+        said=f"{bytes_text(free)} free in /dev/shm",
         fix="" if enough else "activations wait there: docker run --shm-size=8g, or remount it",
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def _disk(out: str) -> Iterator[Check]:
     enough = free >= DISK_BYTES
     yield Check(
         level="ok" if enough else "warning", name="disk",
-        said=f"{free / GIB:.1f} GiB free at {path}",
+        said=f"{bytes_text(free)} free at {path}",
         fix="" if enough else "`compress-cluster plan` says what a run needs; another --out",
     )  # fmt: skip
 

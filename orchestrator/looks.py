@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,8 @@ from actors.storage.records import read_records
 from orchestrator import lease
 from orchestrator.finished import JOB, READY, REPORT, finished_report
 from orchestrator.report import render_page, render_terminal
+from orchestrator.report.quality import quality
+from orchestrator.report.terminal import TONES
 from orchestrator.terminal import Console
 from planners.errors import StorageError
 
@@ -39,12 +42,14 @@ def status(run_uri: str, *, json_: bool) -> None:
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
     verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
+    read = quality(finished_report(run_) or {}) if verdict == "READY" else None
     if json_:
         print(  # noqa: T201 the one document
             json.dumps(
                 {
                     "run": run_uri,
                     "verdict": verdict,
+                    "quality": None if read is None else asdict(read),
                     "done": dict(sorted(done.items())),
                     **({"steps": steps} if steps else {}),
                     "holder": holder if alive else None,
@@ -53,7 +58,8 @@ def status(run_uri: str, *, json_: bool) -> None:
             )
         )
         return
-    _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+    word = Text("" if read is None else read.word, style=TONES["" if read is None else read.tone])
+    _out.print(Text(verdict, style="bold"), run_uri, word, soft_wrap=True)
     if job is not None:
         said = f"job {job['submission_id']} at {job['address']}: {job['state']}"
         _out.print(said, soft_wrap=True)

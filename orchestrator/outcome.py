@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.evaluate import Loss
 from orchestrator.failures import POLICIES
 from orchestrator.journal import read_events
 from orchestrator.refit import refit_losses
+from orchestrator.report.quality import quality
 from orchestrator.versions import environment
 from planners.cost import layer_parameters
 from planners.modules import kept_of
@@ -47,7 +49,7 @@ def outcome(
     target = prepared.config.target
     seconds = _seconds(events)
     perplexities = {name: {"perplexity": loss.perplexity} for name, loss in losses.items()}
-    return {
+    found = {
         "title": prepared.title,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "version": metadata.version("compress-cluster"),
@@ -115,6 +117,8 @@ def outcome(
         "environment": environment(),
         "resumed_units": context.ledger.num_resumed,
     }
+    read = quality(found)
+    return {**found, "quality": None if read is None else asdict(read)}
 
 
 def _reused(context: RunContext) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.forecast import Forecast
+from orchestrator.report.numbers import bytes_text, seconds_text
 from planners.plan import RunPlan, StagePlan
 from planners.schedule import Quantiles
 from planners.shards import even_shards
@@ -41,8 +42,8 @@ def _facts(forecast: Forecast, out: str) -> Table:
         "result": "a stock model" if form.native else "needs trust_remote_code=True",
         "calibration": f"{plan.calibration_tokens:,} tokens in microbatches of "
         f"{forecast.job.data.microbatch_tokens:,}, {forecast.job.data.dtype}",
-        "transfers": f"{size_text(transfer_bytes(forecast.job))} between stages",
-        "disk": size_text(forecast.disk_bytes),
+        "transfers": f"{bytes_text(transfer_bytes(forecast.job))} between stages",
+        "disk": bytes_text(forecast.disk_bytes),
         "run directory": out,
     }
     table = Table.grid(padding=(0, 2))
@@ -76,8 +77,8 @@ def _workers(plan: RunPlan) -> RenderableType:
     for kind in (*KINDS, "peak"):
         table.add_column(kind, justify="right", no_wrap=True)
     largest = max((s for wave in plan.waves for s in wave), key=_bytes)
-    cells = [size_text(largest.bytes.get(kind, 0)) for kind in KINDS]
-    table.add_row(*cells, Text(size_text(_bytes(largest)), style="bold"))
+    cells = [bytes_text(largest.bytes.get(kind, 0)) for kind in KINDS]
+    table.add_row(*cells, Text(bytes_text(_bytes(largest)), style="bold"))
     fullest = Text(f"the fullest worker, layers {_layers(largest)}:")
     said = [" ".join(_layers(stage) for stage in wave) for wave in plan.waves]
     if len(said) > SHOWN:
@@ -140,25 +141,7 @@ def _time(forecast: Forecast) -> RenderableType:
 
 
 def _quantiles(found: Quantiles) -> list[str]:
-    return [duration(s) for s in (found.p10, found.p50, found.p90)]
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people read them."""
-    if seconds < 100:  # noqa: PLR2004 three digits
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"  # noqa: PLR2004 likewise
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"
-
-
-def size_text(count: float) -> str:
-    """Return bytes as people read them, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:  # noqa: PLR2004 binary units
-            return f"{count:,.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"  # noqa: PLR2004
-        count /= 1024
-    return f"{count:,.1f} TiB"
+    return [seconds_text(s) for s in (found.p10, found.p50, found.p90)]
 
 
 def _bytes(stage: StagePlan) -> int:
@@ -197,7 +180,7 @@ def money_text(forecast: Forecast) -> str:
     found = forecast.outlook
     if found is None:
         return "how long it takes is not known"
-    said = f"{duration(found.seconds.p50)}, at most {duration(found.seconds.p90)}"
+    said = f"{seconds_text(found.seconds.p50)}, at most {seconds_text(found.seconds.p90)}"
     if found.money is None:
         return said
     most = math.ceil(found.money.p90 * 100) / 100

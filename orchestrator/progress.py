@@ -52,8 +52,8 @@ GOES_ON = {  # what is done about it, after the words that say what happened
 LAYERS = ("layer", "draft", "chosen", "damage", "losses", "carried")  # units that are a layer each
 FIRST_WORDS = {  # until the first unit of a phase is done
     "calibrate": "loading layers",
-    "verify": "in a fresh process",
-    "throughput": "loading models",
+    "verify": "a fresh process loads the result, compares, generates",
+    "throughput": "a fresh process times both models in turn",
 }
 
 

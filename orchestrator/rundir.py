@@ -69,6 +69,7 @@ def open_run(prepared: Prepared) -> None:
 def write_plan(prepared: Prepared) -> None:
     """Write what a run is, what it does and what that was expected to take."""
     content: dict[str, Any] = {
+        "title": prepared.title,
         "identity": to_json(prepared.facts()),
         "model": dict(prepared.origin.contents),
         "plan": to_json(prepared.plan),

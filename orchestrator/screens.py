@@ -25,11 +25,14 @@ from orchestrator.forecast import Forecast, Terms, forecast, forecast_of, parse_
 from orchestrator.journal import Journal
 from orchestrator.ledger import Ledger
 from orchestrator.looks import print_report
-from orchestrator.plan_screen import show, size_text
+from orchestrator.plan_screen import show
 from orchestrator.pool import Pool
 from orchestrator.prepare import Prepared, prepare, prepare_evaluation
 from orchestrator.progress import ProgressScreen
 from orchestrator.redo import changed, layers_of, withdraw
+from orchestrator.report.numbers import bytes_text, change, decimal, percent, quotient
+from orchestrator.report.quality import judged
+from orchestrator.report.terminal import TONES
 from orchestrator.rundir import finished_report, recipe_of
 from orchestrator.subjects import EvaluationPlan, Subject
 from orchestrator.sweep import PAGE, exported, points_of
@@ -169,7 +172,7 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
         print(json.dumps(found))  # noqa: T201 the one document
     else:
         _out.print(
-            Text.assemble("perplexity ", (f"{loss.perplexity:.4f}", "bold")),
+            Text.assemble("perplexity ", (decimal(loss.perplexity), "bold")),
             f"over {loss.num_tokens:,} predicted tokens in sequences of {ids.shape[1]}, "
             f"source {prepared.source}",
         )
@@ -194,17 +197,23 @@ def sweep(
         print(json.dumps(found))  # noqa: T201 the one document
         return
     dense = found["dense"]["perplexity"]
-    table = Table(title=f"{found['model']}: dense perplexity {dense:.4g}", title_justify="left")
-    for column in ("point", "kept", "predicted error", "perplexity", "over dense", "front"):
-        table.add_column(column, justify="left" if column == "point" else "right")
+    title = f"{found['model']}: dense perplexity {decimal(dense)}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("point", "kept", "predicted error", "perplexity", "over dense", "quality", ""):
+        table.add_column(column, justify="left" if column in ("point", "quality", "") else "right")
     for point in found["points"]:
+        read = judged(
+            dense, point["perplexity"], kept=point["keep_fraction"],
+            parameters=found["dense"]["parameters"], names=[point["method"]],
+        )  # fmt: skip
         table.add_row(
             point["name"],
-            f"{point['keep_fraction']:.4f}",
-            f"{point['predicted_error']:.4f}",
-            f"{point['perplexity']:.4g}",
-            f"{point['perplexity'] / dense - 1:+.1%}",
-            "*" if point["on_front"] else "",
+            percent(point["keep_fraction"]),
+            percent(point["predicted_error"]),
+            decimal(point["perplexity"]),
+            change(quotient(point["perplexity"], dense)),
+            Text(read.word, style=TONES[read.tone]),
+            "front" if point["on_front"] else "",
         )
     _out.print(table)
     _out.print(f"{run_uri}/{PAGE}; compress-cluster export {run_uri} --point NAME", soft_wrap=True)
@@ -276,7 +285,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
             table.add_column(column, justify="left" if column == "taps" else "right")
         for row in rows:
             table.add_row(
-                str(row["layer"]), f"{row['num_tokens']:,}", size_text(row["bytes"]),
+                str(row["layer"]), f"{row['num_tokens']:,}", bytes_text(row["bytes"]),
                 ", ".join(row["taps"]),
             )  # fmt: skip
         _out.print(table)
@@ -292,7 +301,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
         _out.print(table)
     else:
         _out.print(
-            f"{found['files']} files of {found['layers']} layers, {size_text(found['bytes'])}: as "
+            f"{found['files']} files of {found['layers']} layers, {bytes_text(found['bytes'])}: as "
             "recorded; every sum finite, every gram symmetric",
             soft_wrap=True,
         )

@@ -13,7 +13,7 @@ _COUNT_UNITS = ("", "k", "M", "B", "T", "P", "E", "Z")
 _FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
 _STEP = 1000.0
 _MINUTE = 60.0
-_HOUR = 3600.0
+_WITH_SECONDS = 600.0  # from here on nobody counts them
 _DECIMAL_BELOW = 10.0
 
 
@@ -46,7 +46,11 @@ def short_count(value: object) -> str:
 
 
 def bytes_text(value: object) -> str:
-    """Return bytes with three significant digits in decimal units: ``4.96 MB``."""
+    """Return bytes with three significant digits in decimal units: ``4.96 MB``.
+
+    Memory, files and transfers all are told so, as sizes of models and devices are; only options
+    that take GiB say GiB.
+    """
     return _scaled(value, _BYTE_UNITS)
 
 
@@ -72,7 +76,7 @@ def time_text(text: str) -> str:
 
 
 def seconds_text(value: object) -> str:
-    """Return a duration: ``0.42 s``, ``12.3 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Return a duration: ``0.42 s``, ``12.3 s``, ``3 min 20 s``, ``49 min``, ``2 h 05 min``."""
     found = number(value)
     if found is None:
         return MISSING
@@ -80,9 +84,11 @@ def seconds_text(value: object) -> str:
         return f"{found:.2f}{NBSP}s"
     if found < _MINUTE:
         return f"{found:.1f}{NBSP}s"
-    if found < _HOUR:
+    if found < _WITH_SECONDS:
         minutes, seconds = divmod(round(found), 60)
         return f"{minutes}{NBSP}min {seconds:02d}{NBSP}s"
+    if round(found / _MINUTE) < _MINUTE:
+        return f"{round(found / _MINUTE)}{NBSP}min"
     hours, minutes = divmod(round(found / _MINUTE), 60)
     return f"{hours}{NBSP}h {minutes:02d}{NBSP}min"
 
@@ -105,13 +111,13 @@ def kept_percent(fraction: object) -> str:
 
 
 def decimal(value: object) -> str:
-    """Return a measured value with four significant digits, thousands separated."""
+    """Return a measured value with four significant digits, zeros too, thousands separated."""
     found = number(value)
     if found is None:
         return MISSING
-    if abs(found) >= _STEP:
+    if float(f"{abs(found):.4g}") >= _STEP:
         return f"{found:,.0f}"
-    return f"{found:.4g}"
+    return f"{found:#.4g}"
 
 
 def quotient(after: object, before: object) -> float | None:

@@ -22,6 +22,7 @@ from orchestrator.report.canvas import (
     label,
 )
 from orchestrator.report.document import Document
+from orchestrator.report.quality import judged
 
 _SHAPES = (("o", "dot"), ("s", "square"), ("D", "diamond"))
 _WIDE_RANGE = 3.0  # of perplexities: from here on the scale is logarithmic
@@ -46,6 +47,16 @@ def render_pareto(sweep: Document) -> str:
         dense=dense,
         parameters=sweep["dense"]["parameters"],
         points=points,
+        qualities=[
+            judged(
+                dense,
+                p["perplexity"],
+                kept=p["keep_fraction"],
+                parameters=sweep["dense"]["parameters"],
+                names=[p["method"]],
+            )
+            for p in points
+        ],
         best=[point for point in points if point["on_front"]],
         plot=front(points, dense=dense) if points else None,
         numbers=numbers,

@@ -19,6 +19,7 @@ from orchestrator.report.numbers import (
     short_count,
     times,
 )
+from orchestrator.report.quality import quality, told
 
 _NOTICEABLE = 0.005
 _REMOTE = ", trust_remote_code=True"
@@ -61,6 +62,26 @@ def verdict(report: Document) -> str:
 def is_ready(report: Document) -> bool:
     """Return whether the checkpoint proved itself."""
     return verdict(report) == "READY"
+
+
+def tone(report: Document) -> str:
+    """Return ``good``, ``cost`` or ``bad``: how the verdict looks, good where the result is."""
+    found = quality(report)
+    if not is_ready(report):
+        return "bad"
+    return "good" if found is None else found.tone
+
+
+def quality_note(report: Document) -> str:
+    """Return what was lost beside what is usual; empty where nothing was measured."""
+    found = quality(report)
+    return "" if found is None else told(found, method_names(report))
+
+
+def advice(report: Document) -> tuple[str, ...]:
+    """Return what to try where the result is not good."""
+    found = quality(report)
+    return () if found is None else found.advice
 
 
 def method_names(report: Document) -> list[str]:

@@ -8,7 +8,7 @@ from orchestrator.report import summary
 from orchestrator.report.document import Document, section
 from orchestrator.report.numbers import NBSP
 
-_TONES = {"good": "green", "cost": "yellow", "": "default"}
+TONES = {"good": "green", "cost": "yellow", "bad": "red", "": "default"}
 
 
 def render_terminal(report: Document) -> RenderableType:
@@ -22,13 +22,14 @@ def render_terminal(report: Document) -> RenderableType:
             _plain(row.name),
             _plain(row.before),
             Text(_printable(row.after), style="bold"),
-            Text(_printable(row.change), style=_TONES[row.tone]),
+            Text(_printable(row.change), style=TONES[row.tone]),
             _plain(row.ratio),
         )
-    ready = summary.is_ready(report)
+    colour = TONES[summary.tone(report)]
     verdict = f" {_printable(summary.verdict(report))} "
-    head = Text.assemble((verdict, "bold reverse green" if ready else "bold reverse red"), "  ")
+    head = Text.assemble((verdict, f"bold reverse {colour}"), "  ")
     head.append(_printable(summary.title(report)), style="bold")
+    quality = summary.quality_note(report)
     notes = (
         summary.asked,
         summary.measured_on,
@@ -41,6 +42,8 @@ def render_terminal(report: Document) -> RenderableType:
     return Group(
         head,
         _plain(summary.sentence(report)),
+        *([Text(_printable(quality), style=colour)] if quality else []),
+        *(Text(_printable(f"  try {each}"), style=colour) for each in summary.advice(report)),
         Text(),
         table,
         Text(),

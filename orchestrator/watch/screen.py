@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.journal import Event
-from orchestrator.progress import TROUBLE
-from orchestrator.report.numbers import bytes_text
+from orchestrator.progress import FIRST_WORDS, TROUBLE
+from orchestrator.report.numbers import bytes_text, seconds_text
+from orchestrator.report.terminal import TONES
 from orchestrator.watch.snapshot import DONE, MEASURED, STATES, SUMMED, WAITING, Phase, Snapshot
 
 CELLS = {  # a letter too: colour alone tells some people nothing
@@ -32,7 +33,7 @@ def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> Rende
     """
     parts: list[RenderableType] = [_head(snapshot, price or snapshot.price_per_hour), Text()]
     if snapshot.phase is not None:
-        parts += [_progress(snapshot.phase, width), Text()]
+        parts += [_progress(snapshot.phase, now, width), Text()]
     if snapshot.layers:
         parts += [_grid(snapshot, width), Text()]
     if snapshot.workers:
@@ -54,9 +55,10 @@ def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
 
 
 def _head(snapshot: Snapshot, price: float) -> RenderableType:
-    said, left = [duration(snapshot.seconds)], snapshot.left
+    said, left = [seconds_text(snapshot.seconds)], snapshot.left
     if left is not None:
-        said.append(f"{duration(left.p50)} left ({duration(left.p10)} to {duration(left.p90)})")
+        low, middle, high = (seconds_text(each) for each in (left.p10, left.p50, left.p90))
+        said.append(f"{middle} left ({low} to {high})")
     if price:
         money = f"{snapshot.worker_hours * price:,.2f} spent"
         if left is not None:
@@ -64,8 +66,11 @@ def _head(snapshot: Snapshot, price: float) -> RenderableType:
             money += f", {come:,.2f} to come"
         said.append(money)
     lost = [f"{count} {kind}" for kind, count in snapshot.troubles.items()]
+    colour = VERDICTS.get(snapshot.verdict, "bold")
+    if snapshot.tone:
+        colour = f"bold {TONES[snapshot.tone]}"
     head = Text.assemble(
-        (f" {snapshot.verdict} ", f"{VERDICTS.get(snapshot.verdict, 'bold')} reverse"),
+        (f" {snapshot.verdict} ", f"{colour} reverse"),
         f"  {snapshot.title}",
     )
     if lost:
@@ -73,14 +78,27 @@ def _head(snapshot: Snapshot, price: float) -> RenderableType:
     where = Text(snapshot.uri, style="dim", overflow="fold")
     if snapshot.holder:
         where.append(f"  {snapshot.holder}")
-    return Group(head, Text(" · ".join(said)), where)
+    quality = [Text(snapshot.quality, style=TONES[snapshot.tone])] if snapshot.quality else []
+    return Group(head, *quality, Text(" · ".join(said)), where)
 
 
-def _progress(phase: Phase, width: int) -> RenderableType:
+def _progress(phase: Phase, now: float, width: int) -> RenderableType:
+    """Return how far a phase is; before its first unit is done a bar that moves with the time."""
     table = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=max(1, phase.total), completed=phase.done, width=max(10, width // 4))
-    table.add_row(Text(phase.name, style="bold"), bar, _phase_rest(phase))
-    return table
+    bar = ProgressBar(
+        total=max(1, phase.total),
+        completed=phase.done,
+        width=max(10, width // 4),
+        pulse=not phase.done,
+        animation_time=now,
+    )
+    elapsed = max(0.0, now - phase.begun)
+    said = f"{_phase_rest(phase)} · {seconds_text(elapsed)} so far"
+    if not phase.done and phase.planned:
+        said += f", planned {seconds_text(phase.planned)}"
+    table.add_row(Text(phase.name, style="bold"), bar, Text(said))
+    words = "" if phase.done else FIRST_WORDS.get(phase.name, "")
+    return Group(table, Text(words, style="dim")) if words else table
 
 
 def _phase_rest(phase: Phase) -> str:
@@ -88,7 +106,7 @@ def _phase_rest(phase: Phase) -> str:
     if phase.tokens_per_second:
         said.append(f"{phase.tokens_per_second:,.0f} tok/s")
     if phase.seconds_left is not None:
-        said.append(f"{duration(phase.seconds_left)} left of it")
+        said.append(f"{seconds_text(phase.seconds_left)} left of it")
     return " · ".join(said)
 
 
@@ -128,7 +146,7 @@ def _workers(snapshot: Snapshot, now: float) -> RenderableType:
         table.add_row(
             worker.name,
             worker.unit,
-            duration(now - worker.at) if snapshot.verdict == "running" else "",
+            seconds_text(max(0.0, now - worker.at)) if snapshot.verdict == "running" else "",
             f"{worker.count:,}",
             f"{min(1.0, busy):.0%}",
             bytes_text(worker.peak_bytes) if worker.peak_bytes else "",
@@ -155,20 +173,10 @@ def _words(event: Event) -> str:
     if kind == "phase begins":
         return f"{unit} begins"
     if kind == "phase ends":
-        return f"{unit} done in {duration(event['seconds'])}"
+        return f"{unit} done in {seconds_text(event['seconds'])}"
     detail = event["detail"].removeprefix(f"{kind}: ")
     return f"{kind} {event['worker']}: {detail}" if event["worker"] else f"{kind}: {detail}"
 
 
 def _clock(at: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(at))
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: ``42 s``, ``3 min``, ``2 h 05 min``."""
-    if seconds < 10:  # noqa: PLR2004 a digit more where it matters
-        return f"{max(0.0, seconds):.1f} s"
-    if seconds < 100:  # noqa: PLR2004
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"  # noqa: PLR2004

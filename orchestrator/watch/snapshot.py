@@ -12,9 +12,10 @@ from pyarrow import parquet
 
 from actors.storage.files import Directory
 from orchestrator import lease
+from orchestrator.finished import READY, finished_report
 from orchestrator.journal import Event
 from orchestrator.progress import TROUBLE, UNITS_OF
-from orchestrator.rundir import READY
+from orchestrator.report import summary
 from planners.errors import StorageError
 from planners.schedule import Quantiles
 
@@ -62,6 +63,7 @@ class Phase:
         done: units of it.
         total: units of it.
         begun: seconds since the epoch.
+        planned: seconds that it was expected to take; 0 where nothing was.
         tokens_per_second: that pass the first stage; 0 where none do.
         seconds_left: at the rate so far; None where nothing is done yet.
     """
@@ -70,6 +72,7 @@ class Phase:
     done: int
     total: int
     begun: float
+    planned: float
     tokens_per_second: float
     seconds_left: float | None
 
@@ -80,7 +83,9 @@ class Snapshot:
 
     Attributes:
         uri: of the run.
-        title: model and method.
+        title: model, method and size.
+        quality: what a finished run lost, and whether that is usual; empty before.
+        tone: ``good``, ``cost`` or ``bad``, of the verdict of a finished run.
         verdict: ``READY``, ``running``, ``stopped``, or ``not begun``.
         layers: state of each.
         phase: where it is; None between phases.
@@ -99,6 +104,8 @@ class Snapshot:
 
     uri: str
     title: str
+    quality: str
+    tone: str
     verdict: str
     layers: Sequence[str]
     phase: Phase | None
@@ -137,15 +144,19 @@ class Watcher:
         shape = self._plan.get("plan", {}).get("shape", {})
         identity = self._plan.get("identity", {})
         verdict, holder = self._verdict()
-        phase = _phase(events, now) if verdict == "running" else None
+        report = (finished_report(self.run) if verdict == "READY" else None) or {}
+        forecast, ended = self._plan.get("forecast", {}), _ended(events)
+        expected = forecast.get("phases", {})
+        phase = _phase(events, now, expected) if verdict == "running" else None
         sessions = _sessions(events, now if verdict == "running" else None)
         workers = _workers(events)
         seconds = sum(end - begin for begin, end in sessions)
-        forecast, ended = self._plan.get("forecast", {}), _ended(events)
         goes_on = verdict == "running" and bool(events)
         return Snapshot(
             uri=self.run.uri,
-            title=f"{shape.get('model_type', '')} · {identity.get('method', '')}".strip(" ·"),
+            title=str(self._plan.get("title", "")),
+            quality=summary.quality_note(report),
+            tone=summary.tone(report) if report else "",
             verdict=verdict,
             layers=_layers(self.run, int(shape.get("num_layers", 0))),
             phase=phase,
@@ -264,7 +275,9 @@ def _layers(run: Directory, num_layers: int) -> list[str]:
     return states
 
 
-def _phase(events: Sequence[Event], now: float) -> Phase | None:
+def _phase(
+    events: Sequence[Event], now: float, expected: Mapping[str, Mapping[str, float]]
+) -> Phase | None:
     begins = [i for i, e in enumerate(events) if e["kind"] == "phase begins" and e["unit"] != "run"]
     if not begins:
         return None
@@ -281,6 +294,7 @@ def _phase(events: Sequence[Event], now: float) -> Phase | None:
         done=done,
         total=total,
         begun=begin["at"],
+        planned=expected.get(name, {}).get("p50", 0.0),
         tokens_per_second=sum(e["tokens"] for e in steps) / seconds,
         seconds_left=seconds / done * max(0, total - done) if done else None,
     )

@@ -40,7 +40,8 @@ def begun(folder, num_layers=80, num_workers=8):
     """Write what a run of a large model leaves in its middle, by the run's own writers."""
     run = Directory(str(folder))
     shape = {"num_layers": num_layers, "model_type": "llama"}
-    plan = {"plan": {"shape": shape}, "identity": {"method": "modegpt"}, "forecast": FORECAST}
+    plan = {"plan": {"shape": shape}, "identity": {"method": "modegpt"}, "forecast": FORECAST,
+            "title": "my-70b · modegpt · keep 0.8"}  # fmt: skip
     run.write("plan.json", json.dumps(plan).encode())
     journal = Journal(run, ignore)
     now = time.time()
@@ -82,9 +83,10 @@ def test_the_screen_shows_layers_workers_phase_money_and_losses_in_its_width(tmp
     text = drawn(snapshot, width)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
     words = (
-        "running",
+        "running   my-70b · modegpt · keep 0.8",
         "compress",
         "20/82",
+        "15\N{NO-BREAK SPACE}min so far",
         "worker-7",
         "preempted",
         "33.3",
@@ -101,6 +103,30 @@ def test_the_screen_shows_layers_workers_phase_money_and_losses_in_its_width(tmp
     assert snapshot.troubles == {"preempted": 1}
     assert [w.lost for w in snapshot.workers] == [0, 0, 0, 1, 0, 0, 0, 0]
     assert snapshot.worker_hours == pytest.approx(4000 * 8 / 3600, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["verify", "throughput"])
+def test_a_phase_of_one_unit_moves_and_says_what_is_done(tmp_path, name):
+    run = begun(tmp_path)
+    journal = Journal(run, ignore)
+    now = time.time()
+    journal.tell("phase begins", unit=name, tokens=1, at=now)
+    plan = json.loads(run.read("plan.json"))
+    plan["forecast"]["phases"][name] = {"p10": 40.0, "p50": 50.0, "p90": 60.0}
+    run.write("plan.json", json.dumps(plan).encode())
+    with lease.held(run):
+        snapshot = Watcher(run.uri).snapshot()
+    shown = []
+    for later in (3, 4):
+        console = Console(
+            width=80, color_system="truecolor", force_terminal=True, file=io.StringIO()
+        )
+        console.print(screen(snapshot, price=0.0, now=now + later, width=80))
+        shown.append(console.file.getvalue())
+    assert "3.00\N{NO-BREAK SPACE}s so far, planned 50.0\N{NO-BREAK SPACE}s" in shown[0]
+    assert "a fresh process" in shown[0]
+    bars = [next(line for line in each.splitlines() if name in line) for each in shown]
+    assert bars[0].partition("0/1")[0] != bars[1].partition("0/1")[0]
 
 
 def test_what_is_left_of_a_phase_follows_from_the_rate_so_far(tmp_path):
@@ -139,8 +165,9 @@ def test_what_is_left_of_the_run_is_this_phase_at_its_rate_and_the_others_at_the
 )  # fmt: skip
 def test_the_evaluation_comes_twice(ended, phase, left):
     now = phase and Phase(
-        name=phase[0], done=1, total=9, begun=0.0, tokens_per_second=0.0, seconds_left=phase[1]
-    )
+        name=phase[0], done=1, total=9, begun=0.0, planned=0.0, tokens_per_second=0.0,
+        seconds_left=phase[1],
+    )  # fmt: skip
     assert time_left(FORECAST["phases"], ended, now).p50 == pytest.approx(left)
 
 

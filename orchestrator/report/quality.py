@@ -1,0 +1,183 @@
+"""What a result lost beside what is usual: a word, its colour, and what to try.
+
+READY says that the files are what was computed and that they load. How good the model is, is
+another matter: the loss it gained, ``log(perplexity after / before)`` in nats a token, is held
+against what the same method costs where as much was removed. Two models stand for the sizes there
+are:
+
+- from `LARGE` parameters, Llama-2-7B on WikiText-2 as published: MoDeGPT (arXiv:2408.09632) at
+  sequences of 4096, SliceGPT (arXiv:2401.15024) at its true fractions and SVD-LLM
+  (arXiv:2403.07378; 0.6 and 0.4 are of Llama-1-7B) at 2048;
+- below, SmolLM2-135M-Instruct on WikiText-2, measured with this program on 2026-11-26 (calibrated
+  on 48 x 1024 tokens, evaluated on 20 x 1024). Small models lose more.
+
+Between the points a line is drawn, from nothing lost where nothing is removed. Text, length of the
+sequences and model move such numbers, so up to `SLACK` times as much still counts as usual. A
+method that is not in the table is held against the costliest that is.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.report.document import Document, rows, section
+from orchestrator.report.numbers import counted, number, quotient, short_count
+
+LARGE = 1e9  # parameters
+TOY = 2e7  # parameters: below, perplexity compares methods and says nothing of large models
+SLACK = 1.25
+CLOSE = 0.05  # nats: the perplexity of the dense model within 5 %
+FINE = math.log(1.25)  # nats: what MoDeGPT costs Llama-2-7B at 0.8 (1.20 times) is below
+BROKEN = math.log(10)  # nats: ten times the perplexity
+ENOUGH_TOKENS = 128 * 2048  # that the methods' papers calibrate on
+_STEP = 0.05  # of fractions that are proposed
+
+# method -> (fraction removed, perplexity before, after)
+Points = Sequence[tuple[float, float, float]]
+_OF_7B: Mapping[str, Points] = {
+    "modegpt": ((0.2, 5.12, 6.16), (0.3, 5.12, 7.51), (0.4, 5.12, 8.41), (0.5, 5.12, 11.88)),
+    "slicegpt": ((0.153, 5.47, 7.24), (0.215, 5.47, 8.12), (0.446, 5.47, 17.17)),
+    "svdllm": ((0.2, 5.47, 8.50), (0.4, 5.68, 13.73), (0.6, 5.68, 66.62)),
+}
+_OF_135M: Mapping[str, Points] = {
+    "modegpt": ((0.1, 26.30, 31.14), (0.2, 26.30, 37.45), (0.3, 26.30, 48.99)),
+    "slicegpt": ((0.201, 26.30, 164.8),),
+    "svdllm": ((0.201, 26.30, 92.07),),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What a result lost, and how that is to be read.
+
+    Attributes:
+        word: ``close to the dense model``, ``usual for this size``, ``worse than usual`` or
+            ``broken``.
+        excess_nats: log(perplexity after / before), a token; None where a perplexity is infinite.
+        usual_nats: what is usual for the method, with as much removed, at that size of model.
+        compared_with: the model of which that is known.
+        tone: ``good``, ``cost`` or ``bad``.
+        toy: the model is so small that its perplexity says nothing of large ones.
+        advice: what to try, options of the command line with a reason; nothing where it is good.
+    """
+
+    word: str
+    excess_nats: float | None
+    usual_nats: float
+    compared_with: str
+    tone: str
+    toy: bool
+    advice: tuple[str, ...] = ()
+
+
+def judged(
+    before: float, after: float, *, kept: float, parameters: float, names: Sequence[str]
+) -> Quality:
+    """Return how a result is to be read.
+
+    Args:
+        before: perplexity of the dense model.
+        after: of the result.
+        kept: true fraction of the parameters that is left.
+        parameters: of the dense model.
+        names: of the methods.
+    """
+    is_large = parameters >= LARGE
+    table = _OF_7B if is_large else _OF_135M
+    curves = [table[name] for name in names if name in table] or list(table.values())
+    usual = max(_expected(curve, 1 - kept) for curve in curves)
+    excess = math.log(after / before) if before > 0 and 0 < after < math.inf else math.inf
+    if excess >= BROKEN:
+        word, tone = "broken", "bad"
+    elif excess <= CLOSE:
+        word, tone = "close to the dense model", "good"
+    elif excess <= SLACK * usual:
+        word, tone = "usual for this size", "good" if excess <= FINE else "cost"
+    else:
+        word, tone = "worse than usual", "cost"
+    return Quality(
+        word=word,
+        excess_nats=excess if math.isfinite(excess) else None,
+        usual_nats=usual,
+        compared_with="Llama-2-7B, published" if is_large else "SmolLM2-135M, measured",
+        tone=tone,
+        toy=parameters < TOY,
+    )
+
+
+def quality(report: Document) -> Quality | None:
+    """Return how the result of a report is to be read; None where it was not measured."""
+    parameters, evaluation = section(report, "parameters"), section(report, "evaluation")
+    sides = [section(evaluation, side).get("perplexity") for side in ("dense", "compressed")]
+    kept = quotient(parameters.get("after"), parameters.get("before"))
+    if kept is None or None in sides:
+        return None
+    before, after = (math.inf if (found := number(side)) is None else found for side in sides)
+    steps = rows(section(report, "method"), "steps")
+    found = judged(
+        before,
+        after,
+        kept=kept,
+        parameters=number(parameters.get("before")) or 0.0,
+        names=[str(step.get("name")) for step in steps],
+    )
+    if found.tone == "good":
+        return found
+    return replace(found, advice=tuple(_advice(report, steps, kept)))
+
+
+def told(found: Quality, names: Sequence[str]) -> str:
+    """Return in a sentence what was lost, and what of that is usual."""
+    if found.excess_nats is None:
+        return "Quality: broken; the perplexity of the result is not finite."
+    of = f"{' + '.join(names) or 'such a method'} at this size"
+    word = found.word.replace("this size", of)
+    if found.word == "usual for this size" and found.tone == "cost":
+        word += ", but far from the dense model"
+    said = f"Quality: {word}. It lost {found.excess_nats:.2f} nats a token; "
+    said += f"{found.usual_nats:.2f} are usual ({found.compared_with})."
+    return said + (" A model this small compares methods, no more." if found.toy else "")
+
+
+def _expected(curve: Points, removed: float) -> float:
+    """Return the nats on the line through no loss and the points; the last part goes on."""
+    points = [(0.0, 0.0), *((x, math.log(after / before)) for x, before, after in curve)]
+    ends = next((i for i in range(1, len(points)) if removed <= points[i][0]), len(points) - 1)
+    (left, low), (right, high) = points[ends - 1 : ends + 1]
+    return max(0.0, low + (high - low) * (removed - left) / (right - left))
+
+
+def _advice(report: Document, steps: Sequence[Document], kept: float) -> Iterator[str]:
+    """Yield at most three things to try that this run has not done, what helps most first."""
+    more = min(0.95, max(_STEP, _STEP * math.floor((1 + kept) / 2 / _STEP + 1e-9)))
+    larger = f"a larger size: --keep-fraction {more:g}" if more > kept else ""
+    if len(steps) != 1:
+        yield "larger fractions in --step, the last one first"
+        return
+    ours = [*_method_advice(steps[0], kept), _data_advice(report)]
+    yield from [text for text in ours if text][: 2 if larger else 3]
+    if larger:
+        yield larger
+
+
+def _method_advice(step: Document, kept: float) -> Iterator[str]:
+    options = section(step, "options")
+    if step.get("name") != "modegpt":
+        yield f"--method modegpt --keep-fraction {kept:.2f}: of the methods here it loses least"
+        return
+    if options.get("allocation") != "marginal":
+        yield "--option allocation=marginal: widths by what each cut costs"
+    elif not options.get("candidates") and options.get("servable") != "native":
+        yield "--option candidates=modegpt,svdllm: the cheaper of two for each module"
+    if options.get("refit") is False:
+        yield "--option refit=true: a second pass, used where it helps on held-out text"
+
+
+def _data_advice(report: Document) -> str:
+    found = section(report, "recipe", "calibration")
+    sequences, length = (number(found.get(key)) for key in ("sequences", "sequence_length"))
+    if not sequences or not length or sequences * length >= ENOUGH_TOKENS:
+        return ""
+    enough = counted(math.ceil(ENOUGH_TOKENS / length), "sequence")
+    had = f"{short_count(sequences * length)} tokens were used"
+    return f"more calibration data: {had}, the papers' {short_count(ENOUGH_TOKENS)} are {enough}"
