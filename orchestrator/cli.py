@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from actors.storage.quoting import require_utf8
+from orchestrator import completion
 from orchestrator.commands import COMMANDS
 from orchestrator.options import (
     RecipeCommand,
@@ -43,9 +44,14 @@ def cli() -> None:
 
 
 @cli.command(cls=RecipeCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=completion.models)
 @recipe_options
-@click.option("--stats", metavar="URI", help="Reuse the statistics that another run kept.")
+@click.option(
+    "--stats",
+    metavar="URI",
+    shell_complete=completion.runs,
+    help="Reuse the statistics that another run kept.",
+)
 @click.option(
     "--keep-statistics", is_flag=True, default=None, help="Keep stats/ at the end, for --stats."
 )
@@ -76,9 +82,14 @@ def run(
 
 
 @cli.command(cls=RecipeCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=completion.models)
 @recipe_options
-@click.option("--stats", metavar="URI", help="Reuse the statistics that another run kept.")
+@click.option(
+    "--stats",
+    metavar="URI",
+    shell_complete=completion.runs,
+    help="Reuse the statistics that another run kept.",
+)
 @click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
 @click.option("--measure", is_flag=True, help="Time a layer on this machine first, and keep it.")
 @terms_options
@@ -98,7 +109,7 @@ def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> N
 
 
 @cli.command("eval")
-@click.argument("directory")
+@click.argument("directory", shell_complete=completion.folders)
 @evaluation_options
 @as_json
 def eval_(directory: str, json_: bool, **given: Any) -> None:
@@ -110,7 +121,7 @@ def eval_(directory: str, json_: bool, **given: Any) -> None:
 
 
 @cli.command()
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @as_json
 def report(run_uri: str, json_: bool) -> None:
     """Print the report of a RUN, and write its page again."""
@@ -120,7 +131,7 @@ def report(run_uri: str, json_: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @as_json
 def status(run_uri: str, json_: bool) -> None:
     """Say how far a RUN is, and who works on it."""
@@ -130,10 +141,23 @@ def status(run_uri: str, json_: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_uri", metavar="RUN")
-@click.option("--method", required=True, metavar="NAME,NAME", help="Methods to compare.")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
+@click.option(
+    "--method",
+    required=True,
+    metavar="NAME,NAME",
+    shell_complete=completion.methods,
+    help="Methods to compare.",
+)
 @click.option("--keep-fraction", required=True, metavar="F,F,...", help="True fractions to keep.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the methods.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of the methods.",
+    shell_complete=completion.options,
+)
 @click.option("--workers", type=int, help="Ray actors. [as in the run]")
 @click.option("--address", help="Ray cluster. [as in the run]")
 @as_json
@@ -157,8 +181,14 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
 
 
 @cli.command()
-@click.argument("run_uri", metavar="RUN")
-@click.option("--point", required=True, metavar="P", help="A name of the sweep's table.")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
+@click.option(
+    "--point",
+    required=True,
+    metavar="P",
+    shell_complete=completion.points,
+    help="A name of the sweep's table.",
+)
 @click.option("--yes", is_flag=True, help="Answer every question with yes.")
 @terms_options
 @as_json
@@ -171,7 +201,7 @@ def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> No
 
 
 @cli.command()
-@click.argument("directory")
+@click.argument("directory", shell_complete=completion.folders)
 @store_option
 @as_json
 def verify(directory: str, model_store: str | None, json_: bool) -> None:
@@ -182,7 +212,7 @@ def verify(directory: str, model_store: str | None, json_: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @click.option("--layers", required=True, metavar="17,20-22", help="Layers to make again.")
 @click.option(
     "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method, for these only."
@@ -212,8 +242,8 @@ def redo(run_uri: str, layers: str, yes: bool, json_: bool, **given: Any) -> Non
 
 
 @cli.command()
-@click.argument("run_a")
-@click.argument("run_b")
+@click.argument("run_a", shell_complete=completion.runs)
+@click.argument("run_b", shell_complete=completion.runs)
 @click.option("--details", is_flag=True, help="Every difference, of each layer too.")
 @as_json
 def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
@@ -224,7 +254,7 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
 
 
 @cli.command()
-@click.argument("directories", nargs=-1, required=True)
+@click.argument("directories", nargs=-1, required=True, shell_complete=completion.folders)
 @click.option("--prompt", type=COUNT, default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--batch", "batches", type=COUNT, multiple=True, help="Batch sizes. [1 and 8]")
 @click.option(
@@ -273,7 +303,7 @@ def stats() -> None:
 
 
 @stats.command("ls")
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @as_json
 def stats_ls(run_uri: str, json_: bool) -> None:
     """List the layers: taps, tokens, bytes."""
@@ -281,7 +311,7 @@ def stats_ls(run_uri: str, json_: bool) -> None:
 
 
 @stats.command("show")
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @as_json
 def stats_show(run_uri: str, json_: bool) -> None:
     """Say what they are of: model revision, data, sequence length, dtype, taps."""
@@ -289,7 +319,7 @@ def stats_show(run_uri: str, json_: bool) -> None:
 
 
 @stats.command("verify")
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @as_json
 def stats_verify(run_uri: str, json_: bool) -> None:
     """Compare every file with its record, and see that its sums can be sums."""

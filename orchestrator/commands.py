@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from orchestrator import completion
 from orchestrator.options import RecipeCommand, config_of, recipe_options, terms_of, terms_options
 from orchestrator.terminal import echo
 
@@ -17,7 +18,7 @@ def cluster() -> None:
 
 
 @cluster.command("lint")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=completion.files)
 @as_json
 def cluster_lint(file: str, json_: bool) -> None:
     """Say what is wrong in a cluster file of Ray or SkyPilot that their own check does not see.
@@ -31,9 +32,14 @@ def cluster_lint(file: str, json_: bool) -> None:
 
 
 @click.command(cls=RecipeCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=completion.models)
 @recipe_options
-@click.option("--stats", metavar="URI", help="Reuse the statistics that another run kept.")
+@click.option(
+    "--stats",
+    metavar="URI",
+    shell_complete=completion.runs,
+    help="Reuse the statistics that another run kept.",
+)
 @click.option("--keep-statistics", is_flag=True, default=None, help="Keep stats/ at the end.")
 @click.option(
     "--to",
@@ -71,7 +77,7 @@ def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: An
 
 
 @click.command()
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
 def logs(run_uri: str, follow: bool) -> None:
     """Print what the job of a submitted RUN printed."""
@@ -81,7 +87,7 @@ def logs(run_uri: str, follow: bool) -> None:
 
 
 @click.command()
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @as_json
 def cancel(run_uri: str, json_: bool) -> None:
     """Stop the job of a submitted RUN; what is done is kept, and submit goes on with it."""
@@ -91,7 +97,7 @@ def cancel(run_uri: str, json_: bool) -> None:
 
 
 @click.command()
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=completion.files)
 @click.option("--dry-run", is_flag=True, help="Check every entry, print the runs, start nothing.")
 @click.option("--yes", is_flag=True, help="Answer every question with yes.")
 @as_json
@@ -118,7 +124,7 @@ def batch(file: str, dry_run: bool, yes: bool, json_: bool) -> None:
 
 
 @click.command()
-@click.argument("run_uri", metavar="RUN")
+@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 @click.option("--price", type=float, default=0.0, metavar="P", help="Of a worker for an hour.")
 @click.option("--once", is_flag=True, help="Print one screen and leave.")
 def watch(run_uri: str, price: float, once: bool) -> None:
@@ -153,7 +159,9 @@ def data() -> None:
 
 
 @data.command("lint")
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.argument(
+    "sources", metavar="SRC...", nargs=-1, required=True, shell_complete=completion.files
+)
 @click.option("--evaluation", default="", metavar="SRC", help="Text that must not be in SRC.")
 @click.option("--model", default="", metavar="MODEL", help="Count its tokens too.")
 @click.option("--sequence-length", default=256, show_default=True, help="Tokens of a sequence.")
@@ -201,7 +209,7 @@ def recipes_ls(json_: bool) -> None:
 
 
 @recipes.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.recipes)
 def recipes_show(name: str) -> None:
     """Print one, to be changed and given to -r as a file."""
     from orchestrator.recipes import text

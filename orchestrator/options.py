@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from orchestrator import completion
 from planners.errors import ConfigError
 from planners.plan import Option, OptionSpec
 
@@ -25,9 +26,10 @@ KEYS = {
     "evaluation_sequences": "evaluation.sequences",
 }
 SOURCES = "stdlib, wikitext2, embedded, FILE.txt, .jsonl or .parquet, or tokens:FILE.safetensors."
+_SOURCE = completion.of(*completion.SOURCES, otherwise=completion.FILE)
 
 _COMPRESSION = (
-    click.option("--method", metavar="NAME",
+    click.option("--method", metavar="NAME", shell_complete=completion.methods,
                  help="How layers shrink. [modegpt; slicegpt with --slice]"),
     click.option("--keep-fraction", type=float, metavar="F",
                  help="Parameters after / before, true counts, embeddings included. [0.8]"),
@@ -35,19 +37,23 @@ _COMPRESSION = (
                  help="In its place: SliceGPT's nominal fraction of the width to remove; fewer "
                  "parameters go than it says."),
     click.option("--step", "steps", multiple=True, metavar="METHOD:F[:KEY=VALUE...]",
+                 shell_complete=completion.steps,
                  help="One of several methods, in order, in place of the three above and --option: "
                  "F of the input model's parameters is left after it; slice=F for a nominal "
                  "slice. Options follow, a colon before each: --step modegpt:0.9:modules=mlp,vo "
                  "--step slicegpt:0.8"),
     click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
+                 shell_complete=completion.options,
                  help="An option of the method, see below; may be repeated."),
-    click.option("--calibration", metavar="SRC",
+    click.option("--calibration", metavar="SRC", shell_complete=_SOURCE,
                  help=f"{SOURCES} [embedded for tiny, else stdlib]"),
     click.option("--calibration-sequences", type=int, metavar="N",
                  help="How many. [all of a token file, 128 of text]"),
     click.option("--calibration-dtype", metavar="DTYPE",
+                 shell_complete=completion.of("auto", "float32", "bfloat16", "float16"),
                  help="float32, bfloat16 or float16. [float32 on a CPU, else the model's own]"),
     click.option("--statistics-dtype", metavar="DTYPE",
+                 shell_complete=completion.of("float64", "float32"),
                  help="float64, or float32: half the disk for statistics, each rounded by at most "
                  "6e-8 of itself. [float64]"),
     click.option("--save-microbatches", type=int, metavar="N",
@@ -56,10 +62,11 @@ _COMPRESSION = (
     click.option("--shards", type=int, metavar="N",
                  help="Sum so many parts of the calibration tokens side by side, each on workers "
                  "of its own, and add them in order: for more workers than layers. [1]"),
-    click.option("--out", metavar="URI", help="Run directory. [runs/MODEL-METHOD-SIZE]"),
+    click.option("--out", metavar="URI", shell_complete=completion.folders,
+                 help="Run directory. [runs/MODEL-METHOD-SIZE]"),
 )  # fmt: skip
 _MEASURING = (
-    click.option("--evaluation", metavar="SRC",
+    click.option("--evaluation", metavar="SRC", shell_complete=_SOURCE,
                  help=f"{SOURCES} [the evaluation split of embedded, stdlib or wikitext2]"),
     click.option("--evaluation-sequences", type=int, metavar="N",
                  help="How many. [all of a token file, all of wikitext2, 128 of other text]"),
@@ -77,17 +84,18 @@ _MACHINES = (
     click.option("--workers", type=int, metavar="N", help="Ray actors, each with a stage. [1]"),
     click.option("--threads", type=int, metavar="N",
                  help="CPU threads of each; other threads, other bits. [1]"),
-    click.option("--address", metavar="ADDR",
+    click.option("--address", metavar="ADDR", shell_complete=completion.of("local", "auto"),
                  help="local: a Ray for this command alone; auto or HOST:PORT: a cluster that "
                  "runs. [local]"),
     click.option("--device", metavar="NAME",
+                 shell_complete=completion.of("auto", "cpu", "cuda"),
                  help="cpu or cuda. [cuda where a worker of the cluster, as it is or fully grown, "
                  "or this machine has a GPU]"),
     click.option("--worker-gib", type=float, metavar="GIB",
                  help="Memory the plan may give a worker. [its share of 80 % of this machine]"),
     click.option("--microbatch-tokens", type=int, metavar="N",
                  help="Tokens that a stage takes at a time; other cuts, other bits. [4096]"),
-    click.option("-r", "--recipe", metavar="FILE.yaml",
+    click.option("-r", "--recipe", metavar="FILE.yaml", shell_complete=completion.recipes,
                  help="Any of these from a file, such as the run.yaml of a run, or a name from "
                  "`compress-cluster recipes ls`."),
 )  # fmt: skip
@@ -135,7 +143,7 @@ class RecipeCommand(click.Command):
         super().format_epilog(ctx, formatter)
         with formatter.section("Options of methods, for --option, with their defaults"):
             formatter.write_dl([
-                (method, " ".join(f"{o.name}={_typed(o.default)}" for o in options))
+                (method, " ".join(f"{o.name}={typed(o.default)}" for o in options))
                 for method, options in method_options().items()
             ])  # fmt: skip
 
@@ -231,7 +239,7 @@ def _options_in(source: str) -> tuple[OptionSpec, ...]:
     return found
 
 
-def _typed(value: Option) -> str:
+def typed(value: Option) -> str:
     """Return a value as it is typed on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 

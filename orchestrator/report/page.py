@@ -128,8 +128,8 @@ def _facts(report: Document) -> dict[str, Any]:
 
 
 def _breakable(text: str) -> Markup:
-    """Return the text, escaped, with places where a narrow line may end."""
-    return Markup("<wbr>").join(re.split(r"(?<=[._/])", text))
+    """Return the text, escaped, with places where a narrow line may end: in no number."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/])(?!(?<=\d\.)\d)", text))
 
 
 def _drawn(*plots: Plot | None) -> list[Plot]:
