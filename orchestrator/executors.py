@@ -30,6 +30,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.storage import hub
 from orchestrator import cluster
 from planners.errors import CompressionError
 
@@ -252,7 +253,12 @@ class RayExecutor:
             name=name,
             runtime_env={"env_vars": environment},
         )
-        return remote.remote(*args)
+        handle = remote.remote(*args)
+        if token := hub.token_in_use():
+            # As an argument of a call: it goes from process to process, and is in no environment,
+            # no description of the actor or its call, and no file.
+            handle.__ray_call__.remote(_lend, token)
+        return handle
 
     def settle(self, handle: Any) -> Any:
         """Return a ticket that answers once the actor's process runs."""
@@ -319,6 +325,12 @@ class RayExecutor:
     def capacity(self) -> str:
         """Return what the cluster has and what of it is free, in words."""
         return cluster.capacity()
+
+
+def _lend(actor: Any, token: str) -> None:
+    """Let this process read from the Hub as its driver does; the first call that it gets."""
+    del actor
+    hub.lend(token)
 
 
 def _settled(actor: Any) -> Whereabouts:

@@ -189,7 +189,8 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     require_disjoint(list(zip(specs, options, strict=True)))
     if given.out:
         Directory(given.out)  # before it is shown to anybody
-    source, store = resolve_model(given.model), resolve_store(given.model_store)
+    source = resolve_model(given.model, copy=given.address == "local")
+    store = resolve_store(given.model_store)
     checkpoint = Checkpoint(source.uri, model_store=store)
     shape = checkpoint.shape
     door.check(checkpoint)
@@ -294,7 +295,8 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         DataError: there is too little text, or it cannot be read.
         ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
     """
-    source, store = resolve_model(given.model), resolve_store(given.model_store)
+    source = resolve_model(given.model, copy=given.address == "local")
+    store = resolve_store(given.model_store)
     checkpoint = Checkpoint(source.uri, model_store=store)
     shape = checkpoint.shape
     door.check_classes(checkpoint)

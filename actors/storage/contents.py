@@ -1,7 +1,8 @@
 """What a model holds, as hashes: a run is of these, and its workers compare what they read.
 
 The contents of a model are ``config.json`` -> sha256 of what it says, and tensor -> sha256 of its
-dtype, shape and bytes. How the tensors are spread over files makes no difference.
+dtype, shape and bytes. How the tensors are spread over files makes no difference. Of a model at a
+commit of the Hub it is file -> sha256 of its bytes, as the Hub states it.
 """
 
 import contextlib
@@ -65,7 +66,8 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if not names:
         return ""
-    said = names[0] if names[0] == CONFIG else f"tensor {names[0]}"
+    is_file = names[0].endswith((".json", ".safetensors"))
+    said = names[0] if is_file else f"tensor {names[0]}"
     return f"{said} of the model changed" + (f", and {len(names) - 1} more" if names[1:] else "")
 
 

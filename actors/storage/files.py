@@ -286,6 +286,14 @@ class Directory:
             digest.update(piece)
         return digest.hexdigest()
 
+    def stated_sha256(self, name: str) -> str:
+        """Return the hash of a file's bytes where its store states it, as the Hub does; or nothing.
+
+        Nothing of the file is read.
+        """
+        stated = getattr(self._fs, "stated_sha256", None)
+        return "" if stated is None else str(self._do(name, lambda: stated(self._full(name))))
+
     def _do(self, name: str, action: Callable[[], _T]) -> _T:
         try:
             return attempt(action, where=self.path(name), retry=not self.is_local)

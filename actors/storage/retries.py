@@ -70,7 +70,11 @@ _PERMANENT: tuple[tuple[re.Pattern[str], str, str], ...] = (
 )
 
 
-class ShortReadError(OSError):
+class PassingError(OSError):
+    """A store failed in a way that may pass by itself."""
+
+
+class ShortReadError(PassingError):
     """A store gave fewer bytes than it had said."""
 
 
@@ -108,7 +112,7 @@ _AGAIN = "what is done is kept; run the same command again when the store is wel
 
 def is_transient(error: OSError) -> bool:
     """Return whether a failure of a store may pass by itself."""
-    if isinstance(error, ShortReadError):
+    if isinstance(error, PassingError):
         return True
     text = str(error)
     return not any(p.search(text) for p, _, _ in _PERMANENT) and bool(_TRANSIENT.search(text))

@@ -12,6 +12,16 @@ from pathlib import Path
 import huggingface_hub as hub  # its parts are imported when first used
 from huggingface_hub import constants, errors
 
+from actors.storage.hub import (
+    COPIES,
+    FILES,
+    HTTP_ERROR,
+    SCHEME,
+    explained,
+    find_model,
+    first_line,
+    no_weights,
+)
 from planners.errors import CompressionError, ConfigError, ModelError, StorageError
 from planners.spelling import did_you_mean
 
@@ -25,13 +35,9 @@ HUB_ALIASES: Mapping[str, str] = {
 }
 ALIASES = (EMBEDDED, *HUB_ALIASES)
 
-# Never a pickle: weights only as safetensors, and what the tokenizer and the config need.
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt"]
-_HUB_COPIES = ["consolidated*"]  # the same weights once more, under other names
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONNECT_SECONDS = 5.0
-_HTTP_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # httpx's, passed on
 _OBJECT_STORES = ("s3://", "gs://")
 
 
@@ -41,7 +47,8 @@ class ModelSource:
 
     Attributes:
         name: short, fit for the name of a folder: the alias, or the last part of path or id.
-        uri: an absolute local directory, or the ``s3://`` or ``gs://`` URI as it was given.
+        uri: an absolute local directory, the ``s3://`` or ``gs://`` URI as it was given, or
+            ``hf://org/name@COMMIT``.
         revision_hint: commit hash of a model from the Hub, else empty: the content decides.
     """
 
@@ -50,8 +57,8 @@ class ModelSource:
     revision_hint: str = ""
 
 
-def resolve_model(name: str) -> ModelSource:
-    """Return where the model of that name is, after downloading it if it is on the Hub.
+def resolve_model(name: str, *, copy: bool = True) -> ModelSource:
+    """Return where the model of that name is.
 
     A name is one of
 
@@ -59,11 +66,16 @@ def resolve_model(name: str) -> ModelSource:
     - a local directory with a ``config.json``; what begins with ``.``, ``/`` or ``~`` or exists is
       never asked of the Hub;
     - an ``s3://`` or ``gs://`` URI, which is not opened here;
-    - a Hub id ``org/name``.
+    - a Hub id ``org/name``, or ``hf://org/name``.
 
     Alias and Hub id may end in ``@revision``: a branch, tag or commit hash. Without one the newest
-    commit is used; either way it is resolved to a commit hash, which is recorded. Without a network
-    the copy that an earlier download left is used.
+    commit is used; either way it is resolved to a commit hash, which is recorded.
+
+    Args:
+        name: of the model.
+        copy: download what is on the Hub to this machine; without a network the copy that an
+            earlier download left is used. Else, and of ``hf://`` always, its files stay where they
+            are: every process, on whichever machine, reads the byte ranges that it needs.
 
     Raises:
         ModelError: there is no such model, it may not be read, or the Hub cannot be reached.
@@ -71,20 +83,22 @@ def resolve_model(name: str) -> ModelSource:
     """
     if name.startswith(_OBJECT_STORES):
         return ModelSource(name=name.rstrip("/").rpartition("/")[2], uri=name)
-    if "://" in name:
+    if "://" in name and not name.startswith(SCHEME):
         raise ModelError(
             f"model {name!r}: is on no known object store",
             hint=f"{' or '.join(_OBJECT_STORES)}..., a local directory, or a Hub id org/name",
         )
     if name == EMBEDDED:
         return ModelSource(name=EMBEDDED, uri=str(embedded_model()))
-    label, _, revision = name.partition("@")
-    if label in HUB_ALIASES:
-        return _download(HUB_ALIASES[label], revision=revision, name=label)
+    if place := hub_place(name):
+        label, repo_id, revision = place
+        if copy and not name.startswith(SCHEME):
+            return _download(repo_id, revision=revision, name=label)
+        commit = find_model(repo_id, revision)
+        return ModelSource(name=label, uri=commit.uri, revision_hint=commit.hash)
     if _is_path(name):
         return _local_model(name)
-    if _HUB_ID.fullmatch(label):
-        return _download(label, revision=revision, name=label.rpartition("/")[2])
+    label = name.partition("@")[0]
     raise ModelError(
         f"model {name!r}: no such directory or alias{did_you_mean(label, ALIASES)}",
         hint=f"a directory with a config.json, a Hub id org/name, or one of: {', '.join(ALIASES)}",
@@ -106,6 +120,21 @@ def resolve_store(given: str) -> str:
             hint="the directory that links in the model's directory lead into, or nothing",
         )
     return os.path.realpath(path)
+
+
+def hub_place(name: str) -> tuple[str, str, str] | None:
+    """Return short name, Hub id and revision of a model that is on the Hub; None of any other.
+
+    Nothing is asked of the Hub. The revision is empty where the name has none.
+    """
+    label, _, revision = name.removeprefix(SCHEME).rstrip("/").partition("@")
+    if label in HUB_ALIASES:
+        return label, HUB_ALIASES[label], revision
+    if not name.startswith(SCHEME) and _is_path(name):
+        return None
+    if not _HUB_ID.fullmatch(label):
+        return None
+    return label.rpartition("/")[2], label, revision
 
 
 def _is_path(name: str) -> bool:
@@ -154,13 +183,10 @@ def _download(repo_id: str, *, revision: str, name: str) -> ModelSource:
         before = _listed(blobs)
         folder = Path(_snapshot(repo_id, revision))
         _check_hashes(folder, new=_listed(blobs) - before, repo_id=repo_id)
-    except (_HTTP_ERROR, errors.HFValidationError, OSError) as error:
+    except (HTTP_ERROR, errors.HFValidationError, OSError) as error:
         raise _explained(error, repo_id=repo_id, revision=revision) from error
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model {repo_id}: the repository has no config.json with .safetensors weights",
-            hint="weights in other formats, such as pytorch_model.bin, are not read; convert them",
-        )
+        raise no_weights(repo_id)
     return ModelSource(name=name, uri=str(folder), revision_hint=folder.name)
 
 
@@ -171,8 +197,8 @@ def _snapshot(repo_id: str, revision: str) -> str:
         return hub.snapshot_download(
             repo_id,
             revision=revision or None,
-            allow_patterns=_HUB_FILES,
-            ignore_patterns=_HUB_COPIES,
+            allow_patterns=list(FILES),
+            ignore_patterns=list(COPIES),
             etag_timeout=_CONNECT_SECONDS,
             local_files_only=local_files_only,
         )
@@ -182,7 +208,7 @@ def _snapshot(repo_id: str, revision: str) -> str:
         hub.HfApi().model_info(repo_id, revision=revision or None, timeout=_CONNECT_SECONDS)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
-    except (_HTTP_ERROR, ConnectionError) as error:
+    except (HTTP_ERROR, ConnectionError) as error:
         try:
             return download(local_files_only=True)
         except errors.LocalEntryNotFoundError:
@@ -225,31 +251,9 @@ def _check_hashes(folder: Path, *, new: set[str], repo_id: str) -> None:
 
 def _explained(error: Exception, *, repo_id: str, revision: str) -> CompressionError:
     """Return what a failed download means for the user."""
-    page = f"https://huggingface.co/{repo_id}"
-    reason = str(error).strip().partition("\n")[0]
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, errors.GatedRepoError):
-        return ModelError(
-            f"model {repo_id}: access is restricted to those who were granted it",
-            hint=f"ask for access at {page}, then {log_in}",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ModelError(
-            f"model {repo_id}: has no revision {revision!r}",
-            hint=f"a branch, a tag or a commit hash of {page}/commits",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return ModelError(
-            f"model {repo_id}: is neither a local directory nor a repository on the Hub",
-            hint=f"check the spelling; if it is private, {log_in}",
-        )
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
         return StorageError(
-            f"model {repo_id}: cannot be written to the cache of downloads: {reason}",
+            f"model {repo_id}: cannot be written to the cache of downloads: {first_line(error)}",
             hint="set HF_HOME to a folder with room",
         )
-    return ModelError(
-        f"model {repo_id}: cannot be downloaded from the Hub: {reason}",
-        hint="check the network and HF_HUB_OFFLINE, or download it elsewhere and give the path of "
-        "its directory",
-    )
+    return explained(error, repo_id=repo_id, revision=revision)

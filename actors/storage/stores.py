@@ -21,12 +21,19 @@ def open_store(uri: str) -> tuple[Any, Any, str]:
 
     Reads are tried once by the client: `actors.storage.retries` tries them again. A streamed upload
     is tried again by the client, part by part, and one part at a time, so that memory is bounded.
+    A model on the Hub is only read.
 
     Raises:
         ValueError: the URI is none that can be opened.
         OSError: its region cannot be found out.
     """
     parts = urlsplit(uri)
+    if parts.scheme == "hf":
+        from actors.storage.hub import HubStore  # most runs have no use for its client
+
+        root = uri.partition("://")[2].rstrip("/")
+        store = HubStore(root)
+        return store, store, root
     if parts.scheme == "s3":
         root = parts.netloc + parts.path
         if not root.strip("/"):
