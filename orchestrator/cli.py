@@ -61,10 +61,11 @@ def cli() -> None:
 @click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Answer every question with yes.")
+@click.option("--token-on-stdin", is_flag=True, hidden=True)
 @terms_options
 @as_json
 def run(
-    model: str | None, yes: bool, json_: bool, **given: Any
+    model: str | None, yes: bool, json_: bool, token_on_stdin: bool, **given: Any
 ) -> None:  # fmt: skip
     """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
 
@@ -76,6 +77,10 @@ def run(
     config = config_of(model, given)
     echo("reading the model and the text", err=True)  # what is imported next takes seconds
     terms = _terms(costs)
+    if token_on_stdin:
+        from actors.storage import hub
+
+        hub.lend(sys.stdin.readline().strip())
     from orchestrator import screens
 
     screens.run(config, terms, **how, yes=yes, json_=json_)

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import local_start
 from orchestrator.clusters.capacity import cluster_file_here, most
+from orchestrator.jobs import LENT
 from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
 
@@ -230,6 +231,29 @@ def drain(node: str, *, seconds: float, message: str, address: str = "") -> None
         raise ClusterError(f"node {node} cannot be drained: {error}") from error
     if not accepted:
         raise ClusterError(f"node {node} cannot be drained: {why}")
+
+
+def take(name: str) -> str:
+    """Return what `orchestrator.jobs.JobClient.lend` left on the head, and remove it there.
+
+    Called in a process that a job started; connecting to the cluster is not needed.
+
+    Raises:
+        ClusterError: it is not there any more, or the head cannot be reached.
+    """
+    key = f"gcs://{name}".encode()
+    try:
+        client = ray._raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
+        found = client.internal_kv_get(key, None)
+        client.internal_kv_del(key, False, None)
+    except (RaySystemError, RpcError) as error:
+        raise ClusterError(f"the head does not give the token for the Hub: {error}") from error
+    if found is None:
+        raise ClusterError(
+            "the token for the Hub is not there any more: the job began too late",
+            hint="submit again",
+        )
+    return bytes(found).decode().removeprefix(LENT)
 
 
 @contextlib.contextmanager

@@ -221,16 +221,25 @@ def recipes_show(name: str) -> None:
 @click.option("--sent-by", required=True)
 @click.option("--tries", type=int, required=True)
 @click.option("--recipe", required=True)
+@click.option("--lent", default="", help="Name of the token for the Hub in the head's memory.")
 @terms_options
-def job(sent_by: str, tries: int, recipe: str, **given: Any) -> None:
+def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
     """Do on the head what `submit` sent."""
     from orchestrator import submission
+
+    secret = ""
+    if lent:
+        from orchestrator import cluster
+
+        secret = cluster.take(lent)
 
     def say(text: str) -> None:
         echo(text, err=True)
 
     sys.exit(
-        submission.do_job(recipe, sent_by=sent_by, tries=tries, say=say, terms=terms_of(given))
+        submission.do_job(
+            recipe, sent_by=sent_by, tries=tries, say=say, terms=terms_of(given), secret=secret
+        )
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from planners.errors import ClusterError, ConfigError
 
@@ -34,6 +35,7 @@ OWNER_ONLY = 0o600
 REFUSED = (401, 403)
 NOT_FOUND = 404
 SERVER_FAULT = 500  # and above
+LENT = "lent to one job: "  # before a secret: the first bytes of a package stand in Ray's errors
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -142,6 +144,29 @@ class JobClient:
             else:
                 return
 
+    def lend(self, secret: str) -> str:
+        """Leave a secret in the memory of the head for a job to take; return the name it is under.
+
+        It is no part of the job, which everybody with the cluster's token can look at, and is in
+        no file. `orchestrator.cluster.take` removes it; what nobody takes Ray removes within
+        minutes.
+
+        Raises:
+            ConfigError: it would go over a network in clear.
+            ClusterError: there is no cluster, or it does not take it.
+        """
+        parts = urlsplit(self.address)
+        if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
+            raise ConfigError(
+                f"--to {self.address}: the token for the Hub would go over the network in clear",
+                hint="`ray dashboard cluster.yaml` makes a tunnel from 127.0.0.1",
+            )
+        name = f"compress-cluster-{uuid4().hex}.zip"  # Ray keeps packages so, by any name
+        path = f"/api/packages/gcs/{name}"
+        self._send("PUT", path, (LENT + secret).encode())
+        self._send("GET", path)  # from now on Ray counts the minutes
+        return name
+
     def info(self, submission_id: str) -> dict[str, Any] | None:
         """Return what is known of a job, or None where the cluster knows none of that name.
 
@@ -178,18 +203,27 @@ class JobClient:
         *,
         seconds: float = TIMEOUT_SECONDS,
     ) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            found = json.loads(self._send(verb, path, data, seconds=seconds))
+        except ValueError as error:
+            raise ClusterError(f"{self.address} is no dashboard of Ray: {error}") from error
+        if not isinstance(found, dict):
+            raise ClusterError(f"{self.address} is no dashboard of Ray")
+        return found
+
+    def _send(
+        self, verb: str, path: str, data: bytes | None = None, *, seconds: float = TIMEOUT_SECONDS
+    ) -> bytes:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         request = urllib.request.Request(
-            self.address + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers=headers,
-            method=verb,
+            self.address + path, data=data, headers=headers, method=verb
         )
         try:
             with self._opener.open(request, timeout=seconds) as answer:
-                found = json.loads(answer.read())
+                found: bytes = answer.read()
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from error
@@ -204,10 +238,6 @@ class JobClient:
                 hint="is it up, and is its tunnel open? `ray up cluster.yaml`, then "
                 "`ray dashboard cluster.yaml` in another terminal",
             ) from error
-        except ValueError as error:
-            raise ClusterError(f"{self.address} is no dashboard of Ray: {error}") from error
-        if not isinstance(found, dict):
-            raise ClusterError(f"{self.address} is no dashboard of Ray")
         return found
 
     def _refusal(self, error: urllib.error.HTTPError) -> ClusterError:

@@ -1,5 +1,6 @@
 """A run as a job: sent to a cluster, found again from its run directory alone, kept alive there."""
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from actors.storage import hub
 from actors.storage.files import Directory
 from actors.storage.records import require_directory
+from actors.storage.sources import hub_place
 from orchestrator.config import RunConfig
 from orchestrator.finished import JOB
 from orchestrator.jobs import ENDED, JobClient
@@ -58,6 +61,9 @@ def submit(
 ) -> Job:
     """Send a run to a cluster and note in its run directory where it went.
 
+    A model on the Hub is looked up here, so that a refusal comes at once and every driver of the
+    run reads the same commit. The token that it was looked up with is lent to the job.
+
     Args:
         config: the recipe.
         address: of the cluster's dashboard.
@@ -67,6 +73,7 @@ def submit(
 
     Raises:
         ConfigError: the run has no directory that both can see, or is already under way.
+        ModelError: the model is on the Hub and may not be read, or the Hub cannot be reached.
         ClusterError: there is no cluster, it has another Ray, or it does not let this client in.
         StorageError: the run directory cannot be written.
     """
@@ -83,10 +90,12 @@ def submit(
             f"the cluster at {address} has Ray {theirs}; this machine has {ours}",
             hint="install the same versions on both: pip install -c constraints.txt",
         )
+    model, token = _looked_up(config.model)
     require_directory(run)
     _refuse_second(run)
     out = run.uri if not run.is_local else str(Path(run.root).resolve())
-    recipe = {**config.model_dump(exclude_unset=True), "out": out, "address": "auto"}
+    own = {"model": model, "out": out, "address": "auto"}
+    recipe = {**config.model_dump(exclude_unset=True), **own}
     job = Job(
         address=client.address,
         submission_id=f"compress-{hashlib.sha256(out.encode()).hexdigest()[:8]}-{uuid4().hex[:8]}",
@@ -96,6 +105,8 @@ def submit(
     )
     words = ["compress-cluster", "job", "--sent-by", job.version, "--tries", str(tries)]
     words += words_of(terms or {})
+    if token:
+        words += ["--lent", client.lend(token)]
     entrypoint = shlex.join([*words, "--recipe", json.dumps(recipe, sort_keys=True)])
     # Before it is sent: a job that the cluster took and did not say so can still be found.
     run.write(JOB, json.dumps(asdict(job), indent=1, sort_keys=True).encode())
@@ -193,15 +204,23 @@ def cancel(run: Directory) -> bool:
     return JobClient(job.address).stop(job.submission_id)
 
 
-def keep_alive(command: list[str], *, tries: int, say: Callable[[str], None]) -> int:
+def keep_alive(
+    command: list[str], *, tries: int, say: Callable[[str], None], secret: str = ""
+) -> int:
     """Run a command until it succeeds, fails for good, or has been tried so often.
 
     A driver that was killed is started again, and so is one that the cluster or storage failed;
     wrong input would only be wrong again. Returns the exit code of the last one.
+
+    Args:
+        command: with its arguments.
+        tries: at most.
+        say: is told why there is another try.
+        secret: given to each on its standard input.
     """
     pause = PAUSE_SECONDS
     for attempt in range(1, tries + 1):
-        code = _run(command)
+        code = _run(command, secret)
         if code == 0 or attempt == tries or not _may_do_better(code):
             return code if code >= 0 else 128 - code
         died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
@@ -224,8 +243,17 @@ def do_job(
     tries: int,
     say: Callable[[str], None],
     terms: Mapping[str, float] | None = None,
+    secret: str = "",
 ) -> int:
     """Do on the head what `submit` sent; return the exit code.
+
+    Args:
+        recipe: as JSON.
+        sent_by: version of this package at the sender.
+        tries: drivers that may be started.
+        say: is told why another one is.
+        terms: what workers cost and how long they last.
+        secret: the token for the Hub that drivers and their workers read the model with.
 
     Raises:
         ClusterError: this package is of another version here than where it was sent from.
@@ -241,12 +269,17 @@ def do_job(
         path.write_text(recipe, encoding="utf-8")  # JSON is YAML
         command = [sys.executable, "-m", "orchestrator", "run", "-r", str(path), "--yes"]
         command += words_of(terms or {})
-        return keep_alive(command, tries=tries, say=say)
+        if secret:
+            command += ["--token-on-stdin"]
+        return keep_alive(command, tries=tries, say=say, secret=secret)
 
 
-def _run(command: list[str]) -> int:
+def _run(command: list[str], secret: str) -> int:
     """Return the exit code of a command; a request to end goes on to it, and is waited for."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE if secret else None, text=True)
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit code says why
+            process.stdin.write(f"{secret}\n")
     asked: list[bool] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -270,6 +303,20 @@ def _may_do_better(code: int) -> bool:
     """Return whether another try is worth it; to be told to stop is no failure."""
     told = (-signal.SIGTERM, -signal.SIGINT)
     return code in AGAIN or (code < 0 and code not in told)
+
+
+def _looked_up(model: str) -> tuple[str, str]:
+    """Return a model's name with its commit, and the token it was found with; of the Hub only.
+
+    Raises:
+        ModelError: it may not be read, or the Hub cannot be reached.
+    """
+    place = hub_place(model)
+    if place is None:
+        return model, ""
+    _, repo_id, revision = place
+    commit = hub.find_model(repo_id, revision)
+    return f"{model.rstrip('/').partition('@')[0]}@{commit.hash}", hub.token_here()
 
 
 def _refuse_second(run: Directory) -> None:

@@ -78,7 +78,7 @@ class FakeHub:
                 with contextlib.suppress(ConnectionError):
                     answer(self)
 
-            do_HEAD = do_GET
+            do_HEAD = do_GET  # noqa: N815 its name
 
         server = ThreadingHTTPServer((self.host, 0), Handler)
         server.daemon_threads = True
@@ -119,9 +119,7 @@ class FakeHub:
         data = self.files[name]
         first, _, last = asked.headers.get("Range", "bytes=0-").partition("=")[2].partition("-")
         start, end = int(first), int(last or len(data) - 1) + 1
-        found = Served(
-            client=asked.client_address[0], name=name, start=start, size=end - start
-        )
+        found = Served(client=asked.client_address[0], name=name, start=start, size=end - start)
         self.served.append(found)
         if self.log:
             with self.log.open("a") as file:

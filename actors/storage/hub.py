@@ -331,7 +331,7 @@ def _require(answer: Any, *, repo_id: str, commit: str) -> None:
         raise PassingError(f"{host} answers {code}")  # its address was signed for minutes only
     try:
         answer.read()
-        hub.utils.hf_raise_for_status(answer)
+        hub.hf_raise_for_status(answer)
     except HTTP_ERROR as error:
         raise explained(error, repo_id=repo_id, revision=commit) from error
 
