@@ -6,6 +6,7 @@ from the CDN needs no token, and a request that brings one along is refused ther
 
 import contextlib
 import hashlib
+import io
 import json
 import sys
 import threading
@@ -13,6 +14,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import constants
+
+from actors.storage import hub as actors_hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/large"
@@ -40,6 +47,8 @@ class FakeHub:
         log: a file that gets a line for each range, or nothing.
         failures: status codes that the next requests to the CDN get instead.
         limits: how many of the next requests to the Hub are told to come again in a second.
+        newest: the commit that main is.
+        wikitext: split -> the parquet file of WikiText-2.
     """
 
     folder: Path
@@ -51,6 +60,7 @@ class FakeHub:
     failures: list[int] = field(default_factory=list)
     limits: int = 0
     newest: str = COMMIT
+    wikitext: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self):
         self.files = {
@@ -91,6 +101,10 @@ class FakeHub:
         if self.limits:
             self.limits -= 1
             return _send(asked, 429, {"RateLimit": '"resolvers";r=0;t=0'})
+        if parts.path.startswith("/datasets/Salesforce/wikitext/resolve/main/wikitext-2-raw-v1/"):
+            data = self.wikitext[parts.path.rpartition("/")[2].partition("-")[0]]
+            etag = hashlib.sha256(data).hexdigest()
+            return _send(asked, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}, data)
         if f"/{REPO}" not in parts.path:
             return _send(asked, 404, {"X-Error-Code": "RepoNotFound"})
         if parts.path.startswith("/api/"):
@@ -126,6 +140,34 @@ class FakeHub:
                 file.write(json.dumps(vars(found)) + "\n")
         where = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
         return _send(asked, 206 if "Range" in asked.headers else 200, where, data[start:end])
+
+
+def used_in_process(hub, monkeypatch, home):
+    """Have this process take a fake Hub for the Hub, with an empty cache and no token."""
+    url = hub.url
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    forget()
+
+
+def forget():
+    """Have this process know nothing of the Hub any more: no token, no list, no header."""
+    actors_hub.lend("")
+    actors_hub._files.cache_clear()
+    actors_hub._small.cache_clear()
+
+
+def wikitext_file(rows):
+    """Return rows of text as the bytes of a parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": rows}), sink)
+    return sink.getvalue()
 
 
 def _sibling(name, data):

@@ -3,14 +3,13 @@
 import codecs
 import contextlib
 import hashlib
-import importlib
 import itertools
 import json
 import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +39,7 @@ _BATCH_ROWS = 256
 _EVALUATION_BUCKETS = (0,)
 _CALIBRATION_BUCKETS = (1, 2)
 
+WIKITEXT = "Salesforce/wikitext"  # on the Hub; a file of it stays in the cache of downloads
 _WIKITEXT_SPLITS = {"train": "train", "calibration": "train", "evaluation": "test"}
 _USE_A_FILE = "download it elsewhere and give a local .txt, .jsonl or .parquet file instead"
 
@@ -131,23 +131,23 @@ def _stdlib_split(name: str) -> str:
 
 
 def _read_wikitext2(split: str) -> Iterator[str]:
+    import huggingface_hub  # most runs have no use for it
+
+    from actors.storage.hub import HTTP_ERROR, token_here
+
     try:
-        datasets: Any = importlib.import_module("datasets")
-    except ModuleNotFoundError as error:
-        raise DataError(
-            "wikitext2: needs the package `datasets`, which is not installed",
-            hint=f"pip install datasets, or {_USE_A_FILE}",
-        ) from error
-    try:
-        rows = datasets.load_dataset(
-            "Salesforce/wikitext", "wikitext-2-raw-v1", split=_WIKITEXT_SPLITS[split]
+        path = huggingface_hub.hf_hub_download(
+            WIKITEXT,
+            f"wikitext-2-raw-v1/{_WIKITEXT_SPLITS[split]}-00000-of-00001.parquet",
+            repo_type="dataset",
+            token=token_here() or False,
         )
-    except OSError as error:  # What `datasets` raises offline: ConnectionError, FileNotFoundError.
+    except (HTTP_ERROR, OSError) as error:
         raise DataError(
-            f"wikitext2: cannot be downloaded from the Hugging Face hub: {error}",
+            f"wikitext2: cannot be downloaded from the Hugging Face hub: {said(error)}",
             hint=_USE_A_FILE,
         ) from error
-    yield "\n\n".join(rows["text"])
+    yield "\n\n".join(_read_parquet(Path(path)))
 
 
 def _read_txt(path: Path) -> Iterator[str]:

@@ -4,14 +4,15 @@ import json
 import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from actors.storage.texts import SPLITS, read_texts
 from planners.errors import DataError
+from tests.hub import FakeHub, used_in_process, wikitext_file
 
 
 @pytest.fixture
@@ -249,31 +250,29 @@ def test_source_without_text_is_refused(tmp_path):
         assert f"{source}: holds no text" in refusal(source)
 
 
-def test_wikitext2_without_datasets_is_refused_with_the_way_out(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    message = refusal("wikitext2")
-    assert "`datasets`, which is not installed" in message
-    assert "local .txt, .jsonl or .parquet file" in message
-
-
-def test_wikitext2_without_the_hub_is_refused_with_the_way_out(monkeypatch):
-    def load_dataset(*_args, **_options):
-        raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    message = refusal("wikitext2")
-    assert "Couldn't reach" in message
-    assert "local .txt, .jsonl or .parquet file" in message
+@pytest.fixture
+def wikitext(tmp_path, monkeypatch):
+    """A Hub that has WikiText-2, as this process sees it."""
+    (tmp_path / "empty").mkdir()
+    with FakeHub(tmp_path / "empty") as hub:
+        used_in_process(hub, monkeypatch, tmp_path)
+        for split in ("train", "test"):
+            hub.wikitext[split] = wikitext_file(["", f" = {split} = \n", " text \n"])
+        yield hub
 
 
 @pytest.mark.parametrize(
     ("split", "split_of_wikitext"),
     [("train", "train"), ("calibration", "train"), ("evaluation", "test")],
 )
-def test_wikitext2_rows_are_joined_by_blank_lines(monkeypatch, split, split_of_wikitext):
-    def load_dataset(name, configuration, *, split):
-        assert (name, configuration) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-        return {"text": ["", f" = {split} = \n", " text \n"]}
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+def test_wikitext2_rows_are_joined_by_blank_lines(wikitext, monkeypatch, split, split_of_wikitext):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as on a node, which has the wheel alone
     assert read("wikitext2", split) == [f"\n\n = {split_of_wikitext} = \n\n\n text \n"]
+
+
+def test_wikitext2_without_the_hub_is_refused_with_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refusal("wikitext2")
+    assert "cannot be downloaded from the Hugging Face hub" in message
+    assert "local .txt, .jsonl or .parquet file" in message
