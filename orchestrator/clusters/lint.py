@@ -8,6 +8,7 @@ from orchestrator import cluster
 from orchestrator.clusters.access import access_findings
 from orchestrator.clusters.document import ClusterFile, Finding, mapping, read_cluster_file
 from orchestrator.clusters.nodes import CLOUDS, node_findings
+from orchestrator.clusters.rights import rights_findings, skypilot_findings
 from orchestrator.clusters.versions import version_findings
 
 LEVELS = ("error", "warning", "note")
@@ -21,12 +22,13 @@ def lint(path: str) -> list[Finding]:
     """
     file = read_cluster_file(path)
     if "provider" not in file.values and {"run", "resources"} & file.values.keys():
-        found = list(_skypilot(file))
+        found = [*_skypilot(file), *skypilot_findings(file)]
     else:
         found = [
             *_schema(file),
             *node_findings(file),
             *access_findings(file),
+            *rights_findings(file),
             *version_findings(file),
             *_start(file),
         ]

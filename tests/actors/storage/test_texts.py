@@ -261,11 +261,12 @@ def wikitext(tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.mark.usefixtures("wikitext")
 @pytest.mark.parametrize(
     ("split", "split_of_wikitext"),
     [("train", "train"), ("calibration", "train"), ("evaluation", "test")],
 )
-def test_wikitext2_rows_are_joined_by_blank_lines(wikitext, monkeypatch, split, split_of_wikitext):
+def test_wikitext2_rows_are_joined_by_blank_lines(monkeypatch, split, split_of_wikitext):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as on a node, which has the wheel alone
     assert read("wikitext2", split) == [f"\n\n = {split_of_wikitext} = \n\n\n text \n"]
 

@@ -1,6 +1,7 @@
 """Our cluster files pass Ray's validator and our lint; each deliberate mistake is found."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from orchestrator import cluster
 from orchestrator.cli import main
 from orchestrator.clusters.lint import lint
+from tests.stores import KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
 OURS = [
@@ -239,6 +241,46 @@ MISTAKES = {
         "examples/clusters/skypilot.yaml", ("envs", "OUT"), "/tmp/run",
         "error", "run", "goes with it",
     ),
+    "a worker without a bucket": (
+        "cluster.yaml", (*CONFIG, "IamInstanceProfile"), None,
+        "error", "available_node_types.spot-l40s.node_config.IamInstanceProfile",
+        "rights to the head alone",
+    ),
+    "a head that cannot start workers": (
+        "cluster.yaml", (*HEAD, "node_config", "IamInstanceProfile"), None,
+        "error", "available_node_types.head.node_config.IamInstanceProfile",
+        "may not hand a role to a worker",
+    ),
+    "no client of the cloud on the head": (
+        "cluster.yaml", ("setup_commands", 2),
+        "pip install -c ~/compress-cluster/dist/constraints.txt ~/compress-cluster/dist/*.whl",
+        "error", "setup_commands", "needs boto3",
+    ),
+    "a token for the Hub in a file": (
+        "cluster.yaml", ("file_mounts", "~/.cache/huggingface/token"),
+        "~/.cache/huggingface/token",
+        "warning", "file_mounts.~/.cache/huggingface/token", "would lie on every node",
+    ),
+    "a worker without a bucket on GCP": (
+        "examples/clusters/gcp.yaml",
+        ("available_node_types", "spot-l4", "node_config", "serviceAccounts"), None,
+        "error", "available_node_types.spot-l4.node_config.serviceAccounts",
+        "rights to the head alone",
+    ),
+    "a scope that only reads": (
+        "examples/clusters/gcp.yaml",
+        ("available_node_types", "spot-l4", "node_config", "serviceAccounts", 0, "scopes"),
+        ["https://www.googleapis.com/auth/devstorage.read_only"],
+        "error", "available_node_types.spot-l4.node_config.serviceAccounts", "no scope lets",
+    ),
+    "no client of GCP on the head": (
+        "examples/clusters/gcp.yaml", ("head_setup_commands",), None,
+        "error", "setup_commands", "needs google-api-python-client",
+    ),
+    "a gated model on SkyPilot": (
+        "examples/clusters/skypilot.yaml", ("secrets",), None,
+        "error", "secrets", "llama-2-70b asks for a token",
+    ),
     "SkyPilot without spot": (
         "examples/clusters/skypilot.yaml", ("resources", "use_spot"), False,
         "warning", "resources.use_spot", "on-demand",
@@ -255,6 +297,34 @@ def test_a_mistake_is_found_with_its_line_and_its_fix(name, tmp_path):
     line = (tmp_path / "file.yaml").read_text().splitlines()[found[0].line - 1]
     if not path.split(".")[-1].isdigit():
         assert not path or any(f"{part}:" in line for part in path.split("."))
+
+
+def test_what_the_roles_may_do_is_in_the_account_and_is_what_the_cluster_file_names(
+    s3_port, monkeypatch, capsys
+):
+    boto3 = pytest.importorskip("boto3")
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_port}")
+    for bucket in ("first", "second"):  # the same command again sets other rights
+        runpy.run_path(str(ROOT / "examples/aws_roles.py"))["main"](bucket)
+    assert "its rights are set anew" in capsys.readouterr().out
+    iam = boto3.client("iam")
+    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    named = {t: each["node_config"]["IamInstanceProfile"]["Name"] for t, each in types.items()}
+    actions = {}
+    for node_type, name in named.items():
+        (role,) = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]
+        policy = iam.get_role_policy(RoleName=role["RoleName"], PolicyName=name)["PolicyDocument"]
+        assert "second" in json.dumps(policy)
+        assert "first" not in json.dumps(policy)
+        found = [statement["Action"] for statement in policy["Statement"]]
+        actions[node_type] = {a for each in found for a in ([each] if type(each) is str else each)}
+    run = {"s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:ListBucket"}
+    autoscaler = {"ec2:RunInstances", "ec2:TerminateInstances", "iam:PassRole", "ssm:GetParameters"}
+    for node_type, allowed in actions.items():
+        assert run <= allowed
+        assert (autoscaler <= allowed) == (node_type == "head")
 
 
 def test_the_settings_of_ec2_are_those_of_its_own_description():
