@@ -12,6 +12,8 @@ from typing import Any
 from actors import methods
 from actors.storage.checkpoint import read_config
 from actors.storage.files import Directory
+from actors.storage.hub import SCHEME
+from actors.storage.sources import hub_place
 from orchestrator.artefact import listed
 from orchestrator.chain import StepInput, planned
 from orchestrator.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
@@ -28,7 +30,15 @@ from planners.plan import MethodSpec, Option, RunPlan, Statistic, Target, to_jso
 from planners.planning import Workload
 from planners.schedule import Outlook, Risk, num_calls, outlook
 from planners.spelling import did_you_mean
-from planners.timetable import KINDS_OF, Clock, Job, phase_work, timetable, transfer_bytes
+from planners.timetable import (
+    KINDS_OF,
+    Clock,
+    Job,
+    download_bytes,
+    phase_work,
+    timetable,
+    transfer_bytes,
+)
 from planners.units import layer_statistics
 from planners.work import Data
 
@@ -110,6 +120,7 @@ class Forecast:
             "notes": list(self.clock.notes) if self.clock else [],
             "flops": {name: task.flops for name, task in work.items()},
             "transfer_bytes": transfer_bytes(self.job),
+            "download_bytes": download_bytes(self.job),
             **(to_json(self.outlook) if self.outlook else {}),
         }
 
@@ -204,6 +215,9 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     )
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
     source = StepInput(config=found, shape=shape, start=dense_start(shape))
+    # What one machine alone works on it has downloaded before.
+    shared = devices is not None or config.address != "local" or config.model.startswith(SCHEME)
+    from_hub = shared and hub_place(config.model) is not None
     jobs: list[Job] = []
     for index, step in enumerate(steps):
         path = f"steps[{index}]" if config.steps else ""
@@ -219,6 +233,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
                 evaluation_tokens=evaluated,
                 start=source.start.form,
                 former=tuple(jobs),
+                from_hub=from_hub and not jobs,
             )
         )
         source = source.after(plan.form)
@@ -262,6 +277,7 @@ def forecast_of(prepared: Prepared, terms: Terms, *, calibrated: bool = False) -
                 evaluation_tokens=int(prepared.evaluation.size),
                 start=step.start.form,
                 former=tuple(jobs),
+                from_hub=not jobs and step.model_uri.startswith(SCHEME),
                 carried=bool(step.former) and step.former[-1].carries,
                 reused=reused if step is prepared.origin else frozenset(),
             )

@@ -9,10 +9,11 @@ from rich.text import Text
 
 from orchestrator.forecast import Forecast
 from orchestrator.report.numbers import bytes_text, seconds_text
+from planners.download import FROM_HUB
 from planners.plan import RunPlan, StagePlan
 from planners.schedule import Quantiles
 from planners.shards import even_shards
-from planners.timetable import phase_work, transfer_bytes
+from planners.timetable import Job, download_bytes, input_bytes, phase_work, transfer_bytes
 
 SHOWN = 3  # waves of which the layers are named
 KINDS = ("weights", "statistics", "boundaries", "workspace", "libraries")
@@ -43,6 +44,7 @@ def _facts(forecast: Forecast, out: str) -> Table:
         "calibration": f"{plan.calibration_tokens:,} tokens in microbatches of "
         f"{forecast.job.data.microbatch_tokens:,}, {forecast.job.data.dtype}",
         "transfers": f"{bytes_text(transfer_bytes(forecast.job))} between stages",
+        **_download(forecast.job),
         "disk": bytes_text(forecast.disk_bytes),
         "run directory": out,
     }
@@ -52,6 +54,18 @@ def _facts(forecast: Forecast, out: str) -> Table:
     for what, how_much in rows.items():
         table.add_row(what, how_much)
     return table
+
+
+def _download(job: Job) -> dict[str, str]:
+    """Return what workers read from the Hub, where the input lies there."""
+    size, once = download_bytes(job), input_bytes(job)
+    if not size:
+        return {}
+    return {
+        "download": f"{bytes_text(size)} from the Hub: {bytes_text(once)} of weights "
+        f"{size / once:.1f} times, each part by the worker that needs it; counted with "
+        f"{FROM_HUB / 1e9:g} GB/s a worker, which is assumed"
+    }
 
 
 def _steps(forecast: Forecast) -> dict[str, str]:

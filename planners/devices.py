@@ -1,6 +1,8 @@
 """How fast known devices are, where nobody has measured: published peaks, and what is had of them.
 
-Every number that comes of this page is called estimated.
+Every number that comes of this page is called estimated. Peaks are those of NVIDIA's data sheets
+of each card (A10G: of the sheet that AWS publishes; B200: of HGX B200, an eighth of eight), dense:
+where a sheet says a rate with sparsity, half of it.
 """
 
 from dataclasses import dataclass
@@ -53,9 +55,12 @@ DEVICES = {
     device.name: device
     for device in (
         Device(name="A100", half=312.0, single=19.5, double=19.5, memory=2.0),
+        Device(name="A10G", half=70.0, single=35.0, double=0.55, memory=0.6),
+        Device(name="B200", half=2250.0, single=75.0, double=37.0, memory=7.7),
         Device(name="H100", half=989.0, single=67.0, double=67.0, memory=3.35),
         Device(name="H200", half=989.0, single=67.0, double=67.0, memory=4.8),
         Device(name="L4", half=121.0, single=30.3, double=0.47, memory=0.3),
+        Device(name="L40S", half=362.0, single=91.6, double=1.43, memory=0.864),
         Device(name="T4", half=65.0, single=8.1, double=0.25, memory=0.32),
     )
 }

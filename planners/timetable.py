@@ -6,6 +6,7 @@ from typing import Any
 
 from planners import work
 from planners.cost import BYTES_OF, dense_model_form, linears_before
+from planners.download import FROM_HUB, stage_bytes, unit_bytes
 from planners.plan import (
     LINEARS,
     LayerForm,
@@ -89,6 +90,10 @@ class Clock:
             return modelled + self.call_seconds
         return sample.seconds * modelled / sample.work.seconds(self.rates) + self.call_seconds
 
+    def download_seconds(self, size: float) -> float:
+        """Return how much longer so many bytes take from the Hub than from where files lie."""
+        return max(0.0, size / FROM_HUB - size / self.rates.read)
+
     def spread_of(self, *kinds: str) -> float:
         """Return the spread of the kinds of a phase: that of the widest that was measured."""
         found = [self.samples[kind].spread for kind in kinds if kind in self.samples]
@@ -110,6 +115,7 @@ class Job:
         former: the steps before, where several methods are applied in turn.
         carried: its statistics are those of the step before, turned.
         reused: statistics that another run has kept.
+        from_hub: its input is read from the Hub, by whoever needs a part of it.
     """
 
     plan: RunPlan
@@ -122,6 +128,12 @@ class Job:
     former: tuple["Job", ...] = ()
     carried: bool = False
     reused: frozenset[Statistic] = frozenset()
+    from_hub: bool = False
+
+    @property
+    def origin(self) -> "Job":
+        """The first step, whose input the run begins with."""
+        return self.former[0] if self.former else self
 
     @property
     def input(self) -> ModelForm:
@@ -141,7 +153,7 @@ class Job:
     @property
     def dense(self) -> ModelShape:
         """Of the model that the run begins with."""
-        return self.former[0].shape if self.former else self.shape
+        return self.origin.shape
 
     @property
     def shape(self) -> ModelShape:
@@ -188,6 +200,8 @@ def timetable(job: Job, clock: Clock, *, former: Sequence[Clock] = ()) -> list[P
     if job.finish:
         for name, task in (("verify", verify_work(job)), ("throughput", throughput_work(job))):
             seconds = clock.start_seconds + clock.seconds(name, task)
+            if name == "throughput" and job.origin.from_hub:
+                seconds += clock.download_seconds(input_bytes(job))
             phases.append(SoloPhase(name=name, seconds=seconds))
     return phases
 
@@ -253,6 +267,31 @@ def transfer_bytes(job: Job) -> int:
     width = BYTES_OF[job.data.dtype]
     passed = [j.data.tokens for j in (*job.former, job) if j.summed and not j.carried]
     return edges * (sum(passed) + 2 * job.evaluation_tokens) * job.shape.hidden * width
+
+
+def download_bytes(job: Job) -> int:
+    """Return the bytes that the workers of the whole run read from the Hub; 0 of other inputs."""
+    first, still = job.origin, Clock(rates=Work(**dict.fromkeys(work.KINDS, 1.0)))
+    if not first.from_hub:
+        return 0
+    whole = sum(stage_bytes(job.dense, stage) for wave in job.plan.waves for stage in wave)
+    loaded = job.plan.chains  # evaluation; each chain holds all layers
+    if first.summed:
+        loaded += first.plan.chains
+    units = [u for p in _shrinking(first, still) if isinstance(p, UnitsPhase) for u in p.units]
+    timed = input_bytes(job) if job.finish else 0
+    return loaded * whole + sum(_unit_download(first, unit) for unit in units) + timed
+
+
+def _unit_download(job: Job, unit: Unit) -> int:
+    if not job.from_hub:
+        return 0
+    return unit_bytes(job.shape, unit, to_the_end=job.options.get("damage") == "loss")
+
+
+def input_bytes(job: Job) -> int:
+    """Return the bytes of the weights of the model that the run begins with."""
+    return job.origin.plan.parameters_before * BYTES_OF[job.shape.dtype]
 
 
 def phase_work(job: Job) -> dict[str, Work]:
@@ -386,6 +425,8 @@ def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> list[Phase]
     passed = [step_work(job, s, observe=True) + _edges(job, wave, s) for s in wave]
     steps = [clock.seconds("calibrate", each) for each in passed]
     loads = [clock.seconds("load", stage_load_work(job, s, observe=True)) for s in wave]
+    if job.from_hub:
+        loads = _with_download(loads, job, clock, wave)
     sizes = _sizes(job.data.tokens, job.data)
     cuts = shard_cuts(job.data.shards, len(sizes))
     passes: list[Phase] = [
@@ -409,17 +450,28 @@ def _evaluate(job: Job, clock: Clock, wave: Sequence[StagePlan], *, compressed: 
     steps = [
         step_work(job, s, observe=False, compressed=compressed) + _edges(job, wave, s) for s in wave
     ]
-    loads = [stage_load_work(job, s, compressed=compressed) for s in wave]
     suffix = "_compressed" if compressed else ""
+    loads = [
+        clock.seconds(f"load{suffix}", stage_load_work(job, s, compressed=compressed)) for s in wave
+    ]
+    if job.origin.from_hub and not compressed:
+        loads = _with_download(loads, job, clock, wave)
     sizes = _sizes(job.evaluation_tokens, job.data)
     return PassPhase(
         name="evaluate",
-        loads=[clock.seconds(f"load{suffix}", load) for load in loads],
+        loads=loads,
         steps=[clock.seconds(f"evaluate{suffix}", step) for step in steps],
         chains=[sizes[slice(*cut)] for cut in shard_cuts(job.plan.chains, len(sizes))],
         publishes=[[] for _ in wave],
         handover=_handover(job, clock),
     )
+
+
+def _with_download(
+    loads: Sequence[float], job: Job, clock: Clock, wave: Sequence[StagePlan]
+) -> list[float]:
+    sizes = [stage_bytes(job.dense, stage) for stage in wave]
+    return [t + clock.download_seconds(size) for t, size in zip(loads, sizes, strict=True)]
 
 
 def _edges(job: Job, wave: Sequence[StagePlan], stage: StagePlan) -> Work:
@@ -440,9 +492,11 @@ def _units(name: str, units: Sequence[Unit], job: Job, clock: Clock) -> UnitsPha
     known: dict[Any, float] = {}
     seconds = {}
     for unit in units:
-        key = (unit.kind, unit.index if _is_special(job, unit) else -2)
+        size = _unit_download(job, unit)
+        key = (unit.kind, unit.index if _is_special(job, unit) else -2, size)
         if key not in known:
-            known[key] = clock.seconds(unit.kind, unit_work(job, unit))
+            seconds_here = clock.seconds(unit.kind, unit_work(job, unit))
+            known[key] = seconds_here + clock.download_seconds(size)
         seconds[unit.name] = known[key]
     return UnitsPhase(name=name, units=units, seconds=seconds)
 

@@ -78,7 +78,7 @@ def _autoscaler(file: ClusterFile, package: str) -> Iterator[Finding]:
     if not any(package in text for text in installs) and "docker" not in file.values:
         yield file.finding(
             "error", ("setup_commands",),
-            f"the head's autoscaler needs {package}, and the setup does not bring it: no worker starts",
+            f"the autoscaler needs {package}, and the setup does not bring it: no worker starts",
             f"pip install {package}",
         )  # fmt: skip
 

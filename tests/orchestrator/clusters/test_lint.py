@@ -278,7 +278,7 @@ MISTAKES = {
         "error", "setup_commands", "needs google-api-python-client",
     ),
     "a gated model on SkyPilot": (
-        "examples/clusters/skypilot.yaml", ("secrets",), None,
+        "examples/clusters/skypilot.yaml", ("secrets",), {"WANDB_API_KEY": None},
         "error", "secrets", "llama-2-70b asks for a token",
     ),
     "SkyPilot without spot": (
