@@ -22,7 +22,7 @@ from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import local_start
-from orchestrator.clusters.capacity import cluster_file_here, most
+from orchestrator.clusters.capacity import awaited, cluster_file_here, most
 from orchestrator.jobs import LENT
 from orchestrator.notices import METADATA, Notice, watch
 from planners.errors import ClusterError
@@ -410,6 +410,8 @@ def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
     cpus, gpus, grown = facts.cpus, facts.gpus, ""
     if facts.address != "local" and (num_cpus > cpus or num_gpus > gpus):
         file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
+        if awaited(file, facts.num_nodes):
+            return  # whoever waits for them says so
         most_cpus, most_gpus = most(file, "CPU"), most(file, "GPU")
         if most_cpus > cpus or most_gpus > gpus:
             cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"

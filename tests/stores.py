@@ -22,7 +22,7 @@ _SERVER = """
 import logging, sys
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server = ThreadedMotoServer(ip_address=sys.argv[1], port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
@@ -30,10 +30,13 @@ sys.stdin.read()
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[int]:
-    """Start moto's server for the length of a block; give its port on 127.0.0.1."""
+def s3_server(host: str = "127.0.0.1") -> Iterator[int]:
+    """Start moto's server for the length of a block; give its port."""
     with subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _SERVER, host],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as server:
         assert server.stdout is not None
         try:
@@ -42,11 +45,11 @@ def s3_server() -> Iterator[int]:
             server.kill()
 
 
-def new_bucket(port: int) -> str:
+def new_bucket(port: int, host: str = "127.0.0.1") -> str:
     """Make a bucket and return its name."""
     name = f"bucket-{uuid4().hex[:12]}"
     store = fs.S3FileSystem(
-        endpoint_override=f"127.0.0.1:{port}",
+        endpoint_override=f"{host}:{port}",
         scheme="http",
         region="us-east-1",
         allow_bucket_creation=True,
@@ -55,9 +58,9 @@ def new_bucket(port: int) -> str:
     return name
 
 
-def uri_of(port: int, path: str) -> str:
+def uri_of(port: int, path: str, host: str = "127.0.0.1") -> str:
     """Return the URI of something in a bucket of the server at a port."""
-    query = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+    query = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
     return f"s3://{path}?{query}"
 
 

@@ -30,6 +30,17 @@ def most(values: Mapping[str, Any], resource: str) -> float:
     return total
 
 
+def awaited(values: Mapping[str, Any], num_nodes: int) -> int:
+    """Return how many of the machines that one owns, and that a file lists, have not come yet.
+
+    What they have is known to nobody before: `ray up` is done as soon as the head is.
+    """
+    provider = mapping(values.get("provider"))
+    if provider.get("type") != "local":
+        return 0
+    return max(0, 1 + len(provider.get("worker_ips") or ()) - num_nodes)
+
+
 def cluster_file_here() -> Mapping[str, Any]:
     """Return the cluster file that made this machine a head; empty on any other machine."""
     try:

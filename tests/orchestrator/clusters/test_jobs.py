@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import jobs, submission
 from orchestrator.cli import main
-from orchestrator.clusters.capacity import most
+from orchestrator.clusters.capacity import awaited, most
 from orchestrator.jobs import JobClient
 from planners.errors import ClusterError, ConfigError
 
@@ -66,6 +66,14 @@ def test_a_cluster_that_grows_has_what_its_file_says_and_no_more_machines_than_i
     assert most(file, "GPU") == 4 + 1 + 1
     assert most(file, "CPU") == 16 + 8 + 8
     assert most({}, "GPU") == 0
+
+
+def test_machines_of_ones_own_are_awaited_until_all_have_come():
+    file = {"provider": {"type": "local", "head_ip": "a", "worker_ips": ["b", "c"]}}
+    assert [awaited(file, nodes) for nodes in (1, 2, 3, 4)] == [2, 1, 0, 0]
+    assert awaited({"provider": {"type": "aws"}}, 1) == 0
+    assert awaited({"provider": {"type": "local", "head_ip": "a", "worker_ips": []}}, 1) == 0
+    assert awaited({}, 1) == 0
 
 
 def test_no_cluster_is_said_at_once():
