@@ -14,7 +14,8 @@ from orchestrator.consent import ask_before, asker, require_consent
 from orchestrator.forecast import Forecast, Terms, forecast_of
 from orchestrator.journal import Event
 from orchestrator.progress import ProgressScreen
-from orchestrator.report.numbers import seconds_text
+from orchestrator.report.numbers import change, decimal, percent, quotient, seconds_text
+from orchestrator.report.terminal import TONES
 from orchestrator.terminal import Console
 from planners.errors import ClusterError, CompressionError
 

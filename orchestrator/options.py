@@ -25,7 +25,10 @@ KEYS = {
     "evaluation": "evaluation.source",
     "evaluation_sequences": "evaluation.sequences",
 }
-SOURCES = "stdlib, wikitext2, embedded, FILE.txt, .jsonl or .parquet, or tokens:FILE.safetensors."
+SOURCES = (
+    "stdlib, wikitext2, embedded, FILE.txt, .jsonl (either also .gz, .zst) or .parquet, "
+    "or tokens:FILE.safetensors."
+)
 _SOURCE = completion.of(*completion.SOURCES, otherwise=completion.FILE)
 
 _COMPRESSION = (

@@ -1,7 +1,5 @@
 """Where calibration and evaluation text comes from."""
 
-import codecs
-import contextlib
 import hashlib
 import itertools
 import json
@@ -9,11 +7,17 @@ import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.storage.characters import (
+    ENDINGS,
+    NotDecodedError,
+    bare_name,
+    characters,
+    refuse_packed,
+)
 from actors.storage.quoting import said, shown
 from planners.errors import DataError
 from planners.spelling import did_you_mean
@@ -33,8 +37,7 @@ _NOT_LIBRARY_CODE = {
 # Files that describe the machine on which the interpreter was built, so no two machines share them.
 _WRITTEN_BY_THE_BUILD = ("_sysconfigdata", "config-")
 _NUM_BUCKETS = 20
-_READ_BYTES = 2**20
-_MAX_LINE_BYTES = 2**26
+_MAX_LINE = 2**26  # characters
 _BATCH_ROWS = 256
 _EVALUATION_BUCKETS = (0,)
 _CALIBRATION_BUCKETS = (1, 2)
@@ -55,7 +58,8 @@ def read_texts(source: str, *, split: str) -> Iterator[str]:
       split, each joined into the one text that published perplexities are measured on;
     - a path that ends in ``.txt`` (one text, in pieces where it is long), ``.jsonl`` (key ``text``
       of each line) or ``.parquet`` (column ``text``): the whole file whatever the split, so give
-      each its own.
+      each its own. The first two may be packed, such as ``.txt.gz`` or ``.jsonl.zst``, and are
+      UTF-8, or UTF-16 or UTF-32 with a mark (`actors.storage.characters`).
 
     Raises:
         DataError: at the call if the source is unknown, cannot be opened or holds no text; while
@@ -75,13 +79,19 @@ def _open_source(source: str, split: str) -> Iterator[str]:
         return _read_stdlib(split)
     if source == "wikitext2":
         return _read_wikitext2(split)
+    if "://" in source:
+        raise DataError(
+            f"{shown(source)}: text is read from files of this machine",
+            hint="copy it here, and give the path of the copy",
+        )
     path = Path(source)
-    reader = _FILE_READERS.get(path.suffix.lower())
+    reader = _FILE_READERS.get(Path(bare_name(path)).suffix.lower())
     if reader is None:
         what = "is a file of another kind" if path.is_file() else "is no source of text"
         raise DataError(
             f"{shown(source)} {what}" + did_you_mean(source, NAMED),
-            hint=f"stdlib, wikitext2, or the path of a file ending in {', '.join(_FILE_READERS)}",
+            hint=f"stdlib, wikitext2, or the path of a file ending in {', '.join(_FILE_READERS)}, "
+            f"or these and {', '.join(ENDINGS)}",
         )
     require_file(path, hint="give the path of an existing local file")
     return reader(path)
@@ -152,12 +162,15 @@ def _read_wikitext2(split: str) -> Iterator[str]:
 
 def _read_txt(path: Path) -> Iterator[str]:
     rest = ""
-    for text in _decoded(path):
-        rest += text
-        while len(rest) > MAX_PIECE:
-            end = piece_end(rest, 0)
-            yield rest[:end]
-            rest = rest[end:]
+    try:
+        for text in characters(path):
+            rest += text
+            while len(rest) > MAX_PIECE:
+                end = piece_end(rest, 0)
+                yield rest[:end]
+                rest = rest[end:]
+    except NotDecodedError as error:
+        raise DataError(f"{path}: {error.said}", hint=error.hint) from error
     yield rest
 
 
@@ -167,62 +180,51 @@ def piece_end(text: str, start: int) -> int:
     return text.rfind("\n", start, limit) + 1 or limit
 
 
-def _decoded(path: Path) -> Iterator[str]:
-    """Return a UTF-8 file in pieces, so that a large one is never whole in memory."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # editors begin files with a mark
-    position = 0
-    with _opened(path) as file:
-        data = b"more"
-        while data:
-            data = file.read(_READ_BYTES)
-            pending = len(decoder.getstate()[0])
-            try:
-                yield decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(error, where=str(path), at=position - pending) from error
-            position += len(data)
-
-
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with _opened(path) as file:
-        lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            if len(line) == _MAX_LINE_BYTES:
-                raise DataError(
-                    f"{where}: is longer than {_MAX_LINE_BYTES} bytes",
-                    hint="give one document a line",
-                )
-            if line.strip():
-                yield _text_of_line(line, where=where)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+    number = 0
     try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                yield _text_of_line(line, where=f"{path}, line {number}")
+    except NotDecodedError as error:
+        raise DataError(f"{path}, line {number + 1}: {error.said}", hint=error.hint) from error
 
 
-def _text_of_line(line: bytes, *, where: str) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    """Return the lines of a file; one that never ends is not waited for."""
+    number, length = 1, 0
+    begun: list[str] = []
+    for piece in characters(path):
+        first, *others = piece.split("\n")
+        begun.append(first)
+        length += len(first)
+        for other in others:
+            yield "".join(begun)
+            number, begun, length = number + 1, [other], len(other)
+        if length > _MAX_LINE:
+            raise DataError(
+                f"{path}, line {number}: is longer than {_MAX_LINE} characters",
+                hint="give one document a line",
+            )
+    yield "".join(begun)
+
+
+def _text_of_line(line: str, *, where: str) -> str:
     expected = 'each line must be an object such as {"text": "..."}'
     try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error, where=where) from error
+        value = json.loads(line.removeprefix("\ufeff"))  # as files that were joined have
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON: {said(error)}", hint=expected) from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: is a {type(value).__name__}, not an object", hint=expected)
+        raise DataError(f"{where}: is {_JSON[type(value)]}, not an object", hint=expected)
     if "text" not in value:
         keys = shown(list(value)).strip("[]") or "none"
         raise DataError(f"{where}: has no key 'text'; its keys: {keys}", hint=expected)
     text = value["text"]
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: key 'text' is a {type(text).__name__}, not a string", hint=expected
+            f"{where}: key 'text' is {_JSON[type(text)]}, not a string",
+            hint=f"{expected}; leave out lines without text",
         )
     try:
         text.encode()
@@ -232,43 +234,77 @@ def _text_of_line(line: bytes, *, where: str) -> str:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    expected = "the file must have a column `text` of strings without nulls"
+    refuse_packed(path)
     try:
         with pq.ParquetFile(path) as file:
-            _check_text_column(file.schema_arrow, path=path, expected=expected)
+            _check_text_column(file.schema_arrow, path=path)
             batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=["text"])
             rows = (row for batch in batches for row in batch["text"])
             for number, row in enumerate(rows, start=1):
-                if not row.is_valid:
-                    raise DataError(f"{path}, row {number}: text is null", hint=expected)
-                yield row.as_py()
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error, where=str(path)) from error
+                yield _text_of_row(row, where=f"{path}, row {number}")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: is not a readable parquet file: {said(error)}", hint=expected
+            f"{path}: is not a readable parquet file: {said(error)}", hint=_COLUMN
         ) from error
 
 
-def _check_text_column(schema: pa.Schema, *, path: Path, expected: str) -> None:
+def _text_of_row(row: pa.Scalar, *, where: str) -> str:
+    try:
+        text = row.as_py()
+        # Some writers leave out that bytes are a string.
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: is not UTF-8: {error.reason} at byte {error.start}",
+            hint="decode it in the encoding that it is in, and write the column as strings",
+        ) from error
+    if text is None:
+        raise DataError(
+            f"{where}: text is null", hint=f"{_COLUMN}, without nulls: leave out rows without text"
+        )
+    return str(text)
+
+
+def _check_text_column(schema: pa.Schema, *, path: Path) -> None:
     count = schema.names.count("text")
     if count != 1:
         columns = shown(schema.names).strip("[]") or "none"
         raise DataError(
-            f"{path}: has {count or 'no'} column 'text'; its columns: {columns}", hint=expected
+            f"{path}: has {count or 'no'} column 'text'; its columns: {columns}",
+            hint=f"{_COLUMN}: rename the one that holds it",
         )
     column = schema.field("text").type
-    if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
-        raise DataError(f"{path}: column 'text' is of type {column}, not string", hint=expected)
+    if not any(holds(_stored(column)) for holds in _STRINGS):
+        rows = ": `df.explode('text')` in pandas has one a row" if pa.types.is_list(column) else ""
+        raise DataError(
+            f"{path}: column 'text' is of type {shown(str(column))[1:-1]}, not string",
+            hint=_COLUMN + rows,
+        )
 
 
-def _not_utf8(error: UnicodeDecodeError, *, where: str, at: int = 0) -> DataError:
-    return DataError(
-        f"{where}: is not UTF-8: {error.reason} at byte {at + error.start}",
-        hint="convert it, for example with `iconv -t UTF-8`",
-    )
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """Return the type of a column's values, without what only says how they are kept."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
+_COLUMN = "the file must have one column `text` of strings"
+_STRINGS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
+_JSON: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 _FILE_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,

@@ -1,7 +1,9 @@
 """Tokens, texts and tokenizers of strangers: refused by the file, and by the line if there is."""
 
 import contextlib
+import gzip
 import json
+import lzma
 import os
 import pickle
 import shutil
@@ -100,12 +102,17 @@ def test_a_text_that_does_not_exist_is_refused(refused, path):
     refused(DataError, "no such file", calibration__source=path)
 
 
-@pytest.mark.parametrize("name", ["text.csv", "text", "https://example.org/text.txt", "Stdlib"])
+@pytest.mark.parametrize("name", ["text.csv", "text", "text.gz", "s3://bucket/text.txt", "Stdlib"])
 def test_an_unknown_source_is_refused_with_those_there_are(refused, name):
-    words = "stdlib, wikitext2" if "//" not in name else "no such file"
+    words = "stdlib, wikitext2" if "//" not in name else "text is read from files of this machine"
     refused(DataError, words, calibration__source=name)
 
 
+def zstd(data):
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+FLIPPED = gzip.compress(b"a" * 99)[:-5] + b"\0" * 5  # another checksum and length
 TEXTS = {
     "empty.txt": (b"", "holds no text"),
     "mark.txt": (b"\xef\xbb\xbf", "holds no text"),
@@ -117,8 +124,8 @@ TEXTS = {
     "broken.jsonl": (b'{"text": "a"}\n{"text"', "line 2: is not JSON"),
     "list.jsonl": (b'["text"]', "line 1: is a list, not an object"),
     "other.jsonl": (b'{"content": "a"}', "line 1: has no key 'text'; its keys: 'content'"),
-    "number.jsonl": (b'{"text": 3}', "line 1: key 'text' is a int, not a string"),
-    "null.jsonl": (b'{"text": null}', "line 1: key 'text' is a NoneType, not a string"),
+    "number.jsonl": (b'{"text": 3}', "line 1: key 'text' is a number, not a string"),
+    "null.jsonl": (b'{"text": null}', "line 1: key 'text' is null, not a string"),
     "nested.jsonl": (b'{"text":' * 100_000, "line 1: is not JSON"),
     "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}", "line 1: is not JSON"),
     "latin.jsonl": (b'{"text": "\xe9"}', "line 1: is not UTF-8"),
@@ -127,6 +134,18 @@ TEXTS = {
         "line 1: has no key 'text'; its keys: '0', '1'",
     ),
     "surrogate.jsonl": (b'{"text": "\\ud800 alone"}', "line 1: key 'text' is no text"),
+    "half.jsonl.gz": (
+        gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
+        "is gzip that cannot be unpacked",
+    ),
+    "flipped.txt.gz": (FLIPPED, "is gzip that cannot be unpacked"),
+    "half.txt.zst": (zstd(b"a" * 99)[:-1], "is zstd that cannot be unpacked: Truncated"),
+    "twice.txt.gz": (gzip.compress(gzip.compress(b"a")), "is gzip in gzip, which is not unpacked"),
+    "packed.parquet.gz": (gzip.compress(b"PAR1"), "is gzip, which is not unpacked here"),
+    "xz.txt": (lzma.compress(b"a"), "is xz, which is not unpacked here"),
+    "parquet.txt": (b"PAR1\x15\x04", "is a parquet file"),
+    "torn.txt": ("é".encode("utf-16") + b"a", "is not UTF-16LE: truncated data at byte 4"),
+    "half.txt": (b"\xff\xfe\x00\xd8", "is not UTF-16LE: unexpected end of data at byte 2"),
     "text.parquet": (b"PAR1", "is not a readable parquet file"),
     "empty.parquet": (b"", "is not a readable parquet file"),
     "pickle.parquet": (pickle.dumps([1]), "is not a readable parquet file"),
@@ -145,6 +164,16 @@ def test_a_line_without_end_is_refused(refused, tmp_path):
     path = tmp_path / "line.jsonl"
     with path.open("wb") as file:
         file.truncate(2**40)
+    refused(DataError, "line 1: is longer than", calibration__source=str(path))
+
+
+@pytest.mark.parametrize("packing", ["gzip", "zstd"])
+def test_a_line_without_end_is_refused_in_little_that_unpacks_to_much(refused, tmp_path, packing):
+    path = tmp_path / "line.jsonl"
+    with pa.CompressedOutputStream(str(path), packing) as file:
+        for _ in range(66):
+            file.write(b" " * 2**20)
+    assert path.stat().st_size < 2**17
     refused(DataError, "line 1: is longer than", calibration__source=str(path))
 
 
@@ -201,8 +230,8 @@ TABLES = {
         "has no column 'text'; its columns: 'content'",
     ),
     "numbers": (column([1, 2]), "column 'text' is of type int64, not string"),
-    "bytes": (column([b"a"]), "column 'text' is of type binary, not string"),
-    "lists": (column([["a"]]), "column 'text' is of type list"),
+    "bytes": (column([b"a", b"\xe9"]), "row 2: is not UTF-8: unexpected end of data at byte 0"),
+    "lists": (column([["a"]]), "column 'text' is of type list<element: string>, not string"),
     "objects": (column([{"a": 1}]), "column 'text' is of type struct"),
     "a null": (column(["a", None]), "row 2: text is null"),
     "no rows": (column([], pa.string()), "holds no text"),
@@ -321,5 +350,5 @@ def test_a_long_text_gives_the_same_tokens_whole_and_in_pieces(source, model, mo
         "sequence_length": 32, "num_sequences": 8, "bos": True, "seed": 0,
     }  # fmt: skip
     whole = tokens.prepare_tokens(path, **arguments)
-    monkeypatch.setattr("actors.storage.texts._READ_BYTES", 1000)
+    monkeypatch.setattr("actors.storage.characters._READ_BYTES", 1000)
     assert np.array_equal(whole, tokens.prepare_tokens(path, **arguments))

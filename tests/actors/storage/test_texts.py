@@ -127,10 +127,20 @@ def test_jsonl_blank_lines_and_empty_texts_are_passed_over(tmp_path):
     assert read(path) == ["a"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_parquet_yields_the_text_column_in_order(tmp_path, kind):
-    source = write_table(tmp_path / "a.parquet", id=[1, 2], text=pa.array(["a", "b"], kind))
-    assert read(source) == ["a", "b"]
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
+        pa.binary_view(), pa.dictionary(pa.int8(), pa.string()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parquet_yields_the_text_column_in_order_whatever_keeps_its_strings(tmp_path, kind):
+    texts = ["é", "", "b", "é"] * 300
+    table = pa.table({"id": range(1200), "text": pa.array(texts).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    assert read(tmp_path / "a.parquet") == [text for text in texts if text]
 
 
 def test_a_local_file_is_the_same_for_every_split(tmp_path):
@@ -197,8 +207,8 @@ def test_jsonl_that_is_not_utf8_is_refused_with_its_line(tmp_path):
         ('{"text": ', "is not JSON"),
         ('["text"]', "is a list, not an object"),
         ('{"body": "a", "id": 1}', "has no key 'text'; its keys: 'body', 'id'"),
-        ('{"text": 3}', "key 'text' is a int, not a string"),
-        ('{"text": null}', "key 'text' is a NoneType, not a string"),
+        ('{"text": 3}', "key 'text' is a number, not a string"),
+        ('{"text": null}', "key 'text' is null, not a string"),
     ],
 )
 def test_bad_jsonl_line_is_refused_with_its_number(tmp_path, line, complaint):
