@@ -246,9 +246,13 @@ def _clock(date: str) -> Iterator[Check]:
 
 def _extras() -> Iterator[Check]:
     """Yield what is not installed and only some need."""
-    there = importlib.util.find_spec("boto3") is not None
-    yield Check(
-        level="ok" if there else "note", name="boto3",
-        said="is there" if there else "is not installed; cluster.yaml on AWS needs it",
-        fix="" if there else "pip install boto3",
-    )  # fmt: skip
+    for module, why in (
+        ("boto3", "cluster.yaml on AWS"),
+        ("sentencepiece", "text for a model whose tokenizer is tokenizer.model alone"),
+    ):
+        there = importlib.util.find_spec(module) is not None
+        yield Check(
+            level="ok" if there else "note", name=module,
+            said="is there" if there else f"is not installed; {why} needs it",
+            fix="" if there else f"pip install {module}",
+        )  # fmt: skip

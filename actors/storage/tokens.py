@@ -2,10 +2,13 @@
 
 import hashlib
 import importlib
+import importlib.util
 import itertools
 import json
 import math
 import os
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,10 @@ _MIN_CHARACTERS = 2_000_000  # so much text is looked at, if there is so much, h
 _MIN_SURPLUS = 4  # times the tokens that are needed
 _MIN_LENGTH = 2  # the first token is not predicted
 _NUM_AXES = 2
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\s*$")  # a line of it; SentencePiece is binary
+_LINE_BYTES = 1024
+_OTHERWISE = "or put its tokenizer.json there, or give tokens:FILE.safetensors"
 _PACKED = "one int64 tensor input_ids of shape (sequences, tokens)"
 
 
@@ -243,15 +250,44 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Return the tokenizer in a model's directory; code that comes with it is not run.
 
     Raises:
-        DataError: there is none, or it is broken.
+        DataError: there is none, it is broken, or a package that reads it is not installed.
     """
-    transformers: Any = importlib.import_module("transformers")  # Seconds; token files need none.
     _check_size(directory)
+    _check_vocabulary(directory)
+    transformers: Any = importlib.import_module("transformers")  # Seconds; token files need none.
     with _Broken(directory):
         tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
+        ids = tokenizer(string.printable, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:  # transformers makes one of special tokens alone
+        read = type(tokenizer).__name__
+        raise _no_tokenizer(directory, f"{read} reads no vocabulary from the files that are there")
     return tokenizer
+
+
+def _check_vocabulary(directory: Path) -> None:
+    """See that there is a vocabulary, and the package that reads one which is not JSON."""
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise _no_tokenizer(directory, f"none of {', '.join(_VOCABULARIES)} is there")
+    path = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").is_file() or not path.is_file():
+        return
+    with path.open("rb") as file:
+        package = "tiktoken" if _TIKTOKEN.match(file.readline(_LINE_BYTES)) else "sentencepiece"
+    if importlib.util.find_spec(package) is None:
+        raise DataError(
+            f"{directory}: its tokenizer is tokenizer.model alone, which the package {package} "
+            "reads, and that is not installed",
+            hint=f"pip install {package}, {_OTHERWISE}",
+        )
+
+
+def _no_tokenizer(directory: Path | str, why: str) -> DataError:
+    return DataError(
+        f"{directory}: has no tokenizer that can be loaded: {why}",
+        hint=_OTHERWISE.removeprefix("or "),
+    )
 
 
 def _check_size(directory: Path) -> None:
@@ -294,10 +330,7 @@ class _Broken:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None and (kind is Exception or isinstance(error, self._KINDS)):
-            raise DataError(
-                f"{self._directory}: has no tokenizer that can be loaded: {said(error)}",
-                hint="put its tokenizer.json there, or give tokens:FILE.safetensors",
-            ) from error
+            raise _no_tokenizer(self._directory, said(error)) from error
 
 
 def _guarded(tokenizer: Tokenizer, directory: str) -> Callable[[str], Tokens]:

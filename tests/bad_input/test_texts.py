@@ -1,5 +1,6 @@
 """Tokens, texts and tokenizers of strangers: refused by the file, and by the line if there is."""
 
+import base64
 import contextlib
 import gzip
 import json
@@ -7,6 +8,7 @@ import lzma
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -295,7 +297,41 @@ def test_a_broken_tokenizer_is_refused_only_where_text_must_be_tokenised(
     refused(DataError, f"{model}: has no tokenizer that can be loaded", calibration__source=path)
 
 
+TIKTOKEN = b"".join(base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256))
+# What is there in place of tokenizer.json, and what the refusal says.
+INSTEAD = {
+    "sentencepiece": (
+        "tokenizer.model",
+        b"\x0a\x0e\x0a\x05<unk>" * 20,
+        "pip install sentencepiece",
+    ),
+    "tiktoken": ("tokenizer.model", TIKTOKEN, "pip install tiktoken"),
+    "a template": (
+        "chat_template.jinja",
+        b"{{ messages }}",
+        "none of tokenizer.json, tokenizer.model",
+    ),
+    "another's": ("vocab.json", b'{"a": 0}', "LlamaTokenizer reads no vocabulary from the files"),
+}
+
+
+@pytest.mark.parametrize("case", INSTEAD)
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_what_is_missing(
+    refused, model, source, monkeypatch, case
+):
+    name, data, words = INSTEAD[case]
+    for package in ("sentencepiece", "tiktoken"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (model / name).write_bytes(data)
+    text = source("text.txt", sound_text())
+    said = refused(DataError, f"{model}: ", words, calibration__source=text)
+    assert ("tiktoken" in said) == (case == "tiktoken")
+
+
 def test_a_broken_sentencepiece_model_is_refused(refused, model, source):
+    pytest.importorskip("sentencepiece", reason="an extra that is not installed")
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (model / "tokenizer.model").write_bytes(b"\x0a\xff\xff\xff\xff" * 20)

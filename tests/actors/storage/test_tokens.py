@@ -386,3 +386,21 @@ def test_a_broken_file_of_tokens_is_refused_by_name(stored, tmp_path):
     for data in (b"", b"\xff" * 100, whole[:-1], whole[:20], whole + b"x"):
         path.write_bytes(data)
         assert f"{path}: is not a readable .safetensors file" in refusal(f"tokens:{path}")
+
+
+def test_a_tokenizer_model_alone_gives_the_ids_of_sentencepiece_itself(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="an extra that is not installed")
+    lines = [f"the {n} dogs of number {n * n} ran {'very ' * (n % 3)}far" for n in range(400)]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "train.txt"), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.bos_token_id == own.bos_id()
+    for line in [*lines, "caf\u00e9 \u2603 dogs"]:
+        assert loaded(line, add_special_tokens=False)["input_ids"] == own.encode(line)
