@@ -166,11 +166,13 @@ def _is_this_run(prepared: Prepared) -> bool:
         )
     if differ:
         said = [f"{key} was {_short(old.get(key))}, is {_short(facts[key])}" for key in differ]
+        there = "the options of the run that is there"
         if MODEL in differ and (changed := changed_parts(plan, prepared)):
             said.insert(0, changed)
+            there = "put back the model that the run there began with"
         raise ConfigError(
             f"{run.uri} holds another run: {'; '.join(said)}",
-            hint="use another --out, or the options of the run that is there",
+            hint=f"use another --out, or {there}",
         )
     return True
 
