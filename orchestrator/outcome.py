@@ -48,6 +48,7 @@ def outcome(
     begun = min(event["at"] for event in events)
     target = prepared.config.target
     seconds = _seconds(events)
+    planned_bytes = max(step.plan.worker_bytes for step in (*prepared.former, prepared))
     perplexities = {name: {"perplexity": loss.perplexity} for name, loss in losses.items()}
     found = {
         "title": prepared.title,
@@ -88,7 +89,8 @@ def outcome(
         "memory": {
             "driver_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
             "worker_peak_bytes": context.pool.peak_bytes,
-            "planned_worker_bytes": plan.worker_bytes,
+            "planned_worker_bytes": planned_bytes,
+            "workers": _peaks(events),
         },
         "plan": {
             "forecast": dict(prepared.expected),
@@ -119,6 +121,15 @@ def outcome(
     }
     read = quality(found)
     return {**found, "quality": None if read is None else asdict(read)}
+
+
+def _peaks(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Return worker -> the most memory that it said it had used, to any driver of the run."""
+    found: Counter[str] = Counter()
+    for event in events:
+        if event["worker"].startswith("worker-"):
+            found[event["worker"]] = max(found[event["worker"]], event["peak_bytes"] or 0)
+    return dict(found)
 
 
 def _reused(context: RunContext) -> str:

@@ -83,6 +83,7 @@ def _headline(report: Document) -> dict[str, Any]:
         "measured_on": summary.measured_on(report),
         "makers_note": summary.makers_note(report),
         "refit_note": summary.refit_note(report),
+        "memory_note": summary.memory_note(report),
         "statistics_note": summary.statistics_note(report),
         "throughput_note": summary.throughput_note(report),
         "loading_code": summary.loading_code(report),

@@ -19,6 +19,7 @@ from orchestrator.report.numbers import (
     short_count,
     times,
 )
+from orchestrator.report.over_plan import over_plan
 from orchestrator.report.quality import quality, told
 
 _NOTICEABLE = 0.005
@@ -264,6 +265,14 @@ def statistics_note(report: Document) -> str:
     source = section(report, "statistics").get("reused_from")
     where = str(source or "").partition("?")[0]  # a store's address stays out of it
     return f"Statistics were taken from {where} as far as it had them." if where else ""
+
+
+def memory_note(report: Document) -> str:
+    """Return which workers took more memory than was planned; empty where none did."""
+    memory = section(report, "memory")
+    measured = {name: int(peak) for name, peak in section(memory, "workers").items()}
+    lines = over_plan(measured, int(memory.get("planned_worker_bytes") or 0))
+    return "".join(f"Memory: {line}. " for line in lines).strip()
 
 
 def throughput_note(report: Document) -> str:

@@ -36,6 +36,7 @@ def render_terminal(report: Document) -> RenderableType:
         summary.statistics_note,
         summary.makers_note,
         summary.refit_note,
+        summary.memory_note,
         summary.throughput_note,
     )
     small = [note(report) for note in notes]

@@ -12,6 +12,7 @@ from rich.text import Text
 from orchestrator.journal import Event
 from orchestrator.progress import FIRST_WORDS, TROUBLE
 from orchestrator.report.numbers import bytes_text, seconds_text
+from orchestrator.report.over_plan import over_plan
 from orchestrator.report.terminal import TONES
 from orchestrator.watch.snapshot import DONE, MEASURED, STATES, SUMMED, WAITING, Phase, Snapshot
 
@@ -48,6 +49,8 @@ def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
     for event in now.events:
         if event not in told:
             yield f"{_clock(event['at'])} {_words(event)}"
+    known = [] if before is None else [line.partition(" ")[0] for line in _over_plan(before)]
+    yield from (line for line in _over_plan(now) if line.partition(" ")[0] not in known)
     if now.phase is not None and (before is None or before.phase != now.phase):
         yield _phase_words(now.phase)
     if before is None or before.verdict != now.verdict:
@@ -158,7 +161,13 @@ def _workers(snapshot: Snapshot, now: float) -> RenderableType:
         said.append(f"each on {snapshot.device}")
     if snapshot.worker_bytes:
         said.append(f"planned memory {bytes_text(snapshot.worker_bytes)}")
-    return Group(table, Text(" · ".join(said), style="dim")) if said else table
+    lines = [Text(line, style="yellow") for line in _over_plan(snapshot)]
+    return Group(table, *([Text(" · ".join(said), style="dim")] if said else []), *lines)
+
+
+def _over_plan(snapshot: Snapshot) -> list[str]:
+    measured = {worker.name: worker.peak_bytes for worker in snapshot.workers}
+    return over_plan(measured, snapshot.worker_bytes)
 
 
 def _event_line(event: Event, width: int) -> RenderableType:

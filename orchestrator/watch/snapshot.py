@@ -169,7 +169,8 @@ class Watcher:
             holder=holder,
             left=_left(identity, forecast, ended, phase) if goes_on else None,
             device=forecast.get("device", ""),
-            worker_bytes=forecast.get("worker_bytes", 0),
+            worker_bytes=forecast.get("worker_bytes")
+            or self._plan.get("plan", {}).get("worker_bytes", 0),
             price_per_hour=forecast.get("price_per_hour") or 0.0,
         )
 

@@ -470,3 +470,15 @@ def test_bars_that_no_eye_can_part_are_one_and_busy_time_counts_once() -> None:
 )
 def test_numbers_read_as_people_write_them(text: str, expected: str) -> None:
     assert text.replace("\u00a0", " ") == expected
+
+
+def test_a_worker_over_its_plan_is_named_on_the_page_and_on_the_terminal():
+    report = sample_report()
+    report["memory"]["workers"] = {"worker-0": 296_000_000, "worker-1": 148_000_000}
+    report["memory"]["planned_worker_bytes"] = 140_000_000
+    line = "worker-0 is over its plan: 140 MB planned, 296 MB measured (+111.4 %)"
+    console = Console(width=200, color_system=None, file=io.StringIO())
+    console.print(render_terminal(report))
+    for text in (console.file.getvalue(), render_page(report)):
+        assert line in text.replace("\u00a0", " ")
+        assert "worker-1 is over" not in text

@@ -129,6 +129,24 @@ def test_a_phase_of_one_unit_moves_and_says_what_is_done(tmp_path, name):
     assert bars[0].partition("0/1")[0] != bars[1].partition("0/1")[0]
 
 
+def test_a_worker_over_its_plan_is_named_once_with_both_numbers(tmp_path):
+    run = begun(tmp_path)
+    journal = Journal(run, ignore)
+    watcher = Watcher(run.uri)
+    before = watcher.snapshot()
+    assert "over its plan" not in drawn(before, 120)
+    for worker, peak in (("worker-2", 43 * 2**30), ("worker-5", 50 * 2**30)):
+        journal.tell("layer", unit="layer-00000", worker=worker, start=1.0, peak_bytes=peak)
+    journal.flush()
+    after = watcher.snapshot()
+    line = "worker-5 is over its plan: 42.9 GB planned, 53.7 GB measured (+25.0 %)"
+    rows = drawn(after, 120).replace("\u00a0", " ").splitlines()
+    assert [row.strip() for row in rows if "over its" in row] == [line]
+    for earlier, times in ((before, 1), (after, 0)):
+        told = [text.replace("\u00a0", " ") for text in lines(earlier, after)]
+        assert told.count(line) == times
+
+
 def test_what_is_left_of_a_phase_follows_from_the_rate_so_far(tmp_path):
     run = begun(tmp_path)
     with lease.held(run):
