@@ -12,6 +12,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from actors import memory
 from actors.memory import PeakMemory, anonymous_bytes, give_back
@@ -24,6 +25,7 @@ from actors.storage.files import Directory
 from actors.storage.tensors import map_tensors, write_tensors
 from planners.catalogue import CONFIGS
 from planners.families import family_of
+from planners.memory import forward_bytes
 from planners.packing import ROWS, packed_elements
 from planners.plan import dense_form
 from planners.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
@@ -97,6 +99,20 @@ def eigh_peak(dim, folder):
     return watched(work(dim))
 
 
+def attention_peak(qk_head_dim, vo_head_dim):
+    generator = torch.Generator().manual_seed(0)
+
+    def work(tokens):
+        query, key, value = (
+            torch.randn(4, 8, tokens, dim, generator=generator)
+            for dim in (qk_head_dim, qk_head_dim, vo_head_dim)
+        )
+        return lambda: scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    work(16)()
+    return watched(work(512))
+
+
 def low_rank_peak(dim, out_dim, folder):
     def work(dim, out_dim):
         gram = mapped_gram(dim, folder)
@@ -166,3 +182,24 @@ def test_a_sum_is_added_without_a_product_of_its_size(alone):
     dim, tokens = 4096, 64
     found = alone(accumulation_peak, dim, tokens)
     assert found <= 4 * dim * (ROWS + tokens) + SLACK < 4 * dim * dim
+
+
+@pytest.mark.parametrize(("qk_head_dim", "vo_head_dim"), [(12, 16), (16, 12), (16, 16)])
+def test_attention_with_heads_of_two_widths_takes_the_scores_that_are_planned(
+    alone, qk_head_dim, vo_head_dim
+):
+    measured = alone(attention_peak, qk_head_dim, vo_head_dim)
+    shape = replace(family_of("llama").shape_of(CONFIGS["llama-2-7b"], "float32"), num_heads=8)
+    form = replace(dense_form(shape), qk_head_dim=qk_head_dim, vo_head_dim=vo_head_dim)
+    whole = replace(form, qk_head_dim=16, vo_head_dim=16)
+    planned = [
+        forward_bytes(
+            replace(shape, hidden=1, intermediate=1, num_kv_heads=1), frozenset(),
+            tokens=4 * 512, sequence_length=512, dtype="float32",
+            form=replace(each, residual_in=1, residual_mid=1, residual_out=1, intermediate=1),
+        )
+        for each in (form, whole)
+    ]  # fmt: skip
+    scores = planned[0] - planned[1]
+    assert abs(measured - scores) < 0.1 * scores + 6 * 2**20
+    assert (scores > 64 * 2**20) == (qk_head_dim != vo_head_dim)

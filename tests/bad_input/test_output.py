@@ -1,6 +1,8 @@
 """Where a run is written to: refused before anything starts, and what lies there is left alone."""
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -82,6 +84,21 @@ def test_the_directory_of_another_run_is_refused_by_what_differs(refused_out, an
     refused_out(ConfigError, another, "holds another run: ", "slice was 0.25, is 0.5", slice=0.5)
     refused_out(ConfigError, another, "calibration data was ", calibration__sequences=3)
     assert contents(another) == before
+
+
+def test_a_run_of_an_older_version_is_refused_as_such_and_left_alone(
+    refused_out, another, tmp_path
+):
+    out = shutil.copytree(another, tmp_path / "old")
+    plan = json.loads((out / "plan.json").read_text())
+    del plan["identity"]["schema"]
+    (out / "plan.json").write_text(json.dumps(plan))
+    before = contents(out)
+    refused_out(ConfigError, out, "another version of compress-cluster", "of schema 1, those of")
+    refused_out(
+        ConfigError, tmp_path / "new", "another version of compress-cluster", stats=str(out)
+    )
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model/config.json", "src/main.py", "READY"])

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.messages import (
@@ -79,6 +79,7 @@ def typed(value):
     return type(value), value
 
 
+@settings(max_examples=20)
 @given(call=CALLS, setup=every(WorkerSetup))
 def test_messages_come_back_from_json_as_they_were(call, setup):
     for adapter, sent in ((CALL, call), (SETUP, setup)):
