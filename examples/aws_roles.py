@@ -63,7 +63,7 @@ def make_role(iam: object, name: str, rights: list[dict[str, object]]) -> str:
 
 def main(bucket: str) -> None:
     """Make both."""
-    iam = boto3.client("iam")
+    iam = boto3.client("iam", region_name="us-east-1")  # it has one place
     worker = make_role(iam, WORKER, bucket_rights(bucket))
     make_role(iam, HEAD, bucket_rights(bucket) + machine_rights(worker))
     print(f"{HEAD} and {WORKER} may use s3://{bucket}")

@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from actors.storage.sources import hub_place
 from orchestrator import recipes
 from orchestrator.cli import cli
 from orchestrator.recipe_file import load_config
@@ -17,6 +18,14 @@ def test_each_is_a_recipe_and_says_what_it_is_for(name):
     assert len(recipes.available()[name]) > 20
     config = load_config(name, {})
     assert config.steps or config.method
+
+
+@pytest.mark.parametrize("name", recipes.available())
+def test_each_says_what_it_needs_from_elsewhere(name):
+    config, text = load_config(name, {}), recipes.text(name)
+    sources = {config.calibration.source, config.evaluation.source}
+    far = "wikitext2" in sources or hub_place(config.model) is not None
+    assert ("# Needs: " in text) == far
 
 
 def test_a_recipe_is_run_by_its_name_and_the_command_line_is_on_top(tmp_path):

@@ -50,11 +50,11 @@ def machine(stack, address):
     settings = {
         "HostKey": folder / "host_key", "ListenAddress": address, "StrictModes": "no",
         "AuthorizedKeysFile": Path.home() / ".ssh/id_ed25519.pub", "UsePAM": "no",
-        "PidFile": "none", "SetEnv": f"HOME={home}",
+        "PidFile": "none",
     }  # fmt: skip
     (folder / "sshd_config").write_text("".join(f"{k} {v}\n" for k, v in settings.items()))
     own = {
-        "HOME": home, "HF_ENDPOINT": os.environ["HF_ENDPOINT"], "OMP_NUM_THREADS": 1,
+        "HF_ENDPOINT": os.environ["HF_ENDPOINT"], "OMP_NUM_THREADS": 1,
         "HF_HUB_DISABLE_PROGRESS_BARS": 1, **KEYS,
     }  # fmt: skip
     lines = "".join(f"export {name}={value}\n" for name, value in own.items())
@@ -62,7 +62,8 @@ def machine(stack, address):
     script = Path(__file__).with_name("machine.sh")
     plain = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     unshared = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child"]
-    started = [*unshared, "bash", str(script), str(folder), address]
+    borrowed = [sys.base_prefix, sys.prefix, str(libraries())]
+    started = [*unshared, "bash", str(script), str(folder), address, *borrowed]
     process = stack.enter_context(subprocess.Popen(started, env=plain))
     stack.callback(process.kill)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -72,6 +73,13 @@ def machine(stack, address):
     do("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}p")
     do("ip", "link", "set", name, "master", "br0", "up")
     do("ip", "link", "set", f"{name}p", "netns", inside, "name", "eth0")
+
+
+def libraries():
+    """Return the folder that holds what pip would bring."""
+    return next(
+        Path(p) for p in sys.path if p.endswith("site-packages") and Path(p, "ray").is_dir()
+    )
 
 
 def cluster_file():
@@ -84,11 +92,10 @@ def cluster_file():
         "~/.ray/auth_token": str(Path.home() / ".ray/auth_token"),
     }
     # No index here: what pip would bring but for our wheel is borrowed from this Python.
-    libraries = next(p for p in sys.path if p.endswith("site-packages") and Path(p, "ray").is_dir())
-    ray = Path(libraries).parents[2] / "bin" / "ray"
+    ray = libraries().parents[2] / "bin" / "ray"
     borrow = (
         f"{sys.executable} -m venv --system-site-packages ~/venv && "
-        f"echo {libraries} > $(echo ~/venv/lib/python3*/site-packages)/borrowed.pth && "
+        f"echo {libraries()} > $(echo ~/venv/lib/python3*/site-packages)/borrowed.pth && "
         f'sed 1d {ray} | sed "1i #!$HOME/venv/bin/python" > ~/venv/bin/ray && '
         "chmod +x ~/venv/bin/ray"
     )
