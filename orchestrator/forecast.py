@@ -21,6 +21,7 @@ from orchestrator.measure import Setting, estimated_clock, kept_clock, measure
 from orchestrator.method_options import chosen_methods, resolve_options, resolve_steps
 from orchestrator.prepare import Prepared, longest_sequence
 from orchestrator.subjects import exact_dtype
+from planners.calibration import few_tokens
 from planners.catalogue import CONFIGS
 from planners.compose import require_disjoint
 from planners.cost import dense_start
@@ -97,6 +98,21 @@ class Forecast:
         return [*self.job.former, self.job]
 
     @property
+    def few_tokens(self) -> list[str]:
+        """What is to be said where there are fewer calibration tokens than a width."""
+        found = [
+            few_tokens(
+                job.plan.shape,
+                job.spec.statistics(job.options),
+                tokens=job.data.tokens,
+                sequence_length=job.data.sequence_length,
+                start=job.start,
+            )
+            for job in self.steps
+        ]
+        return list(dict.fromkeys(filter(None, found)))
+
+    @property
     def worker_bytes(self) -> int:
         """What the fullest worker of any step holds at its peak."""
         return max(job.plan.worker_bytes for job in self.steps)
@@ -118,6 +134,7 @@ class Forecast:
             "preemptions_per_hour": self.terms.preemptions_per_hour,
             "source": self.clock.source if self.clock else "nothing is known of the device",
             "notes": list(self.clock.notes) if self.clock else [],
+            "few_tokens": self.few_tokens,
             "flops": {name: task.flops for name, task in work.items()},
             "transfer_bytes": transfer_bytes(self.job),
             "download_bytes": download_bytes(self.job),

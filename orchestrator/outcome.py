@@ -18,6 +18,7 @@ from orchestrator.journal import read_events
 from orchestrator.refit import refit_losses
 from orchestrator.report.quality import quality
 from orchestrator.versions import environment
+from planners.calibration import few_tokens
 from planners.cost import layer_parameters
 from planners.modules import kept_of
 from planners.plan import dense_form, to_json
@@ -84,7 +85,7 @@ def outcome(
             **perplexities,
         },
         "throughput": throughput,
-        "statistics": {"reused_from": _reused(context)},
+        "statistics": {"reused_from": _reused(context), "few_tokens": _few_tokens(context)},
         "seconds": seconds,
         "memory": {
             "driver_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
@@ -136,6 +137,21 @@ def _reused(context: RunContext) -> str:
     """Return the run whose statistics were taken, as it was named; empty where there is none."""
     prepared = context.prepared
     return prepared.statistics_uri or prepared.config.stats or ""
+
+
+def _few_tokens(context: RunContext) -> list[str]:
+    prepared = context.prepared
+    said = [
+        few_tokens(
+            step.plan.shape,
+            step.spec.statistics(step.options),
+            tokens=step.work.sequences * step.work.sequence_length,
+            sequence_length=step.work.sequence_length,
+            start=step.start.form,
+        )
+        for step in (*prepared.former, prepared)
+    ]
+    return list(dict.fromkeys(filter(None, said)))
 
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in

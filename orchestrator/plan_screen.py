@@ -10,7 +10,7 @@ from rich.text import Text
 from orchestrator.forecast import Forecast
 from orchestrator.report.numbers import bytes_text, seconds_text
 from planners.download import FROM_HUB
-from planners.plan import RunPlan, StagePlan
+from planners.plan import LINEARS, RunPlan, StagePlan
 from planners.schedule import Quantiles
 from planners.shards import even_shards
 from planners.timetable import Job, download_bytes, input_bytes, phase_work, transfer_bytes
@@ -26,6 +26,8 @@ def show(console: Console, forecast: Forecast, *, title: str, out: str) -> None:
     console.print()
     console.print(_workers(forecast.plan))
     console.print(Text(_fewer(forecast), style="yellow"), end="")
+    for said in forecast.few_tokens:
+        console.print(Text(said, style="yellow"))
     console.print()
     console.print(_time(forecast))
 
@@ -183,10 +185,17 @@ def _widths(plan: Any) -> str:
         low, high = min(values), max(values)
         if low < before:
             said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
-    ranks = ", ".join(f"{name} {rank}" for name, rank in layers[0].ranks.items())
+    ranks = [_ranks(name, [x.ranks[name] for x in layers if name in x.ranks], len(layers))
+             for name in LINEARS if any(name in x.ranks for x in layers)]  # fmt: skip
     if ranks:
-        said.append(f"ranks: {ranks}")
+        said.append(f"ranks: {', '.join(ranks)}")
     return "; ".join(said) or "unchanged"
+
+
+def _ranks(name: str, ranks: list[int], num_layers: int) -> str:
+    low, high = min(ranks), max(ranks)
+    where = "" if len(ranks) == num_layers else f" in {len(ranks)} of {num_layers} layers"
+    return f"{name} {low if low == high else f'{low}-{high}'}{where}"
 
 
 def money_text(forecast: Forecast) -> str:

@@ -11,9 +11,16 @@ from planners.cost import layer_parameters, linear_dims, model_parameters
 from planners.errors import NumericsError
 from planners.modules import LINEARS_OF
 from planners.plan import LINEARS, Ladder, LayerForm, ModelForm, ModelShape, Start
+from planners.walk import most_parameters
 
 LEAST_LOG = 1e-12  # of a loss: what loses nothing gives all it can, and not more
 FLOOR = 0.5  # of the share that its type keeps: what every matrix keeps at the least
+
+# Of its parameters, what a linear keeps at the most before it had better stay whole. One of two
+# factors loses at once what lies beyond half of its rank, and saves next to nothing there.
+MOST_SHARE = 0.8
+# Those first that lose the least for a parameter at that share: what only attention scores see.
+CUT_ORDER = ("q_proj", "k_proj", "up_proj", "gate_proj", "down_proj", "o_proj", "v_proj")
 
 Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its parameters
 
@@ -21,7 +28,7 @@ Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its par
 def one_share(
     shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
 ) -> ModelForm:
-    """Return one share of the parameters for all linears of these names.
+    """Return one share of the parameters for all linears of these names, however close to 1.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
@@ -32,6 +39,28 @@ def one_share(
         keep_fraction=keep_fraction,
         start=start,
     )
+
+
+def uniform(
+    shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
+) -> ModelForm:
+    """Return one share of the parameters for all linears of these names that are factored.
+
+    Where the budget lets all keep more than `MOST_SHARE`, as few are factored as it demands, to
+    that share and in the order of `CUT_ORDER`, of each the last layers first; the others stay
+    whole. One of them has what is left over, so less than one rank is. Below it all are factored,
+    and up to one rank of each is left over.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    form = _form(shape, start, names, lambda *_: MOST_SHARE)
+    budget = most_parameters(start, keep_fraction)
+    if model_parameters(shape, form) <= budget:
+        return _raised(
+            shape, form, start.form, budget=budget, first=lambda _, name: (-CUT_ORDER.index(name),)
+        )
+    return one_share(shape, keep_fraction=keep_fraction, names=names, start=start)
 
 
 def by_type(
@@ -53,6 +82,9 @@ def by_type(
     it is left. So none keeps less than `FLOOR` of the share that its type keeps, up to a rank;
     what it may not give, the others of its type give, in the same proportion. Without that, small
     budgets leave the matrices of small loss next to nothing, and the model with them.
+
+    A budget that lets the types keep more than `MOST_SHARE` leaves linears whole, as in `uniform`,
+    of each type those that lose the most.
 
     Args:
         shape: of the model.
@@ -76,8 +108,14 @@ def by_type(
         given = {name: filled(each, mean=1 - share, most=most) for name, each in weights.items()}
         return _form(shape, start, names, lambda layer, name: 1 - given[name][layer])
 
+    budget = most_parameters(start, keep_fraction)
+    most = form(MOST_SHARE)
+    if model_parameters(shape, most) <= budget:
+        return _raised(
+            shape, most, start.form, budget=budget,
+            first=lambda layer, name: (-CUT_ORDER.index(name), weights[name][layer]),
+        )  # fmt: skip
     within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
-    budget = math.floor(keep_fraction * start.parameters_before + 1e-6)
     return _raised(shape, form(within), form(over), budget=budget)
 
 
@@ -171,18 +209,29 @@ def _form(shape: ModelShape, start: Start, names: Sequence[str], shares: Shares)
     return replace(start.form, layers=tuple(layers), native=False)
 
 
-def _raised(shape: ModelShape, small: ModelForm, large: ModelForm, *, budget: int) -> ModelForm:
-    """Return the smaller form with as many of the larger one's ranks as the budget has room for."""
+def _raised(
+    shape: ModelShape,
+    small: ModelForm,
+    large: ModelForm,
+    *,
+    budget: int,
+    first: Callable[[int, str], tuple[float, ...]] = lambda *_: (),
+) -> ModelForm:
+    """Return the smaller form with as many of the larger one's ranks as the budget has room for.
+
+    Linears (layer, name) with the smallest ``first`` are raised first, of those alike the first
+    layers.
+    """
     layers = list(small.layers)
     room = budget - model_parameters(shape, small)
-    for index, goal in enumerate(large.layers):
-        for name in small.layers[index].ranks:
-            for ranks in _steps(shape, layers[index], name, goal.ranks.get(name)):
-                wider = replace(layers[index], ranks=ranks)
-                more = layer_parameters(shape, wider) - layer_parameters(shape, layers[index])
-                if more > room:
-                    break
-                layers[index], room = wider, room - more
+    order = [(index, name) for index, layer in enumerate(small.layers) for name in layer.ranks]
+    for index, name in sorted(order, key=lambda place: first(*place)):
+        for ranks in _steps(shape, layers[index], name, large.layers[index].ranks.get(name)):
+            wider = replace(layers[index], ranks=ranks)
+            more = layer_parameters(shape, wider) - layer_parameters(shape, layers[index])
+            if more > room:
+                break
+            layers[index], room = wider, room - more
     return replace(small, layers=tuple(layers))
 
 

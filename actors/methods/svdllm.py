@@ -35,7 +35,7 @@ from planners.plan import (
     Statistic,
     Target,
 )
-from planners.ranks import by_type, one_share, rank_ladder
+from planners.ranks import by_type, one_share, rank_ladder, uniform
 from planners.refit import OPTION as REFIT
 from planners.spelling import did_you_mean
 
@@ -225,7 +225,9 @@ def _measures(options: Mapping[str, Option]) -> str:
 def _form(
     shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
 ) -> ModelForm:
-    return one_share(
+    # Where losses are measured, they are those of all linears at one share.
+    ranks = one_share if _measures(options) else uniform
+    return ranks(
         shape,
         keep_fraction=target.keep_fraction or 1.0,
         names=_linears(options),
@@ -278,7 +280,7 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
 
 SPEC = MethodSpec(
     name="svdllm",
-    revision=1,
+    revision=2,
     source="arXiv:2403.07378",
     modules=LINEARS,
     residual=False,
@@ -288,8 +290,8 @@ SPEC = MethodSpec(
             name="allocation",
             default="uniform",
             choices=("uniform", "by_type"),
-            help="one share of the parameters for every linear, or layers of one type of linear "
-            "share by what truncation loses",
+            help="one share of the parameters for every linear that is factored, or layers of one "
+            "type of linear share by what truncation loses",
         ),
         OptionSpec(
             name="modules",

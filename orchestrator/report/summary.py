@@ -261,10 +261,11 @@ def refit_note(report: Document) -> str:
 
 
 def statistics_note(report: Document) -> str:
-    """Return whose statistics were taken; empty where the run has summed its own."""
-    source = section(report, "statistics").get("reused_from")
-    where = str(source or "").partition("?")[0]  # a store's address stays out of it
-    return f"Statistics were taken from {where} as far as it had them." if where else ""
+    """Return whose statistics were taken, and for what there were too few tokens, if any."""
+    found = section(report, "statistics")
+    where = str(found.get("reused_from") or "").partition("?")[0]  # a store's address stays out
+    said = [f"Statistics were taken from {where} as far as it had them."] if where else []
+    return " ".join(said + [f"Warning: {each}." for each in found.get("few_tokens", ())])
 
 
 def memory_note(report: Document) -> str:

@@ -14,7 +14,8 @@ from planners.allocation import uniform
 from planners.cost import dense_parameters, dense_start, linear_dims, model_parameters
 from planners.errors import NumericsError, PlanError
 from planners.plan import LINEARS, ModelShape, Start, Target
-from planners.ranks import FLOOR, by_type, filled, one_share
+from planners.ranks import CUT_ORDER, FLOOR, MOST_SHARE, by_type, filled, one_share
+from planners.ranks import uniform as uniform_ranks
 from tests.strategies import shapes
 
 SHAPE = ModelShape(
@@ -108,12 +109,53 @@ def test_equal_losses_are_one_share_for_all_but_for_the_last_rank(problem, data)
     assume(smallest < 1)
     keep_fraction = data.draw(st.floats(smallest, 1.0))
     ours = allocated((shape, names, same), keep_fraction)
-    even = one_share(shape, keep_fraction=keep_fraction, names=names, start=dense_start(shape))
+    even = uniform_ranks(shape, keep_fraction=keep_fraction, names=names, start=dense_start(shape))
     assert model_parameters(shape, even) <= model_parameters(shape, ours)
     for one, other in zip(ours.layers, even.layers, strict=True):
         for name in one.ranks:
             # At a share where ranks change, rounding says which of them is raised first.
             assert abs(one.ranks[name] - other.ranks[name]) <= 1
+
+
+@given(st.lists(st.sampled_from(LINEARS), min_size=1, max_size=7, unique=True), st.data())
+def test_linears_stay_whole_before_they_are_factored_to_no_use(names, data):
+    start = dense_start(SHAPE)
+    parts = sum(math.prod(SHAPE.linear_dims(name)) for name in names) * SHAPE.num_layers
+    at_most = 1 - (1 - MOST_SHARE) * parts / dense_parameters(SHAPE)
+    keep_fraction = data.draw(st.floats(at_most, 1.0))
+    form = uniform_ranks(SHAPE, keep_fraction=keep_fraction, names=names, start=start)
+    room = keep_fraction * dense_parameters(SHAPE) - model_parameters(SHAPE, form)
+    assert room >= -1e-6
+    factored = [(CUT_ORDER.index(n), -i) for i, x in enumerate(form.layers) for n in x.ranks]
+    places = [(CUT_ORDER.index(n), -i) for i in range(SHAPE.num_layers) for n in names]
+    # As few as the budget asks for, in the order.
+    assert sorted(factored) == sorted(places)[: len(factored)]
+    if factored:
+        assert room < max(sum(linear_dims(SHAPE, x, n)) for x in form.layers for n in x.ranks)
+
+
+@given(problems(), st.data())
+def test_a_larger_budget_never_makes_a_factored_model_smaller(problem, data):
+    shape, names, _ = problem
+    smallest = least(problem)
+    assume(smallest < 1)
+    two = sorted(data.draw(st.floats(smallest, 1.0)) for _ in range(2))
+    one, other = (
+        model_parameters(
+            shape, uniform_ranks(shape, keep_fraction=f, names=names, start=dense_start(shape))
+        )
+        for f in two
+    )
+    assert one <= other
+
+
+def test_at_99_percent_most_linears_are_whole_and_the_target_is_met_to_a_rank():
+    form = uniform_ranks(SHAPE, keep_fraction=0.99, names=LINEARS, start=dense_start(SHAPE))
+    factored = [(index, n) for index, layer in enumerate(form.layers) for n in layer.ranks]
+    room = 0.99 * dense_parameters(SHAPE) - model_parameters(SHAPE, form)
+    assert 0 <= room < 2 * SHAPE.hidden
+    assert factored == [(index, "q_proj") for index in range(4 - len(factored), 4)]
+    assert len(factored) < 4
 
 
 def test_what_is_removed_goes_as_one_over_the_logarithm_of_the_loss():

@@ -1,0 +1,50 @@
+"""Are there enough calibration tokens for what is solved with their Gram matrices?"""
+
+from collections.abc import Iterable, Sequence
+
+from planners.cost import dense_start, tap_dim
+from planners.plan import LayerForm, ModelForm, ModelShape, Statistic
+
+GRAMS = ("gram", "normed_gram")
+
+
+def few_tokens(
+    shape: ModelShape,
+    statistics: Iterable[Statistic],
+    *,
+    tokens: int,
+    sequence_length: int,
+    start: ModelForm | None = None,
+) -> str:
+    """Return in words which Gram matrices have fewer tokens than columns; empty where none has.
+
+    Such a matrix has no full rank: what a method makes of the directions that no token has is a
+    matter of its damping, and fits these tokens and no others. Sums that are no matrix do not mind.
+
+    Args:
+        shape: of the model.
+        statistics: that the method needs.
+        tokens: of calibration.
+        sequence_length: of each sequence.
+        start: the model whose activations are observed; None is the one that nothing touched.
+    """
+    layers = (start or dense_start(shape).form).layers
+    widths = {
+        s.tap: _widest(shape, s, layers) for s in statistics if s.kind in (*GRAMS, "head_gram")
+    }
+    narrow = {tap: width for tap, width in sorted(widths.items()) if width > tokens}
+    if not narrow:
+        return ""
+    said = ", ".join(f"{tap} {width:,}" for tap, width in narrow.items())
+    enough = -(-max(narrow.values()) // sequence_length)
+    return (
+        f"{tokens:,} calibration tokens are fewer than the width of the Gram matrix at {said}: "
+        f"expect a poor result; --calibration-sequences {enough} is the least, and several times "
+        "that is better"
+    )
+
+
+def _widest(shape: ModelShape, statistic: Statistic, layers: Sequence[LayerForm]) -> int:
+    if statistic.kind == "head_gram":
+        return max(layer.vo_head_dim for layer in layers)
+    return max(tap_dim(shape, statistic.tap, layer) for layer in layers)
