@@ -14,7 +14,7 @@ from planners.allocation import uniform
 from planners.cost import dense_parameters, dense_start, linear_dims, model_parameters
 from planners.errors import NumericsError, PlanError
 from planners.plan import LINEARS, ModelShape, Start, Target
-from planners.ranks import CUT_ORDER, FLOOR, MOST_SHARE, by_type, filled, one_share
+from planners.ranks import CUT_ORDER, FLOOR, MOST_SHARE, by_type, filled
 from planners.ranks import uniform as uniform_ranks
 from tests.strategies import shapes
 
