@@ -19,6 +19,7 @@ from orchestrator.report.terminal import TONES
 from orchestrator.terminal import Console
 from planners.errors import ClusterError, CompressionError
 
+WIDEST = 1000  # columns of a terminal
 MAX_FORECASTS = 50  # runs; each takes up to a second
 COLOURS = {"READY": "green", "failed": "red", "waiting": "yellow"}
 _err = Console(stderr=True)
@@ -126,8 +127,8 @@ def _print(found: Batch, rows: Sequence[Row], *, json_: bool) -> None:
     _out.print(found.out, style="bold", soft_wrap=True)
     facts = [_facts(found, row) for row in rows]
     table = _table(rows, facts)
-    wide = Measurement.get(_out, _out.options, table).maximum <= _out.width
-    _out.print(table if wide else _list(rows, facts))
+    needed = Measurement.get(_out, _out.options.update_width(WIDEST), table).maximum
+    _out.print(table if needed <= _out.width else _list(rows, facts))
     for row in rows:
         if row.error:
             _out.print(f"{row.name}: {row.error}", soft_wrap=True)

@@ -15,7 +15,7 @@ from actors.storage.records import read_records
 from orchestrator import lease
 from orchestrator.finished import JOB, READY, REPORT, finished_report
 from orchestrator.report import render_page, render_terminal
-from orchestrator.report.quality import quality
+from orchestrator.report.quality import Quality, quality
 from orchestrator.report.terminal import TONES
 from orchestrator.terminal import Console
 from planners.errors import StorageError
@@ -58,11 +58,8 @@ def status(run_uri: str, *, json_: bool) -> None:
             )
         )
         return
-    word = Text("" if read is None else read.word, style=TONES["" if read is None else read.tone])
-    _out.print(Text(verdict, style="bold"), run_uri, word, soft_wrap=True)
-    if job is not None:
-        said = f"job {job['submission_id']} at {job['address']}: {job['state']}"
-        _out.print(said, soft_wrap=True)
+    _out.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+    _print_quality_and_job(read, job)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("units")
     table.add_column("done", justify="right")
@@ -80,6 +77,14 @@ def status(run_uri: str, *, json_: bool) -> None:
         _out.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
     elif verdict != "READY":
         _out.print("nobody works on it; the command that began it goes on with it")
+
+
+def _print_quality_and_job(read: Quality | None, job: dict[str, Any] | None) -> None:
+    if read is not None:
+        _out.print(Text(f"quality: {read.word}", style=TONES[read.tone]))
+    if job is not None:
+        said = f"job {job['submission_id']} at {job['address']}: {job['state']}"
+        _out.print(said, soft_wrap=True)
 
 
 def _finished(run_: Directory) -> dict[str, Any]:

@@ -13,9 +13,9 @@ TONES = {"good": "green", "cost": "yellow", "bad": "red", "": "default"}
 
 def render_terminal(report: Document) -> RenderableType:
     """Return a compact summary of the report for a rich console."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    table.add_column("")
-    for name in ("before", "after", "change", "ratio"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column("", min_width=10)
+    for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary.comparisons(report):
         table.add_row(
@@ -23,7 +23,6 @@ def render_terminal(report: Document) -> RenderableType:
             _plain(row.before),
             Text(_printable(row.after), style="bold"),
             Text(_printable(row.change), style=TONES[row.tone]),
-            _plain(row.ratio),
         )
     colour = TONES[summary.tone(report)]
     verdict = f" {_printable(summary.verdict(report))} "

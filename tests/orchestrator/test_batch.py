@@ -1,13 +1,16 @@
 """Many runs as one: one calibration for what shares model and text, a budget, a table, a resume."""
 
 import contextlib
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from actors.storage.files import Directory
 from orchestrator import batch as batches
@@ -116,6 +119,25 @@ def test_a_dry_run_says_what_the_runs_come_to_and_that_only_one_of_them_calibrat
     said = capsys.readouterr().out
     assert "2 runs are left: about " in said
     assert " of money" in said
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_dry_run_breaks_no_name_and_no_number_on_a_narrow_terminal(
+    models, tmp_path, monkeypatch, width
+):
+    names = [f"a-run-with-a-name-of-words-{n}" for n in (1, 2)]
+    runs = [entry_of(models[0], keep_fraction=0.9 / n, method="svdllm", out=name)
+            for n, name in enumerate(names, start=1)]  # fmt: skip
+    path = write(tmp_path, runs)
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    monkeypatch.setattr("orchestrator.batch_screen._out", console)
+    main(["batch", path, "--dry-run"])
+    said = console.file.getvalue().replace("\N{NO-BREAK SPACE}", "_")
+    lines = [line.rstrip() for line in said.splitlines() if str(tmp_path) not in line]
+    assert all(len(line) <= width for line in lines)
+    assert [word for word in said.split() if word.startswith("a-run")] == names
+    assert len(re.findall(r"\d_s|\d_min \d\d_s", said)) == 3  # of each, and of both
+    assert ("run " in lines[0]) == (width == 80)  # a table where it fits
 
 
 @pytest.mark.parametrize(("budget", "asked"), [({"hours": 1}, 1), ({"money": 5}, 0)])
