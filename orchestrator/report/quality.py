@@ -112,7 +112,7 @@ def quality(report: Document) -> Quality | None:
     kept = quotient(parameters.get("after"), parameters.get("before"))
     if kept is None or None in sides:
         return None
-    before, after = (math.inf if number(side) is None else float(side) for side in sides)
+    before, after = (math.inf if number(s) is None else number(s) or 0.0 for s in sides)
     steps = rows(section(report, "method"), "steps")
     found = judged(
         before,

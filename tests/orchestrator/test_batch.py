@@ -14,7 +14,7 @@ from rich.console import Console
 
 from actors.storage.files import Directory
 from orchestrator import batch as batches
-from orchestrator.batch import Budget, Spent, do_batch, read_batch
+from orchestrator.batch import Budget, Row, Spent, do_batch, read_batch
 from orchestrator.batch_screen import batch as batch_command
 from orchestrator.cli import main
 from orchestrator.cluster import ClusterFacts
@@ -138,6 +138,21 @@ def test_a_dry_run_breaks_no_name_and_no_number_on_a_narrow_terminal(
     assert [word for word in said.split() if word.startswith("a-run")] == names
     assert len(re.findall(r"\d_s|\d_min \d\d_s", said)) == 3  # of each, and of both
     assert ("run " in lines[0]) == (width == 80)  # a table where it fits
+
+
+def test_a_finished_run_is_shown_with_its_quality_and_the_digits_of_its_report(
+    models, tmp_path, monkeypatch
+):
+    path = write(tmp_path, [entry_of(models[0], keep_fraction=0.9, method="svdllm")])
+    row = Row(name="one", state="READY", keep_fraction=0.798, dense_perplexity=2.547,
+              perplexity=8.5, quality="usual for this size", tone="cost", seconds=61.0)  # fmt: skip
+    monkeypatch.setattr("orchestrator.batch_screen.table_of", lambda _: [row])
+    console = Console(width=100, file=io.StringIO(), highlight=False)
+    monkeypatch.setattr("orchestrator.batch_screen._out", console)
+    main(["batch", path, "--dry-run"])
+    said = console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
+    for words in ("79.8 %", "8.500", "+233.7 %", "usual for this size", "1 min 01 s"):
+        assert words in said
 
 
 @pytest.mark.parametrize(("budget", "asked"), [({"hours": 1}, 1), ({"money": 5}, 0)])
