@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.report import numbers, render_page, render_terminal, spectra, timeline
+from orchestrator.report import numbers, render_page, render_terminal, spectra, summary, timeline
 from orchestrator.report.document import Span, sites
 
 PLOTS = {"energy", "spectra", "parameters", "widths", "errors", "timeline"}
@@ -482,3 +482,9 @@ def test_a_worker_over_its_plan_is_named_on_the_page_and_on_the_terminal():
     for text in (console.file.getvalue(), render_page(report)):
         assert line in text.replace("\u00a0", " ").replace("<wbr>", "")
         assert "worker-1 is over" not in text
+
+
+def test_too_few_calibration_tokens_are_said_beside_the_result():
+    said = "56 calibration tokens are fewer than the width of the Gram matrix at attn_in 64"
+    assert summary.statistics_note({"statistics": {"few_tokens": [said]}}) == f"Warning: {said}."
+    assert summary.statistics_note({"statistics": {"few_tokens": []}}) == ""
