@@ -7,6 +7,7 @@ ip link set lo up
 until ip link show eth0 > /dev/null 2>&1; do sleep 0.05; done
 ip addr add "$address/24" dev eth0
 ip link set eth0 up
+ip route add default via 10.77.0.1  # nobody answers there; Ray takes its own address from it
 mount -t tmpfs -o size=2g tmpfs /dev/shm
 mkdir -p /tmp/ray /run/sshd
 mount --bind "$folder/ray" /tmp/ray
