@@ -309,7 +309,7 @@ def test_what_the_roles_may_do_is_in_the_account_and_is_what_the_cluster_file_na
     for bucket in ("first", "second"):  # the same command again sets other rights
         runpy.run_path(str(ROOT / "examples/aws_roles.py"))["main"](bucket)
     assert "its rights are set anew" in capsys.readouterr().out
-    iam = boto3.client("iam")
+    iam = boto3.client("iam", region_name="us-east-1")
     types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
     named = {t: each["node_config"]["IamInstanceProfile"]["Name"] for t, each in types.items()}
     actions = {}
