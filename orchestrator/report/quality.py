@@ -18,7 +18,7 @@ method that is not in the table is held against the costliest that is.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.report.document import Document, rows, section
 from orchestrator.report.numbers import counted, number, quotient, short_count
@@ -67,7 +67,7 @@ class Quality:
     compared_with: str
     tone: str
     toy: bool
-    advice: tuple[str, ...] = ()
+    advice: Sequence[str] = field(default_factory=list)
 
 
 def judged(
@@ -123,7 +123,7 @@ def quality(report: Document) -> Quality | None:
     )
     if found.tone == "good":
         return found
-    return replace(found, advice=tuple(_advice(report, steps, kept)))
+    return replace(found, advice=list(_advice(report, steps, kept)))
 
 
 def told(found: Quality, names: Sequence[str]) -> str:

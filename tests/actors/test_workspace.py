@@ -42,8 +42,8 @@ def mapped_gram(dim, folder):
     matrix = x.T @ x
     matrix.diagonal().add_(1.0)
     directory = Directory(str(folder))
-    write_tensors(directory, "stats.safetensors", {"gram": packed(matrix)})
-    return map_tensors(directory, "stats.safetensors")["gram"]
+    file = write_tensors(directory, "stats.safetensors", {"gram": packed(matrix)})
+    return map_tensors(directory, file)["gram"]
 
 
 def watched(work):

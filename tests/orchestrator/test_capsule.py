@@ -16,7 +16,7 @@ from actors.messages import (
     UnitTask,
     WorkerSetup,
 )
-from actors.storage.files import Directory
+from actors.storage.files import Directory, FileEntry
 from actors.units import do_unit
 from orchestrator.capsule import CALL, SETUP, PassCall, UnitCall
 from orchestrator.capsule import main as do_again
@@ -43,6 +43,11 @@ def every(message, **special):
     return st.builds(message, **drawn)
 
 
+CONTENTS = st.dictionaries(TEXTS, TEXTS, max_size=2)
+ENTRIES = st.tuples(TEXTS, every(FileEntry)).map(lambda pair: (pair,))
+SUMS = st.dictionaries(COUNTS, ENTRIES, max_size=2)
+
+
 @st.composite
 def jobs(draw, depth=1):
     shape = draw(shapes(max_layers=2))
@@ -56,13 +61,15 @@ def jobs(draw, depth=1):
         former=former,
         layer_options=st.dictionaries(COUNTS, OPTIONS, max_size=3),
         makers=MAKERS,
+        sums=SUMS,
+        contents=CONTENTS,
         candidates=st.dictionaries(TEXTS, OPTIONS, max_size=2),
     )
     return draw(job)
 
 
 TASKS = every(UnitTask, inputs=st.lists(TEXTS, max_size=3).map(tuple))
-ASSIGNMENTS = every(Assignment, statistics=STATISTICS)
+ASSIGNMENTS = every(Assignment, statistics=STATISTICS, contents=CONTENTS)
 CALLS = st.builds(UnitCall, task=TASKS, job=jobs()) | st.builds(
     PassCall, assignment=ASSIGNMENTS, microbatch=st.none() | every(Microbatch, rows=RANGES)
 )

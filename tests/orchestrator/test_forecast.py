@@ -77,7 +77,7 @@ def test_the_screen_keeps_numbers_whole(columns, cluster):
     show(console, found, title="llama-2-70b", out="not started")
     text = console.export_text()
     assert all(len(line) <= columns for line in text.splitlines())
-    peak = [line for line in text.splitlines() if "GiB" in line and "MiB" in line]
+    peak = [line for line in text.splitlines() if {"GB", "MB"} <= set(line.split())]
     assert peak, text
     assert "…" not in text
 

@@ -189,7 +189,7 @@ def check_config(folder, config, attention):
     fresh = loaded(dense_folder, attn_implementation=attention)  # dynamic angles remember a length
     expected = fresh(short, use_cache=False).logits
     for each in (folder / "dense", folder / "result"):
-        same(_stagewise_logits(str(each), short, "llama", "cpu"), expected)
+        same(_stagewise_logits(Checkpoint(str(each)), short, "llama", "cpu"), expected)
 
 
 DYNAMIC = {**SIZES, "model_type": "mistral", "max_position_embeddings": 16,
