@@ -90,7 +90,6 @@ SAMPLE = (
     "make wheel",
     "ray get-auth-token --generate",
     "compress-cluster schema > recipe.schema.json",
-    "compress-cluster run",
     'eval "$(_COMPRESS_CLUSTER_COMPLETE=bash_source compress-cluster)"',
 )
 EVERYTHING = typed()

@@ -75,7 +75,7 @@ def test_a_directory_that_takes_no_file_is_passed_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_start_that_takes_too_long_is_tried_twice_and_leaves_no_process(tmp_path):
     said = refused(tmp_path, RAY_gcs_server_port_wait_time_s="0", RAY_TMPDIR="/tmp")
     assert "tried twice: Timed out" in said

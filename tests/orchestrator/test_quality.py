@@ -108,7 +108,7 @@ def test_ready_at_twice_the_perplexity_is_ready_but_not_green():
 def test_a_good_result_is_green_and_needs_no_advice():
     report = sample_report()
     found = quality(report)
-    assert (found.tone, found.advice) == ("good", ())
+    assert (found.tone, found.advice) == ("good", [])
     assert '<span class="verdict good">READY</span>' in render_page(report)
 
 

@@ -124,7 +124,7 @@ def test_a_job_is_cancelled_by_its_run_and_its_driver_ends(model, at_home, tmp_p
 def test_a_run_on_gpus_that_are_not_there_is_refused_with_both_numbers(
     model, at_home, tmp_path, capsys
 ):
-    given = [o if o != "cpu" else "cuda" for o in options_of(model, tmp_path / "run", at_home)]
+    given = [*options_of(model, tmp_path / "run", at_home), "--device", "cuda"]
     main(["submit", *given])
     main(["logs", str(tmp_path / "run"), "--follow"])
     said = capsys.readouterr().out
