@@ -158,10 +158,11 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
             peaks.append(_shrunk_layer(shape, before, layer, held))
         if spec.measures(options) == "damage":
             makers = spec.candidates or (Candidate(spec=spec, options=options),)
+            outputs = max(_outputs(shape, before, each) for each in makers)
             peaks += [
                 _damage(
                     shape, before, cut, (statistics, held),
-                    tokens=tokens[1], sequence_length=length, dtype=dtype,
+                    outputs=outputs, tokens=tokens[1], sequence_length=length, dtype=dtype,
                 )
                 for cut in (layer, *_cuts(shape, before, makers))
             ]  # fmt: skip
@@ -179,6 +180,17 @@ def _cuts(
         for ladder in each.spec.ladders(shape, layer, each.options).values():
             for size in ladder.sizes[-1:]:  # a module of one pair cannot be cut
                 yield ladder.cut(layer, size)
+
+
+def _outputs(shape: ModelShape, layer: LayerForm, method: Candidate) -> int:
+    """Return how many outputs of a layer pass the layers behind it side by side.
+
+    With damage as the loss of the model: that of the whole layer, and one a level of each module.
+    """
+    if method.options.get("damage") != "loss":
+        return 0
+    ladders = method.spec.ladders(shape, layer, method.options).values()
+    return 1 + sum(len(ladder.levels) for ladder in ladders)
 
 
 def _table_unit(shape: ModelShape, *, residual: bool) -> int:
@@ -237,13 +249,15 @@ def _damage(  # noqa: PLR0913 all that decides what is measured
     form: LayerForm,
     statistics: tuple[frozenset[Statistic], frozenset[Statistic]],
     *,
+    outputs: int,
     tokens: int,
     sequence_length: int,
     dtype: str,
 ) -> int:
     """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way.
 
-    ``statistics`` are all that there are, and those that take memory.
+    ``statistics`` are all that there are, and those that take memory; ``outputs`` are those of the
+    layer that are kept until all of them pass the layers behind.
     """
     width = BYTES_OF[dtype]
     cells = layer_parameters(shape, start)
@@ -265,6 +279,10 @@ def _damage(  # noqa: PLR0913 all that decides what is measured
     )
     # What is measured as damage is float32, the output and its difference beside it.
     passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
+    if outputs:
+        held += outputs * probe * shape.hidden * width
+        head = table_bytes(shape, dtype=dtype) + loss_bytes(shape, tokens=probe, dtype=dtype)
+        passing = max(passing, head)
     factoring = _factorisation(shape, start, form) + _axes(shape, start, form)
     # The factor serves all levels, so it is there while each of them is tried.
     return int(held + sums + factoring + cells * width + passing)

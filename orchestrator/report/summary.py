@@ -1,7 +1,7 @@
 """What a run came to, in one sentence and one table; the page and the terminal say the same."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def quality_note(report: Document) -> str:
     return "" if found is None else told(found, method_names(report))
 
 
-def advice(report: Document) -> tuple[str, ...]:
+def advice(report: Document) -> Sequence[str]:
     """Return what to try where the result is not good."""
     found = quality(report)
     return () if found is None else found.advice
