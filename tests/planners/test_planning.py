@@ -6,7 +6,8 @@ import pytest
 
 from actors import methods
 from orchestrator.method_options import resolve_options
-from planners.cost import layer_parameters
+from planners.cost import dense_model_form, layer_parameters
+from planners.memory import unit_bytes
 from planners.plan import ModelShape, Target, dense_form
 from planners.planning import Workload, make_plan
 from tests.builders import compress_local, prepared_run, save_model
@@ -43,6 +44,22 @@ def test_sums_that_are_pages_of_files_take_no_memory_in_a_unit(method):
     one = replace(SHAPE, num_layers=1)  # whose pass takes less than its unit
     held, mapped = (planned(method, replace(WORK, mapped=m), shape=one) for m in (False, True))
     assert mapped.worker_bytes < held.worker_bytes
+
+
+def test_outputs_that_wait_for_the_layers_behind_are_planned_one_a_level():
+    spec, whole, peaks = methods.spec("modegpt"), dense_model_form(SHAPE), []
+    tokens, width = WORK.sequences * WORK.sequence_length, 2
+    for damage in ("layer", "loss"):
+        options = resolve_options(spec, {"allocation": "marginal", "damage": damage})
+        found = unit_bytes(
+            SHAPE, whole, spec=spec, options=options, tokens=(tokens, tokens),
+            sequence_length=WORK.sequence_length, dtype="bfloat16",
+        )  # fmt: skip
+        peaks.append(found)
+    ladders = spec.ladders(SHAPE, dense_form(SHAPE), options).values()
+    outputs = 1 + sum(len(ladder.levels) for ladder in ladders)
+    wait = outputs * tokens * SHAPE.hidden * width
+    assert peaks[1] - peaks[0] == pytest.approx(wait, rel=0.1)
 
 
 @pytest.mark.parametrize(
