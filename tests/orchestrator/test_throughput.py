@@ -296,7 +296,7 @@ def test_bench_times_models_side_by_side_over_workers(model, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bench_says_how_a_model_that_does_not_fit_would(model, tmp_path):
     small = save_model(tmp_path / "small", num_hidden_layers=2)
     memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
