@@ -129,7 +129,7 @@ def _started(**how: Any) -> Any:
                     _system_config=HEALTH_CHECK,
                     **how,
                 )
-        except Exception as error:
+        except Exception as error:  # Ray raises bare ones; raised again as ours
             node = local_start.half_started(error)
             slow = local_start.was_slow(error, node)
             refusal = local_start.refusal_of_start(error, node)
@@ -154,7 +154,7 @@ def _joined(address: str) -> Any:
     _refuse_second()
     try:
         return ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:
+    except Exception as error:  # likewise
         ray.shutdown()
         raise local_start.refusal_of_cluster(error, address) from error
 
