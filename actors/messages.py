@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.devices.transfer import to_device, to_host
 from actors.storage.files import FileEntry
-from actors.transfer import to_device, to_host
-from planners.plan import ModelForm, ModelShape, Option, Statistic
+from planners.method import Option
+from planners.model.form import ModelForm
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

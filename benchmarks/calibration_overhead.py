@@ -33,8 +33,8 @@ from result_file import Goal, Result, load_average, report, table
 from turns import Timings, take_turns
 
 from actors.messages import Assignment, Microbatch, Packed, UnitTask, WorkerSetup, unpack
-from actors.stage import Stage
-from planners.plan import Statistic
+from actors.worker.stage import Stage
+from planners.model.taps import Statistic
 
 GOAL = 1.3
 THREADS = 1

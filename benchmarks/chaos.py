@@ -46,7 +46,7 @@ LATEST = 6  # a loss comes at one of the first so many events of its phase
 MAX_COMMANDS = 6
 HUNG_SECONDS = 240
 BUCKET = "chaos"
-PRELOAD = ["torch", "ray", "orchestrator.run", "orchestrator.recipe_file"]
+PRELOAD = ["torch", "ray", "orchestrator.run", "orchestrator.recipe.reading"]
 METHOD = (__doc__ or "").partition("Method: ")[2].partition("\n\n")[0]
 
 
@@ -130,10 +130,10 @@ def drive(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from orchestrator.ledger import Ledger
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
     from orchestrator.run import run
+    from orchestrator.rundir.ledger import Ledger
     from planners.errors import CompressionError
 
     commit = Ledger.commit

@@ -64,14 +64,15 @@ def one(
     folder: str, name: str, steps: Sequence[tuple[float, Step]], *, sequences: int | None
 ) -> dict[str, Any]:
     """Return kept fraction, perplexities and seconds of one result."""
-    from orchestrator.context import RunContext
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.journal import Journal
-    from orchestrator.ledger import Ledger
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
-    from orchestrator.run import Directory, compress_and_evaluate, new_pool
-    from orchestrator.rundir import open_run
+    from actors.storage.files import Directory
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.phases.context import RunContext, new_pool
+    from orchestrator.phases.open_run import open_run
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
+    from orchestrator.run import compress_and_evaluate
+    from orchestrator.rundir.journal import Journal
+    from orchestrator.rundir.ledger import Ledger
 
     first = f"{folder}/first"
     given = {

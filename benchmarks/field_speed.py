@@ -32,11 +32,11 @@ from turns import Timings, take_turns
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.executors import LocalExecutor
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.phases.open_run import open_run
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
-from orchestrator.rundir import open_run
 
 GOALS = {"float32": 1.25, "bfloat16": 0.70}
 PERPLEXITY_GOAL = 0.005

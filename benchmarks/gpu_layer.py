@@ -21,12 +21,13 @@ from actors.modeling.build import Skeleton
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.packed import zeros
-from actors.observe import LayerStatistics
-from planners.cost import forward_flops, gram_flops
+from actors.statistics.observe import LayerStatistics
 from planners.families import family_of
 from planners.families import load as load_family
-from planners.packing import blocks_of
-from planners.plan import LINEARS, ModelShape, Statistic
+from planners.model.cost import forward_flops, gram_flops
+from planners.model.packing import blocks_of
+from planners.model.shape import LINEARS, ModelShape
+from planners.model.taps import Statistic
 
 GOAL = 0.6
 MODEL, LAYERS, SEQUENCE = "llama-2-70b", 80, 2048

@@ -49,10 +49,10 @@ def sweeps(
     folder: str, *, fractions: Sequence[float], sequences: int | None
 ) -> tuple[float, Points]:
     """Return the dense perplexity, and (choice, asked) -> point, with who shrinks what."""
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
-    from orchestrator.sweep import points_of, sweep_on
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.experiments.sweep import points_of, sweep_on
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
 
     dense, points = 0.0, {}
     for number, (name, options) in enumerate(CHOICES.items()):

@@ -31,9 +31,10 @@ from shaped import (
     write_tokens,
 )
 
-from orchestrator.forecast import Terms, forecast_of
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.forecast.forecast import forecast_of
+from orchestrator.forecast.terms import Terms
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from planners.errors import PlanError
 
 MODEL = "llama-2-70b"

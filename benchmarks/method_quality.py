@@ -61,10 +61,10 @@ def sweeps(
     folder: str, *, fractions: Sequence[float], sequences: int | None
 ) -> tuple[float, Points]:
     """Return the dense perplexity, and (method, asked) -> point of ``pareto.json``."""
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
-    from orchestrator.sweep import points_of, sweep_on
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.experiments.sweep import points_of, sweep_on
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
 
     dense, points = 0.0, {}
     for name, options in CHOICES.items():
@@ -107,8 +107,8 @@ def _nominal_removal(base: Any, share: float) -> int:
     nearest even width, v/o to the nearest.
     """
     from actors.storage.records import read_records
-    from planners.allocation import form_of, full_widths
-    from planners.cost import dense_parameters, model_parameters
+    from planners.budget.widths import form_of, full_widths
+    from planners.model.cost import dense_parameters, model_parameters
 
     records = read_records(base.run)
     shape = base.plan.shape

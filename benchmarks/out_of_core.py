@@ -34,14 +34,14 @@ from shaped import (
     write_tokens,
 )
 
-from actors.memory import PeakMemory
+from actors.devices.memory import PeakMemory
 from actors.storage.files import Directory
-from orchestrator import cluster
-from orchestrator.executors import RayExecutor
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.backend import ray_cluster
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.phases.open_run import check_run, open_run
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
-from orchestrator.rundir import check_run, open_run
 
 MODEL = "llama-2-13b"
 LAYERS = 40
@@ -126,7 +126,7 @@ def _measured(folder: Path, *, threads: int) -> dict[str, Any]:
             seconds[event["unit"]] = time.perf_counter() - starts[event["unit"]]
             disk_peak = max(disk_peak, sum(run.size(name) or 0 for name in run.names()))
 
-    with cluster.connected("local", num_cpus=threads, num_gpus=0, store_bytes=0):
+    with ray_cluster.connected("local", num_cpus=threads, num_gpus=0, store_bytes=0):
         if not check_run(prepared):
             open_run(prepared)
         executor = _Watching()

@@ -14,12 +14,13 @@ from typing import Any
 
 from result_file import Goal, Result, load_average, report, table
 
-from actors.sample import write_sample
 from actors.storage.files import Directory
-from orchestrator.forecast import Terms, forecast_of
-from orchestrator.plan_screen import duration, size_text
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from actors.storage.sample_model import write_sample
+from orchestrator.cli.plan import duration, size_text
+from orchestrator.forecast.forecast import forecast_of
+from orchestrator.forecast.terms import Terms
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run
 
 BYTES_GOAL, SECONDS_GOAL = 0.10, 0.25

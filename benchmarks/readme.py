@@ -32,14 +32,14 @@ from result_file import ROOT, hardware, table, versions
 
 from actors import methods
 from actors.storage.sources import embedded_model
-from orchestrator.cli import INTERRUPTED, cli
-from orchestrator.method_options import resolve_options
+from orchestrator.cli.main import INTERRUPTED, cli
+from orchestrator.recipe.method_options import resolve_options
 from orchestrator.report.numbers import bytes_text, decimal, percent, seconds_text
 from planners import errors
 from planners.catalogue import CONFIGS, shape_of
-from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.families import known_types
-from planners.plan import Target
+from planners.method import Target
+from planners.model.cost import dense_parameters, dense_start, model_parameters
 
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "report.png"

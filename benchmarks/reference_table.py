@@ -140,11 +140,11 @@ class Measured:
 
 def measure(model: Model, slice_: float, *, sequences: int | None) -> Measured:
     """Return the outcome of one run, which is made in a temporary directory and removed."""
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.phases.open_run import open_run
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
     from orchestrator.run import run_on
-    from orchestrator.rundir import open_run
 
     with tempfile.TemporaryDirectory(prefix="reference-table-") as folder:
         given = load_config(

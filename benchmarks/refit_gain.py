@@ -25,11 +25,11 @@ FIFTH = 0.2
 
 def one(folder: str, fraction: float, *, refit: bool, sequences: int | None) -> dict[str, Any]:
     """Return the report of one run."""
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.phases.open_run import open_run
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
     from orchestrator.run import run_on
-    from orchestrator.rundir import open_run
 
     given = {
         **stored(MODEL, sequences=sequences),

@@ -30,17 +30,17 @@ from two_over_one import NICENESS, Bare, arguments, compared, turns
 
 from actors.messages import WorkerSetup
 from actors.storage.files import Directory
-from orchestrator import cluster
-from orchestrator.calibrate import calibrate
-from orchestrator.context import RunContext
-from orchestrator.dispatch import compress
-from orchestrator.executors import RayExecutor
-from orchestrator.journal import Journal
-from orchestrator.ledger import Ledger
-from orchestrator.pool import Pool
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
-from orchestrator.rundir import open_run
+from orchestrator.backend import ray_cluster
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.phases.calibrate import calibrate
+from orchestrator.phases.compress import compress
+from orchestrator.phases.context import RunContext
+from orchestrator.phases.open_run import open_run
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
+from orchestrator.rundir.journal import Journal
+from orchestrator.rundir.ledger import Ledger
 
 THREADS = 1
 WORKERS = (1, 2)
@@ -221,7 +221,7 @@ def _subjects(case: Case) -> Iterator[tuple[Ours, Bare]]:
         bare = Bare(_bare_process, (folder, case), number=max(WORKERS), share=share_of(case))
         with (
             contextlib.closing(bare),
-            cluster.connected("local", num_cpus=sum(WORKERS), num_gpus=0, store_bytes=0),
+            ray_cluster.connected("local", num_cpus=sum(WORKERS), num_gpus=0, store_bytes=0),
             contextlib.closing(Ours(case, folder)) as ours,
         ):
             yield ours, bare

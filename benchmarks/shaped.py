@@ -18,15 +18,16 @@ import torch
 from result_file import ROOT
 from safetensors.torch import save_file
 
-from actors.memory import PeakMemory
+from actors.devices.memory import PeakMemory
 from actors.storage.checkpoint import INDEX, Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.executors import LocalExecutor
-from orchestrator.prepare import Prepared, prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.phases.open_run import check_run, open_run
+from orchestrator.prepare.prepare import prepare
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
-from orchestrator.rundir import check_run, open_run
 from planners.catalogue import CONFIGS
 from planners.families import family_of
 

@@ -1,8 +1,9 @@
 """Calibration and compression of 80 layers on 64 workers: an efficiency of 0.9, simulated.
 
-The schedule is of Llama-2-70B's shapes under the policy that a run executes (`planners.schedule`
-calls the same `planners.flow`, `planners.frontier` and `planners.placement`). Task times are those
-of a sample timed on this machine, scaled to the true shapes by their operations; the sample is
+The schedule is of Llama-2-70B's shapes under the policy that a run executes
+(`planners.simulation.simulate` calls the same `planners.units.flow`, `planners.units.frontier` and
+`planners.memory.placement`). Task times are those of a sample timed on this machine, scaled to the
+true shapes by their operations; the sample is
 named under Configuration. Efficiency is T(1) / (N T(N)) of calibrate and compress together, T(1)
 with one shard, without the start of processes, with no losses and no spread. A worker has 64 GiB:
 what does not fit is done in waves, whose boundaries are written and read.
@@ -17,14 +18,15 @@ from dataclasses import dataclass, replace
 from result_file import Goal, Result, load_average, report, table
 
 from actors import methods
-from orchestrator.measure import Setting, kept_clock, measure
-from orchestrator.method_options import resolve_options
+from orchestrator.forecast.clocks import Setting, kept_clock
+from orchestrator.forecast.sample_run import measure
+from orchestrator.recipe.method_options import resolve_options
 from planners.catalogue import CONFIGS, shape_of
-from planners.plan import Target
+from planners.method import Target
 from planners.planning import Workload, make_plan
-from planners.schedule import Course, PassPhase, Phase, UnitsPhase, simulate
-from planners.timetable import Clock, Job, timetable
-from planners.work import Data
+from planners.simulation.simulate import Course, PassPhase, Phase, UnitsPhase, simulate
+from planners.simulation.timetable import Clock, Job, timetable
+from planners.simulation.work import Data
 
 MODEL, LENGTH = "llama-2-70b", 2048
 WORKERS = (1, 2, 4, 8, 16, 32, 40, 64, 80, 128, 256, 512)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from orchestrator.cluster import HEALTH_CHECK
+from orchestrator.backend.ray_cluster import HEALTH_CHECK
 
 STORE_BYTES = 100 * 2**20
 ACTORS = ("ray::Stage", "ray::Evaluator")  # how Ray names the processes of ours

@@ -124,11 +124,11 @@ def timed(work: Any, listened: list[Mapping[str, Any]]) -> Timed:
 
 def one_run(recipe: Mapping[str, Any], out: Path) -> Timed:
     """Do one run up to its verification."""
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.phases.open_run import open_run
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
     from orchestrator.run import run_on
-    from orchestrator.rundir import open_run
 
     events: list[Mapping[str, Any]] = []
 
@@ -151,10 +151,10 @@ def one_run(recipe: Mapping[str, Any], out: Path) -> Timed:
 
 def one_sweep(recipe: Mapping[str, Any], out: Path) -> tuple[Timed, list[dict[str, Any]]]:
     """Do a sweep from nothing; return its points too."""
-    from orchestrator.executors import LocalExecutor
-    from orchestrator.prepare import prepare
-    from orchestrator.recipe_file import load_config
-    from orchestrator.sweep import points_of, sweep_on
+    from orchestrator.backend.local import LocalExecutor
+    from orchestrator.experiments.sweep import points_of, sweep_on
+    from orchestrator.prepare.prepare import prepare
+    from orchestrator.recipe.reading import load_config
 
     events: list[Mapping[str, Any]] = []
     found: dict[str, Any] = {}

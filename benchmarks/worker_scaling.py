@@ -43,12 +43,12 @@ from two_over_one import NICENESS, Bare, arguments, compared, turns
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask, WorkerSetup
 from actors.storage.files import Directory
-from orchestrator import cluster
-from orchestrator.executors import RayExecutor
-from orchestrator.journal import Journal
-from orchestrator.pipeline import Pass, PassPlan, run_side_by_side
-from orchestrator.pool import Pool
-from planners.plan import Statistic
+from orchestrator.backend import ray_cluster
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.engine.pipeline import Pass, PassPlan, run_side_by_side
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.rundir.journal import Journal
+from planners.model.taps import Statistic
 
 THREADS = 1
 WORKERS = 2
@@ -208,7 +208,7 @@ def _subjects(case: Case) -> Iterator[tuple[Ours, Bare]]:
         )
         with (
             contextlib.closing(bare),
-            cluster.connected("local", num_cpus=WORKERS * THREADS, num_gpus=0, store_bytes=0),
+            ray_cluster.connected("local", num_cpus=WORKERS * THREADS, num_gpus=0, store_bytes=0),
             contextlib.closing(Ours(case, folder)) as ours,
         ):
             yield ours, bare

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.watch.screen import screen
-from orchestrator.watch.snapshot import Watcher
+from orchestrator.remote.snapshot import Watcher
+from orchestrator.remote.watch_screen import screen
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLUMNS, WIDTH = 100, 1100  # characters; pixels

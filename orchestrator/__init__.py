@@ -24,6 +24,6 @@ def compress(
         CompressionError: see `planners.errors`; what is done is kept.
     """
     from orchestrator import api  # here: it imports torch and Ray, and --help has no time for them
-    from orchestrator.progress import quiet
+    from orchestrator.rundir.journal import quiet
 
     return api.compress(model, listener=listener or quiet, **recipe)

@@ -1,5 +1,5 @@
 """``python -m orchestrator`` is ``compress-cluster``, where that is not on the path."""
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 
 main()

@@ -6,13 +6,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.cluster import ClusterFacts
-from orchestrator.config import RunConfig
-from orchestrator.forecast import Terms, forecast_of
-from orchestrator.journal import Listener
-from orchestrator.prepare import Prepared, prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.forecast.forecast import forecast_of
+from orchestrator.forecast.terms import Terms
+from orchestrator.prepare.prepare import prepare
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.recipe.config import RunConfig
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run
+from orchestrator.rundir.journal import Listener
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,34 +4,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.storage.records import require_directory
-from orchestrator import cluster, lease
-from orchestrator.allocate import allocate
-from orchestrator.artefact import tell_missing
-from orchestrator.calibrate import calibrate
-from orchestrator.cluster import ClusterFacts
-from orchestrator.compose import reach_last_step, settle
-from orchestrator.context import RunContext
-from orchestrator.dispatch import compress
-from orchestrator.evaluate import Loss, evaluate, evaluation_plan
-from orchestrator.executors import Executor, RayExecutor
-from orchestrator.failures import POLICIES
-from orchestrator.interrupt import Interruption, interruptible
-from orchestrator.journal import Journal, Listener
-from orchestrator.ledger import Ledger
-from orchestrator.outcome import outcome
-from orchestrator.pool import Pool
-from orchestrator.prepare import Prepared
-from orchestrator.refit import refit
-from orchestrator.repair import make_whole, require_whole, spare_what_nobody_reads
-from orchestrator.rundir import check_run, finish, finished_report, open_run
-from orchestrator.stitch import stitch, stitched
-from orchestrator.subjects import Subject
-from orchestrator.throughput import throughput
-from orchestrator.verify import verify
-from planners.placement import shared_bytes
+from orchestrator.backend import metrics, preemption, ray_cluster
+from orchestrator.backend.executor import Executor
+from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.engine.failure_policy import POLICIES
+from orchestrator.engine.interrupt import Interruption, interruptible
+from orchestrator.phases.allocate import allocate
+from orchestrator.phases.calibrate import calibrate, tell_missing
+from orchestrator.phases.compress import compress
+from orchestrator.phases.context import RunContext, new_pool
+from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan
+from orchestrator.phases.finish import finish
+from orchestrator.phases.open_run import check_run, open_run
+from orchestrator.phases.outcome import outcome
+from orchestrator.phases.refit import refit
+from orchestrator.phases.repair import make_whole, require_whole, spare_what_nobody_reads
+from orchestrator.phases.stitch import stitch, stitched
+from orchestrator.phases.throughput import throughput
+from orchestrator.phases.verify import verify
+from orchestrator.prepare.prepared import Prepared, dense_subject
+from orchestrator.run_steps import reach_last_step, settle
+from orchestrator.rundir import lease
+from orchestrator.rundir.finished import finished_report
+from orchestrator.rundir.journal import Journal, Listener
+from orchestrator.rundir.ledger import Ledger
+from planners.memory.placement import shared_bytes
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
         report = finished_report(prepared.run, hashes=verify_hashes) if known else None
         if report is not None:
             return report
-        with cluster.connected(
+        with ray_cluster.connected(
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
@@ -73,11 +73,11 @@ def run(
             approve(facts)
             prepared = replace(prepared, expected=dict(expected or {}))
             open_run(prepared)  # not before: a first try without a cluster leaves no mark
-            with interruptible() as interruption, cluster.watchers(config.address) as watchers:
+            with interruptible() as interruption, preemption.watchers(config.address) as watchers:
                 return run_on(
                     prepared,
                     RayExecutor(watchers=watchers),
-                    listener=cluster.metered(
+                    listener=metrics.metered(
                         listener,
                         reasons=POLICIES,
                         price_per_hour=prepared.expected.get("price_per_hour") or 0.0,
@@ -150,32 +150,3 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     settle(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))
     return context, losses
-
-
-def dense_subject(prepared: Prepared) -> Subject:
-    """Return the input model as something to be evaluated."""
-    origin = prepared.origin
-    return Subject(
-        name="dense",
-        uri=origin.model_uri,
-        identity=origin.revision,
-        model_store=origin.config.model_store,
-        contents=origin.contents,
-    )
-
-
-def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
-    """Start the workers of a run: as many as the widest wave of any of its steps has stages."""
-    setup = WorkerSetup(
-        name="pattern",
-        incarnation="",
-        threads=prepared.config.threads,
-        device=prepared.config.device,
-    )
-    return Pool(
-        executor,
-        setup,
-        num_workers=max(step.plan.num_workers for step in (*prepared.former, prepared)),
-        journal=journal,
-        place_seconds=prepared.config.place_seconds,
-    )

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from planners.cost import dense_start, tap_dim
-from planners.plan import LayerForm, ModelForm, ModelShape, Statistic
+from planners.model.cost import dense_start, tap_dim
+from planners.model.form import LayerForm, ModelForm
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
 
 GRAMS = ("gram", "normed_gram")
 

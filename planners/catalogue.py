@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planners.families import load
-from planners.plan import ModelShape
+from planners.model.shape import ModelShape
 
 
 def _llama(  # noqa: PLR0913 the integers of a model

@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planners import refit
-from planners.cost import (
+from planners.errors import PlanError
+from planners.memory.fitting import Attempt, ways_to_fit
+from planners.memory.peaks import unit_bytes
+from planners.memory.placement import Load, load_of, place
+from planners.method import MethodSpec, Option, Target
+from planners.model.cost import (
     BYTES_OF,
     dense_start,
     forward_flops,
@@ -13,22 +18,11 @@ from planners.cost import (
     model_parameters,
     statistic_elements,
 )
-from planners.errors import PlanError
-from planners.fitting import Attempt, ways_to_fit
-from planners.memory import unit_bytes
-from planners.placement import Load, load_of, place
-from planners.plan import (
-    MethodSpec,
-    ModelForm,
-    ModelShape,
-    Option,
-    RunPlan,
-    Start,
-    Statistic,
-    Target,
-)
-from planners.shards import chain_stages
-from planners.units import last_tap, layer_statistics
+from planners.model.form import ModelForm, Start
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic, last_tap, layer_statistics
+from planners.plan import RunPlan
+from planners.units.shards import chain_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

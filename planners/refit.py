@@ -2,7 +2,8 @@
 
 import math
 
-from planners.plan import ModelShape, OptionSpec
+from planners.method import OptionSpec
+from planners.model.shape import ModelShape
 
 REVISION = 1  # raised when the same input would give other bytes
 HELD_OUT = 8  # one sequence in so many, at the end, is held out

@@ -12,12 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.executors import Executor, LocalExecutor
-from orchestrator.journal import Event, Listener
-from orchestrator.prepare import Prepared, prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.backend.executor import Executor
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.phases.open_run import open_run
+from orchestrator.prepare.prepare import prepare
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
-from orchestrator.rundir import open_run
+from orchestrator.rundir.journal import Event, Listener
 
 VOCABULARY = 61  # odd, so that a table of it has no round size
 LENGTH = 24

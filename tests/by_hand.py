@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from actors import methods
 from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
 from actors.storage.checkpoint import Checkpoint
-from orchestrator.method_options import resolve_options
+from orchestrator.recipe.method_options import resolve_options
+from planners.canonical_json import to_json
 from planners.families import load as load_family
-from planners.plan import to_json
 
 
 def dense_model(folder):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from orchestrator import cluster
+from orchestrator.backend import ray_cluster
 from tests.stores import KEYS, FaultyStore, new_bucket, s3_server, uri_of
 
 _remote_code = tempfile.TemporaryDirectory(prefix="compress-cluster-tests-")
@@ -45,7 +45,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Start one small Ray cluster for all tests that need one."""
-    with cluster.connected("local", num_cpus=4, num_gpus=0, store_bytes=0):
+    with ray_cluster.connected("local", num_cpus=4, num_gpus=0, store_bytes=0):
         yield
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 START = """
 import pathlib, sys, ray
-from orchestrator.cluster import HEALTH_CHECK
+from orchestrator.backend.ray_cluster import HEALTH_CHECK
 context = ray.init(
     address="local", num_cpus=int(sys.argv[4]), include_dashboard=True, dashboard_host="127.0.0.1",
     dashboard_port=int(sys.argv[1]), object_store_memory=200 * 2**20, log_to_driver=False,

@@ -9,8 +9,8 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from orchestrator import cluster as ours
-from orchestrator.executors import RayExecutor
+from orchestrator.backend import ray_cluster as ours
+from orchestrator.backend.ray_executor import RayExecutor
 
 
 class Nodes:

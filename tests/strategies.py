@@ -2,7 +2,8 @@
 
 from hypothesis import strategies as st
 
-from planners.plan import LINEARS, LayerForm, ModelForm, ModelShape
+from planners.model.form import LayerForm, ModelForm
+from planners.model.shape import LINEARS, ModelShape
 
 DTYPES = ("float32", "bfloat16", "float16")
 

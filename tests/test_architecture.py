@@ -54,12 +54,6 @@ def exists(name: str) -> bool:
     return (ROOT / name).is_file() or any(path.name == name for path in files_under(*FOLDERS))
 
 
-def test_ray_is_imported_by_the_executors_and_the_cluster_only():
-    python = [path for path in files_under(*PACKAGES) if path.suffix == ".py"]
-    with_ray = {str(p) for p in python if "ray" in {name.split(".")[0] for name in imports_of(p)}}
-    assert with_ray <= {"orchestrator/executors.py", "orchestrator/cluster.py"}
-
-
 def test_no_file_is_named_for_nothing_in_particular():
     vague = {"utils", "helpers", "common", "misc"}
     assert [p for p in files_under(*FOLDERS) if vague & {Path(part).stem for part in p.parts}] == []
@@ -95,7 +89,7 @@ def test_every_make_target_in_the_documents_exists():
 
 
 def test_every_sub_command_in_the_documents_exists():
-    members = vars(import_module("orchestrator.cli")).values()
+    members = vars(import_module("orchestrator.cli.main")).values()
     commands = {c for group in members if isinstance(group, click.Group) for c in group.commands}
     named = named_in_documents(r"\bcompress-cluster +([a-z][a-z-]*)")
     assert named

@@ -11,10 +11,10 @@ import click
 import pytest
 import yaml
 
-from orchestrator.batch import BUDGET_KEYS, KEYS
+from orchestrator.experiments.batch_file import BUDGET_KEYS, KEYS
 from tests.pages import HELP, PAGES, ROOT, typed
 
-GROUPS = {"compress-cluster": "orchestrator.cli", "ray": "ray.scripts.scripts"}
+GROUPS = {"compress-cluster": "orchestrator.cli.main", "ray": "ray.scripts.scripts"}
 EVERYTHING = typed()
 
 

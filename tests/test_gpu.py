@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from actors.memory import PeakMemory
+from actors.devices.memory import PeakMemory
+from actors.devices.transfer import to_device, to_host
 from actors.messages import pack, unpack
-from actors.transfer import to_device, to_host
 from tests.builders import perplexity, run_local, save_model
 
 pytestmark = [

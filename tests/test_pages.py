@@ -69,13 +69,13 @@ NOT_EXECUTED = {
         "it downloads torch and Ray",
         "pip install -c constraints.txt . --dry-run --no-deps --quiet",
     ),
-    "python -m orchestrator.notices": (
+    "compress-cluster watch-node": (
         "it waits for a notice as long as the machine lives",
-        "python -c 'import orchestrator.notices as module; module.main'",
+        "compress-cluster watch-node --help",
     ),
-    "python -m orchestrator.capsule FILE": (
+    "compress-cluster reproduce FILE": (
         "it needs work that failed on two workers",
-        "! python -m orchestrator.capsule FILE 2>said && grep 'FILE: there is no' said",
+        "! compress-cluster reproduce FILE 2>said && grep 'FILE: there is no' said",
     ),
 }
 SAMPLE = (

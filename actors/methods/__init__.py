@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from planners import candidates
+from planners.budget import candidates
 from planners.errors import ConfigError
-from planners.plan import MethodSpec, Option
+from planners.method import MethodSpec, Option
 from planners.spelling import did_you_mean
 
 

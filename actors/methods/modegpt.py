@@ -23,24 +23,15 @@ from torch import Tensor
 from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
-from planners.allocation import by_influence, layer_widths, uniform, width_ladder
-from planners.candidates import OPTION as CANDIDATES
-from planners.candidates import shares
+from planners.budget.candidates import OPTION as CANDIDATES
+from planners.budget.candidates import shares
+from planners.budget.hull import marginal, require_levels
+from planners.budget.widths import by_influence, layer_widths, uniform, width_ladder
 from planners.errors import NumericsError, PlanError
-from planners.hull import marginal, require_levels
-from planners.plan import (
-    Allocation,
-    Ladder,
-    LayerForm,
-    MethodSpec,
-    ModelForm,
-    ModelShape,
-    Option,
-    OptionSpec,
-    Start,
-    Statistic,
-    Target,
-)
+from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
+from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
 from planners.refit import OPTION as REFIT
 from planners.spelling import did_you_mean
 

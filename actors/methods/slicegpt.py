@@ -20,20 +20,13 @@ from torch import Tensor
 
 from actors.numerics.linalg import BLOCK, eigh_descending
 from actors.numerics.packed import Symmetric, diagonal
-from planners.allocation import largest_width
-from planners.cost import model_parameters
+from planners.budget.widths import largest_width
 from planners.errors import PlanError
-from planners.plan import (
-    LayerForm,
-    MethodSpec,
-    ModelForm,
-    ModelShape,
-    Option,
-    OptionSpec,
-    Start,
-    Statistic,
-    Target,
-)
+from planners.method import MethodSpec, Option, OptionSpec, Target
+from planners.model.cost import model_parameters
+from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
 
 Weights = Mapping[str, Tensor]
 

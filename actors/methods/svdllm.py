@@ -5,7 +5,7 @@ The best rank-r matrix for ``|x W - x W'|_F`` over the calibration tokens is the
 ``W U_r U_r^T`` with U_r the principal axes of the outputs, whose gram is ``W^T C W``: no Cholesky
 and no inverse. Where the input is narrower, the whitened input side is decomposed instead. So the
 largest eigendecomposition has the model's width, never the FFN's. ``allocation=by_type`` shares the
-parameters out over the layers as SVD-LLM v2 (arXiv:2503.12340) does; see `planners.ranks`.
+parameters out over the layers as SVD-LLM v2 (arXiv:2503.12340) does; see `planners.budget.ranks`.
 
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
@@ -19,23 +19,13 @@ from torch import Tensor
 
 from actors.numerics.linalg import BLOCK, cholesky_psd, eigh_descending
 from actors.numerics.packed import Symmetric, congruence
-from planners.candidates import shares
-from planners.modules import LINEARS_OF
-from planners.plan import (
-    LINEARS,
-    Allocation,
-    Ladder,
-    LayerForm,
-    MethodSpec,
-    ModelForm,
-    ModelShape,
-    Option,
-    OptionSpec,
-    Start,
-    Statistic,
-    Target,
-)
-from planners.ranks import by_type, one_share, rank_ladder, uniform
+from planners.budget.candidates import shares
+from planners.budget.ranks import by_type, one_share, rank_ladder, uniform
+from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
+from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.modules import LINEARS_OF
+from planners.model.shape import LINEARS, ModelShape
+from planners.model.taps import Statistic
 from planners.refit import OPTION as REFIT
 from planners.spelling import did_you_mean
 

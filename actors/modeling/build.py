@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from actors.devices.transfer import to_device
 from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
-from actors.transfer import to_device
 
 transformers_logging.disable_progress_bar()
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from actors.modeling.build import Skeleton
 from actors.modeling.modeling_compressed import CompressedConfig
-from planners.plan import LayerForm, ModelShape, to_json
+from planners.canonical_json import to_json
+from planners.model.form import LayerForm
+from planners.model.shape import ModelShape
 
 
 class HalvedLayer:

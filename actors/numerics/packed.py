@@ -1,4 +1,4 @@
-"""Symmetric matrices, packed as their upper triangle (see `planners.packing`) or full.
+"""Symmetric matrices, packed as their upper triangle (see `planners.model.packing`) or full.
 
 A gram of the FFN of a 70B model takes 6.6 GB in float64: there is room for one, in which it is
 factored. So a matrix is kept packed, which may be a mapped file, and whoever needs it whole gets it
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from planners.packing import Block, blocks_of, dim_of_packed, packed_elements
+from planners.model.packing import Block, blocks_of, dim_of_packed, packed_elements
 
 Symmetric = Float[Tensor, "dim dim"] | Float[Tensor, " packed"]
 

@@ -19,13 +19,14 @@ from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.quoting import shown
 from actors.storage.tensors import read_header, read_tensor, tensor_bytes
-from planners.cost import dense_model_form
 from planners.errors import ModelError, StorageError
 from planners.families import family_of, known_types
 from planners.families import load as load_family
 from planners.families._base import Family
+from planners.model.cost import dense_model_form
+from planners.model.form import ModelForm, model_form_from_json
+from planners.model.shape import ModelShape
 from planners.overflow import overflowed
-from planners.plan import ModelForm, ModelShape, model_form_from_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -1,6 +1,6 @@
 """Whether a file of statistics holds what it should: sums of products of real tokens.
 
-A gram of one axis is packed (`planners.packing`). Of two axes it is whole, as once all were.
+A gram of one axis is packed (`planners.model.packing`). Of two axes it is whole, as once all were.
 """
 
 import torch
@@ -10,7 +10,7 @@ from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.tensors import read_header, read_tensor
 from planners.errors import StorageError
-from planners.packing import blocks_of, dim_of_packed
+from planners.model.packing import blocks_of, dim_of_packed
 
 BLOCK_BYTES = 128 * 2**20  # of a gram that are in memory at one time, twice
 # Products are formed in float32, where (i, j) and (j, i) may be rounded apart.

@@ -5,17 +5,6 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from orchestrator.report.canvas import (
-    BEFORE,
-    KEPT,
-    MUTED,
-    Plot,
-    Sheet,
-    Words,
-    draw,
-    label,
-    number_axis,
-)
 from orchestrator.report.document import Layer
 from orchestrator.report.numbers import (
     between,
@@ -25,6 +14,17 @@ from orchestrator.report.numbers import (
     percent,
     quotient,
     short_tick,
+)
+from orchestrator.report.svg import (
+    BEFORE,
+    KEPT,
+    MUTED,
+    Plot,
+    Sheet,
+    Words,
+    draw,
+    label,
+    number_axis,
 )
 
 _BAR = 0.72

@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.report import expected, layers, numbers, spectra, summary, timeline
-from orchestrator.report.canvas import Plot
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import events as read_events
 from orchestrator.report.document import layers as read_layers
 from orchestrator.report.document import sites as read_sites
 from orchestrator.report.document import spans as read_spans
+from orchestrator.report.svg import Plot
 
 _PHASES = (
     "calibrate", "allocate", "compress", "refit", "stitch", "evaluate", "verify", "throughput",

@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from orchestrator.report import numbers
-from orchestrator.report.canvas import (
+from orchestrator.report.document import Document
+from orchestrator.report.quality import judged
+from orchestrator.report.svg import (
     BEFORE,
     INK,
     KIND_COLOURS,
@@ -21,8 +23,6 @@ from orchestrator.report.canvas import (
     draw,
     label,
 )
-from orchestrator.report.document import Document
-from orchestrator.report.quality import judged
 
 _SHAPES = (("o", "dot"), ("s", "square"), ("D", "diamond"))
 _WIDE_RANGE = 3.0  # of perplexities: from here on the scale is logarithmic

@@ -9,7 +9,9 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from orchestrator.report.canvas import (
+from orchestrator.report.document import Site
+from orchestrator.report.numbers import between, counted, kept_percent, percent
+from orchestrator.report.svg import (
     CUT,
     INK,
     KEPT,
@@ -21,8 +23,6 @@ from orchestrator.report.canvas import (
     label,
     number_axis,
 )
-from orchestrator.report.document import Site
-from orchestrator.report.numbers import between, counted, kept_percent, percent
 
 MAX_PANELS = 12
 CHOSEN_PANELS = 8

@@ -6,9 +6,9 @@ from itertools import groupby
 
 from matplotlib.axes import Axes
 
-from orchestrator.report.canvas import INK, KIND_COLOURS, MUTED, Plot, Sheet, Words, draw, label
 from orchestrator.report.document import Event, Span, natural
 from orchestrator.report.numbers import counted, percent, seconds_text
+from orchestrator.report.svg import INK, KIND_COLOURS, MUTED, Plot, Sheet, Words, draw, label
 
 MAX_WORKERS = 48
 MAX_BARS = 1500

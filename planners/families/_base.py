@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planners.plan import ModelShape
+from planners.model.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class Family:
         base: what the names of all tensors but the head begin with; a model that was saved
             without its class's head has names without it.
         layer: prefix of layer ``{i}`` in the state dict.
-        linears: role, one of `planners.plan.LINEARS`, -> name below the layer.
+        linears: role, one of `planners.model.shape.LINEARS`, -> name below the layer.
         norms: ``attn_norm`` and ``mlp_norm`` -> name below the layer.
         embedding: tensor of the embedding.
         final_norm: tensor of the final norm's scale.

@@ -6,7 +6,7 @@ from typing import Any
 from planners.errors import ModelError
 from planners.families._base import Family
 from planners.families._config import check_rope, check_settings, flag, positive
-from planners.plan import ModelShape
+from planners.model.shape import ModelShape
 
 MAX_LAYERS = 4096
 FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types that Qwen2 knows

@@ -12,7 +12,7 @@ from actors import methods
 from actors.methods import modegpt
 from actors.numerics.nystrom import nystrom
 from actors.storage.checkpoint import Checkpoint
-from planners.plan import dense_form
+from planners.model.form import dense_form
 from tests.builders import compress_local, prepared_run, save_model
 
 RECIPE = {

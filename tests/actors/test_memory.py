@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from actors.memory import PeakMemory
+from actors.devices.memory import PeakMemory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is anonymous")
 MIB = 2**20

@@ -7,10 +7,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from actors.modeling.build import Skeleton
 from actors.numerics.packed import unpacked
-from actors.observe import LayerStatistics
+from actors.statistics.observe import LayerStatistics
 from actors.storage.checkpoint import Checkpoint
 from planners import families
-from planners.plan import Statistic
+from planners.model.taps import Statistic
 from tests.builders import LENGTH, VOCABULARY, save_model
 
 LAYER = 1  # not the first and not the last

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.messages import Assignment, Microbatch, UnitTask, WorkerSetup, unpack
-from actors.stage import Stage
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors
 from actors.storage.tokens import tokens_to_parquet
+from actors.worker.stage import Stage
 from planners.errors import ModelError
-from planners.plan import Statistic
+from planners.model.taps import Statistic
 from tests.builders import LENGTH, VOCABULARY, logits_of, save_model
 
 TOKENS = "tokens/t.parquet"

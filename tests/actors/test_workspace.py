@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from actors import memory
-from actors.memory import PeakMemory, anonymous_bytes, give_back
+from actors.devices import memory
+from actors.devices.memory import PeakMemory, anonymous_bytes, give_back
 from actors.methods.svdllm import METHOD, low_rank
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import eigh_descending
@@ -25,10 +25,10 @@ from actors.storage.files import Directory
 from actors.storage.tensors import map_tensors, write_tensors
 from planners.catalogue import CONFIGS
 from planners.families import family_of
-from planners.memory import forward_bytes
-from planners.packing import ROWS, packed_elements
-from planners.plan import dense_form
-from planners.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
+from planners.memory.peaks import forward_bytes
+from planners.memory.workspace import eigh_bytes, low_rank_bytes, nystrom_bytes
+from planners.model.form import dense_form
+from planners.model.packing import ROWS, packed_elements
 
 MMAP_THRESHOLD = -3  # of malloc.h
 SLACK = 24 * 2**20  # of libraries' own buffers and of what the allocator keeps

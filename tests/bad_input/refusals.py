@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from planners.errors import CompressionError
 
 SECONDS = 5.0  # of the processor: a machine that is busy with other things fails no test

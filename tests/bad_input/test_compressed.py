@@ -7,8 +7,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from orchestrator.prepare import prepare_evaluation
-from orchestrator.recipe_file import load_config
+from orchestrator.prepare.standalone_evaluation import prepare_evaluation
+from orchestrator.recipe.reading import load_config
 from planners.errors import CompressionError, ModelError
 from tests.bad_input.refusals import attempt, refusal
 from tests.bad_input.warm import in_new_process
@@ -121,8 +121,8 @@ def test_code_in_its_directory_is_not_run_where_it_is_loaded_as_users_do(model, 
 
 
 def load_as_users_do(uri):
-    from actors.evaluator import Evaluator
     from actors.messages import VerifyRequest
+    from actors.worker.evaluator import Evaluator
 
     ids = [[1, 2, 3, 4, 5, 6, 7, 8]] * 2
     request = VerifyRequest(uri=uri, family="llama", tensors={}, ids=ids, whole=True)

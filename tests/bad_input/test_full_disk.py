@@ -7,9 +7,10 @@ import subprocess
 import pytest
 
 from actors.storage.files import Directory
-from orchestrator.executors import LocalExecutor
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.phases.open_run import open_run
 from orchestrator.run import run_on
-from orchestrator.rundir import READY, open_run
+from orchestrator.rundir.layout import READY
 from planners.errors import StorageError
 from tests.bad_input.refusals import attempt
 from tests.builders import compress_local, result_files

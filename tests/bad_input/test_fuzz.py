@@ -11,9 +11,9 @@ from safetensors import SafetensorError, deserialize
 
 from actors import methods
 from actors.storage.headers import DTYPE_BYTES, parse_header, parse_length
-from orchestrator.config import RunConfig
-from orchestrator.method_options import resolve_options
-from orchestrator.recipe_file import load_config
+from orchestrator.recipe.config import RunConfig
+from orchestrator.recipe.method_options import resolve_options
+from orchestrator.recipe.reading import load_config
 from planners.errors import CompressionError, ConfigError, ModelError
 from planners.families import family_of
 from tests.bad_input.test_headers import DATA, PAIR, file_of

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from actors.storage.files import Directory
+from orchestrator.phases.open_run import open_run
 from orchestrator.run import run
-from orchestrator.rundir import finished_report, open_run
+from orchestrator.rundir.finished import finished_report
 from planners.errors import ConfigError, StorageError
 from tests.bad_input.refusals import attempt, refusal
 

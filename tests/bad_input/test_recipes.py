@@ -3,8 +3,8 @@
 import pytest
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from orchestrator.recipe_file import load_config
+from orchestrator.recipe.method_options import resolve_options
+from orchestrator.recipe.reading import load_config
 from planners.errors import ConfigError, DataError, PlanError
 from tests.bad_input.refusals import attempt, refusal, within_limits
 

@@ -26,7 +26,7 @@ def in_new_process(function, *arguments, seconds=_SECONDS):
     What transformers registers as it loads code of a model stays for the life of a process.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["orchestrator.cli", "orchestrator.screens"])
+    processes.set_forkserver_preload(["orchestrator.cli.main", "orchestrator.cli.run"])
     process = processes.Process(target=function, args=arguments)
     process.start()
     process.join(seconds)
@@ -50,7 +50,7 @@ def _invoke(arguments, folder, environment):
             os.dup2(file.fileno(), descriptor)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    from orchestrator.cli import main
+    from orchestrator.cli.main import main
 
     with contextlib.ExitStack() as stack:
         stack.callback(sys.stdout.flush)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import orchestrator
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from planners.errors import ConfigError
 from tests.builders import LENGTH, save_model
 
@@ -31,7 +31,8 @@ def test_compress_is_the_run_of_the_command_line(tmp_path):
     }
     # In a process of its own: a Ray of other tests may be connected to this one.
     program = (
-        "import json, sys; from orchestrator import compress; from orchestrator.cli import main; "
+        "import json, sys; from orchestrator import compress; "
+        "from orchestrator.cli.main import main; "
         f"print(json.dumps(compress({str(model)!r}, **{recipe!r}))); "
         f"main(['run', '-r', {str(out / 'run.yaml')!r}, '--json'])"
     )
@@ -49,7 +50,7 @@ def test_a_wrong_word_is_refused_as_on_the_command_line():
 @pytest.mark.slow
 def test_help_imports_neither_torch_nor_ray():
     program = (
-        "import sys; from orchestrator import compress; from orchestrator.cli import cli; "
+        "import sys; from orchestrator import compress; from orchestrator.cli.main import cli; "
         "assert not {'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

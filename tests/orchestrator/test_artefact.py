@@ -12,14 +12,16 @@ from actors.storage import sums
 from actors.storage.files import Directory
 from actors.storage.records import read_records, write_record
 from actors.storage.tensors import read_tensors, write_tensors
-from orchestrator import artefact, cli
-from orchestrator.executors import LocalExecutor
-from orchestrator.forecast import Terms, forecast_of
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli import main
+from orchestrator.forecast.forecast import forecast_of
+from orchestrator.forecast.terms import Terms
+from orchestrator.phases.open_run import open_run
 from orchestrator.run import run_on
-from orchestrator.rundir import open_run
+from orchestrator.rundir import statistics
 from planners.errors import ConfigError, StorageError
-from planners.timetable import Clock, timetable, transfer_bytes
-from planners.work import KINDS, Work
+from planners.simulation.timetable import Clock, timetable, transfer_bytes
+from planners.simulation.work import KINDS, Work
 from tests.builders import (
     LENGTH,
     DeadDriverError,
@@ -55,7 +57,7 @@ def kept(first, tmp_path):
 
 
 def command(*arguments):
-    result = CliRunner().invoke(cli.cli, ["stats", *map(str, arguments), "--json"])
+    result = CliRunner().invoke(main.cli, ["stats", *map(str, arguments), "--json"])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return json.loads(result.stdout)
@@ -73,8 +75,8 @@ def test_ls_names_what_every_layer_holds(first):
 def test_show_says_what_the_sums_are_of(first, model):
     found = command("show", first)
     facts = prepared_run(model, first, **UNIFORM).facts()
-    assert {key: found[key] for key in artefact.IDENTITY} == {
-        key: facts[key] for key in artefact.IDENTITY
+    assert {key: found[key] for key in statistics.IDENTITY} == {
+        key: facts[key] for key in statistics.IDENTITY
     }
     assert (found["sequences"], found["sequence_length"]) == (20, LENGTH)
     assert found["taps"] == TAPS
@@ -99,13 +101,13 @@ def test_verify_names_a_file_with_another_byte(kept):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StorageError, match=r"layer-00001.*record"):
-        artefact.verified(Directory(str(kept)))
+        statistics.verified(Directory(str(kept)))
 
 
 def test_verify_names_a_file_that_is_gone(kept):
     (kept / "stats" / "layer-00002.safetensors").unlink()
     with pytest.raises(StorageError, match=r"layer-00002.*no such file"):
-        artefact.verified(Directory(str(kept)))
+        statistics.verified(Directory(str(kept)))
 
 
 def rewritten(run, change, *, layer=1):
@@ -160,7 +162,7 @@ def test_verify_refuses_whole_grams_that_can_be_none(kept, monkeypatch, words, b
     rewritten(run, whole)
     rewritten(run, lambda tensors: broken(tensors, *WHOLE_FAULTS[words]))
     with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
-        artefact.verified(run)
+        statistics.verified(run)
 
 
 @pytest.mark.parametrize("words", FAULTS)
@@ -168,7 +170,7 @@ def test_verify_refuses_sums_that_can_be_none(kept, words):
     run = Directory(str(kept))
     rewritten(run, lambda tensors: broken(tensors, *FAULTS[words]))
     with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
-        artefact.verified(run)
+        statistics.verified(run)
 
 
 @pytest.mark.parametrize("action", ["ls", "show", "verify"])

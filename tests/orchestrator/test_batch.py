@@ -13,15 +13,16 @@ import yaml
 from rich.console import Console
 
 from actors.storage.files import Directory
-from orchestrator import batch as batches
-from orchestrator.batch import Budget, Row, Spent, do_batch, read_batch
-from orchestrator.batch_screen import batch as batch_command
-from orchestrator.cli import main
-from orchestrator.cluster import ClusterFacts
-from orchestrator.executors import LocalExecutor
-from orchestrator.journal import read_events
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.cli.experiments import batch as batch_command
+from orchestrator.cli.main import main
+from orchestrator.experiments import batch as batches
+from orchestrator.experiments.batch import Row, Spent, do_batch
+from orchestrator.experiments.batch_file import Budget, read_batch
+from orchestrator.phases.open_run import open_run
 from orchestrator.run import run_on
-from orchestrator.rundir import open_run
+from orchestrator.rundir.journal import read_events
 from planners.errors import CompressionError, ConfigError, ModelError
 from tests.builders import LENGTH, result_files, run_local, save_model
 
@@ -130,7 +131,7 @@ def test_a_dry_run_breaks_no_name_and_no_number_on_a_narrow_terminal(
             for n, name in enumerate(names, start=1)]  # fmt: skip
     path = write(tmp_path, runs)
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    monkeypatch.setattr("orchestrator.batch_screen._out", console)
+    monkeypatch.setattr("orchestrator.cli.experiments.stdout", console)
     main(["batch", path, "--dry-run"])
     said = console.file.getvalue().replace("\N{NO-BREAK SPACE}", "_")
     lines = [line.rstrip() for line in said.splitlines() if str(tmp_path) not in line]
@@ -146,9 +147,9 @@ def test_a_finished_run_is_shown_with_its_quality_and_the_digits_of_its_report(
     path = write(tmp_path, [entry_of(models[0], keep_fraction=0.9, method="svdllm")])
     row = Row(name="one", state="READY", keep_fraction=0.798, dense_perplexity=2.547,
               perplexity=8.5, quality="usual for this size", tone="cost", seconds=61.0)  # fmt: skip
-    monkeypatch.setattr("orchestrator.batch_screen.table_of", lambda _: [row])
+    monkeypatch.setattr("orchestrator.cli.experiments.table_of", lambda _: [row])
     console = Console(width=100, file=io.StringIO(), highlight=False)
-    monkeypatch.setattr("orchestrator.batch_screen._out", console)
+    monkeypatch.setattr("orchestrator.cli.experiments.stdout", console)
     main(["batch", path, "--dry-run"])
     said = console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
     for words in ("79.8 %", "8.500", "+233.7 %", "usual for this size", "1 min 01 s"):
@@ -170,8 +171,8 @@ def test_a_batch_is_asked_about_once_unless_its_budget_is_the_answer(
             address=address, num_nodes=1, cpus=8.0, gpus=0.0, spot=False, dashboard=""
         )
 
-    monkeypatch.setattr("orchestrator.consent.connected", connected)
-    monkeypatch.setattr("orchestrator.batch_screen.do_batch", lambda *_, **__: [])
+    monkeypatch.setattr("orchestrator.cli.consent.connected", connected)
+    monkeypatch.setattr("orchestrator.cli.experiments.do_batch", lambda *_, **__: [])
     if asked:
         with pytest.raises(SystemExit) as refused:
             main(["batch", path])

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.executors import LocalExecutor
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.experiments.sweep import points_of, sweep_on
+from orchestrator.phases.open_run import open_run
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from orchestrator.report import render_page
 from orchestrator.run import run_on
-from orchestrator.rundir import open_run
-from orchestrator.sweep import points_of, sweep_on
 from planners.errors import ConfigError, PlanError
 from tests.builders import (
     DeadDriverError,

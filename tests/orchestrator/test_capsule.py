@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.layer_units.registry import do_unit
 from actors.messages import (
     Assignment,
     CompressionJob,
@@ -17,12 +18,12 @@ from actors.messages import (
     WorkerSetup,
 )
 from actors.storage.files import Directory, FileEntry
-from actors.units import do_unit
-from orchestrator.capsule import CALL, SETUP, PassCall, UnitCall
-from orchestrator.capsule import main as do_again
-from orchestrator.executors import LocalExecutor, WorkerLost
+from orchestrator.backend.executor import WorkerLost
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli.main import main
+from orchestrator.engine.reproduce import CALL, SETUP, PassCall, UnitCall
 from planners.errors import CompressionError
-from planners.plan import Statistic
+from planners.model.taps import Statistic
 from tests.builders import compress_local, layer_file, save_model
 from tests.strategies import model_forms, shapes
 
@@ -146,5 +147,5 @@ def test_a_unit_that_reads_the_step_before_is_done_again(model, tmp_path, capsys
         {"method": "modegpt", "keep_fraction": 0.8, "options": {"modules": "mlp"}},
     ]
     capsule = failing(model, tmp_path, "carried-layer-00001", steps=steps, keep_statistics=True)
-    assert do_again([str(capsule)]) == 0
+    main(["reproduce", str(capsule)])
     assert "it did not fail here" in capsys.readouterr().out

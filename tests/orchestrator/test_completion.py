@@ -9,7 +9,7 @@ import pytest
 
 ASKED = """
 import contextlib, io, json, os, sys
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 os.environ["_COMPRESS_CLUSTER_COMPLETE"] = "bash_complete"
 said = []
 for line in json.load(sys.stdin):

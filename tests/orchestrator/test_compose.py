@@ -9,24 +9,24 @@ import pytest
 import torch
 
 from actors import methods
-from actors.carry import turned_sums
 from actors.numerics.packed import packed
+from actors.statistics.rotate import turned_sums
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
-from orchestrator import compose
-from orchestrator.artefact import require_same
-from orchestrator.executors import LocalExecutor
-from orchestrator.looks import status
-from orchestrator.prepare import prepare
-from orchestrator.recipe_file import load_config
+from orchestrator import run_steps
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli.status import status
+from orchestrator.experiments.sweep import points_of
+from orchestrator.phases.open_run import open_run, require_same
+from orchestrator.prepare.prepare import prepare
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
-from orchestrator.rundir import finished_report, open_run
-from orchestrator.sweep import points_of
-from planners.cost import dense_model_form
+from orchestrator.rundir.finished import finished_report
 from planners.errors import ConfigError, PlanError
-from planners.plan import model_form_from_json
+from planners.model.cost import dense_model_form
+from planners.model.form import model_form_from_json
 from tests.builders import (
     LENGTH,
     VOCABULARY,
@@ -197,7 +197,8 @@ def test_behind_a_pure_rotation_statistics_are_turned_and_not_measured_again(mod
 
 
 HALVES = """
-from planners.plan import MethodSpec, Statistic
+from planners.method import MethodSpec
+from planners.model.taps import Statistic
 
 
 class METHOD:
@@ -328,7 +329,7 @@ def test_a_driver_that_dies_while_it_drops_a_step_is_followed_by_one_that_ends(
     composed, model, tmp_path, monkeypatch
 ):
     name = "three"
-    drop = compose._drop
+    drop = run_steps._drop
 
     def half(prepared):
         for file in prepared.run.names("model")[:2]:
@@ -336,9 +337,9 @@ def test_a_driver_that_dies_while_it_drops_a_step_is_followed_by_one_that_ends(
         raise DeadDriverError
 
     for _ in range(2):
-        monkeypatch.setattr(compose, "_drop", half)
+        monkeypatch.setattr(run_steps, "_drop", half)
         compress_local(model, tmp_path, steps=RECIPES[name])
-    monkeypatch.setattr(compose, "_drop", drop)
+    monkeypatch.setattr(run_steps, "_drop", drop)
     compress_local(model, tmp_path, steps=RECIPES[name])
     assert result_files(tmp_path) == result_files(composed(name))
 

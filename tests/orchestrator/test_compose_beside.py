@@ -13,19 +13,21 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
-from orchestrator import batch as batches
-from orchestrator.batch import do_batch, read_batch
-from orchestrator.executors import LocalExecutor
-from orchestrator.forecast import Terms, forecast, forecast_of, parse_cluster
-from orchestrator.plan_screen import show
-from orchestrator.recipe_file import load_config
-from orchestrator.redo import redo
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli.plan import show
+from orchestrator.experiments import batch as batches
+from orchestrator.experiments.batch import do_batch
+from orchestrator.experiments.batch_file import read_batch
+from orchestrator.experiments.redo import redo
+from orchestrator.forecast.forecast import forecast, forecast_of
+from orchestrator.forecast.terms import Terms, parse_cluster
+from orchestrator.phases.open_run import open_run, recipe_of
+from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
-from orchestrator.rundir import open_run, recipe_of
-from planners.allocation import cut_layer, layer_widths
-from planners.cost import dense_model_form
+from planners.budget.widths import cut_layer, layer_widths
 from planners.errors import ConfigError, PlanError
-from planners.plan import model_form_from_json
+from planners.model.cost import dense_model_form
+from planners.model.form import model_form_from_json
 from tests.builders import (
     LENGTH,
     compress_local,

@@ -9,11 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import Facts, RunConfig, StepConfig, resolved, to_yaml, with_tokens
-from orchestrator.method_options import resolve_options
-from orchestrator.recipe_file import load_config
+from orchestrator.recipe.config import Facts, RunConfig, StepConfig, resolved, to_yaml, with_tokens
+from orchestrator.recipe.method_options import resolve_options
+from orchestrator.recipe.reading import load_config
 from planners.errors import ConfigError
-from planners.plan import MethodSpec, OptionSpec, Target
+from planners.method import MethodSpec, OptionSpec, Target
 
 SPEC = MethodSpec(
     name="shrink",
@@ -70,7 +70,7 @@ def option_refusal(**options):
 
 def test_import_does_not_load_the_slow_libraries():
     program = (
-        "import sys, orchestrator.config;"
+        "import sys, orchestrator.recipe.config;"
         "print({'torch', 'ray', 'transformers', 'numpy', 'pyarrow'} & sys.modules.keys())"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from orchestrator.cli import main
-from orchestrator.data_lint import lint_texts
+from orchestrator.cli.main import main
+from orchestrator.lint.texts import lint_texts
 
 
 def save(path, texts):

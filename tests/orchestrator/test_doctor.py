@@ -6,12 +6,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from orchestrator import doctor
-from orchestrator.cli import main
+from orchestrator.cli.main import main
+from orchestrator.lint import machine
 
 
 def found(name, out, *, offline=True):
-    return [check for check in doctor.examine(str(out), offline=offline) if check.name == name]
+    return [check for check in machine.examine(str(out), offline=offline) if check.name == name]
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_a_machine_that_runs_these_tests_has_the_versions_it_needs(tmp_path):
 def test_a_version_that_is_too_old_is_an_error_with_the_command_that_cures_it(
     tmp_path, monkeypatch
 ):
-    real = doctor.metadata.version
-    monkeypatch.setattr(doctor.metadata, "version", lambda n: "2.9.0" if n == "ray" else real(n))
+    real = machine.metadata.version
+    monkeypatch.setattr(machine.metadata, "version", lambda n: "2.9.0" if n == "ray" else real(n))
     (check,) = found("ray", tmp_path)
     assert check.level == "error"
     assert "pip install 'ray" in check.fix

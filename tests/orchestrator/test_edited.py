@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from actors.storage.contents import TAKEN_OVER
 from actors.storage.files import Directory
-from orchestrator.batch import read_batch
-from orchestrator.executors import LocalExecutor
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.experiments.batch_file import read_batch
+from orchestrator.experiments.sweep import points_of, sweep_on
+from orchestrator.phases.open_run import check_run, write_plan
 from orchestrator.run import run, run_on
-from orchestrator.rundir import check_run, write_plan
-from orchestrator.sweep import points_of, sweep_on
 from planners.errors import ConfigError, ModelError, StorageError
 from tests.builders import (
     DeadDriverError,

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.evaluate import Loss
+from orchestrator.phases.evaluate import Loss
 from tests.builders import LENGTH, compress_local, run_local, save_model, worker_gib
 
 TYPES = ("llama", "mistral", "qwen2")

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from actors.stage import Stage
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors, write_tensors
-from orchestrator.capsule import main as do_again
-from orchestrator.executors import LocalExecutor, WorkerFailed, WorkerLost
+from actors.worker.stage import Stage
+from orchestrator.backend.executor import WorkerFailed, WorkerLost
+from orchestrator.backend.local import LocalExecutor
 from planners.errors import ClusterError, CompressionError, NumericsError, StorageError
 from tests.builders import compress_local, result_files, save_model
 
@@ -89,7 +89,7 @@ def test_a_capsule_does_the_unit_again_and_leaves_the_run_alone(model, tmp_path,
     with pytest.raises(NumericsError):
         compress_local(model, tmp_path, executor=executor, workers=2)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert do_again([str(tmp_path / "failures" / "layer-00001.json")]) == 0
+    main(["reproduce", str(tmp_path / "failures" / "layer-00001.json")])
     assert "it did not fail here" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -129,7 +129,7 @@ def test_a_stage_that_fails_the_same_way_twice_leaves_a_capsule_of_the_pass(
     assert "--microbatch-tokens" in caught.value.hint
     (capsule,) = (tmp_path / "failures").iterdir()
     assert capsule.name.startswith("calibrate-layers-2-3-")
-    assert do_again([str(capsule)]) == 0
+    main(["reproduce", str(capsule)])
     assert "it did not fail here" in capsys.readouterr().out
 
 
@@ -148,7 +148,7 @@ def test_a_capsule_of_a_stage_in_the_middle_does_all_of_its_last_layer(
         return through(stage, hidden, observed=observed, ends=ends)
 
     monkeypatch.setattr(Stage, "_through", watched)
-    assert do_again([str(capsule)]) == 0
+    main(["reproduce", str(capsule)])
     assert seen == [False, False]
 
 

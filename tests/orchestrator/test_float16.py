@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.evaluator import Evaluator
 from actors.messages import StepDone, VerifyRequest
 from actors.storage.tensors import described
-from orchestrator.evaluate import _part_done
+from actors.worker.evaluator import Evaluator
+from orchestrator.phases.evaluate import _part_done
 from planners.errors import NumericsError
-from planners.units import Unit
+from planners.units.units import Unit
 from tests.builders import compress_local, save_model
 
 # The product of the two leaves float16's range; neither they nor what is between them do.

@@ -6,12 +6,13 @@ import json
 import pytest
 from rich.console import Console
 
-from orchestrator import measure
-from orchestrator.cluster import ClusterFacts
-from orchestrator.consent import require_consent
-from orchestrator.forecast import Terms, forecast, forecast_of, parse_cluster
-from orchestrator.plan_screen import show
-from orchestrator.recipe_file import load_config
+from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.cli.consent import require_consent
+from orchestrator.cli.plan import show
+from orchestrator.forecast import clocks
+from orchestrator.forecast.forecast import forecast, forecast_of
+from orchestrator.forecast.terms import Terms, parse_cluster
+from orchestrator.recipe.reading import load_config
 from orchestrator.report.expected import expectations
 from planners.errors import ConfigError, PlanError
 from tests.builders import prepared_run, run_local, save_model
@@ -160,15 +161,15 @@ def test_a_measurement_is_kept_and_used_and_says_what_it_is_of(cache, model, tmp
 
 def test_a_torn_measurement_counts_as_none(model, tmp_path):
     prepared = prepared_run(model, tmp_path / "out")
-    setting = measure.Setting(
+    setting = clocks.Setting(
         config=prepared.model_config, shape=prepared.plan.shape, method="slicegpt",
         options=prepared.options, target=prepared.config.target,
         data=forecast_of(prepared, Terms()).job.data, device="cpu", threads=1,
     )  # fmt: skip
-    path = measure._path(setting)
+    path = clocks._path(setting)
     path.parent.mkdir(parents=True)
     path.write_text('{"samples": {}')
-    assert measure.kept_clock(setting) is None
+    assert clocks.kept_clock(setting) is None
 
 
 def test_measuring_needs_the_device_that_is_planned_for():

@@ -11,11 +11,13 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.retries import ATTEMPTS
 from actors.storage.sources import hub_place, resolve_model
-from orchestrator.executors import LocalExecutor
-from orchestrator.forecast import Terms, forecast_of
-from orchestrator.jobs import JobClient
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.forecast.forecast import forecast_of
+from orchestrator.forecast.terms import Terms
+from orchestrator.phases.open_run import open_run
+from orchestrator.remote.job_client import JobClient
 from orchestrator.run import run_on
-from orchestrator.rundir import READY, open_run
+from orchestrator.rundir.layout import READY
 from planners.errors import ConfigError, ModelError, StorageError
 from tests.builders import prepared_run, save_model
 from tests.hub import COMMIT, REPO, FakeHub, forget, used_in_process

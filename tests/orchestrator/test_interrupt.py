@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 def command(model, out):
     return [
-        sys.executable, "-c", "from orchestrator.cli import main; main()", "run", str(model),
+        sys.executable, "-c", "from orchestrator.cli.main import main; main()", "run", str(model),
         "--out", str(out),
         "--slice", "0.25", "--workers", "1", "--device", "cpu",
         "--microbatch-tokens", str(LENGTH),

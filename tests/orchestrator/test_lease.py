@@ -12,17 +12,17 @@ import pytest
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator import lease
-from orchestrator.executors import LocalExecutor
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.phases.open_run import open_run
 from orchestrator.run import run, run_on
-from orchestrator.rundir import open_run
+from orchestrator.rundir import lease
 from planners.errors import StorageError
 from tests.builders import prepared_run, save_model
 
 HOLDER = """
 import sys, time
 from actors.storage.files import Directory
-from orchestrator import lease
+from orchestrator.rundir import lease
 with lease.held(Directory(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -167,7 +167,7 @@ def test_a_driver_that_was_taken_for_dead_leaves_the_lease_to_its_successor(dire
 RACER = """
 import sys, time
 from actors.storage.files import Directory
-from orchestrator import lease
+from orchestrator.rundir import lease
 from planners.errors import StorageError
 directory = Directory(sys.argv[1])
 print("ready", flush=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import doctor, local_start
-from orchestrator.local_start import MAX_SOCKET_BYTES, SOCKETS, socket_place
+from orchestrator.backend import local_start
+from orchestrator.backend.local_start import MAX_SOCKET_BYTES, SOCKETS, socket_place
+from orchestrator.lint import machine
 from tests.bad_input.warm import command_line
 
 RUN = ["run", "tiny", "--method", "modegpt", "--out", "run", "--yes", "--json"]
@@ -59,7 +60,7 @@ def test_a_long_directory_gets_a_short_one_of_this_user_alone_for_the_sockets(
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(longest)  # the kernel's own opinion
     assert not where.exists()
-    (check,) = [c for c in doctor.examine("runs", offline=True) if c.name == "Ray's sockets"]
+    (check,) = [c for c in machine.examine("runs", offline=True) if c.name == "Ray's sockets"]
     assert check.level == "note"
     assert f"{name} is {long_folder}: " in check.fix
     assert "too long" in check.fix

@@ -10,14 +10,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from orchestrator.notices import (
-    NoAnswerError,
-    Notice,
-    aws_notice,
-    gcp_notice,
-    on_sigterm,
-    watch,
-)
+from orchestrator.backend.cloud_notices import NoAnswerError, Notice, aws_notice, gcp_notice, watch
+from orchestrator.backend.node_agent import on_sigterm
 
 TOKEN = "a-token"
 

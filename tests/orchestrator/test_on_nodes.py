@@ -10,14 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import cluster
-from orchestrator.executors import InputLost, RayExecutor, Resources
+from orchestrator.backend import preemption
+from orchestrator.backend.executor import InputLost, Resources
+from orchestrator.backend.ray_executor import RayExecutor
 from planners.errors import ClusterError
 from tests.builders import compress_local, result_files, save_model
 from tests.nodes import Disturbance, Nodes, WatchedExecutor, node_of
 from tests.orchestrator.test_notices import PREEMPTED, metadata
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("nodes")]
+COMMAND = Path(sys.executable).with_name("compress-cluster")
 SAVING = {"save_microbatches": 1}
 
 
@@ -92,13 +94,15 @@ def test_a_frozen_node_is_noticed_within_15_seconds(nodes, model, undisturbed, t
 def test_a_drained_node_is_left_before_it_goes(
     nodes, model, undisturbed, tmp_path, monkeypatch, phase
 ):
-    monkeypatch.setattr("orchestrator.pool.DRAIN_SECONDS", 0.0)  # the whole run takes seconds
+    monkeypatch.setattr(
+        "orchestrator.engine.worker_pool.DRAIN_SECONDS", 0.0
+    )  # the whole run takes seconds
     executor = WatchedExecutor()
     leaving = []
 
     def drain():
         leaving.append(node_of(nodes, executor, "worker-0"))
-        cluster.drain(leaving[0].node_id, seconds=30, message="a test")
+        preemption.drain(leaving[0].node_id, seconds=30, message="a test")
 
     disturbance = Disturbance(phase, 3, drain)
     compress_local(
@@ -115,12 +119,12 @@ def test_a_drained_node_is_left_before_it_goes(
 
 
 def test_a_cloud_that_takes_a_machine_drains_its_node(nodes):
-    with metadata("gcp", {PREEMPTED: "FALSE"}) as (base, said), cluster.Watchers(metadata=base):
+    with metadata("gcp", {PREEMPTED: "FALSE"}) as (base, said), preemption.Watchers(metadata=base):
         time.sleep(1)
-        assert cluster.draining() == {}
+        assert preemption.draining() == {}
         said[PREEMPTED] = ["TRUE"]  # to the first that asks, and to no other
-        wait_until(cluster.draining)
-        ((node, left),) = cluster.draining().items()
+        wait_until(preemption.draining)
+        ((node, left),) = preemption.draining().items()
         assert 20 < left <= 30
     (taken,) = [n for n in nodes.nodes if n.node_id == node]
     nodes.kill(taken)
@@ -132,7 +136,7 @@ def test_the_watch_of_a_cluster_file_drains_its_node_on_sigterm(nodes):
     arguments = ["--address", nodes.address, "--node", node.node_id]
     with metadata("gcp", {PREEMPTED: "FALSE"}) as (base, _):
         watching = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.notices", *arguments, "--metadata", base],
+            [COMMAND, "watch-node", *arguments, "--metadata", base],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert "watches" in watching.stdout.readline()
@@ -148,7 +152,7 @@ def test_the_watch_of_a_cluster_file_drains_its_node_on_sigterm(nodes):
 def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orchestrator.pool.SAY_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.engine.worker_pool.SAY_SECONDS", 1.0)
     events = []
     with pytest.raises(ClusterError, match=r"no machine could hold worker-\d for 6 s") as caught:
         compress_local(
@@ -162,7 +166,7 @@ def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
 
 
 def test_capacity_that_comes_back_is_used(held_core, model, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.pool.SAY_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.engine.worker_pool.SAY_SECONDS", 1.0)
     disturbance = Disturbance("waiting", 1, held_core.give_back)
     compress_local(model, tmp_path, executor=RayExecutor(), listener=disturbance, workers=3)
     assert "placed" in disturbance.kinds()
@@ -185,8 +189,8 @@ def test_units_go_on_with_the_workers_that_are_there(model, undisturbed, tmp_pat
 def test_a_worker_that_stands_still_is_shown_and_given_up(
     model, undisturbed, tmp_path, monkeypatch, phase
 ):
-    monkeypatch.setattr("orchestrator.deadlines.FLOOR_SECONDS", 8.0)
-    monkeypatch.setattr("orchestrator.deadlines.TIMES", 0.0)
+    monkeypatch.setattr("orchestrator.engine.deadlines.FLOOR_SECONDS", 8.0)
+    monkeypatch.setattr("orchestrator.engine.deadlines.TIMES", 0.0)
     executor = WatchedExecutor()
     disturbance = Disturbance(
         phase, 7, lambda: os.kill(executor.places["worker-1"].pid, signal.SIGSTOP)

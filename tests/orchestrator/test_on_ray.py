@@ -13,13 +13,13 @@ import ray
 from actors.messages import ThroughputRequest, WorkerSetup
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from orchestrator import cluster
-from orchestrator.executors import RayExecutor
-from orchestrator.journal import Journal, read_events
-from orchestrator.pool import Pool
-from orchestrator.throughput import Workers, through_stages
+from orchestrator.backend import ray_cluster
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.phases.throughput import Workers, through_stages
+from orchestrator.rundir.journal import Journal, read_events
 from planners.errors import ClusterError
-from planners.generation import generation_load
+from planners.memory.generation import generation_load
 from tests.builders import compress_local, result_files, run_local, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -125,7 +125,7 @@ def test_a_model_generates_over_two_processes(model, tmp_path):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1"])
 def test_where_nothing_listens_there_is_no_cluster_and_that_is_said_at_once(address):
     begun = time.monotonic()
-    joining = cluster.connected(address, num_cpus=1, num_gpus=0, store_bytes=0)
+    joining = ray_cluster.connected(address, num_cpus=1, num_gpus=0, store_bytes=0)
     with pytest.raises(ClusterError, match="nothing listens"), joining:
         pass
     assert time.monotonic() - begun < 10

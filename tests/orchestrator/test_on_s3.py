@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from actors.storage import retries
 from actors.storage.files import Directory
-from orchestrator.cli import cli
-from orchestrator.rundir import READY
+from orchestrator.cli.main import cli
+from orchestrator.rundir.layout import READY
 from planners.errors import StorageError
 from tests.builders import (
     DeadDriverError,

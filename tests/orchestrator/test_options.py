@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from actors import methods
-from orchestrator.cli import cli
-from orchestrator.options import config_of, method_options
+from orchestrator.cli.main import cli
+from orchestrator.cli.options import config_of, method_options
 from planners.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ HEAVY = ("ray", "torch", "transformers")
 ALL_IN_ONE = f"""
 import json, sys
 from click.testing import CliRunner
-from orchestrator.cli import cli
+from orchestrator.cli.main import cli
 said = [str(CliRunner().invoke(cli, words).exception) for words in json.load(sys.stdin)]
 print(json.dumps([said, [name for name in {HEAVY!r} if name in sys.modules]]))
 """

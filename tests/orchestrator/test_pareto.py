@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from orchestrator.executors import LocalExecutor
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.experiments.sweep import Point, _plain, points_of, sweep_on, with_front
 from orchestrator.report import render_pareto
-from orchestrator.sweep import Point, _plain, points_of, sweep_on, with_front
 from tests.builders import prepared_run, save_model
 
 

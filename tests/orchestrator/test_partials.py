@@ -5,8 +5,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from actors.storage.files import Directory
-from orchestrator.executors import WorkerLost
-from orchestrator.partials import MIN_SECONDS, SHARE, interval
+from orchestrator.backend.executor import WorkerLost
+from orchestrator.engine.partial_sums import MIN_SECONDS, SHARE, interval
 from tests.builders import (
     DeadDriverError,
     compress_local,

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.executors import InputLost, LocalExecutor, Whereabouts, WorkerLost
-from orchestrator.failures import POLICIES
+from orchestrator.backend.executor import InputLost, Whereabouts, WorkerLost
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.engine.failure_policy import POLICIES
 from planners.errors import ClusterError
 from tests.builders import compress_local, perplexity, save_model, worker_gib
 

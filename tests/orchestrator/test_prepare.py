@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from orchestrator.prepare import longest_sequence, prepare_evaluation
-from orchestrator.recipe_file import load_config
+from orchestrator.prepare.prepare import longest_sequence
+from orchestrator.prepare.standalone_evaluation import prepare_evaluation
+from orchestrator.recipe.reading import load_config
 from planners.errors import ConfigError
 from tests.builders import prepared_run, save_model, save_tokens
 

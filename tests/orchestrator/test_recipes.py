@@ -6,23 +6,23 @@ import pytest
 from click.testing import CliRunner
 
 from actors.storage.sources import hub_place
-from orchestrator import recipes
-from orchestrator.cli import cli
-from orchestrator.recipe_file import load_config
+from orchestrator.cli.main import cli
+from orchestrator.recipe import presets
+from orchestrator.recipe.reading import load_config
 from planners.errors import ConfigError
 from tests.builders import save_model
 
 
-@pytest.mark.parametrize("name", recipes.available())
+@pytest.mark.parametrize("name", presets.available())
 def test_each_is_a_recipe_and_says_what_it_is_for(name):
-    assert len(recipes.available()[name]) > 20
+    assert len(presets.available()[name]) > 20
     config = load_config(name, {})
     assert config.steps or config.method
 
 
-@pytest.mark.parametrize("name", recipes.available())
+@pytest.mark.parametrize("name", presets.available())
 def test_each_says_what_it_needs_from_elsewhere(name):
-    config, text = load_config(name, {}), recipes.text(name)
+    config, text = load_config(name, {}), presets.text(name)
     sources = {config.calibration.source, config.evaluation.source}
     far = "wikitext2" in sources or hub_place(config.model) is not None
     assert ("# Needs: " in text) == far
@@ -47,13 +47,13 @@ def test_a_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
 
 def test_they_are_listed_and_shown():
     listed = CliRunner().invoke(cli, ["recipes", "ls", "--json"], catch_exceptions=False)
-    assert json.loads(listed.stdout)["recipes"] == recipes.available()
+    assert json.loads(listed.stdout)["recipes"] == presets.available()
     shown = CliRunner().invoke(cli, ["recipes", "show", "stock"], catch_exceptions=False)
-    assert shown.stdout == recipes.text("stock")
+    assert shown.stdout == presets.text("stock")
 
 
 @pytest.mark.parametrize("name", ["nothing", "../best", ""])
 def test_a_name_that_is_none_is_refused_with_those_there_are(name):
     with pytest.raises(ConfigError, match="no recipe") as caught:
-        recipes.text(name)
+        presets.text(name)
     assert "best" in caught.value.hint

@@ -8,13 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from actors.storage.files import Directory
-from orchestrator import diff_screen
-from orchestrator.cli import cli
-from orchestrator.executors import LocalExecutor
-from orchestrator.prepare import prepare
-from orchestrator.redo import layers_of, with_overrides, withdraw
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli import diff
+from orchestrator.cli.main import cli
+from orchestrator.experiments.redo import layers_of, with_overrides, withdraw
+from orchestrator.phases.open_run import check_run, open_run, recipe_of
+from orchestrator.prepare.prepare import prepare
 from orchestrator.run import run_on
-from orchestrator.rundir import check_run, finished_report, open_run, recipe_of
+from orchestrator.rundir.finished import finished_report
 from planners.errors import ConfigError, StorageError
 from tests.builders import prepared_run, result_files, run_local, save_model, started
 
@@ -34,7 +35,7 @@ def finished(model, tmp_path):
 
 
 def redone(out, layers, options):
-    """Do what `orchestrator.redo.redo` does, without a cluster; return the report."""
+    """Do what `orchestrator.experiments.redo.redo` does, without a cluster; return the report."""
     run = Directory(str(out))
     prepared = prepare(with_overrides(recipe_of(run), layers, options))
     withdraw(prepared, layers)
@@ -147,12 +148,12 @@ def test_a_run_does_not_differ_from_itself_and_what_is_no_run_is_refused(finishe
     found = json.loads(told("diff", finished, finished, "--json"))
     assert all(not rows for name, rows in found.items() if name not in "ab")
     with pytest.raises(StorageError, match="no run here"):
-        diff_screen.diff(str(finished), str(tmp_path / "nothing"), details=False, json_=True)
+        diff.diff(str(finished), str(tmp_path / "nothing"), details=False, json_=True)
 
 
 def test_commands_that_look_import_neither_torch_nor_ray():
     code = (
-        "import sys, orchestrator.cli, orchestrator.looks, orchestrator.diff_screen;"
+        "import sys, orchestrator.cli.main, orchestrator.cli.status, orchestrator.cli.diff;"
         "print([m for m in ('torch', 'ray', 'transformers', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

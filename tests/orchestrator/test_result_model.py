@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from actors.evaluator import _stagewise_logits
 from actors.modeling import modeling_compressed
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.sources import embedded_model
-from orchestrator.model_config import result_config, stored
-from orchestrator.prepare import longest_sequence
-from orchestrator.stitch import _code
-from planners.cost import dense_model_form
+from actors.worker.evaluator import _stagewise_logits
+from orchestrator.phases.stitch import _code
+from orchestrator.prepare.model_config import result_config, stored
+from orchestrator.prepare.prepare import longest_sequence
 from planners.families.llama import DEFAULTS, windows
+from planners.model.cost import dense_model_form
 from tests.builders import SIZES, compress_local, save_model
 
 LENGTH, PREFILL = 20, 6

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 
 from actors.storage.files import Directory
-from orchestrator.journal import read_events
 from orchestrator.run import run
-from orchestrator.rundir import finished_report
+from orchestrator.rundir.finished import finished_report
+from orchestrator.rundir.journal import read_events
 from planners.errors import ConfigError, NumericsError, StorageError
 from tests.builders import (
     DeadDriverError,

@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from planners.cost import dense_model_form
-from planners.weight_files import weight_files
+from planners.model.cost import dense_model_form
+from planners.model.weight_files import weight_files
 from tests.builders import compress_local, prepared_run, save_model
 
 NATIVE = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from actors.storage.files import Directory
-from orchestrator.cli import main
-from orchestrator.terminal import Console, streams
+from orchestrator.cli.main import main
+from orchestrator.report.console import Console, streams
 from planners.errors import StorageError
 from tests.bad_input.refusals import attempt
 

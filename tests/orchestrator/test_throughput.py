@@ -11,20 +11,21 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from actors.messages import ThroughputRequest, UnitDone, WorkerSetup, pack, unpack
-from actors.stage import Stage
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from orchestrator.calibrate import assignments
-from orchestrator.cli import cli
-from orchestrator.executors import LocalExecutor, WorkerLost
-from orchestrator.interrupt import Interruption
-from orchestrator.journal import Journal
-from orchestrator.pool import Pool
+from actors.worker.stage import Stage
+from orchestrator.backend.executor import WorkerLost
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli.main import cli
+from orchestrator.engine.interrupt import Interruption
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.phases.calibrate import assignments
+from orchestrator.phases.throughput import Workers, fits_one, through_stages
 from orchestrator.report import summary
-from orchestrator.throughput import Workers, fits_one, through_stages
+from orchestrator.rundir.journal import Journal
 from planners.errors import ClusterError, ModelError
-from planners.generation import fewest_stages, generation_load, whole_bytes
-from planners.placement import LIBRARIES
+from planners.memory.generation import fewest_stages, generation_load, whole_bytes
+from planners.memory.peaks import LIBRARIES
 from tests.builders import VOCABULARY, run_local, save_model, worker_gib
 
 NEW_TOKENS = 6

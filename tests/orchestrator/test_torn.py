@@ -9,10 +9,11 @@ import pytest
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator import examine
-from orchestrator.executors import LocalExecutor
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.experiments import inspect
+from orchestrator.phases.open_run import check_run, open_run
 from orchestrator.run import run_on
-from orchestrator.rundir import check_run, finished_report, open_run
+from orchestrator.rundir.finished import finished_report
 from planners.errors import StorageError
 from tests.builders import prepared_run, result_files, run_local, save_model, started
 
@@ -132,10 +133,10 @@ def test_a_torn_file_is_found_and_mended_and_nothing_else_is_done_again(
     run = Directory(str(torn))
     if is_vouched_for(name, tear):
         with pytest.raises(StorageError, match=re.escape(named(name, tear))):
-            examine.check_files(run)
+            inspect.check_files(run)
     assert run_again(model, torn)["verdict"] == "READY"
     assert result_files(torn) == result_files(finished)
-    assert examine.check_files(run)["passed"]
+    assert inspect.check_files(run)["passed"]
     before, after = started(finished), started(torn)
     again = {unit for unit in before if before[unit] != after.get(unit)}
     # Beside the unit itself: what it reads, where that was dropped when the run was READY.
@@ -173,7 +174,7 @@ def test_several_torn_files_are_mended_in_one_go(model, finished, torn):
     empty(torn / "plan.json")
     assert run_again(model, torn)["verdict"] == "READY"
     assert result_files(torn) == result_files(finished)
-    assert examine.check_files(Directory(str(torn)))["passed"]
+    assert inspect.check_files(Directory(str(torn)))["passed"]
 
 
 def test_a_report_of_other_numbers_is_not_believed(torn):
@@ -189,4 +190,4 @@ def test_a_file_that_nothing_vouches_for_is_named(torn):
     with pytest.raises(
         StorageError, match=r"model-00009-of-00009.safetensors: no record vouches for it"
     ):
-        examine.check_files(Directory(str(torn)))
+        inspect.check_files(Directory(str(torn)))

@@ -11,8 +11,9 @@ from pathlib import Path
 from ray._private import state
 from ray.cluster_utils import Cluster
 
-from orchestrator.batch import do_batch, read_batch
-from orchestrator.cluster import HEALTH_CHECK
+from orchestrator.backend.ray_cluster import HEALTH_CHECK
+from orchestrator.experiments.batch import do_batch
+from orchestrator.experiments.batch_file import read_batch
 
 
 class Storm:

@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from planners.allocation import (
+from orchestrator.recipe.method_options import resolve_options
+from planners.budget.hull import marginal
+from planners.budget.widths import (
     FIELD,
     QUANTUM,
     by_influence,
@@ -18,10 +19,10 @@ from planners.allocation import (
     levels,
     uniform,
 )
-from planners.cost import dense_parameters, dense_start, model_parameters
 from planners.errors import NumericsError, PlanError
-from planners.hull import marginal
-from planners.plan import ModelShape, Target
+from planners.method import Target
+from planners.model.cost import dense_parameters, dense_start, model_parameters
+from planners.model.shape import ModelShape
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")

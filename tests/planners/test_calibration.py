@@ -3,10 +3,11 @@
 import pytest
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from planners.allocation import uniform
+from orchestrator.recipe.method_options import resolve_options
+from planners.budget.widths import uniform
 from planners.calibration import few_tokens
-from planners.plan import ModelShape, Statistic
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
 
 SHAPE = ModelShape(
     family="llama", model_type="llama", num_layers=2, hidden=64, intermediate=160, num_heads=4,

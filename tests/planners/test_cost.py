@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
-from actors.observe import LayerStatistics
+from actors.statistics.observe import LayerStatistics
 from planners import families
-from planners.cost import (
+from planners.model.cost import (
     dense_model_form,
     dense_parameters,
     forward_flops,
@@ -18,7 +18,9 @@ from planners.cost import (
     model_parameters,
     statistic_elements,
 )
-from planners.plan import LINEARS, ModelShape, Statistic, dense_form
+from planners.model.form import dense_form
+from planners.model.shape import LINEARS, ModelShape
+from planners.model.taps import Statistic
 from tests.strategies import model_forms, shapes
 
 TAPS = ("resid_attn", "resid_mlp", "resid_out", "attn_in", "o_in", "mlp_in", "mlp_hidden", "v")

@@ -8,16 +8,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from planners import candidates
-from planners.allocation import width_ladder
-from planners.cost import dense_parameters, dense_start, layer_parameters, model_parameters
+from orchestrator.recipe.method_options import resolve_options
+from planners.budget import candidates
+from planners.budget.greedy import Choice
+from planners.budget.hull import Level, cheapest, lower_hull, marginal
+from planners.budget.ranks import one_share, rank_ladder
+from planners.budget.widths import width_ladder
 from planners.errors import ConfigError, PlanError
-from planners.hull import Level, cheapest, lower_hull, marginal
-from planners.modules import LINEARS_OF, kept_of, of_modules
-from planners.plan import ModelShape, Target
-from planners.ranks import one_share, rank_ladder
-from planners.walk import Choice
+from planners.method import Target
+from planners.model.cost import dense_parameters, dense_start, layer_parameters, model_parameters
+from planners.model.modules import LINEARS_OF, kept_of, of_modules
+from planners.model.shape import ModelShape
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")

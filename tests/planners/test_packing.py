@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planners.packing import ROWS, blocks_of, dim_of_packed, packed_elements
+from planners.model.packing import ROWS, blocks_of, dim_of_packed, packed_elements
 
 DIMS = st.integers(0, 5 * ROWS)
 

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planners.cost import layer_parameters, statistic_elements
 from planners.errors import PlanError
-from planners.placement import Load, load_of, place
-from planners.plan import ModelShape, Statistic, dense_form
+from planners.memory.placement import Load, load_of, place
+from planners.model.cost import layer_parameters, statistic_elements
+from planners.model.form import dense_form
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
 
 LOADS = st.builds(
     Load,

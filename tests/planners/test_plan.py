@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planners.cost import dense_model_form, dense_parameters, model_parameters
-from planners.placement import load_of, place
-from planners.plan import ModelShape, RunPlan, fingerprint, run_plan_from_json, to_json
+from planners.canonical_json import fingerprint, to_json
+from planners.memory.placement import load_of, place
+from planners.model.cost import dense_model_form, dense_parameters, model_parameters
+from planners.model.shape import ModelShape
+from planners.plan import RunPlan, run_plan_from_json
 from tests.strategies import model_forms, shapes
 
 SHAPE = ModelShape(
@@ -20,7 +22,8 @@ SHAPE = ModelShape(
 )  # fmt: skip
 READER = """
 import json, sys
-from planners.plan import fingerprint, run_plan_from_json
+from planners.canonical_json import fingerprint
+from planners.plan import run_plan_from_json
 print(fingerprint(run_plan_from_json(json.load(sys.stdin))))
 assert "torch" not in sys.modules
 """

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from planners.cost import dense_model_form, layer_parameters
-from planners.memory import unit_bytes
-from planners.plan import ModelShape, Target, dense_form
+from orchestrator.recipe.method_options import resolve_options
+from planners.memory.peaks import unit_bytes
+from planners.method import Target
+from planners.model.cost import dense_model_form, layer_parameters
+from planners.model.form import dense_form
+from planners.model.shape import ModelShape
 from planners.planning import Workload, make_plan
 from tests.builders import compress_local, prepared_run, save_model
 

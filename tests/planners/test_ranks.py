@@ -9,13 +9,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from planners.allocation import uniform
-from planners.cost import dense_parameters, dense_start, linear_dims, model_parameters
+from orchestrator.recipe.method_options import resolve_options
+from planners.budget.ranks import CUT_ORDER, FLOOR, MOST_SHARE, by_type, filled
+from planners.budget.ranks import uniform as uniform_ranks
+from planners.budget.widths import uniform
 from planners.errors import NumericsError, PlanError
-from planners.plan import LINEARS, ModelShape, Start, Target
-from planners.ranks import CUT_ORDER, FLOOR, MOST_SHARE, by_type, filled
-from planners.ranks import uniform as uniform_ranks
+from planners.method import Target
+from planners.model.cost import dense_parameters, dense_start, linear_dims, model_parameters
+from planners.model.form import Start
+from planners.model.shape import LINEARS, ModelShape
 from tests.strategies import shapes
 
 SHAPE = ModelShape(

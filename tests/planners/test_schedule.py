@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planners import schedule
 from planners.errors import PlanError
-from planners.schedule import (
+from planners.simulation.simulate import (
     PassPhase,
     Quantiles,
     Risk,
@@ -17,7 +16,8 @@ from planners.schedule import (
     outlook,
     simulate,
 )
-from planners.units import Unit
+from planners.units import flow
+from planners.units.units import Unit
 
 SECONDS = st.floats(0.01, 30, allow_nan=False)
 
@@ -159,9 +159,9 @@ def test_looking_only_where_something_changed_finds_the_same_calls(phase, seed):
         return simulate([phase], num_workers=workers, risk=risk, seed=seed)
 
     quick = course()
-    everywhere = schedule.submissions
+    everywhere = flow.submissions
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(schedule, "submissions", lambda *a, **_: everywhere(*a))
+        patched.setattr(flow, "submissions", lambda *a, **_: everywhere(*a))
         assert course() == quick
 
 

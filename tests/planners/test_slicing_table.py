@@ -3,10 +3,10 @@
 import pytest
 
 from actors import methods
-from orchestrator.method_options import resolve_options
+from orchestrator.recipe.method_options import resolve_options
 from planners import families
-from planners.cost import dense_parameters, dense_start, model_parameters
-from planners.plan import Target
+from planners.method import Target
+from planners.model.cost import dense_parameters, dense_start, model_parameters
 
 SLICES = (0.10, 0.20, 0.25, 0.30, 0.40, 0.50)
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}

@@ -8,18 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import methods
-from orchestrator.method_options import resolve_options
-from planners.cost import dense_start
-from planners.plan import ModelShape, Statistic, Target
-from planners.units import (
-    Identity,
-    compression_units,
-    last_tap,
-    layer_statistics,
-    needed,
-    spent,
-    statistics_units,
-)
+from orchestrator.recipe.method_options import resolve_options
+from planners.method import Target
+from planners.model.cost import dense_start
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic, last_tap, layer_statistics
+from planners.units.units import Identity, compression_units, needed, spent, statistics_units
 
 SPEC = methods.spec("slicegpt")
 IDENTITY = Identity(

@@ -15,12 +15,15 @@ from actors.methods.svdllm import TAP_OF, low_rank
 from actors.modeling.build import Skeleton
 from actors.modeling.modeling_compressed import CompressedConfig
 from actors.numerics.nystrom import nystrom
-from orchestrator.method_options import resolve_options
-from planners.allocation import form_of, full_widths
-from planners.cost import dense_start, layer_parameters
+from orchestrator.recipe.method_options import resolve_options
+from planners.budget.widths import form_of, full_widths
+from planners.canonical_json import to_json
 from planners.errors import NumericsError
 from planners.families import load as load_family
-from planners.plan import LINEARS, ModelShape, Target, dense_form, to_json
+from planners.method import Target
+from planners.model.cost import dense_start, layer_parameters
+from planners.model.form import dense_form
+from planners.model.shape import LINEARS, ModelShape
 
 NAMES = methods.available()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

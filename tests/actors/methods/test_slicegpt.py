@@ -13,9 +13,10 @@ from actors.methods.slicegpt import shared_gram, site_basis
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors
-from orchestrator.method_options import resolve_options
-from planners.cost import dense_start
-from planners.plan import ModelShape, Target
+from orchestrator.recipe.method_options import resolve_options
+from planners.method import Target
+from planners.model.cost import dense_start
+from planners.model.shape import ModelShape
 from tests.builders import (
     LENGTH,
     VOCABULARY,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from actors.storage.ahead import one_ahead
+from actors.storage.prefetch import one_ahead
 
 
 def test_items_come_in_order():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.storage import checkpoint as module
 from actors.storage.checkpoint import Checkpoint
-from orchestrator.prepare import prepare
+from orchestrator.prepare.prepare import prepare
 from planners.errors import ModelError
 from planners.families import llama
 from tests.builders import compress_local, logits_of, prepared_run, run_local, save_model

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from actors.messages import UnitDone
 from actors.storage.files import Directory
 from actors.storage.records import is_intact, read_records
-from orchestrator.ledger import Ledger
-from planners.units import Unit
+from orchestrator.rundir.ledger import Ledger
+from planners.units.units import Unit
 
 UNIT = Unit(name="layer-00003", kind="layer", index=3, inputs=(), fingerprint="f" * 64)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from actors.storage.files import Directory
-from orchestrator.jobs import JobClient
+from orchestrator.remote.job_client import JobClient
 from tests.builders import save_model
 from tests.hub import REPO, FakeHub, wikitext_file
 from tests.stores import KEYS, new_bucket, s3_server, uri_of

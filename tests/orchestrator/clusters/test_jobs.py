@@ -11,22 +11,22 @@ from importlib import metadata
 
 import pytest
 
-from orchestrator import jobs, submission
-from orchestrator.cli import main
-from orchestrator.clusters.capacity import awaited, most
-from orchestrator.jobs import JobClient
+from orchestrator.backend.capacity import awaited, most
+from orchestrator.cli.main import main
+from orchestrator.remote import job_client, supervisor
+from orchestrator.remote.job_client import JobClient
 from planners.errors import ClusterError, ConfigError
 
 
 @pytest.fixture
 def attempts(tmp_path, monkeypatch):
     """Return a function that keeps a command alive and gives its code and number of tries."""
-    monkeypatch.setattr(submission, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "PAUSE_SECONDS", 0.01)
 
     def tried(ending, tries=3):
         log, said = tmp_path / "log", []
         program = f"import os, signal, sys; open({str(log)!r}, 'a').write('x'); {ending}"
-        code = submission.keep_alive([sys.executable, "-c", program], tries=tries, say=said.append)
+        code = supervisor.keep_alive([sys.executable, "-c", program], tries=tries, say=said.append)
         assert len(said) == len(log.read_text()) - 1
         return code, len(log.read_text())
 
@@ -153,8 +153,8 @@ class _NoAgent(BaseHTTPRequestHandler):
 @pytest.fixture
 def no_agent(monkeypatch):
     """Serve as such a head, for a client that is patient for half a second; give its URL."""
-    monkeypatch.setattr(jobs, "AGENT_SECONDS", 0.5)
-    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(job_client, "AGENT_SECONDS", 0.5)
+    monkeypatch.setattr(job_client, "QUIET_SECONDS", 0.1)
     with ThreadingHTTPServer(("127.0.0.1", 0), _NoAgent) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

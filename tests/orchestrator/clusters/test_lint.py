@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator import cluster
-from orchestrator.cli import main
-from orchestrator.clusters.lint import lint
+from orchestrator.backend import ray_cluster
+from orchestrator.cli.main import main
+from orchestrator.lint.cluster import lint
 from tests.stores import KEYS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,7 +50,7 @@ def test_our_cluster_files_have_nothing_but_an_address_to_fill_in(name):
 
 @pytest.mark.parametrize("name", [n for n in OURS if "skypilot" not in n])
 def test_our_cluster_files_pass_the_validator_of_ray(name):
-    assert cluster.schema_refusal(yaml.safe_load((ROOT / name).read_text())) == ""
+    assert ray_cluster.schema_refusal(yaml.safe_load((ROOT / name).read_text())) == ""
 
 
 def test_a_file_of_the_wheel_and_of_the_token_is_where_the_setup_looks_for_it():

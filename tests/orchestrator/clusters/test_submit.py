@@ -13,9 +13,10 @@ import pytest
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator import lease, submission
-from orchestrator.cli import main
-from orchestrator.jobs import JobClient
+from orchestrator.cli.main import main
+from orchestrator.remote import submission
+from orchestrator.remote.job_client import JobClient
+from orchestrator.rundir import lease
 from planners.errors import ClusterError
 from tests.builders import LENGTH, save_model
 

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from actors.storage.files import Directory
 from actors.storage.records import Record, write_record
-from orchestrator import lease
-from orchestrator.cli import main
-from orchestrator.journal import Journal
-from orchestrator.watch.screen import lines, screen
-from orchestrator.watch.snapshot import DONE, MEASURED, SUMMED, WAITING, Phase, Watcher, time_left
+from orchestrator.cli.main import main
+from orchestrator.remote.snapshot import DONE, MEASURED, SUMMED, WAITING, Watcher
+from orchestrator.remote.time_left import Phase, time_left
+from orchestrator.remote.watch_screen import lines, screen
+from orchestrator.rundir import lease
+from orchestrator.rundir.journal import Journal
 from tests.builders import compress_local, run_local, save_model
 
 NOTICE = "node 4f1c8a was taken away by the spot market after a notice of 120 s"

@@ -1,0 +1,1 @@
+"""Memory of a process or a device, and transfers between them."""

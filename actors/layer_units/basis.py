@@ -1,0 +1,61 @@
+"""The basis of a site from its Gram matrix."""
+
+from torch import Tensor
+
+from actors import methods
+from actors.layer_units import sequential_slicing
+from actors.layer_units.layer import read_statistics
+from actors.messages import CompressionJob, Done, UnitTask
+from actors.storage.files import Directory
+from actors.storage.tensors import (
+    write_tensors,
+)
+
+SPECTRUM_SAMPLES = 256  # eigenvalues of a site that travel into its record
+
+
+def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Factor the statistics of one site of the residual stream, or of all sites into one basis."""
+    last = 2 * job.shape.num_layers
+    sites = range(last + 1) if task.index < 0 else [task.index]
+    grams = [gram for site in sites if (gram := _site_gram(site, job)) is not None]
+    return _factored([gram.to(device) for gram in grams], task, job, run)
+
+
+def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Factor one site of the residual stream behind a prefix that is sliced already."""
+    gram = sequential_slicing.site_gram(task.index, job=job, run=run, device=device)
+    return _factored([gram], task, job, run)
+
+
+def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Directory) -> Done:
+    where = f"site {task.index}" if task.index >= 0 else "all sites"
+    keep_dim = _site_dims(job)[max(task.index, 0)]
+    found = methods.load(job.method).factor(grams, keep_dim=keep_dim, where=where)
+    tensors = {"vectors": found.vectors.cpu(), "values": found.values.cpu()}
+    entry = write_tensors(run, f"basis/{task.unit}.safetensors", tensors)
+    step = max(1, -(-len(found.values) // SPECTRUM_SAMPLES))
+    values = {
+        "energy_kept": found.energy_kept,
+        "rung": found.rung,
+        "dim": len(found.vectors),
+        "keep_dim": keep_dim,
+        "eigenvalues": [float(v) for v in found.values[::step]],
+    }
+    return (entry,), values
+
+
+def _site_dims(job: CompressionJob) -> list[int]:
+    dims = [d for form in job.form.layers for d in (form.residual_in, form.residual_mid)]
+    return [*dims, job.form.layers[-1].residual_out]
+
+
+def _site_gram(site: int, job: CompressionJob) -> Tensor | None:
+    """Return the gram of a site, which its own layer keeps; the last layer keeps the head's.
+
+    None of the last site where the method does not ask for it.
+    """
+    owner = min(site // 2, job.shape.num_layers - 1)
+    tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
+    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
+    return read_statistics(job, owner)[str(wanted[tap])] if tap in wanted else None

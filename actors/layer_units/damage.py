@@ -1,0 +1,130 @@
+"""What a cut costs, measured on its layer alone: the probe's dense inputs go through both layers.
+
+The damage of a cut is the mean over tokens of ``|y' - y|^2 / |y|^2``, y the residual stream that
+leaves the layer as the step found it and y' the one that leaves the layer with one module cut. Only
+the cut module and what follows it in the layer is recomputed. With ``damage=loss`` it is how much
+the loss of the step's input model rises where this one layer is cut: every y' goes through all
+layers behind, as the step found them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors import methods
+from actors.layer_units.layer import on_device, read_statistics
+from actors.layer_units.model_loss import losses_behind
+from actors.messages import CompressionJob, Done, UnitTask
+from actors.modeling.halves import HalvedLayer
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.prefetch import one_ahead
+from actors.storage.tokens import tokens_from_parquet
+from planners.errors import NumericsError
+from planners.families import load as load_family
+from planners.model.form import LayerForm
+from planners.model.shape import ModelShape
+
+Curves = dict[str, list[list[float]]]
+Losses = Callable[[list[Tensor]], list[float]]
+
+
+@torch.inference_mode()
+def damage_curves(  # noqa: PLR0913 a layer, and where it stands
+    weights: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    *,
+    job: CompressionJob,
+    index: int,
+    device: str,
+    losses: Losses | None = None,
+) -> Curves:
+    """Return module -> [[size, damage], ...] for one layer, the largest size first.
+
+    A size is that of the method's ladder, a width or a sum of ranks; what is whole does no damage.
+
+    Args:
+        weights: role -> tensor of the layer.
+        sums: its statistics and its probe, (sequences, tokens, width of the residual stream).
+        checkpoint: the step's input model.
+        job: method, options and shape.
+        index: of the layer.
+        device: where to compute.
+        losses: outputs of the layer -> the model's loss with each; damage is the rise of it. None:
+            damage is the relative error of the layer's output.
+
+    Raises:
+        NumericsError: a cut gives no finite output.
+    """
+    shape = job.shape
+    probe = sums["probe"].to(device)
+    start, config = checkpoint.form.layers[index], checkpoint.config
+    whole = _halved(weights, start, config, shape, probe)
+    middle, output = whole.after_attention(probe), whole.output(probe)
+    energy = output.float().square().sum(-1)  # (sequences, tokens)
+    curves: Curves = {}
+    cuts: list[tuple[str, int, Tensor]] = []
+    for module, ladder in methods.spec(job.method).ladders(shape, start, job.options).items():
+        factored: dict[str, Any] = {}  # once for all levels of a module
+        curves[module] = [[ladder.whole, 0.0]]
+        for size in ladder.levels:
+            form = ladder.cut(start, size)
+            new, _ = methods.load(job.method).compress(
+                weights, sums, shape=shape, form=form, options=job.options, factored=factored
+            )
+            cut = _halved(new, form, config, shape, probe)
+            # Attention is not touched by a cut of the MLP, so the residual before it stands.
+            after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
+            if losses is not None:
+                cuts.append((module, size, after))  # they pass the layers behind together
+                continue
+            lost = (after.float() - output.float()).square().sum(-1) / energy
+            curves[module].append(_level(module, size, float(lost.double().mean())))
+    if losses is not None:
+        uncut, *found = losses([output, *(after for _, _, after in cuts)])
+        for (module, size, _), loss in zip(cuts, found, strict=True):
+            curves[module].append(_level(module, size, loss - uncut))
+    return curves
+
+
+def _level(module: str, size: int, damage: float) -> list[float]:
+    if not math.isfinite(damage):
+        raise NumericsError(f"{module} cut to {size}: the damage is not finite")
+    return [size, damage]
+
+
+def _halved(
+    weights: Mapping[str, Tensor],
+    form: LayerForm,
+    config: Mapping[str, Any],
+    shape: ModelShape,
+    probe: Tensor,
+) -> HalvedLayer:
+    """Return the layer of these tensors, which are named by their roles."""
+    family = load_family(shape.family)
+    tensors = {family.below_layer(role): tensor for role, tensor in weights.items()}
+    return HalvedLayer(
+        tensors, form, config, shape=shape, dtype=probe.dtype, device=str(probe.device)
+    )
+
+
+def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
+    checkpoint = Checkpoint.of(job)
+    weights = on_device(device, one_ahead(checkpoint.stream_layer(task.index)))
+    sums = on_device(device, read_statistics(job, task.index).items())
+    losses = None
+    if job.options.get("damage") == "loss":
+        # The probe is the first sequences of the calibration tokens.
+        tokens = tokens_from_parquet(run.read(job.stream.tokens))[: len(sums["probe"])]
+        ids = torch.from_numpy(tokens).to(device)
+        losses = partial(losses_behind, checkpoint, task.index, ids=ids, device=device)
+    curves = damage_curves(
+        weights, sums, checkpoint, job=job, index=task.index, device=device, losses=losses
+    )
+    return (), {"curves": curves}

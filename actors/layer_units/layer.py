@@ -1,0 +1,105 @@
+"""The unit that compresses one layer from its weights and statistics."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from actors import methods
+from actors.devices.transfer import to_device
+from actors.layer_units import mixed_methods
+from actors.messages import CompressionJob, Done, UnitTask
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.prefetch import one_ahead
+from actors.storage.records import read_record
+from actors.storage.tensors import (
+    described,
+    map_tensors,
+    read_tensors,
+    write_tensors,
+)
+from planners.families import load as load_family
+from planners.model.weight_files import weight_files
+
+
+def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write one compressed layer."""
+    checkpoint = Checkpoint.of(job)
+    form = job.form.layers[task.index]
+    weights = on_device(device, one_ahead(checkpoint.stream_layer(task.index)))
+    method = methods.load(job.method)
+    if methods.spec(job.method).residual:
+        bases = read_bases(task.inputs, run, device)
+        new = method.apply(weights, (bases[0], bases[len(bases) // 2], bases[-1]), form=form)
+        values: dict[str, object] = {}
+    else:
+        sums = on_device(device, read_statistics(job, task.index).items())
+        if job.makers:
+            start = checkpoint.form.layers[task.index]
+            new, values = mixed_methods.compress(
+                weights, sums, job=job, index=task.index, start=start, form=form
+            )
+        else:
+            new, values = method.compress(
+                weights, sums, shape=job.shape, form=form, options=job.options
+            )
+    family = load_family(job.shape.family)
+    prefix = family.layer.format(i=task.index)
+    named = {f"{prefix}.{family.below_layer(role)}": t.cpu() for role, t in new.items()}
+    name = f"draft/layer-{task.index:05d}.safetensors"
+    if task.kind != "draft":
+        name = f"model/{weight_files(job.form)[task.unit]}"
+    entry = write_tensors(run, name, named, metadata={"format": "pt"})
+    return (entry,), {**values, "tensors": {k: described(t) for k, t in named.items()}}
+
+
+def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Make a layer part of the result: refitted if that is the better model, else as drafted."""
+    del device
+    draft, refitted, losses = (read_record(run, name).values for name in task.inputs)
+    folder, tensors = "draft", draft["tensors"]
+    if losses["used"]:
+        folder, tensors = "refit", refitted["tensors"]
+    named = read_tensors(run, f"{folder}/layer-{task.index:05d}.safetensors")
+    name = f"model/{weight_files(job.form)[task.unit]}"
+    entry = write_tensors(run, name, named, metadata={"format": "pt"})
+    said = {"used": losses["used"], "linears": refitted["linears"]}
+    return (entry,), {**draft, "tensors": tensors, "refit": said}
+
+
+def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
+    del run  # the job names the files of its statistics
+    checkpoint = Checkpoint.of(job)
+    weights = on_device(device, one_ahead(checkpoint.stream_layer(task.index)))
+    sums = on_device(device, read_statistics(job, task.index).items())
+    form = job.form.layers[task.index]
+    return (), {
+        "losses": methods.load(job.method).losses(weights, sums, form=form, options=job.options)
+    }
+
+
+def on_device(device: str, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return named tensors on a device."""
+    return {name: to_device(tensor, device) for name, tensor in named}
+
+
+def read_statistics(job: CompressionJob, index: int) -> dict[str, Tensor]:
+    """Return the sums of one layer: those of the run, and those of the artefact it reuses.
+
+    Grams are packed; on a local disk they are the pages of its files and take no memory until they
+    are unpacked where they are factored.
+
+    Raises:
+        StorageError: a file is not as it was written.
+    """
+    found: dict[str, Tensor] = {}
+    for uri, file in job.sums.get(index, ()):
+        found |= map_tensors(Directory(uri), file)
+    return found
+
+
+def read_bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor, ...]:
+    """Return the bases that units wrote, on a device."""
+    files = [file for name in names for file in read_record(run, name).files]
+    return tuple(map_tensors(run, file)["vectors"].to(device) for file in files)

@@ -1,0 +1,263 @@
+"""Refit: o_proj and down_proj of compressed layers, on the compressed layers before them.
+
+Two streams pass the model layer by layer, X through the step's input model, which is the dense one
+unless other steps came before, and Y through the compressed one. A linear that
+writes into the residual stream is refitted so that Y, after it, comes as near to X as it can: first
+o_proj, then, behind the refitted attention, down_proj. All microbatches pass a half-layer before
+the next, and the sums over them are all that a solve needs. The last sequences take no part in the
+sums; they choose the damping, and at the end say whether the refitted model is the better one.
+There a third stream passes the layers as they were drafted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.messages import CompressionJob, Done, TokenStream, UnitTask
+from actors.modeling.build import Skeleton
+from actors.modeling.halves import HalvedLayer
+from actors.numerics.least_squares import Refit, RestSums, no_sums, refit
+from actors.numerics.loss import next_token_nll
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.tensors import described, read_tensors, write_tensors
+from actors.storage.tokens import tokens_from_parquet
+from planners.families import load as load_family
+from planners.memory.peaks import LOGIT_TOKENS
+from planners.model.form import LayerForm
+from planners.refit import DAMPINGS, cuts
+
+DENSE, REFITTED, DRAFTED = "dense", "refitted", "drafted"
+# What each half-layer ends with; what it adds to the residual stream, and what it does to the rest.
+HALVES: Mapping[str, tuple[Callable[[HalvedLayer, Tensor], Tensor], ...]] = {
+    "o_proj": (HalvedLayer.attention, HalvedLayer.past_attention),
+    "down_proj": (HalvedLayer.mlp, HalvedLayer.past_mlp),
+}
+Streams = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Boundary:
+    """The streams at a site, one file a microbatch; those held out come last."""
+
+    run: Directory
+    site: int
+    num_fitted: int
+    num_held: int
+    device: str
+
+    def name(self, index: int) -> str:
+        return f"boundary/refit-site-{self.site:05d}-mb-{index:05d}.safetensors"
+
+    def fitted(self) -> Iterator[Streams]:
+        return (self.read(index) for index in range(self.num_fitted))
+
+    def held(self) -> Iterator[Streams]:
+        return (self.read(index) for index in range(self.num_fitted, self.count))
+
+    @property
+    def count(self) -> int:
+        return self.num_fitted + self.num_held
+
+    def all(self) -> Iterator[Streams]:
+        return (self.read(index) for index in range(self.count))
+
+    def read(self, index: int) -> Streams:
+        found = read_tensors(self.run, self.name(index))
+        return {name: hidden.to(self.device) for name, hidden in found.items()}
+
+    def write(self, streams: Iterator[Streams]) -> list[dict[str, object]]:
+        """Write all microbatches; return what a record says of their files."""
+        written = []
+        for index, each in enumerate(streams):
+            entry = write_tensors(self.run, self.name(index), each)
+            written.append({"path": entry.path, "sha256": entry.sha256, "bytes": entry.bytes})
+        return written
+
+    def drop(self) -> None:
+        for index in range(self.count):
+            self.run.delete(self.name(index))
+
+
+def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Embed the tokens: all streams are equal there."""
+    del task
+    checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
+    table = checkpoint.read(family.embedding).to(device, _dtype(job.stream))
+    ids = _ids(job.stream, run, device)
+    fitted, held = _cuts(job.stream)
+
+    def streams() -> Iterator[Streams]:
+        for rows in (*fitted, *held):
+            hidden = nn.functional.embedding(ids[slice(*rows)], table)
+            names = (DENSE, REFITTED) if rows in fitted else (DENSE, REFITTED, DRAFTED)
+            yield dict.fromkeys(names, hidden)
+
+    return (), {"boundary": _boundary(0, job, run, device).write(streams())}
+
+
+def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Refit one layer, and pass the streams on through it."""
+    index = task.index
+    sites = [_boundary(site, job, run, device) for site in range(2 * index - 2, 2 * index + 3)]
+    for spent in sites[:2] if index else ():
+        spent.drop()  # that the one before left its output is on record by now
+    family = load_family(job.shape.family)
+    prefix = family.layer.format(i=index) + "."
+    draft = read_tensors(run, f"draft/layer-{index:05d}.safetensors")
+    drafted = {name.removeprefix(prefix): tensor for name, tensor in draft.items()}
+    tensors, left = dict(drafted), []
+    build = _Builder(job, index, device)
+    layers = {DENSE: build.dense(prefix), DRAFTED: build.compressed(drafted)}
+    found: dict[str, Refit] = {}
+    for half, here, after in zip(HALVES, sites[2:4], sites[3:], strict=True):
+        name = _weight_name(family.linears[half], tensors)
+        layers[REFITTED] = build.compressed(tensors)
+        found[half] = refit(
+            tensors[name].to(device),
+            _sums(half, layers, name, here.fitted()),
+            _sums(half, layers, name, here.held()),
+            dampings=DAMPINGS,
+            where=f"refit of {half}",
+        )
+        tensors[name] = found[half].weight.cpu()
+        layers[REFITTED] = build.compressed(tensors)
+        left = after.write(_passed(half, layers, here.all()))
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    file = f"refit/layer-{index:05d}.safetensors"
+    entry = write_tensors(run, file, named, metadata={"format": "pt"})
+    values: dict[str, object] = {
+        "linears": {half: _said(one) for half, one in found.items()},
+        "tensors": {name: described(tensor) for name, tensor in named.items()},
+        "boundary": left,
+    }
+    return (entry,), values
+
+
+def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Measure all streams' losses on the held-out sequences, which say what is used."""
+    boundary = _boundary(2 * task.index, job, run, device)
+    checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
+    dtype = _dtype(job.stream)
+    table = family.embedding if checkpoint.form.tied else family.head
+    head = checkpoint.read(table).to(device, dtype)
+    skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
+    norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
+    ids = _ids(job.stream, run, device)
+    nats = dict.fromkeys((DENSE, DRAFTED, REFITTED), 0.0)
+    num_tokens = 0
+    for rows, streams in zip(_cuts(job.stream)[1], boundary.held(), strict=True):
+        count = 0
+        for name, hidden in streams.items():
+            each, count = next_token_nll(norm(hidden), head, ids[slice(*rows)], block=LOGIT_TOKENS)
+            nats[name] += each
+        num_tokens += count
+    values = {
+        "nats": nats,
+        "num_tokens": num_tokens,
+        "used": nats[REFITTED] < nats[DRAFTED],
+    }
+    return (), values
+
+
+class _Builder:
+    """Builds one layer of a model, as the step found it and as it leaves it."""
+
+    def __init__(self, job: CompressionJob, index: int, device: str) -> None:
+        self._job, self._index, self._device = job, index, device
+        self._checkpoint = Checkpoint.of(job)
+
+    def dense(self, prefix: str) -> HalvedLayer:
+        form = self._checkpoint.form.layers[self._index]
+        return self._built(self._checkpoint.read_prefix(prefix), form)
+
+    def compressed(self, tensors: Mapping[str, Tensor]) -> HalvedLayer:
+        return self._built(tensors, self._job.form.layers[self._index])
+
+    def _built(self, tensors: Mapping[str, Tensor], form: LayerForm) -> HalvedLayer:
+        return HalvedLayer(
+            tensors,
+            form,
+            self._checkpoint.config,
+            shape=self._job.shape,
+            dtype=_dtype(self._job.stream),
+            device=self._device,
+        )
+
+
+def _sums(
+    half: str, layers: Mapping[str, HalvedLayer], weight_name: str, microbatches: Iterator[Streams]
+) -> RestSums:
+    """Return the sums over microbatches of what is left between the streams after a half-layer."""
+    inputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        del module
+        inputs.append(args[0])
+
+    linear = layers[REFITTED].module.get_submodule(weight_name.removesuffix(".weight"))
+    weight: Any = linear.weight
+    sums = no_sums(weight.shape[1], weight.shape[0], device=str(weight.device))
+    handle = linear.register_forward_pre_hook(keep)
+    for streams in microbatches:
+        add, carry = HALVES[half]
+        x, y = streams[DENSE], streams[REFITTED]
+        added, got = add(layers[DENSE], x), add(layers[REFITTED], y)
+        x, y = carry(layers[DENSE], x), carry(layers[REFITTED], y)
+        # Differences first: what is equal cancels exactly, whatever the size of the stream.
+        rest = (x.float() - y.float()) + (added.float() - got.float())
+        sums.add(inputs.pop().flatten(0, -2), rest.flatten(0, -2))
+    handle.remove()
+    return sums
+
+
+def _passed(
+    half: str, layers: Mapping[str, HalvedLayer], microbatches: Iterator[Streams]
+) -> Iterator[Streams]:
+    """Yield the streams after a half-layer."""
+    add, carry = HALVES[half]
+    for streams in microbatches:
+        yield {n: carry(layers[n], x) + add(layers[n], x) for n, x in streams.items()}
+
+
+def _weight_name(linear: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return what of a linear is refitted: its weight, or the second of two factors."""
+    second = f"{linear}.second.weight"
+    return second if second in tensors else f"{linear}.weight"
+
+
+def _said(found: Refit) -> dict[str, object]:
+    return {
+        "damping": found.damping,
+        "rest_before": found.before,
+        "rest_after": found.after,
+        "rungs": found.rungs,
+    }
+
+
+def _boundary(site: int, job: CompressionJob, run: Directory, device: str) -> _Boundary:
+    fitted, held = _cuts(job.stream)
+    return _Boundary(run=run, site=site, num_fitted=len(fitted), num_held=len(held), device=device)
+
+
+def _cuts(stream: TokenStream) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    return cuts(stream.num_sequences, size=stream.microbatch_sequences)
+
+
+def _ids(stream: TokenStream, run: Directory, device: str) -> Tensor:
+    return torch.from_numpy(tokens_from_parquet(run.read(stream.tokens))).to(device)
+
+
+def _dtype(stream: TokenStream) -> torch.dtype:
+    found: torch.dtype = getattr(torch, stream.dtype)
+    return found
+
+
+KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
+    "refit_start": start,
+    "refit_layer": layer,
+    "refit_losses": losses,
+}

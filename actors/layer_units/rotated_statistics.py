@@ -1,0 +1,28 @@
+"""Statistics after a pure rotation, from those before it."""
+
+from actors.layer_units.layer import on_device, read_bases, read_statistics
+from actors.messages import CompressionJob, Done, UnitTask
+from actors.statistics.rotate import turned_sums
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.records import read_record
+from actors.storage.tensors import (
+    write_tensors,
+)
+
+
+def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Turn the statistics of the step before, which only turned the residual stream, into ours."""
+    former = job.former
+    assert former is not None  # the driver plans such a unit behind a step only
+    where = Directory(former.run_uri)
+    statistics, *bases = task.inputs
+    sums = on_device(device, read_statistics(former, task.index).items())
+    found = read_bases(tuple(bases), where, device)
+    weights = Checkpoint.of(former).read_layer(task.index)
+    scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
+    new = turned_sums(sums, (found[0], found[len(found) // 2], found[-1]), scales=scales)
+    name = f"stats/layer-{task.index:05d}.safetensors"
+    entry = write_tensors(run, name, {k: v.cpu() for k, v in new.items()})
+    values = read_record(where, statistics).values
+    return (entry,), {k: values[k] for k in ("num_tokens", "taps", "influence") if k in values}

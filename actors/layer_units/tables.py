@@ -1,0 +1,105 @@
+"""Embedding and head units, in blocks of vocabulary rows."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from actors import methods
+from actors.layer_units.layer import read_bases
+from actors.messages import CompressionJob, Done, UnitTask
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory, FileEntry
+from actors.storage.tensors import (
+    NAME_OF,
+    described,
+    require_finite,
+    tensor_bytes,
+    write_rows,
+    write_tensors,
+)
+from planners.families import load as load_family
+from planners.model.weight_files import weight_files
+
+ROWS = 8192  # vocabulary rows that are in memory at one time
+
+
+def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write the embedding, in blocks of rows."""
+    name = load_family(job.shape.family).embedding
+    bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
+
+    def turn(rows: Tensor) -> Tensor:
+        return methods.load(job.method).apply_embedding(rows, bases[0]) if bases else rows
+
+    width = job.form.embedding_dim
+    return _table(name, name, ("embedding", width), job, run, (device, turn))
+
+
+def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write the head in blocks of rows, unless it is the embedding's tensor, and the final norm."""
+    family = load_family(job.shape.family)
+    checkpoint = Checkpoint.of(job)
+    norm_weight = None  # folded into the head by a step before
+    if checkpoint.form.head_norm_weight:
+        norm_weight = checkpoint.read(family.final_norm).to(device)
+    bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
+    files: tuple[FileEntry, ...] = ()
+    values: dict[str, object] = {}
+    if not job.form.tied:
+        source = family.embedding if checkpoint.form.tied else family.head
+
+        def turn(rows: Tensor) -> Tensor:
+            if not bases:
+                return rows
+            turned: Tensor = methods.load(job.method).apply_head(
+                rows, bases[-1], norm_weight=norm_weight, native=job.form.native
+            )
+            return turned
+
+        width = job.form.head_dim
+        files, values = _table(source, family.head, ("head", width), job, run, (device, turn))
+    if norm_weight is not None and job.form.head_norm_weight:
+        scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
+        tensors = {family.final_norm: scale.cpu()}
+        name = f"model/{weight_files(job.form)['norm']}"
+        norm_file = write_tensors(run, name, tensors, metadata={"format": "pt"})
+        facts = {k: described(t) for k, t in tensors.items()}
+        known = values.get("tensors", {})
+        assert isinstance(known, dict)  # ours, written by _table
+        files, values = (*files, norm_file), {"tensors": {**known, **facts}}
+    return files, values
+
+
+def _is_residual(job: CompressionJob) -> bool:
+    return methods.spec(job.method).residual
+
+
+def _table(
+    source: str,
+    target: str,
+    made: tuple[str, int],
+    job: CompressionJob,
+    run: Directory,
+    how: tuple[str, Callable[[Tensor], Tensor]],
+) -> Done:
+    device, turn = how
+    role, width = made
+    checkpoint = Checkpoint.of(job)
+    num_rows = job.shape.vocab_size
+    digest = hashlib.sha256()
+    dtypes = set()
+
+    def blocks() -> Iterator[Tensor]:
+        for rows in checkpoint.read_blocks(source, rows=ROWS):
+            block = turn(rows.to(device)).cpu()
+            require_finite(block)
+            digest.update(tensor_bytes(block))
+            dtypes.add(NAME_OF[block.dtype])
+            yield block
+
+    name = f"model/{weight_files(job.form)[role]}"
+    entry = write_rows(run, name, target, blocks(), shape=(num_rows, width))
+    facts = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
+    return (entry,), {"tensors": {target: facts}}

@@ -1,0 +1,1 @@
+"""What is accumulated from activations: by hooks, in files, rotated to another basis."""

@@ -1,0 +1,274 @@
+"""The statistics of one layer, accumulated by hooks on its own modules."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from actors.numerics.gram import accumulate, rms_normed
+from actors.numerics.packed import zeros
+from planners.families._base import Family
+from planners.model.cost import tap_dim
+from planners.model.form import LayerForm, dense_form
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic, last_tap
+
+# Where a tap is seen. q and k are seen before rope: rope turns each pair by an angle, so the energy
+# of a pair, the only statistic taken there, is the same before and after.
+INPUT_OF = {
+    "resid_attn": "attn_norm",
+    "resid_mlp": "mlp_norm",
+    "attn_in": "q_proj",
+    "o_in": "o_proj",
+    "mlp_in": "gate_proj",
+    "mlp_hidden": "down_proj",
+}
+OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
+
+COSINE = "resid_out.cosine"
+WITH_MEAN = ("gram", "head_gram")  # kinds of which the sum of x is kept too
+Adder = Callable[[Tensor], None]
+
+
+class SeenEnoughError(Exception):
+    """A layer's forward pass has come by all that is observed of it, and is needed for no more."""
+
+
+class LayerStatistics:
+    """Sums over the tokens that pass one layer while it is observed.
+
+    Attributes:
+        sums: statistic name -> float64 sum, in place, grams packed; ``<tap>.sum`` is the sum of x.
+        num_tokens: how many tokens were summed.
+    """
+
+    def __init__(
+        self,
+        statistics: Iterable[Statistic],
+        shape: ModelShape,
+        family: Family,
+        *,
+        device: str,
+        form: LayerForm | None = None,
+    ) -> None:
+        """Make room for the sums; nothing is observed before `attach`.
+
+        ``form`` has the widths of a layer that is compressed already.
+        """
+        self._form = form or dense_form(shape)
+        self._layer: nn.Module | None = None
+        self._statistics = tuple(statistics)
+        self._shape, self._family, self._device = shape, family, device
+        self.sums: dict[str, Tensor] = {}
+        self.num_tokens = 0
+        self._probe: list[Tensor] = []
+        self._probe_tokens = 0
+        for statistic in self._statistics:
+            if statistic.kind.startswith("probe"):
+                self._probe_tokens = int(statistic.kind.removeprefix("probe"))
+                continue
+            self.sums[str(statistic)] = self._room(statistic)
+            if statistic.kind in WITH_MEAN:
+                dim = tap_dim(shape, statistic.tap, self._form)
+                self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self, layer: nn.Module, *, ends: bool = False) -> None:
+        """Observe a layer's forward passes until `detach`.
+
+        ``ends`` says that nobody needs what the layer puts out: its forward pass raises
+        `SeenEnoughError` behind the last tap, unless that is the output.
+        """
+        self._layer = layer
+        for tap in dict.fromkeys(statistic.tap for statistic in self._statistics):
+            adders = self._adders(tap)
+            if tap in INPUT_OF:
+                module = layer.get_submodule(self._name(INPUT_OF[tap]))
+                hook = partial(_feed_input, adders=adders)
+                self._handles.append(module.register_forward_pre_hook(hook))
+            elif tap in OUTPUT_OF:
+                module = layer.get_submodule(self._name(OUTPUT_OF[tap]))
+                hook = partial(_feed_output, adders=adders)
+                self._handles.append(module.register_forward_hook(hook))
+        if ends:
+            tap = last_tap(self._statistics)
+            tap = "o_in" if tap in OUTPUT_OF else tap  # the next input that comes
+            if tap in INPUT_OF:
+                module = layer.get_submodule(self._name(INPUT_OF[tap]))
+                self._handles.append(module.register_forward_pre_hook(_end))
+
+    def detach(self) -> None:
+        """Stop observing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def see_residual(self, before: Tensor, after: Tensor | None) -> None:
+        """Count a microbatch, and add what is seen between a layer's input and output.
+
+        No output is given where the forward pass has ended before it.
+        """
+        self._keep_probe(before)
+        self.num_tokens += before.shape[0] * before.shape[1]
+        if after is None:
+            return
+        for add in self._adders("resid_out"):
+            add(after)
+        if COSINE in self.sums:
+            self._add_cosine(before, after)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums and the token count, as they are stored."""
+        found = {name: total.cpu() for name, total in self.sums.items()}
+        found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
+        if self._probe:
+            found["probe"] = torch.cat(self._probe)
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` returned, to the last bit."""
+        for name, total in self.sums.items():
+            total.copy_(tensors[name])
+        self.num_tokens = int(tensors["num_tokens"][0])
+        self._probe = [tensors["probe"]] if "probe" in tensors else []
+
+    def summary(self) -> dict[str, object]:
+        """Return what travels to the driver, as the function of that name says."""
+        found = {COSINE: self.sums[COSINE]} if COSINE in self.sums else {}
+        found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
+        return summary(found, [str(statistic) for statistic in self._statistics])
+
+    def _keep_probe(self, before: Tensor) -> None:
+        """Keep the inputs of the first sequences, at least one and at most so many tokens."""
+        left = (self._probe_tokens - self.num_tokens) // before.shape[1]
+        if self._probe_tokens and (left > 0 or not self._probe):
+            self._probe.append(before[: max(left, 1)].cpu())
+
+    def _name(self, role: str) -> str:
+        return self._family.linears.get(role) or self._family.norms[role]
+
+    def _room(self, statistic: Statistic) -> Tensor:
+        dim, form = tap_dim(self._shape, statistic.tap, self._form), self._form
+        if statistic.kind in ("gram", "normed_gram"):
+            return zeros(dim, device=self._device)
+        if statistic.kind == "head_gram":
+            return self._zeros(dim // form.vo_head_dim, form.vo_head_dim, form.vo_head_dim)
+        if statistic.kind == "pair_energy":
+            return self._zeros(dim // form.qk_head_dim, form.qk_head_dim // 2)
+        return self._zeros(1)
+
+    def _zeros(self, *dims: int) -> Tensor:
+        return torch.zeros(dims, dtype=torch.float64, device=self._device)
+
+    def _adders(self, tap: str) -> list[Adder]:
+        """Return what is done with the activations of a tap; their sum is added once for all."""
+        adders: list[Adder] = [
+            partial(ADD[statistic.kind], total=self.sums[str(statistic)])
+            for statistic in self._statistics
+            if statistic.tap == tap and statistic.kind in ADD
+        ]
+        if f"{tap}.sum" in self.sums:
+            adders.append(partial(_add_sum, total=self.sums[f"{tap}.sum"]))
+        return adders
+
+    def _add_cosine(self, before: Tensor, after: Tensor) -> None:
+        for name in ("attn_shortcut", "mlp_shortcut"):  # what enters, in the axes of what leaves
+            shortcut = getattr(self._layer, name, None)
+            before = before if shortcut is None else shortcut(before)
+        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.sums[COSINE][0] += cosine.to(torch.float64).sum()
+
+
+def summary(tensors: Mapping[str, Tensor], taps: Sequence[str]) -> dict[str, object]:
+    """Return what travels to the driver: the taps, the token count, Block Influence.
+
+    Args:
+        tensors: as `LayerStatistics.tensors` returns them.
+        taps: the statistics that are in them.
+    """
+    num_tokens = int(tensors["num_tokens"][0])
+    found: dict[str, object] = {"num_tokens": num_tokens, "taps": list(taps)}
+    if COSINE in tensors:
+        found["influence"] = 1.0 - float(tensors[COSINE]) / max(num_tokens, 1)
+    return found
+
+
+def added(parts: Iterable[Mapping[str, Tensor]], taps: Collection[str]) -> dict[str, Tensor]:
+    """Return the sums over all tokens from those over parts of them, added in their order.
+
+    Args:
+        parts: as `LayerStatistics.tensors` returns them, in the order of their tokens.
+        taps: the statistics to add, which all of them hold; a part may hold more.
+
+    Returns:
+        As one pass over all the tokens returns them, but for how sums round.
+    """
+    split = [(tap, kind) for tap, _, kind in (name.rpartition(".") for name in taps)]
+    means = {f"{tap}.sum" for tap, kind in split if kind in WITH_MEAN}
+    probe_tokens = sum(int(k.removeprefix("probe")) for _, k in split if k.startswith("probe"))
+    total: dict[str, Tensor] = {}
+    probes: list[Tensor] = []
+    for part in parts:
+        for name in sorted(part.keys() & {"num_tokens", *taps, *means}):
+            total[name] = total[name].add_(part[name]) if name in total else part[name].clone()
+        probes += [part["probe"]] if probe_tokens else []
+    if probes:
+        sequences = max(1, probe_tokens // probes[0].shape[1])
+        total["probe"] = torch.cat(probes)[:sequences].clone()
+    return total
+
+
+def _end(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    del module, args
+    raise SeenEnoughError
+
+
+def _feed_input(module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Adder]) -> None:
+    del module
+    for add in adders:
+        add(args[0])
+
+
+def _feed_output(
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+    *,
+    adders: list[Adder],
+) -> None:
+    del module, args
+    for add in adders:
+        add(output)
+
+
+def _add_sum(x: Tensor, *, total: Tensor) -> None:
+    total.add_(x.flatten(0, -2).sum(dim=0, dtype=torch.float32))
+
+
+def _add_gram(x: Tensor, *, total: Tensor) -> None:
+    accumulate(total, x.flatten(0, -2))  # (tokens, dim)
+
+
+def _add_normed_gram(x: Tensor, *, total: Tensor) -> None:
+    accumulate(total, rms_normed(x.flatten(0, -2)))
+
+
+def _add_head_grams(x: Tensor, *, total: Tensor) -> None:
+    heads, head_dim = total.shape[0], total.shape[1]
+    per_head = x.flatten(0, -2).to(torch.float32).reshape(-1, heads, head_dim).transpose(0, 1)
+    total.add_(per_head.transpose(1, 2) @ per_head)  # (heads, head_dim, head_dim)
+
+
+def _add_pair_energy(x: Tensor, *, total: Tensor) -> None:
+    heads, pairs = total.shape
+    energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, 2, pairs)
+    total.add_(energy.sum(dim=1))  # channels i and i + head_dim / 2 turn together
+
+
+ADD = {
+    "gram": _add_gram,
+    "normed_gram": _add_normed_gram,
+    "head_gram": _add_head_grams,
+    "pair_energy": _add_pair_energy,
+}

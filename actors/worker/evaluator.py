@@ -1,0 +1,261 @@
+"""What a user's own process would find: loads a checkpoint as they would, checks and times it."""
+
+import contextlib
+import hashlib
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.devices.memory import PeakMemory
+from actors.messages import ThroughputRequest, UnitDone, VerifyRequest
+from actors.modeling.build import Skeleton
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.copies import local_copy
+from actors.storage.tensors import NAME_OF, tensor_bytes
+from planners.errors import ModelError
+from planners.families import load as load_family
+from planners.overflow import overflowed
+
+# Largest difference of logits between two orders of the same products, relative to their size.
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Evaluator:
+    """A fresh process that knows a result only by its directory."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        """Take the threads and the device; nothing is loaded yet."""
+        torch.set_num_threads(threads)
+        self._device = device
+        self._peak = PeakMemory(device)
+
+    @torch.inference_mode()
+    def verify(self, unit: str, request: VerifyRequest) -> UnitDone:
+        """Look at a checkpoint as its users will; the values are the checks, passed or not."""
+        started, begun = time.time(), time.monotonic()
+        checks = (
+            _whole_checks(request, self._device) if request.whole else _stagewise_checks(request)
+        )
+        values = {"whole": request.whole, "checks": [asdict(check) for check in checks]}
+        return self._done(unit, values, started, time.monotonic() - begun)
+
+    @torch.inference_mode()
+    def throughput(self, unit: str, request: ThroughputRequest) -> UnitDone:
+        """Time models; the values are name -> prefill and decode tokens per second, peak bytes.
+
+        The speeds are medians; ``rounds`` are those of each turn, prefill and decode.
+        """
+        started, begun = time.time(), time.monotonic()
+        with contextlib.ExitStack() as stack:
+            models, peaks = {}, {}
+            for name, uri in request.uris.items():
+                models[name] = _loaded(stack.enter_context(local_copy(uri)), self._device)
+                _timed(models[name], request)  # so that nobody pays for the libraries' first call
+            for name, model in models.items():
+                peak = PeakMemory(self._device)
+                _timed(model, request)
+                # Weights are mapped from their files: they count in full, and what is made beside.
+                peaks[name] = _weight_bytes(model) + peak.bytes()
+            rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+            for _ in range(request.rounds):
+                for name, model in models.items():
+                    rates[name].append(_timed(model, request))
+        values = {
+            name: {
+                "prefill_tokens_per_second": statistics.median(r[0] for r in rates[name]),
+                "decode_tokens_per_second": statistics.median(r[1] for r in rates[name]),
+                "peak_bytes": peaks[name],
+                "rounds": [list(each) for each in rates[name]],
+            }
+            for name in models
+        }
+        return self._done(unit, values, started, time.monotonic() - begun)
+
+    def _done(
+        self, unit: str, values: Mapping[str, object], started: float, seconds: float
+    ) -> UnitDone:
+        return UnitDone(
+            unit=unit,
+            worker="evaluator",
+            incarnation="",
+            device=self._device,
+            files=(),
+            values=values,
+            started=started,
+            seconds=seconds,
+            peak_bytes=self._peak.bytes(),
+        )
+
+
+def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
+    checks = []
+    with local_copy(request.uri) as folder:
+        model = _loaded(folder, device)
+        checks.append(_same_tensors(model.state_dict(), request.tensors))
+        batch = torch.tensor(request.ids, device=device)
+        logits = model(batch).logits
+        finite = bool(torch.isfinite(logits).all())
+        dtype = str(logits.dtype).removeprefix("torch.")
+        detail = dtype if finite else f"they are not{overflowed(dtype)}"
+        checks.append(Check(name="logits are finite", passed=finite, detail=detail))
+        checkpoint = Checkpoint(str(folder), model_store=request.model_store)
+        layer_by_layer = _stagewise_logits(checkpoint, batch, request.family, device)
+        name = "logits equal those of the layers as computed"
+        checks.append(_close(name, logits, layer_by_layer))
+        checks += _generation(model.float(), batch)
+    return checks
+
+
+def _stagewise_checks(request: VerifyRequest) -> list[Check]:
+    """Check a result that does not fit this process: a tensor at a time, nothing generated."""
+    checkpoint = Checkpoint(request.uri, model_store=request.model_store)
+    present = [name for name in request.tensors if name in checkpoint.locations]
+    bad = [n for n in present if _sha256(checkpoint.read(n)) != request.tensors[n]["sha256"]]
+    missing = sorted(set(request.tensors) ^ set(checkpoint.locations))
+    detail = f"{len(request.tensors)} tensors, read one at a time"
+    if bad or missing:
+        detail = f"differ: {bad[:3]}; missing or not ours: {missing[:3]}"
+    return [Check(name="every tensor as computed", passed=not bad + missing, detail=detail)]
+
+
+def _loaded(folder: Path, device: str) -> Any:
+    """Load as the README tells users to. The code that travels with a result is our own file."""
+    from transformers import AutoModelForCausalLM
+
+    ours = _brings_our_code(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=ours, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def _brings_our_code(folder: Path) -> bool:
+    """Return whether there is code beside the weights; code that is not ours is never run."""
+    code = folder / "modeling_compressed.py"
+    if not code.exists():
+        return False
+    if code.read_bytes() != resources.files("actors.modeling").joinpath(code.name).read_bytes():
+        raise ModelError(f"{code}: is not the code of this version, and is not run")
+    return True
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def _same_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]) -> Check:
+    """Compare every tensor of a loaded model with the hash of the bytes that were computed."""
+    wrong = [
+        name
+        for name, facts in expected.items()
+        if name not in state
+        or list(state[name].shape) != facts["shape"]
+        or NAME_OF[state[name].dtype] != facts["dtype"]
+        or _sha256(state[name]) != facts["sha256"]
+    ]
+    stored = {tensor.data_ptr() for name, tensor in state.items() if name in expected}
+    extra = [n for n, t in state.items() if n not in expected and t.data_ptr() not in stored]
+    detail = f"{len(expected)} tensors, bit for bit"
+    if wrong or extra:
+        detail = f"differ or missing: {wrong[:3]}; not in the plan: {extra[:3]}"
+    return Check(name="every tensor as computed", passed=not wrong + extra, detail=detail)
+
+
+def _stagewise_logits(
+    checkpoint: Checkpoint, batch: Tensor, family_name: str, device: str
+) -> Tensor:
+    """Return the logits of a checkpoint by passing its layers one at a time, as a stage does."""
+    family = load_family(family_name)
+    embedding = checkpoint.read(family.embedding).to(device)
+    skeleton = Skeleton(checkpoint.config, dtype=embedding.dtype, device=device)
+    hidden = torch.nn.functional.embedding(batch, embedding)
+    angles = skeleton.angles(hidden)
+    for index in range(checkpoint.config["num_hidden_layers"]):
+        tensors = checkpoint.read_prefix(family.layer.format(i=index) + ".")
+        layer = skeleton.layer(index, tensors)
+        hidden = layer(hidden, attention_mask=None, position_embeddings=angles)
+    norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
+    tied = family.head not in checkpoint.locations
+    head = embedding if tied else checkpoint.read(family.head).to(device)
+    logits: Tensor = norm(hidden) @ head.T
+    return logits
+
+
+def _close(name: str, found: Tensor, expected: Tensor) -> Check:
+    difference = float((found.float() - expected.float()).abs().max())
+    size = float(expected.float().abs().max())
+    tolerance = LOGIT_TOLERANCE[found.dtype]
+    detail = f"largest difference {difference:.2e}, largest logit {size:.3g}"
+    return Check(name=name, passed=difference <= tolerance * max(size, 1.0), detail=detail)
+
+
+def _generation(model: Any, batch: Tensor) -> list[Check]:
+    """Check the cache and padding, in float32: a tie of two logits must not look like a fault."""
+    prompt = batch[:1, : min(batch.shape[1] // 2, 32)]
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False,
+               "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}  # fmt: skip
+    cached = model.generate(prompt, use_cache=True, **options)
+    plain = model.generate(prompt, use_cache=False, **options)
+    same = bool(torch.equal(cached, plain))
+    checks = [
+        Check(name="greedy generation with and without cache is equal", passed=same,
+              detail=f"{NEW_TOKENS} tokens after {prompt.shape[1]}")
+    ]  # fmt: skip
+    short = prompt.shape[1] // 2
+    padded = prompt.repeat(2, 1)
+    padded[1, :-short] = 0
+    mask = torch.ones_like(padded)
+    mask[1, :-short] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    together = model(padded, attention_mask=mask, position_ids=positions).logits[1, -short:]
+    alone = model(prompt[:, -short:]).logits[0]
+    checks.append(_close("a padded batch of two lengths gives the same logits", together, alone))
+    return checks
+
+
+def _timed(model: Any, request: ThroughputRequest) -> tuple[float, float]:
+    """Return prefill and decode tokens per second of one round."""
+    generator = torch.Generator().manual_seed(0)
+    size = (request.batch, request.prompt)
+    ids = torch.randint(0, model.config.vocab_size, size, generator=generator).to(model.device)
+    started = time.perf_counter()
+    output = model(ids, use_cache=True, logits_to_keep=1)
+    _synchronise(model.device)
+    prefill_seconds = time.perf_counter() - started
+    cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    started = time.perf_counter()
+    for _ in range(request.new_tokens):
+        output = model(token, past_key_values=cache, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    _synchronise(model.device)
+    decode_seconds = time.perf_counter() - started
+    new_tokens = request.batch * request.new_tokens
+    return request.batch * request.prompt / prefill_seconds, new_tokens / decode_seconds
+
+
+def _weight_bytes(model: Any) -> int:
+    """Return the bytes of a model's distinct weights and buffers."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,339 @@
+"""The worker of one stage: a contiguous run of layers on one device."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from actors.devices.memory import PeakMemory, give_back
+from actors.devices.transfer import to_device
+from actors.layer_units.registry import do_unit
+from actors.messages import (
+    Assignment,
+    CompressionJob,
+    LoadDone,
+    Microbatch,
+    Packed,
+    PartialSums,
+    SaveDone,
+    StepDone,
+    Summing,
+    TurnDone,
+    UnitDone,
+    UnitTask,
+    WorkerSetup,
+    pack,
+    unpack,
+)
+from actors.modeling.build import Skeleton
+from actors.numerics.loss import next_token_nll
+from actors.statistics.observe import LayerStatistics, SeenEnoughError
+from actors.statistics.sums import write_sums
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.prefetch import one_ahead
+from actors.storage.tensors import read_tensors, write_tensors
+from actors.storage.tokens import tokens_from_parquet
+from planners.errors import ModelError, StorageError
+from planners.families import load as load_family
+from planners.memory.peaks import LOGIT_TOKENS
+from planners.model.taps import layer_statistics
+
+PARTIAL = "partial"  # the folder of partial sums in a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What a stage keeps of sequences that are being generated.
+
+    Attributes:
+        cache: keys and values of its layers, under their numbers in the model.
+        peak: of memory, since the first prompt.
+        weight_bytes: of what it holds.
+    """
+
+    peak: PeakMemory
+    weight_bytes: int
+    cache: DynamicCache = field(default_factory=DynamicCache)
+
+
+class Stage:
+    """Holds layers, passes microbatches through them, and does units of work.
+
+    A plain class: it becomes a Ray actor where it is spawned and nowhere else.
+    """
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        """Take the threads and the device of the setup; no layer is loaded yet."""
+        torch.set_num_threads(setup.threads)
+        self._setup = setup
+        self._peak = PeakMemory(setup.device)
+        self._layers: dict[int, nn.Module] = {}
+        self._skeleton: Skeleton | None = None
+        self._statistics: dict[int, LayerStatistics] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._next: dict[int, int] = {}  # layer -> first microbatch that it has not summed
+        self._saved: dict[int, int] = {}  # layer -> that of its newest partial sums
+        self._embedding: Tensor | None = None
+        self._head: Tensor | None = None
+        self._norm: nn.Module | None = None
+        self._generated: Generated | None = None
+
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and log prefixes show."""
+        layers = f" layers {min(self._layers)}-{max(self._layers)}" if self._layers else ""
+        return f"{self._setup.name}{layers}"
+
+    def load(self, assignment: Assignment, summing: Summing | None = None) -> LoadDone:
+        """Read the layers of an assignment, forgetting those held before.
+
+        Args:
+            assignment: the layers.
+            summing: which of them sum, and from where; all, from the first microbatch, if not
+                given.
+
+        Raises:
+            ModelError: a tensor is missing, broken or not finite.
+        """
+        started = time.monotonic()
+        self.drop()
+        checkpoint = Checkpoint.of(assignment)
+        dtype = getattr(torch, assignment.dtype)
+        device = self._setup.device
+        self._assignment = assignment
+        self._run = Directory(assignment.run_uri)
+        self._tokens = {}
+        skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
+        self._skeleton = skeleton
+        family = load_family(assignment.family)
+        for index in range(assignment.first, assignment.last):
+            prefix = family.layer.format(i=index) + "."
+            tensors = one_ahead(checkpoint.stream_prefix(prefix))
+            self._layers[index] = skeleton.layer(index, tensors)
+            if assignment.statistics and (summing is None or index in summing.layers):
+                wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
+                form = checkpoint.form.layers[index]
+                self._statistics[index] = LayerStatistics(
+                    wanted, checkpoint.shape, family, device=device, form=form
+                )
+                self._next[index] = 0
+        for partial in summing.partials if summing is not None else ():
+            self._go_on(partial)
+        if assignment.embedding:
+            self._embedding = to_device(checkpoint.read(family.embedding), device, dtype)
+        if assignment.head:
+            tied = family.head not in checkpoint.locations
+            name = family.embedding if tied else family.head
+            self._head = to_device(checkpoint.read(name), device, dtype)
+            prefix = family.final_norm.removesuffix("weight")
+            self._norm = skeleton.final_norm(checkpoint.read_prefix(prefix))
+        give_back()
+        seconds = time.monotonic() - started
+        return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
+
+    def drop(self) -> None:
+        """Forget layers and statistics."""
+        self._layers, self._statistics = {}, {}
+        self._skeleton = None  # it has the modules that were filled, and with them the weights
+        self._embedding = self._head = self._norm = None
+        self._next, self._saved = {}, {}
+        self._generated = None
+        give_back()
+
+    @torch.inference_mode()
+    def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
+        """Pass one microbatch through the layers; return what happened and the output.
+
+        A layer adds a microbatch only when it is its turn. One that was added before is passed on
+        without being added again, so a repeated call changes nothing.
+        """
+        started = time.time()
+        begun = time.monotonic()
+        hidden = self._input(microbatch, packed)
+        turn = {i for i, index in self._next.items() if index == microbatch.index}
+        wanted = microbatch.hand_over or microbatch.loss or microbatch.write_boundary
+        hidden = self._through(
+            hidden, observed=turn if microbatch.observe else set(), ends=not wanted
+        )
+        nats, num_predicted = 0.0, 0
+        if microbatch.loss and self._assignment.head:
+            nats, num_predicted = self._loss(hidden, self._ids(microbatch))
+        boundary = None
+        if microbatch.write_boundary:
+            boundary = write_tensors(self._run, microbatch.write_boundary, {"hidden": hidden})
+        done = StepDone(
+            index=microbatch.index,
+            incarnation=self._setup.incarnation,
+            num_tokens=hidden.shape[0] * hidden.shape[1],
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+            nats=nats,
+            num_predicted=num_predicted,
+            boundary=boundary,
+        )
+        return done, pack(hidden) if microbatch.hand_over else None
+
+    @torch.inference_mode()
+    def generate(self, packed: Packed, start: int) -> tuple[TurnDone, Packed]:
+        """Pass the next tokens of some sequences, whose keys and values so far are kept here.
+
+        Args:
+            packed: what the stage before returned; for the first stage token ids, (batch, tokens).
+            start: position of the first of them; 0 begins anew.
+
+        Returns:
+            What the next stage takes; the last stage returns the likeliest next ids, (batch, 1).
+        """
+        assert self._skeleton is not None  # it was loaded
+        if start == 0:
+            self._generated = Generated(
+                peak=PeakMemory(self._setup.device), weight_bytes=self._weight_bytes()
+            )
+        generated = self._generated
+        assert generated is not None  # a prompt comes first
+        hidden = unpack(packed, device=self._setup.device)
+        if self._embedding is not None:
+            hidden = torch.nn.functional.embedding(hidden, self._embedding)
+        angles = self._skeleton.angles(hidden, start=start)
+        for layer in self._layers.values():
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=angles,
+                past_key_values=generated.cache,
+            )
+        if self._head is not None and self._norm is not None:
+            hidden = (self._norm(hidden[:, -1:]) @ self._head.T).argmax(-1)
+        handed_on = pack(hidden)
+        return TurnDone(held_bytes=generated.weight_bytes + generated.peak.bytes()), handed_on
+
+    def _weight_bytes(self) -> int:
+        modules = [*self._layers.values(), *([] if self._norm is None else [self._norm])]
+        tensors = [t for t in (self._embedding, self._head) if t is not None]
+        tensors += [t for module in modules for t in module.parameters()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def save(self) -> SaveDone:
+        """Write the sums so far of the layers that have summed since they were last written.
+
+        The incarnation is in the names: what a worker that was given up still writes is beside what
+        counts, never in its place.
+        """
+        started, begun = time.time(), time.monotonic()
+        partials = []
+        for index, following in self._next.items():
+            if following == self._saved.get(index, 0):
+                continue
+            where = f"layer-{index:05d}-mb-{following:05d}-{self._setup.incarnation}"
+            tensors = self._statistics[index].tensors()
+            entry = write_tensors(self._run, f"{PARTIAL}/{where}.safetensors", tensors)
+            partials.append(PartialSums(layer=index, next=following, file=entry))
+            self._saved[index] = following
+        return SaveDone(
+            incarnation=self._setup.incarnation,
+            partials=tuple(partials),
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
+
+    def publish(self, task: UnitTask) -> UnitDone:
+        """Write the statistics of one layer, or those of a shard."""
+        started, begun = time.time(), time.monotonic()
+        layer = self._statistics[task.index]
+        entry = write_sums(
+            self._run, task, layer.tensors(), dtype=self._assignment.statistics_dtype
+        )
+        return UnitDone(
+            unit=task.unit,
+            worker=self._setup.name,
+            incarnation=self._setup.incarnation,
+            device=self._setup.device,
+            files=(entry,),
+            values=layer.summary(),
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
+
+    @torch.inference_mode()
+    def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
+        """Do one unit of compression: files in, files out; layers that were held are let go.
+
+        A unit's factorisation has the memory of the device to itself; a pass loads its layers.
+
+        Raises:
+            NumericsError: the statistics gave no usable numbers.
+            ModelError: a weight is missing or not finite.
+        """
+        started, begun = time.time(), time.monotonic()
+        if self._layers:
+            self.drop()
+        give_back()  # what the unit before has freed
+        files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
+        return UnitDone(
+            unit=task.unit,
+            worker=self._setup.name,
+            incarnation=self._setup.incarnation,
+            device=self._setup.device,
+            files=files,
+            values=values,
+            started=started,
+            seconds=time.monotonic() - begun,
+            peak_bytes=self._peak.bytes(),
+        )
+
+    def _go_on(self, partial: PartialSums) -> None:
+        """Take the sums of a layer from a file; one that changed since counts as none."""
+        try:
+            if self._run.sha256(partial.file.path) != partial.file.sha256:
+                return
+            tensors = read_tensors(self._run, partial.file.path)
+        except (StorageError, ModelError):
+            return
+        self._statistics[partial.layer].restore(tensors)
+        self._next[partial.layer] = self._saved[partial.layer] = partial.next
+
+    def _input(self, microbatch: Microbatch, packed: Packed | None) -> Tensor:
+        device = self._setup.device
+        if self._embedding is not None:
+            ids = self._ids(microbatch).to(device)
+            return torch.nn.functional.embedding(ids, self._embedding)
+        if packed is not None:
+            return unpack(packed, device=device)
+        return read_tensors(self._run, microbatch.read_boundary)["hidden"].to(device)
+
+    def _ids(self, microbatch: Microbatch) -> Tensor:
+        if microbatch.tokens not in self._tokens:
+            array = tokens_from_parquet(self._run.read(microbatch.tokens))
+            self._tokens[microbatch.tokens] = torch.from_numpy(array)
+        return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
+
+    def _through(self, hidden: Tensor, *, observed: set[int], ends: bool) -> Tensor:
+        """Return what leaves the last layer, or what enters it where nobody reads what leaves."""
+        assert self._skeleton is not None  # a pass loads its layers first
+        angles = self._skeleton.angles(hidden)
+        for index, layer in self._layers.items():
+            sums = self._statistics[index] if index in observed else None
+            last = ends and index == self._assignment.last - 1
+            if last and sums is None:
+                break
+            if sums is not None:
+                sums.attach(layer, ends=last)
+            try:
+                after = layer(hidden, attention_mask=None, position_embeddings=angles)
+            except SeenEnoughError:
+                after = None
+            if sums is not None:
+                sums.detach()
+                sums.see_residual(hidden, after)
+                self._next[index] += 1
+            hidden = hidden if after is None else after
+        return hidden
+
+    def _loss(self, hidden: Tensor, ids: Tensor) -> tuple[float, int]:
+        assert self._norm is not None and self._head is not None  # the assignment has the head  # noqa: PT018
+        return next_token_nll(self._norm(hidden), self._head, ids, block=LOGIT_TOKENS)

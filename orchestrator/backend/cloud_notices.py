@@ -1,0 +1,120 @@
+"""Detect a cloud's notice that this machine will be preempted."""
+
+import contextlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+METADATA = "http://169.254.169.254"
+POLL_SECONDS = 2.0
+ANSWER_SECONDS = 1.0  # the service is on the machine itself
+NOBODY = 3  # questions without any answer, after which this is no cloud's machine
+AWS_SECONDS = 120.0
+GCP_SECONDS = 30.0
+TOKEN_SECONDS = 21600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A machine will go.
+
+    Attributes:
+        seconds: until then.
+        source: who says so.
+    """
+
+    seconds: float
+    source: str
+
+
+class NoAnswerError(Exception):
+    """There is no such metadata service here."""
+
+
+def aws_notice(base: str = METADATA) -> Notice | None:
+    """Return the spot notice of an EC2 machine, or None; asks as IMDSv2 wants it, with a token.
+
+    Raises:
+        NoAnswerError: nothing answers as EC2 does.
+    """
+    headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
+    token = _asked(f"{base}/latest/api/token", headers=headers, method="PUT")
+    if token is None:
+        raise NoAnswerError
+    said = _asked(
+        f"{base}/latest/meta-data/spot/instance-action",
+        headers={"X-aws-ec2-metadata-token": token},
+    )
+    if said is None:  # 404: no notice
+        return None
+    try:
+        document = json.loads(said)
+        at = datetime.fromisoformat(document["time"]).timestamp()
+    except (ValueError, KeyError, TypeError):
+        return Notice(seconds=AWS_SECONDS, source="EC2")
+    return Notice(seconds=max(0.0, at - time.time()), source=f"EC2 {document.get('action', '')}")
+
+
+def gcp_notice(base: str = METADATA) -> Notice | None:
+    """Return the preemption notice of a Compute Engine machine, or None.
+
+    Raises:
+        NoAnswerError: nothing answers as Compute Engine does.
+    """
+    said = _asked(
+        f"{base}/computeMetadata/v1/instance/preempted", headers={"Metadata-Flavor": "Google"}
+    )
+    if said is None:
+        raise NoAnswerError
+    return Notice(seconds=GCP_SECONDS, source="Compute Engine") if said == "TRUE" else None
+
+
+def watch(
+    tell: Callable[[Notice], None],
+    *,
+    base: str = METADATA,
+    poll_seconds: float = POLL_SECONDS,
+    stopped: Callable[[], Notice | None] | None = None,
+) -> None:
+    """Ask until there is a notice, tell it, and return; return too where nobody answers.
+
+    Args:
+        tell: what is done with a notice.
+        base: of the metadata service.
+        poll_seconds: between two questions.
+        stopped: another source of notices, such as a signal. Where there is one, it is asked for
+            ever, on a machine without a metadata service too.
+    """
+    silent = 0
+    while True:
+        notice = stopped() if stopped is not None else None
+        if notice is None and silent < NOBODY:
+            notice, answered = _any_notice(base)
+            silent = 0 if answered else silent + 1
+        if notice is not None:
+            tell(notice)
+            return
+        if silent >= NOBODY and stopped is None:
+            return
+        time.sleep(poll_seconds)
+
+
+def _any_notice(base: str) -> tuple[Notice | None, bool]:
+    """Return a notice of either cloud, and whether one of them answered at all."""
+    for ask in (aws_notice, gcp_notice):
+        with contextlib.suppress(NoAnswerError):
+            return ask(base), True
+    return None, False
+
+
+def _asked(url: str, *, headers: Mapping[str, str], method: str = "GET") -> str | None:
+    request = urllib.request.Request(url, headers=dict(headers), method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            return str(answer.read().decode("utf-8", errors="replace")).strip()
+    except (urllib.error.URLError, OSError, ValueError):
+        return None

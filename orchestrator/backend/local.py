@@ -1,0 +1,73 @@
+"""The executor that runs everything in this process, for tests and small work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.backend.executor import Resources, Whereabouts
+
+
+class LocalExecutor:
+    """Runs every call at once in this process: for tests and debugging."""
+
+    def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
+        """Return the object itself; ``resources`` do not matter here."""
+        del resources, name
+        return actor_class(*args)
+
+    def settle(self, handle: Any) -> Any:
+        """Return a finished ticket: everything is here."""
+        del handle
+        return _Answer(Whereabouts())
+
+    def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
+        """Return finished tickets."""
+        del label
+        values = [arg.value if isinstance(arg, _Answer) else arg for arg in args]
+        try:
+            answer = getattr(handle, method)(*values)
+        except Exception as error:  # noqa: BLE001 as on Ray: raised where the answer is taken
+            tickets = tuple(_Answer(None, error) for _ in range(num_returns))
+            return tickets[0] if num_returns == 1 else tickets
+        if num_returns == 1:
+            return _Answer(answer)
+        return tuple(_Answer(part) for part in answer)
+
+    def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
+        """Return all tickets: every call has answered."""
+        del seconds
+        return list(tickets)
+
+    def result(self, ticket: Any) -> Any:
+        """Return the answer."""
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.value
+
+    def kill(self, handle: Any) -> None:
+        """Forget the object."""
+
+    def end(self, where: Whereabouts) -> None:
+        """Do nothing: it is this process."""
+
+    def stack(self, where: Whereabouts) -> str:
+        """Return nothing: a call that does not return does not return here either."""
+        del where
+        return ""
+
+    def draining(self) -> Mapping[str, float]:
+        """Return nothing: there are no nodes."""
+        return {}
+
+    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Do nothing: there is no cluster that could grow."""
+
+    def capacity(self) -> str:
+        """Return nothing: whatever is asked for is here."""
+        return ""
+
+
+class _Answer:
+    """A ticket of the local executor; compared and hashed by identity."""
+
+    def __init__(self, value: Any, error: Exception | None = None) -> None:
+        self.value, self.error = value, error

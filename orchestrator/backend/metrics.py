@@ -1,0 +1,123 @@
+"""A run as metrics of Ray, for its dashboard and Grafana."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ray.util import metrics
+
+LOSSES = ("preempted", "node lost", "worker crashed", "stalled", "out of memory")  # kinds of events
+
+
+def metered(
+    listener: Callable[[dict[str, Any]], None],
+    *,
+    reasons: Iterable[str],
+    price_per_hour: float,
+) -> Callable[[dict[str, Any]], None]:
+    """Return a listener that also keeps Ray's metrics of a run.
+
+    Args:
+        listener: hears every event too.
+        reasons: kinds of events after which work is done again.
+        price_per_hour: of a worker.
+    """
+    meters = Meters(reasons, price_per_hour)
+
+    def told(event: dict[str, Any]) -> None:
+        meters(event)
+        listener(event)
+
+    return told
+
+
+class Meters:
+    """Ray's metrics of a run, told by its events; they stand on ``/metrics`` of the driver's node.
+
+    Names are ``compress_*`` here and ``ray_compress_*`` there.
+    """
+
+    def __init__(self, reasons: Iterable[str], price_per_hour: float) -> None:
+        """Make the metrics; this process is connected to a cluster."""
+        self._reasons = frozenset(reasons)
+        self._price, self._begun = price_per_hour, time.monotonic()
+        self._workers: set[str] = set()
+        self._tokens = metrics.Counter(
+            "compress_tokens", description="Tokens that passed a stage.", tag_keys=("kind",)
+        )
+        self._seconds = metrics.Histogram(
+            "compress_unit_seconds",
+            description="Seconds of a unit of work or a microbatch, on its worker.",
+            boundaries=[0.1, 1, 10, 60, 600, 3600],
+            tag_keys=("kind",),
+        )
+        self._layers = metrics.Gauge(
+            "compress_layers_done", description="Layers that this driver compressed."
+        )
+        self._queue = metrics.Gauge(
+            "compress_queue_depth",
+            description="Units or microbatches of a phase that are left.",
+            tag_keys=("phase",),
+        )
+        self._lost = metrics.Gauge(
+            "compress_workers_lost", description="Workers lost so far.", tag_keys=("reason",)
+        )
+        self._retries = metrics.Gauge(
+            "compress_retries",
+            description="Times that work was to be done again.",
+            tag_keys=("reason",),
+        )
+        self._memory = metrics.Gauge(
+            "compress_worker_peak_bytes",
+            description="Memory that a worker used at its peak.",
+            tag_keys=("worker",),
+        )
+        self._written = metrics.Counter(
+            "compress_written_bytes", description="Bytes of the files of units."
+        )
+        self._money = metrics.Gauge(
+            "compress_money_spent",
+            description="Workers times hours times the price of one; 0 without a price.",
+        )
+        self._counts: Counter[str] = Counter()
+        self._phase, self._left = "", 0
+        for reason in LOSSES:  # a panel shows 0, not nothing
+            self._lost.set(0, tags={"reason": reason})
+        for reason in self._reasons:
+            self._retries.set(0, tags={"reason": reason})
+        self._layers.set(0)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Count one event."""
+        kind = event["kind"]
+        if kind == "phase begins":
+            self._phase, self._left = event["unit"], event["tokens"]
+        elif kind in self._reasons:
+            self._counts[kind] += 1
+            self._retries.set(self._counts[kind], tags={"reason": kind})
+            if kind in LOSSES:
+                self._lost.set(self._counts[kind], tags={"reason": kind})
+        elif event["worker"] and event["start"]:
+            self._count_unit(kind, event)
+        if self._phase:
+            self._queue.set(self._left, tags={"phase": self._phase})
+        if kind == "phase ends":
+            self._phase = ""
+        hours = (time.monotonic() - self._begun) / 3600
+        self._money.set(hours * len(self._workers) * self._price)
+
+    def _count_unit(self, kind: str, event: Mapping[str, Any]) -> None:
+        self._seconds.observe(event["seconds"], tags={"kind": kind})
+        self._left = max(0, self._left - 1)
+        if event["worker"].startswith("worker-"):  # neither the driver nor who verifies
+            self._workers.add(event["worker"])
+        if event["tokens"]:
+            self._tokens.inc(event["tokens"], tags={"kind": kind})
+        if event["written_bytes"]:
+            self._written.inc(event["written_bytes"])
+        if event["peak_bytes"]:
+            self._memory.set(event["peak_bytes"], tags={"worker": event["worker"]})
+        if kind in ("layer", "chosen"):
+            self._counts["layers"] += 1
+            self._layers.set(self._counts["layers"])

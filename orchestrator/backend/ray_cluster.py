@@ -1,0 +1,327 @@
+"""Connecting to a Ray cluster, or starting one for this command alone."""
+
+import contextlib
+import copy
+import io
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants, services
+from ray._private import state as ray_state
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RaySystemError, RpcError
+
+from orchestrator.backend import local_start
+from orchestrator.backend.capacity import LENT, awaited, cluster_file_here, most
+from planners.errors import ClusterError
+
+# A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+    "object_manager_pull_timeout_ms": 2000,
+}
+CLUSTER_OF_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's, read on Linux too
+STORE_BYTES = 200 * 2**20
+LISTEN_SECONDS = 3.0  # within which a head takes a connection
+ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterFacts:
+    """What a cluster has.
+
+    Attributes:
+        address: as given; ``local`` was started by this command.
+        num_nodes: live nodes.
+        cpus: logical cores for work.
+        gpus: devices.
+        dashboard: address of Ray's dashboard, or empty.
+        spot: a node says by its label that it is spot capacity.
+    """
+
+    address: str
+    num_nodes: int
+    cpus: float
+    gpus: float
+    dashboard: str
+    spot: bool = False
+
+
+@contextlib.contextmanager
+def connected(
+    address: str, *, num_cpus: int, num_gpus: int, store_bytes: int, dashboard: bool = False
+) -> Iterator[ClusterFacts]:
+    """Connect for the length of a block; ``local`` starts a cluster and stops it afterwards.
+
+    Args:
+        address: ``local``, ``auto`` or ``host:port``.
+        num_cpus: cores that the work needs at one time.
+        num_gpus: devices that the work needs at one time.
+        store_bytes: shared memory that a local cluster needs for activations.
+        dashboard: start Ray's dashboard with a local cluster; on loopback only.
+
+    Raises:
+        ClusterError: there is no cluster at the address, or it is too small; or Ray does not start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # unread second returns of lost calls
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(local_start.sockets()) if address == "local" else None
+        if address == "local":
+            context = _started(
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                object_store_memory=max(STORE_BYTES, store_bytes),
+                _temp_dir=folder,
+            )
+        else:
+            context = joined(address)
+        stack.callback(ray.shutdown)  # before its directory goes
+        _protect_token()
+        facts = _facts(address, context.dashboard_url or "")
+        _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
+        yield facts
+
+
+def most_gpus(address: str) -> float:
+    """Return how many devices a cluster has, or has when it is fully grown.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    with connected(address, num_cpus=0, num_gpus=0, store_bytes=0) as facts:
+        return max(facts.gpus, most(cluster_file_here(), "GPU"))
+
+
+def _started(**how: Any) -> Any:
+    """Start a Ray for this process, and once more where a busy machine was only too slow.
+
+    Raises:
+        ClusterError: it does not start.
+    """
+    _refuse_second()
+    for last in (False, True):
+        try:
+            with _on_loopback():
+                return ray.init(
+                    address="local",
+                    dashboard_host="127.0.0.1",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _system_config=HEALTH_CHECK,
+                    **how,
+                )
+        except Exception as error:  # Ray raises bare ones; raised again as ours
+            node = local_start.half_started(error)
+            slow = local_start.was_slow(error, node)
+            refusal = local_start.refusal_of_start(error, node)
+            if node is not None:  # else they stay until this process ends
+                node.kill_all_processes(check_alive=False)
+            ray.shutdown()
+            if last or not slow:
+                raise refusal from error
+    raise AssertionError("the last try returns or raises")
+
+
+def joined(address: str) -> Any:
+    """Connect to a cluster that runs.
+
+    Raises:
+        ClusterError: there is none at the address, or it does not let this process in.
+    """
+    try:
+        _require_listener(address)
+    except (OSError, ValueError) as error:
+        raise local_start.refusal_of_cluster(error, address) from error
+    _refuse_second()
+    try:
+        return ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # likewise
+        ray.shutdown()
+        raise local_start.refusal_of_cluster(error, address) from error
+
+
+def _refuse_second() -> None:
+    """Refuse a second connection: ending it would end the first.
+
+    Raises:
+        ClusterError: this process has one.
+    """
+    if ray.is_initialized():
+        raise ClusterError(
+            "this process is connected to a Ray cluster already", hint="ray.shutdown() comes first"
+        )
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let the processes of a Ray that starts in this block listen on loopback only, metrics too.
+
+    That is what Ray does on macOS and Windows by itself; on Linux it takes the address of the
+    machine, and its metrics answer there without a token. Clusters of several machines need that
+    address, so what is set here ends with the block.
+    """
+    # Ray reads the variable where it is imported, which has happened here.
+    before = os.environ.get(CLUSTER_OF_MACHINES), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[CLUSTER_OF_MACHINES] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[CLUSTER_OF_MACHINES]
+        else:
+            os.environ[CLUSTER_OF_MACHINES] = before[0]
+
+
+def take(name: str) -> str:
+    """Return what `JobClient.lend` left in the head's memory, and remove it there.
+
+    Called in a process that a job started; connecting to the cluster is not needed.
+
+    Raises:
+        ClusterError: it is not there any more, or the head cannot be reached.
+    """
+    key = f"gcs://{name}".encode()
+    try:
+        client = ray._raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
+        found = client.internal_kv_get(key, None)
+        client.internal_kv_del(key, False, None)
+    except (RaySystemError, RpcError) as error:
+        raise ClusterError(f"the head does not give the token for the Hub: {error}") from error
+    if found is None:
+        raise ClusterError(
+            "the token for the Hub is not there any more: the job began too late",
+            hint="submit again",
+        )
+    return bytes(found).decode().removeprefix(LENT)
+
+
+def want(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Ask the autoscaler for room for these at one time; none withdraws what was asked before."""
+    with contextlib.suppress(RaySystemError, RpcError):  # a head that is away grows nothing either
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
+
+
+def capacity() -> str:
+    """Return what the cluster has and what of it is free, in words."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    said = [
+        f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}"
+        for kind in ("CPU", "GPU")
+        if kind == "CPU" or kind in have
+    ]
+    return f"the cluster has {' and '.join(said)} free"
+
+
+def answers(actor_id: str | None) -> bool:
+    """Return whether the node of an actor takes connections; Ray notices later that it does not."""
+    if actor_id is None:
+        return True
+    try:
+        place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
+        found = {node["NodeID"]: node for node in ray.nodes()}.get(place)
+    except (RaySystemError, RpcError):
+        return True  # the head cannot be asked, so nothing is known of the node
+    if found is None or not found["Alive"]:
+        return False
+    return _listens(found["NodeManagerAddress"], found["NodeManagerPort"])
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _require_listener(address: str) -> None:
+    """See that something takes connections: Ray itself tries for minutes, and does not say so.
+
+    Raises:
+        OSError: nothing does.
+        ValueError: it is a URL: of Ray Client, which cannot do what a run needs, or of a dashboard.
+    """
+    found = address
+    if address == "auto":  # RAY_ADDRESS, or what runs on this machine
+        found = services.get_ray_address_from_environment(address, None)
+    if "//" in found:
+        raise ValueError(
+            "is a URL; an address is HOST:PORT of the head, and `submit` takes a dashboard's URL"
+        )
+    host, _, port = found.rpartition(":")
+    if not host or not port.isdigit():
+        return  # a form of address that Ray knows and we do not
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing listens at {found}: {error}") from error
+
+
+def _facts(address: str, dashboard: str) -> ClusterFacts:
+    resources = ray.cluster_resources()
+    labels = [node.get("Labels") or {} for node in ray.nodes() if node["Alive"]]
+    return ClusterFacts(
+        address=address,
+        num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        dashboard=dashboard,
+        spot=any(each.get("ray.io/market-type") == "spot" for each in labels),
+    )
+
+
+def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
+    """Refuse what would otherwise wait for ever: Ray does not say that a request cannot fit."""
+    cpus, gpus, grown = facts.cpus, facts.gpus, ""
+    if facts.address != "local" and (num_cpus > cpus or num_gpus > gpus):
+        file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
+        if awaited(file, facts.num_nodes):
+            return  # whoever waits for them says so
+        most_cpus, most_gpus = most(file, "CPU"), most(file, "GPU")
+        if most_cpus > cpus or most_gpus > gpus:
+            cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"
+    if num_cpus > cpus or num_gpus > gpus:
+        raise ClusterError(
+            f"the cluster at {facts.address!r}{grown} has {cpus:g} cores and {gpus:g} GPUs; "
+            f"this run needs {num_cpus} and {num_gpus}",
+            hint="use fewer --workers or --threads, or a larger cluster"
+            + (", or --device cpu" if num_gpus > gpus else ""),
+        )
+
+
+def _protect_token() -> None:
+    """Make Ray's access token readable by its owner only; Ray leaves it open to all users."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # no home directory, no token
+        if token.is_file():
+            token.chmod(0o600)
+
+
+def schema_refusal(values: Mapping[str, Any]) -> str:
+    """Return why ``ray up`` would refuse a cluster file, in a line; empty where it would not."""
+    # Not at the top: the launcher's modules are of use to one command only.
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    said = io.StringIO()  # what preparing prints is of use to `ray up` only
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate_config(prepare_config(copy.deepcopy(dict(values))))
+    except ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        return f"{where}: {error.message}" if where else str(error.message)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""

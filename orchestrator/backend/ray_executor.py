@@ -1,0 +1,245 @@
+"""Where the work runs: on a Ray cluster, or in this process.
+
+Actors are plain classes; they become Ray actors here and nowhere else, so that a test can build and
+call them like any object. One thread waits for answers and fetches only small ones that are ready:
+a thread blocked on a large or lost object stalls Ray's own failure handling.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.storage import hub
+from orchestrator.backend import preemption, ray_cluster
+from orchestrator.backend.executor import (
+    InputLost,
+    Resources,
+    Whereabouts,
+    WorkerFailed,
+    WorkerLost,
+)
+from planners.errors import CompressionError
+
+SYSTEM_ERRORS = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    NodeDiedError,
+    OutOfMemoryError,
+)
+STACK_SIGNAL = signal.SIGUSR2
+STACK_SECONDS = 5.0  # within which a worker's node shows its stack
+STACK_FILE = "compress-cluster-stack-"  # then the process's number
+
+
+class RayExecutor:
+    """Runs every call on the Ray cluster this process is connected to."""
+
+    def __init__(self, *, watchers: preemption.Watchers | None = None) -> None:
+        """Use the current connection; ``watchers`` are told of nodes that come during the run."""
+        self._watchers = watchers
+
+    def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
+        """Return the handle of a new actor that Ray will not restart by itself."""
+        environment = {}
+        if not resources.num_gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # unset, a CPU actor would see every GPU
+        remote = ray.remote(actor_class).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            name=name,
+            runtime_env={"env_vars": environment},
+        )
+        handle = remote.remote(*args)
+        if token := hub.token_in_use():
+            # As an argument of a call: it goes from process to process, and is in no environment,
+            # no description of the actor or its call, and no file.
+            handle.__ray_call__.remote(_lend, token)
+        return handle
+
+    def settle(self, handle: Any) -> Any:
+        """Return a ticket that answers once the actor's process runs."""
+        return handle.__ray_call__.remote(_settled)
+
+    def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
+        """Return object refs; nothing is fetched."""
+        bound = getattr(handle, method).options(num_returns=num_returns, name=label)
+        tickets = bound.remote(*args)
+        return tickets if num_returns == 1 else tuple(tickets)  # Ray gives a list
+
+    def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
+        """Wait for the first answer, and take those that came with it."""
+        done, _ = ray.wait(list(tickets), num_returns=1, timeout=seconds, fetch_local=False)
+        if done and len(tickets) > 1:
+            done, _ = ray.wait(
+                list(tickets), num_returns=len(tickets), timeout=0, fetch_local=False
+            )
+        return list(done)
+
+    def result(self, ticket: Any) -> Any:
+        """Fetch a small answer; tell a lost argument from a lost worker."""
+        try:
+            return ray.get(ticket)
+        except RayTaskError as error:
+            raise _of_a_call(error) from error
+        except SYSTEM_ERRORS as error:
+            raise WorkerLost(_reason(error), _first_line(error)) from error
+
+    def kill(self, handle: Any) -> None:
+        """End the actor's process; Ray says nothing where it is gone already."""
+        ray.kill(handle, no_restart=True)
+
+    def end(self, where: Whereabouts) -> None:
+        """Have a task on the process's own node end it; nobody waits for that."""
+        if where.pid:
+            _beside(where, _ended)
+
+    def stack(self, where: Whereabouts) -> str:
+        """Have a task on the worker's own node make the process write its stack, and read it.
+
+        The worker is not asked: it may hold the interpreter, or wait for ever in a library.
+        """
+        if not where.pid:
+            return ""
+        try:
+            found: str = ray.get(_beside(where, _shown_stack), timeout=STACK_SECONDS)
+        except GetTimeoutError:
+            return f"its node did not answer within {STACK_SECONDS:g} s"
+        except RayError as error:
+            return f"its node cannot be asked: {_first_line(error)}"
+        return found
+
+    def draining(self) -> Mapping[str, float]:
+        """Return node -> seconds left, of the nodes that were told that they will go."""
+        if self._watchers is not None:
+            self._watchers.cover()
+        return preemption.draining()
+
+    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Ask the autoscaler, where there is one."""
+        ray_cluster.want(bundles)
+
+    def capacity(self) -> str:
+        """Return what the cluster has and what of it is free, in words."""
+        return ray_cluster.capacity()
+
+
+def _lend(actor: Any, token: str) -> None:
+    """Let this process read from the Hub as its driver does; the first call that it gets."""
+    del actor
+    hub.lend(token)
+
+
+def _settled(actor: Any) -> Whereabouts:
+    """Say where this process is, and have it show its stack whenever it gets the signal."""
+    del actor
+    _tidy()
+    descriptor, path = tempfile.mkstemp(prefix=f"{STACK_FILE}{os.getpid()}-", suffix=".txt")
+    # In C, at once, whatever the interpreter is doing.
+    faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
+    node = ray.get_runtime_context().get_node_id()
+    return Whereabouts(node=node, pid=os.getpid(), stack_file=path)
+
+
+def _tidy() -> None:
+    """Remove the stacks of processes that are gone: a worker is killed, it removes nothing."""
+    for path in Path(tempfile.gettempdir()).glob(f"{STACK_FILE}[0-9]*-*"):
+        with contextlib.suppress(ValueError, OSError):  # another user's process, or file
+            pid = int(path.name.removeprefix(STACK_FILE).partition("-")[0])
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                path.unlink()
+
+
+def _beside(where: Whereabouts, work: Callable[[Whereabouts], Any]) -> Any:
+    """Start a task on the node of a process, that takes no core; return its ticket."""
+    task = ray.remote(work).options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(where.node, soft=False),
+    )
+    return task.remote(where)
+
+
+def _ended(where: Whereabouts) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(where.pid, signal.SIGKILL)
+
+
+def _shown_stack(where: Whereabouts) -> str:
+    path = Path(where.stack_file)
+    before = path.stat().st_size
+    try:
+        os.kill(where.pid, STACK_SIGNAL)
+    except ProcessLookupError:
+        return "its process is gone"
+    for _ in range(20):
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            text = path.read_text(encoding="utf-8", errors="replace")[before:]
+            if text:
+                return text
+    return "its process does not react to signals: it is stopped, or waits for a device"
+
+
+def _of_a_call(error: RayTaskError) -> Exception:
+    """Return what a call raised, in our own words."""
+    cause: Any = error
+    while isinstance(cause, RayTaskError) and cause.cause is not None and cause.cause is not cause:
+        cause = cause.cause
+    # The actor that answers is well: what is lost is an argument, or the actor that had made it.
+    if isinstance(error, SYSTEM_ERRORS) or isinstance(cause, SYSTEM_ERRORS):
+        return InputLost(_first_line(error))
+    if isinstance(cause, CompressionError):
+        cause.add_note(str(error))  # with the traceback in the worker
+        return cause
+    if _out_of_memory(cause):
+        return WorkerLost("out of memory", _first_line(cause))
+    return WorkerFailed(str(error))
+
+
+def _out_of_memory(cause: Exception) -> bool:
+    """Return whether a host or a device had no memory left; torch is not imported for it."""
+    named = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(cause)
+
+
+def _reason(error: Exception) -> str:
+    """Return the class of a loss: whether the node went, or the process alone."""
+    if isinstance(error, OutOfMemoryError):
+        return "out of memory"
+    if getattr(error, "preempted", False):
+        return "preempted"
+    if isinstance(error, NodeDiedError) or "node has died" in str(error):
+        return "node lost"
+    if isinstance(error, ActorUnavailableError) and not ray_cluster.answers(error.actor_id):
+        return "node lost"  # Ray itself does not know yet
+    return "worker crashed"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

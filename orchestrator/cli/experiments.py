@@ -1,0 +1,257 @@
+"""Print batches and sweeps: what they come to, how each run goes, then the table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from actors.storage.files import Directory
+from orchestrator.api import Started, do_prepared
+from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.cli.consent import ask_before, asker, require_consent
+from orchestrator.cli.output import stderr, stdout
+from orchestrator.cli.progress import ProgressScreen
+from orchestrator.cli.run import started_run
+from orchestrator.cli.status import print_report
+from orchestrator.experiments.batch import Row, do_batch, table_of, waiting
+from orchestrator.experiments.batch_file import Batch, Entry, read_batch
+from orchestrator.experiments.sweep import PAGE, exported, points_of
+from orchestrator.experiments.sweep import sweep as do_sweep
+from orchestrator.forecast.forecast import Forecast, forecast_of
+from orchestrator.forecast.terms import Terms
+from orchestrator.phases.open_run import recipe_of
+from orchestrator.prepare.prepare import prepare
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.report.numbers import change, decimal, percent, quotient, seconds_text
+from orchestrator.report.quality import judged
+from orchestrator.report.terminal import TONES
+from orchestrator.rundir.finished import finished_report
+from orchestrator.rundir.journal import Event
+from planners.errors import ClusterError, CompressionError
+
+WIDEST = 1000  # columns of a terminal
+MAX_FORECASTS = 50  # runs; each takes up to a second
+COLOURS = {"READY": "green", "failed": "red", "waiting": "yellow"}
+
+
+def batch(path: str, *, dry_run: bool, yes: bool, json_: bool) -> None:
+    """Do a batch and print its table.
+
+    Raises:
+        ClusterError: the budget is spent and runs are left.
+        CompressionError: a run failed.
+    """
+    found = read_batch(path)
+    forecasts = _forecasts(found)
+    found.expected = {name: each.to_json() for name, each in forecasts.items()}
+    if dry_run:
+        _print(found, table_of(found), json_=json_)
+        return
+    if forecasts:
+        stderr.print(_expected(found), soft_wrap=True)
+        # Whoever says how much money may be spent has answered.
+        _require_consent(found, forecasts, yes=yes or found.budget.money is not None)
+    screen: list[ProgressScreen] = []
+
+    def close() -> None:
+        while screen:
+            screen.pop().__exit__()
+
+    def on_run(entry: Entry) -> None:
+        close()
+        stderr.print(
+            Text(entry.name, style="bold"), "->", entry.prepared.config.out, soft_wrap=True
+        )
+        workers = entry.prepared.plan.num_workers
+        screen.append(ProgressScreen(stderr, num_workers=workers).__enter__())
+
+    def listener(event: Event) -> None:
+        screen[0](event)
+
+    try:
+        rows = do_batch(found, listener=listener, on_run=on_run)
+    finally:
+        close()
+    _print(found, rows, json_=json_)
+    _require_done(rows)
+
+
+def _require_done(rows: Sequence[Row]) -> None:
+    failed = [row for row in rows if row.state == "failed"]
+    left = [row for row in rows if row.state == "waiting"]
+    if failed:
+        raise CompressionError(
+            f"{len(failed)} of {len(rows)} runs failed: {failed[0].name}: {failed[0].error}",
+            hint="the others are done; the same command tries those that failed again",
+        )
+    if left:
+        raise ClusterError(
+            f"the budget is spent; {len(left)} of {len(rows)} runs are left",
+            hint="raise the budget in the file; the same command goes on",
+        )
+
+
+def _forecasts(found: Batch) -> dict[str, Forecast]:
+    """Return what each run that is left comes to: the first of each model and text calibrates."""
+    left = waiting(found)[:MAX_FORECASTS]
+    terms = Terms(price_per_hour=found.budget.price_per_worker_hour or None)
+    begun = {e.calibration for e in found.entries if e.prepared.run.names("stats")}
+    forecasts = {}
+    for entry in left:
+        calibrated = entry.calibration in begun and not entry.prepared.former
+        forecasts[entry.name] = forecast_of(entry.prepared, terms, calibrated=calibrated)
+        begun.add(entry.calibration)
+    return forecasts
+
+
+def _expected(found: Batch) -> str:
+    """Return what the runs that are left may take and cost, in a line."""
+    left, outlooks = waiting(found), list(found.expected.values())
+    known = [each for each in outlooks if each.get("seconds")]
+    if len(known) < len(left):
+        return f"{len(left)} runs are left; how long all of them take is not known"
+    seconds = sum(each["seconds"]["p50"] for each in known)
+    said = f"{len(left)} runs are left: about {seconds_text(seconds)}"
+    money = [each["money"]["p50"] for each in known if each.get("money")]
+    return said + (f", about {sum(money):,.2f} of money" if money else "")
+
+
+def _require_consent(found: Batch, forecasts: dict[str, Forecast], *, yes: bool) -> None:
+    """Ask once for all runs, at each cluster that they are to go to."""
+    entries = {e.prepared.config.address: e for e in found.entries if e.name in forecasts}
+    for address, entry in entries.items():
+        forecast = forecasts[entry.name]
+
+        def approve(facts: ClusterFacts, forecast: Forecast = forecast) -> None:
+            require_consent(forecast, facts, yes=yes, ask=asker(), cost=_expected(found))
+
+        ask_before(address, approve)
+
+
+def _print(found: Batch, rows: Sequence[Row], *, json_: bool) -> None:
+    if json_:
+        runs = [{**asdict(row), "expected": found.expected.get(row.name)} for row in rows]
+        document = {"out": found.out, "spent": asdict(found.spent), "runs": runs}
+        print(json.dumps(document))  # noqa: T201 the one document
+        return
+    stdout.print(found.out, style="bold", soft_wrap=True)
+    facts = [_facts(found, row) for row in rows]
+    table = _table(rows, facts)
+    needed = Measurement.get(stdout, stdout.options.update_width(WIDEST), table).maximum
+    stdout.print(table if needed <= stdout.width else _list(rows, facts))
+    for row in rows:
+        if row.error:
+            stdout.print(f"{row.name}: {row.error}", soft_wrap=True)
+    if waiting(found):
+        stdout.print(_expected(found))
+    stdout.print(_spent(found))
+
+
+def _facts(found: Batch, row: Row) -> dict[str, Text]:
+    """Return column -> what is known of a run; a column of which nothing is known is not there."""
+    seconds = (found.expected.get(row.name) or {}).get("seconds")
+    facts = {"planned": Text(seconds_text(seconds["p50"]))} if seconds else {}
+    if row.state == "READY":
+        ratio = quotient(row.perplexity, row.dense_perplexity)
+        facts = {
+            "kept": Text(percent(row.keep_fraction)),
+            "perplexity": Text(decimal(row.perplexity)),
+            "over dense": Text(change(ratio)),
+            "quality": Text(row.quality, style=TONES[row.tone]),
+            "took": Text(seconds_text(row.seconds)),
+        }
+    return facts | ({"calibration": Text(row.calibration)} if row.calibration else {})
+
+
+def _table(rows: Sequence[Row], facts: Sequence[Mapping[str, Text]]) -> Table:
+    columns = list(dict.fromkeys(name for each in facts for name in each))
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for name in ("run", "state", *columns):
+        left = name in ("run", "state", "quality", "calibration")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for row, known in zip(rows, facts, strict=True):
+        state = Text(row.state, style=COLOURS[row.state])
+        table.add_row(row.name, state, *(known.get(name, Text()) for name in columns))
+    return table
+
+
+def _list(rows: Sequence[Row], facts: Sequence[Mapping[str, Text]]) -> Table:
+    """Return the same for a terminal on which the table would break: what is known below a name."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row, known in zip(rows, facts, strict=True):
+        table.add_row(Text(row.state, style=COLOURS[row.state]), row.name)
+        said = [Text.assemble((f"{name} ", "dim"), text) for name, text in known.items()]
+        if said:
+            table.add_row("", Text(", ").join(said))
+    return table
+
+
+def _spent(found: Batch) -> str:
+    spent, budget = found.spent, found.budget
+    said = f"{spent.seconds / 3600:.2f} hours"
+    if budget.hours is not None:
+        said += f" of {budget.hours:g}"
+    if budget.price_per_worker_hour:
+        money = spent.worker_seconds / 3600 * budget.price_per_worker_hour
+        said += f", {money:.2f} of money" + (f" of {budget.money:g}" if budget.money else "")
+    return f"used: {said}"
+
+
+def sweep(
+    run_uri: str,
+    *,
+    names: list[str],
+    fractions: list[float],
+    options: dict[str, str],
+    placement: dict[str, Any],
+    json_: bool,
+) -> None:
+    """Do a sweep and print its table."""
+    config = recipe_of(Directory(run_uri))
+    base = prepare(config.model_copy(update=placement))
+    points = points_of(base, names, fractions, options)
+    with ProgressScreen(stderr, num_workers=base.plan.num_workers) as listener:
+        found = do_sweep(base, points, listener=listener)
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+        return
+    dense = found["dense"]["perplexity"]
+    title = f"{found['model']}: dense perplexity {decimal(dense)}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("point", "kept", "predicted error", "perplexity", "over dense", "quality", ""):
+        table.add_column(column, justify="left" if column in ("point", "quality", "") else "right")
+    for point in found["points"]:
+        read = judged(
+            dense, point["perplexity"], kept=point["keep_fraction"],
+            parameters=found["dense"]["parameters"], names=[point["method"]],
+        )  # fmt: skip
+        table.add_row(
+            point["name"],
+            percent(point["keep_fraction"]),
+            percent(point["predicted_error"]),
+            decimal(point["perplexity"]),
+            change(quotient(point["perplexity"], dense)),
+            Text(read.word, style=TONES[read.tone]),
+            "front" if point["on_front"] else "",
+        )
+    stdout.print(table)
+    stdout.print(
+        f"{run_uri}/{PAGE}; compress-cluster export {run_uri} --point NAME", soft_wrap=True
+    )
+
+
+def export(run_uri: str, point: str, terms: Terms, *, yes: bool, json_: bool) -> None:
+    """Finish one point of a sweep and print its report."""
+    prepared = exported(prepare(recipe_of(Directory(run_uri))), point)
+    is_done = finished_report(prepared.run) is not None
+
+    def started(prepared: Prepared) -> Started:
+        return started_run(prepared, terms, yes=yes, is_done=is_done)
+
+    print_report(do_prepared(prepared, started), json_=json_)

@@ -1,0 +1,217 @@
+"""A plan on the terminal: what is made, who holds what, what it takes, and what it may cost."""
+
+import math
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.forecast.forecast import Forecast
+from orchestrator.report.numbers import bytes_text, seconds_text
+from planners.model.shape import LINEARS
+from planners.plan import RunPlan, StagePlan
+from planners.simulation.download import FROM_HUB
+from planners.simulation.simulate import Quantiles
+from planners.simulation.timetable import (
+    Job,
+    download_bytes,
+    input_bytes,
+    phase_work,
+    transfer_bytes,
+)
+from planners.units.shards import even_shards
+
+SHOWN = 3  # waves of which the layers are named
+KINDS = ("weights", "statistics", "boundaries", "workspace", "libraries")
+
+
+def show(console: Console, forecast: Forecast, *, title: str, out: str) -> None:
+    """Print a plan and what it comes to."""
+    console.print(Text(title, style="bold"))
+    console.print(_facts(forecast, out))
+    console.print()
+    console.print(_workers(forecast.plan))
+    console.print(Text(_fewer(forecast), style="yellow"), end="")
+    for said in forecast.few_tokens:
+        console.print(Text(said, style="yellow"))
+    console.print()
+    console.print(_time(forecast))
+
+
+def _facts(forecast: Forecast, out: str) -> Table:
+    plan = forecast.plan
+    shape, form = plan.shape, plan.form
+    rows = {
+        "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
+        f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
+        f"vocabulary {shape.vocab_size}, {shape.dtype}",
+        "parameters": f"{plan.parameters_before:,} -> {plan.parameters_after:,} "
+        f"({plan.keep_fraction:.4f} kept, true counts)",
+        **_steps(forecast),
+        "result": "a stock model" if form.native else "needs trust_remote_code=True",
+        "calibration": f"{plan.calibration_tokens:,} tokens in microbatches of "
+        f"{forecast.job.data.microbatch_tokens:,}, {forecast.job.data.dtype}",
+        "transfers": f"{bytes_text(transfer_bytes(forecast.job))} between stages",
+        **_download(forecast.job),
+        "disk": bytes_text(forecast.disk_bytes),
+        "run directory": out,
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, how_much in rows.items():
+        table.add_row(what, how_much)
+    return table
+
+
+def _download(job: Job) -> dict[str, str]:
+    """Return what workers read from the Hub, where the input lies there."""
+    size, once = download_bytes(job), input_bytes(job)
+    if not size:
+        return {}
+    return {
+        "download": f"{bytes_text(size)} from the Hub: {bytes_text(once)} of weights "
+        f"{size / once:.1f} times, each part by the worker that needs it; counted with "
+        f"{FROM_HUB / 1e9:g} GB/s a worker, which is assumed"
+    }
+
+
+def _steps(forecast: Forecast) -> dict[str, str]:
+    """Return the widths, of each of several steps with what is left after it."""
+    if not forecast.job.former:
+        return {"widths": _widths(forecast.plan)}
+    return {
+        f"step {number}, {job.spec.name}": f"{job.plan.parameters_after:,} left "
+        f"({job.plan.keep_fraction:.4f}); {_widths(job.plan)}"
+        for number, job in enumerate(forecast.steps, start=1)
+    }
+
+
+def _workers(plan: RunPlan) -> RenderableType:
+    """Return one line a distinct kind of stage: which layers, and the bytes by kind."""
+    waves = len(plan.waves)
+    stages = max(map(len, plan.waves))
+    head = f"{waves} wave{'s' if waves > 1 else ''} of up to {stages} "
+    head += f"stage{'s' if stages > 1 else ''}, one a worker"
+    if plan.chains > 1:
+        head += f"; {plan.chains} chains of them side by side"
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for kind in (*KINDS, "peak"):
+        table.add_column(kind, justify="right", no_wrap=True)
+    largest = max((s for wave in plan.waves for s in wave), key=_bytes)
+    cells = [bytes_text(largest.bytes.get(kind, 0)) for kind in KINDS]
+    table.add_row(*cells, Text(bytes_text(_bytes(largest)), style="bold"))
+    fullest = Text(f"the fullest worker, layers {_layers(largest)}:")
+    said = [" ".join(_layers(stage) for stage in wave) for wave in plan.waves]
+    if len(said) > SHOWN:
+        said = [*said[: SHOWN - 1], "...", said[-1]]
+    lines = Text("\n".join(_cut(line) for line in said), style="dim")
+    return Group(Text(head), lines, Text(), fullest, table)
+
+
+def _fewer(forecast: Forecast) -> str:
+    """Return how many workers a pass has a use for, where there are more of them."""
+    plan, workers = forecast.plan, forecast.num_workers
+    fewest = 0
+    for wave in plan.waves:
+        longest = max(stage.last - stage.first for stage in wave)
+        fewest = max(fewest, -(-(wave[-1].last - wave[0].first) // longest))
+    fewest *= plan.chains
+    if fewest >= workers:
+        return ""
+    said = f"{fewest} workers pass tokens as fast as {workers}: a stage is whole layers"
+    shards = even_shards(plan.shape.num_layers, workers, forecast.job.num_microbatches)
+    return f"{said}; --shards {shards} uses all: compare its plan\n" if shards else f"{said}\n"
+
+
+def _time(forecast: Forecast) -> RenderableType:
+    """Return operations, seconds and money; of unknown devices the operations alone."""
+    found, clock = forecast.outlook, forecast.clock
+    work = phase_work(forecast.job)
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    table.add_column("phase")
+    table.add_column("operations", justify="right", no_wrap=True)
+    for name in ("p10", "p50", "p90") if found else ():
+        table.add_column(name, justify="right", no_wrap=True)
+    phases = list(found.phases) if found else list(work)
+    for name in phases:
+        flops = f"{work[name].flops / 1e12:,.4g} TFLOP" if name in work else ""
+        table.add_row(name, flops, *(_quantiles(found.phases[name]) if found else ()))
+    if found is None or clock is None:
+        said = f"how fast a worker is, is not known ({forecast.device or 'no device here'}): "
+        return Group(table, Text(said + "no time is planned; --cluster 8xA100-80GB names one"))
+    bold = "bold"
+    flops = f"{sum(w.flops for w in work.values()) / 1e12:,.4g} TFLOP"
+    table.add_row("time", flops, *_quantiles(found.seconds), style=bold)
+    lines: list[RenderableType] = []
+    if found.money is not None:
+        money = [f"{m:,.2f}" for m in (found.money.p10, found.money.p50, found.money.p90)]
+        table.add_row("money, as in --price", "", *money, style=bold)
+    if forecast.terms.preemptions_per_hour:
+        lost = [f"{x:.0f}" for x in (found.losses.p10, found.losses.p50, found.losses.p90)]
+        table.add_row("workers lost", "", *lost)
+    workers = f"{forecast.num_workers} worker{'s' if forecast.num_workers > 1 else ''}"
+    lines.append(
+        Text(
+            f"times are {clock.source}; {found.draws} simulated runs on {workers}, busy "
+            f"{found.busy:.0%} of the time; Ray's own start is not in it",
+            style="dim" if clock.samples else "yellow",
+        )
+    )
+    lines += [Text(note, style="yellow") for note in clock.notes]
+    return Group(table, *lines)
+
+
+def _quantiles(found: Quantiles) -> list[str]:
+    return [seconds_text(s) for s in (found.p10, found.p50, found.p90)]
+
+
+def _bytes(stage: StagePlan) -> int:
+    return sum(stage.bytes.values())
+
+
+def _layers(stage: StagePlan) -> str:
+    return f"{stage.first}-{stage.last - 1}" if stage.last - stage.first > 1 else f"{stage.first}"
+
+
+def _cut(line: str, longest: int = 76) -> str:
+    """Return a list that ends in dots where it would need a second line."""
+    return line if len(line) <= longest else line[: line.rindex(" ", 0, longest - 3)] + " ..."
+
+
+def _widths(plan: Any) -> str:
+    shape, layers = plan.shape, plan.form.layers
+    said = []
+    for name, before, values in (
+        ("residual", shape.hidden, [layer.residual_in for layer in layers]),
+        ("intermediate", shape.intermediate, [layer.intermediate for layer in layers]),
+        ("q/k head", shape.head_dim, [layer.qk_head_dim for layer in layers]),
+        ("v/o head", shape.head_dim, [layer.vo_head_dim for layer in layers]),
+    ):
+        low, high = min(values), max(values)
+        if low < before:
+            said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
+    ranks = [_ranks(name, [x.ranks[name] for x in layers if name in x.ranks], len(layers))
+             for name in LINEARS if any(name in x.ranks for x in layers)]  # fmt: skip
+    if ranks:
+        said.append(f"ranks: {', '.join(ranks)}")
+    return "; ".join(said) or "unchanged"
+
+
+def _ranks(name: str, ranks: list[int], num_layers: int) -> str:
+    low, high = min(ranks), max(ranks)
+    where = "" if len(ranks) == num_layers else f" in {len(ranks)} of {num_layers} layers"
+    return f"{name} {low if low == high else f'{low}-{high}'}{where}"
+
+
+def money_text(forecast: Forecast) -> str:
+    """Return in a line what a run may take and cost."""
+    found = forecast.outlook
+    if found is None:
+        return "how long it takes is not known"
+    said = f"{seconds_text(found.seconds.p50)}, at most {seconds_text(found.seconds.p90)}"
+    if found.money is None:
+        return said
+    most = math.ceil(found.money.p90 * 100) / 100
+    return f"{said}; about {found.money.p50:,.2f}, at most {most:,.2f} nine times in ten"

@@ -1,0 +1,130 @@
+"""What a person sees while a run goes on: one live line a phase, or plain log lines."""
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from orchestrator.engine.failure_policy import GOES_ON
+from orchestrator.rundir.journal import Event
+from planners.units.kinds import FIRST_WORDS, LAYERS, UNITS_OF
+
+LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
+
+
+class ProgressScreen:
+    """Follows the events of a run; a context manager, because a live screen must be taken down."""
+
+    def __init__(self, console: Console, *, num_workers: int) -> None:
+        self._console = console
+        self._num_workers = num_workers
+        self._phase, self._name = "", ""
+        self._total, self._done, self._tokens, self._layers = 0, 0, 0, 0
+        self._begun, self._last_line = time.monotonic(), 0.0
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "ProgressScreen":
+        """Start the live display."""
+        self._progress.start()
+        self._task = self._progress.add_task("start", total=None, rate="starting Ray")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take the live display down."""
+        if not self._phase and self._task is not None:
+            self._progress.remove_task(self._task)  # nothing began: all was done before
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        kind = event["kind"]
+        if kind == "phase begins":
+            self._begin(event)
+        elif kind == "phase ends":
+            self._end(event)
+        elif kind in UNITS_OF.get(self._phase, ()):
+            self._advance(event)
+        elif kind == "statistics missing":
+            self._console.print(f"calibrating what is not there: {event['detail']}")
+        elif kind == "step":
+            self._console.print(Text.assemble((event["unit"], "bold"), f": {event['detail']}"))
+        elif kind in GOES_ON:
+            self._console.print(_trouble(event))
+
+    def _begin(self, event: Event) -> None:
+        if event["unit"] == "run" or not event["tokens"]:
+            return
+        if not self._phase and self._task is not None:
+            self._progress.remove_task(self._task)  # that of the start
+        self._phase = self._name = event["unit"]
+        self._total = event["tokens"]
+        self._done, self._tokens, self._layers, self._begun = 0, 0, 0, time.monotonic()
+        words = FIRST_WORDS.get(self._phase, "")
+        self._task = self._progress.add_task(self._phase, total=self._total, rate=words)
+
+    def _advance(self, event: Event) -> None:
+        self._done += 1
+        self._tokens += event["tokens"]
+        seconds = max(time.monotonic() - self._begun, 1e-6)
+        self._layers += int(event["kind"] in LAYERS)
+        if self._phase == "evaluate":
+            self._name = f"evaluate {event['unit'].split('-')[1]}"  # evaluation-dense-part-00000
+        rate = self._rate(seconds)
+        if self._task is not None:
+            self._progress.update(
+                self._task, completed=self._done, description=self._name, rate=rate
+            )
+        late = time.monotonic() - self._last_line > LOG_SECONDS
+        if not self._console.is_terminal and late and self._done < self._total:
+            self._last_line = time.monotonic()
+            left = seconds / self._done * (self._total - self._done)
+            done = f"{self._done} of {self._total} steps"
+            self._console.print(f"{self._name}: {done}, {rate}, about {left:.0f} s left")
+
+    def _rate(self, seconds: float) -> str:
+        """Return how fast it goes, on what, and who does it."""
+        said = []
+        if self._tokens:
+            said.append(f"{self._tokens / seconds:,.0f} tok/s")
+        if self._layers:
+            said.append(f"{self._layers} layer" + ("s" if self._layers > 1 else ""))
+        if self._phase not in ("stitch", "verify", "throughput"):
+            said.append(f"{self._num_workers} worker" + ("s" if self._num_workers > 1 else ""))
+        return " · ".join(said)
+
+    def _end(self, event: Event) -> None:
+        if event["unit"] == self._phase and not self._console.is_terminal:
+            how = "done in" if self._done >= self._total else "stopped after"
+            self._console.print(f"{self._name}: {how} {event['seconds']:.1f} s")
+        if event["unit"] == self._phase:
+            self._phase, self._task = "", None
+
+
+def _trouble(event: Event) -> Text:
+    """Return one line about what went wrong, or is waited for, and what is done about it."""
+    kind = event["kind"]
+    detail = event["detail"].removeprefix(f"{kind}: ").partition("\n")[0].rstrip(".")
+    who = " ".join(part for part in (event["worker"], event["unit"]) if part)
+    words = f" {who}: {detail}. " if who and detail else f" {who or detail}. "
+    return Text.assemble((kind, "yellow"), words, GOES_ON[kind])

@@ -1,0 +1,145 @@
+"""What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from rich.text import Text
+
+from actors.storage.files import Directory
+from orchestrator.api import Started, compress_as, do_prepared
+from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.cli.consent import ask_before, asker, require_consent
+from orchestrator.cli.output import stderr, stdout
+from orchestrator.cli.plan import show
+from orchestrator.cli.progress import ProgressScreen
+from orchestrator.cli.status import print_report
+from orchestrator.experiments.redo import changed, layers_of, withdraw
+from orchestrator.forecast.forecast import Forecast, forecast, forecast_of
+from orchestrator.forecast.terms import Terms, parse_cluster
+from orchestrator.phases import open_run
+from orchestrator.phases.open_run import recipe_of
+from orchestrator.prepare.prepare import prepare
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.recipe.config import RunConfig
+from orchestrator.rundir.finished import finished_report
+from planners.canonical_json import to_json
+from planners.catalogue import CONFIGS
+from planners.errors import ConfigError
+
+
+def run(
+    config: RunConfig,
+    terms: Terms,
+    *,
+    dry_run: bool,
+    yes: bool,
+    json_: bool,
+    **how: Any,
+) -> None:
+    """Show the plan of a run, do it, showing how it goes on stderr, and print its report."""
+    if dry_run:
+        prepared = prepare(config, only_plan=True)
+        open_run.require_same(prepared)
+        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
+        return
+    was_ready = False
+
+    def started(prepared: Prepared) -> Started:
+        nonlocal was_ready
+        was_ready = finished_report(prepared.run) is not None
+        return started_run(prepared, terms, yes=yes, is_done=was_ready)
+
+    report = compress_as(config, started, **how)
+    if was_ready:
+        stderr.print("it was READY before; this is its report")
+    print_report(report, json_=json_)
+
+
+def started_run(prepared: Prepared, terms: Terms, *, yes: bool, is_done: bool = False) -> Started:
+    """Show what a run comes to, and return who asks whether to go on and shows how it goes."""
+    found = forecast_of(prepared, terms)
+    if is_done:
+        title = Text(prepared.title, style="bold")
+        stderr.print(title, "->", prepared.config.out, soft_wrap=True)
+    else:
+        show(stderr, found, title=prepared.title, out=prepared.config.out)
+
+    def approve(facts: ClusterFacts) -> None:
+        require_consent(found, facts, yes=yes, ask=asker())
+
+    return Started(
+        listening=ProgressScreen(stderr, num_workers=found.num_workers),
+        approve=approve,
+        expected=found.to_json(),
+    )
+
+
+def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bool) -> None:
+    """Print the plan of a run; for a model whose weights are not here, from its config alone."""
+    if cluster_text is None and config.model not in CONFIGS:
+        prepared = prepare(config, only_plan=True)
+        open_run.require_same(prepared)
+        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
+        return
+    if config.stats:
+        raise ConfigError(
+            f"stats: {config.stats} is of a model with weights, this plan of a config alone",
+            hint="plan with the model's directory and without --cluster, or without --stats",
+        )
+    devices = parse_cluster(cluster_text) if cluster_text else None
+    found = forecast(config, devices, terms)
+    where = cluster_text or f"{config.workers} worker" + ("s" if config.workers > 1 else "")
+    method = " + ".join(step.method for step in config.chain)
+    facts = {"model": config.model, "method": method, "cluster": where}
+    title = f"{config.model} · {method} · {where}"
+    _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
+
+
+def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None:
+    _print_plan(
+        found,
+        title=prepared.title,
+        out=prepared.config.out,
+        facts=prepared.facts(),
+        json_=json_,
+    )
+
+
+def _print_plan(
+    found: Forecast, *, title: str, out: str, facts: dict[str, Any], json_: bool
+) -> None:
+    if json_:
+        document = {
+            "identity": to_json(facts),
+            "plan": to_json(found.plan),
+            "forecast": found.to_json(),
+        }
+        if found.job.former:
+            document["steps"] = [
+                {"method": job.spec.name, "plan": to_json(job.plan)} for job in found.steps
+            ]
+        print(json.dumps(document))  # noqa: T201 the one document
+        return
+    show(stdout, found, title=title, out=out)
+
+
+def redo(  # noqa: PLR0913 -- what the command is given
+    run_uri: str,
+    terms: Terms,
+    *,
+    layers: str,
+    options: dict[str, str],
+    placement: dict[str, Any],
+    yes: bool,
+    json_: bool,
+) -> None:
+    """Make some layers of a run again and print the new report."""
+    wanted = layers_of(layers)
+    config = recipe_of(Directory(run_uri)).model_copy(update=placement)
+    new = changed(config, wanted, options)
+    said = started_run(new, terms, yes=yes)
+    stderr.print(f"of this only layers {layers}, and what needs them or they need, is done again")
+    ask_before(config.address, said.approve)  # before READY is taken away
+    withdraw(new, wanted)
+    print_report(do_prepared(new, lambda _: replace(said, approve=lambda _: None)), json_=json_)

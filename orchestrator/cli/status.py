@@ -1,0 +1,152 @@
+"""Commands that only look at a run: no library that takes seconds to import is needed."""
+
+import json
+import shlex
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from actors.storage.files import Directory
+from actors.storage.records import read_records
+from orchestrator.cli.output import stdout
+from orchestrator.report import render_page, render_terminal
+from orchestrator.report.quality import Quality, quality
+from orchestrator.report.terminal import TONES
+from orchestrator.rundir import lease
+from orchestrator.rundir.finished import finished_report
+from orchestrator.rundir.layout import JOB, READY, REPORT
+from planners.errors import StorageError
+
+
+def report(run_uri: str, *, json_: bool) -> None:
+    """Print the report of a finished run, and write its page again."""
+    run_ = Directory(run_uri)
+    found = _finished(run_)
+    run_.write("report.html", render_page(found).encode())
+    print_report(found, json_=json_)
+
+
+def status(run_uri: str, *, json_: bool) -> None:
+    """Print how many units of each kind are done, and who holds the run."""
+    run_ = Directory(run_uri)
+    job = _job(run_)
+    if run_.size("plan.json") is None and job is None:
+        raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
+    num_layers = _num_layers(run_)
+    done, steps = _units_done(run_), _steps_done(run_)
+    holder = lease.holder(run_)
+    alive = holder is not None and not lease.is_dead(holder)
+    verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
+    read = quality(finished_report(run_) or {}) if verdict == "READY" else None
+    if json_:
+        print(  # noqa: T201 the one document
+            json.dumps(
+                {
+                    "run": run_uri,
+                    "verdict": verdict,
+                    "quality": None if read is None else asdict(read),
+                    "done": dict(sorted(done.items())),
+                    **({"steps": steps} if steps else {}),
+                    "holder": holder if alive else None,
+                    "job": job,
+                }
+            )
+        )
+        return
+    stdout.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+    _print_quality_and_job(read, job)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("units")
+    table.add_column("done", justify="right")
+    for kind, count in sorted(done.items()):
+        is_each = kind.partition("-")[0] in ("damage", "layer", "statistics")
+        of = f" of {num_layers}" if num_layers and is_each else ""
+        table.add_row(kind, f"{count}{of}")
+    _print_steps(steps)
+    stdout.print(table if done else "no unit of work is done")
+    if alive and holder is not None:
+        since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
+        stdout.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
+    elif verdict != "READY" and run_.is_local:
+        resume = shlex.join(["compress-cluster", "run", "-r", run_.path("run.yaml")])
+        stdout.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
+    elif verdict != "READY":
+        stdout.print("nobody works on it; the command that began it goes on with it")
+
+
+def _print_quality_and_job(read: Quality | None, job: dict[str, Any] | None) -> None:
+    if read is not None:
+        stdout.print(Text(f"quality: {read.word}", style=TONES[read.tone]))
+    if job is not None:
+        said = f"job {job['submission_id']} at {job['address']}: {job['state']}"
+        stdout.print(said, soft_wrap=True)
+
+
+def _finished(run_: Directory) -> dict[str, Any]:
+    found = finished_report(run_)
+    if found is None:
+        raise StorageError(
+            f"{run_.uri}: has no finished run ({READY} and {REPORT})",
+            hint=f"compress-cluster status {run_.uri} says how far it is",
+        )
+    return found
+
+
+def _job(run_: Directory) -> dict[str, Any] | None:
+    """Return where a run was sent and how it is there, or None where it was not sent."""
+    if run_.size(JOB) is None:
+        return None
+    from orchestrator.remote import submission  # what asks a cluster takes longer to import
+
+    return submission.described(run_)
+
+
+def _num_layers(run_: Directory) -> int:
+    try:
+        return int(json.loads(run_.read("plan.json"))["plan"]["shape"]["num_layers"])
+    except (ValueError, LookupError, TypeError, StorageError):
+        return 0  # not begun; or torn by a crash, and the run writes it again
+
+
+def _print_steps(steps: list[dict[str, Any]]) -> None:
+    for number, step in enumerate(steps, start=1):
+        said = "done" if step["done"].get("step") else f"{sum(step['done'].values())} units done"
+        stdout.print(f"step {number}, {step['method']}: {said}")
+
+
+def _units_done(run_: Directory) -> Counter[str]:
+    return Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
+
+
+def _steps_done(run_: Directory) -> list[dict[str, Any]]:
+    """Return method and units done of every step, where a run has several."""
+    try:
+        asked = json.loads(run_.read("plan.json"))["identity"].get("steps", [])
+        names = [str(step["method"]) for step in asked]
+    except (ValueError, LookupError, TypeError, AttributeError, StorageError):
+        return []  # not begun; or torn by a crash, and the run writes it again
+    folders = [run_.below(f"steps/{n}-{name}") for n, name in enumerate(names[:-1], start=1)]
+    found = [*map(Directory, folders), run_]
+    return [
+        {"method": name, "done": dict(sorted(_units_done(each).items()))}
+        for name, each in zip(names, found, strict=False)
+    ]
+
+
+def _unit_kinds(run_: Directory) -> list[str]:
+    return [
+        name.replace("-layer", "").replace("-site", "").replace("-part", "")
+        for name in read_records(run_)
+    ]
+
+
+def print_report(found: dict[str, Any], *, json_: bool) -> None:
+    """Print a report: the document itself, or what people want to know of it."""
+    if json_:
+        print(json.dumps(found))  # noqa: T201 the one document
+    else:
+        stdout.print(render_terminal(found), crop=False)

@@ -1,1 +1,0 @@
-"""Cluster files: what they say, and what is wrong with them before a machine is rented."""

@@ -1,0 +1,179 @@
+"""Units whose inputs are done go to workers that are free; a lost worker's unit goes to another."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from actors.messages import CompressionJob, UnitDone, UnitTask
+from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
+from orchestrator.engine.failure_policy import POLICIES, class_of
+from orchestrator.engine.reproduce import UnitCall, Work
+from orchestrator.engine.stalls import Watch
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.rundir.journal import Journal
+from orchestrator.rundir.ledger import Ledger
+from planners.errors import CompressionError
+from planners.units.frontier import Frontier
+from planners.units.units import Unit, spent
+
+
+def run_units(
+    pool: Pool,
+    units: Sequence[Unit],
+    job: CompressionJob,
+    *,
+    ledger: Ledger,
+    journal: Journal,
+) -> None:
+    """Do all units that have no record, each on whichever worker is free.
+
+    Raises:
+        CompressionError: a unit's own error, or a unit failed the same way too often.
+        KeyboardInterrupt: the user asked to stop; what was under way has its record.
+    """
+    _Dispatch(pool, units, job, ledger=ledger, journal=journal).run()
+
+
+class _Dispatch:
+    """One phase of units under way.
+
+    A unit is on one slot, or on two where the first of them is silent: whichever answers first has
+    done it. Both write the same bytes under the same name.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        units: Sequence[Unit],
+        job: CompressionJob,
+        *,
+        ledger: Ledger,
+        journal: Journal,
+    ) -> None:
+        self._pool, self._job, self._ledger, self._journal = pool, job, ledger, journal
+        self._units = units
+        self._frontier = Frontier(units, is_done=ledger.done)
+        self._running: dict[Any, tuple[int, Unit]] = {}
+        self._failed_on: dict[int, set[str]] = {}  # slot -> units that another is to try
+        self._watch = Watch(pool)
+
+    def run(self) -> None:
+        """Return when all units have a record."""
+        while not self._frontier.finished:
+            if not self._pool.interruption.requested:
+                self._feed()
+            elif not self._running:
+                raise KeyboardInterrupt
+            for ticket in self._pool.ready(list(self._running)):
+                if ticket in self._running:  # else its slot was given up in this very round
+                    self._take(ticket)
+            self._move_from_nodes_that_go()
+            self._look_after_the_silent()
+
+    def _feed(self) -> None:
+        for slot in self._idle():
+            unit = self._frontier.start(avoid=self._failed_on.get(slot, ()))
+            if unit is not None:
+                self._start(slot, unit)
+
+    def _idle(self) -> list[int]:
+        busy = {slot for slot, _ in self._running.values()}
+        return [slot for slot in self._pool.open_slots if slot not in busy]
+
+    def _start(self, slot: int, unit: Unit) -> None:
+        ticket = self._pool.call(slot, "work", task_of(unit), self._job, label=unit.name)
+        self._running[ticket] = (slot, unit)
+        self._watch.begins(slot, ticket, unit.kind, unit.name)
+
+    def _take(self, ticket: Any) -> None:
+        slot, unit = self._running.pop(ticket)
+        self._watch.answered(slot, ticket)
+        try:
+            done = self._pool.executor.result(ticket)
+        except (CompressionError, InputLost, WorkerFailed, WorkerLost) as error:
+            self._fail(slot, unit, error)
+        else:
+            self._finish(unit, done)
+
+    def _finish(self, unit: Unit, done: UnitDone) -> None:
+        self._frontier.finish(unit)
+        self._pool.saw([done])
+        met = self._pool.failures.met(unit.name)
+        if met:
+            done = replace(done, values={**done.values, "retried_after": met})
+        self._ledger.commit(unit, done, attempt=self._frontier.attempts[unit.name])
+        for passed in spent(unit, self._units, done=self._ledger.done):
+            self._ledger.drop(passed)
+        self._journal.tell(unit.kind, unit=unit.name, worker=done.worker,
+                           start=done.started, seconds=done.seconds,
+                           peak_bytes=done.peak_bytes,
+                           written_bytes=done.written_bytes)  # fmt: skip
+        for slot in self._slots_of(unit):  # the other one of two: nobody waits for it
+            self._leave(slot)
+            self._pool.renew(slot, listens=False)
+
+    def _fail(self, slot: int, unit: Unit, error: Exception) -> None:
+        """Give a unit to another worker, or stop where that would fail the same way."""
+        exhausted = self._pool.failures.exhausted(unit.name, error)
+        policy = POLICIES[class_of(error)]
+        alone = self._pool.num_workers == 1 and not policy.replaces and policy.certain
+        if exhausted or alone:
+            work = Work(
+                name=unit.name,
+                setup=self._pool.setup(slot),
+                call=UnitCall(task=task_of(unit), job=self._job),
+                inputs=unit.inputs,
+                fingerprint=unit.fingerprint,
+            )
+            raise self._pool.stop(work, error, run_uri=self._job.run_uri) from error
+        if isinstance(error, WorkerLost):
+            self._give_up(slot, error)
+        else:
+            self._pool.count(error)
+            if self._pool.num_workers > 1:
+                self._failed_on.setdefault(slot, set()).add(unit.name)
+        if not self._slots_of(unit):
+            self._frontier.give_back(unit)
+
+    def _give_up(self, slot: int, lost: WorkerLost) -> None:
+        self._leave(slot)
+        self._pool.replace(slot, lost)
+
+    def _leave(self, slot: int) -> None:
+        self._running = {t: at for t, at in self._running.items() if at[0] != slot}
+        self._watch.forget(slot)
+        self._failed_on.pop(slot, None)
+
+    def _slots_of(self, unit: Unit) -> list[int]:
+        return [slot for slot, running in self._running.values() if running is unit]
+
+    def _move_from_nodes_that_go(self) -> None:
+        """Let what fits end where it is; have the rest done elsewhere at once."""
+        busy = dict(self._running.values())
+        for slot in range(self._pool.num_workers):
+            left = self._pool.seconds_left(slot)
+            if left is None or (slot in busy and self._watch.fits(slot, left)):
+                continue
+            self._give_up(slot, WorkerLost("preempted", "its node was told that it will go"))
+            if slot in busy and not self._slots_of(busy[slot]):
+                self._frontier.give_back(busy[slot])
+
+    def _look_after_the_silent(self) -> None:
+        """Have a unit whose worker is silent done by an idle one too; give up who stays silent."""
+        for slot, unit in list(self._running.values()):
+            if self._watch.stalled(slot):
+                self._fail(slot, unit, WorkerLost("stalled", f"{unit.name} did not answer"))
+            elif self._watch.late(slot) and len(self._slots_of(unit)) == 1:
+                for idle in self._idle()[:1]:
+                    self._start(idle, unit)
+
+
+def task_of(unit: Unit) -> UnitTask:
+    """Return what a worker is told of a unit."""
+    return UnitTask(
+        unit=unit.name,
+        kind=unit.kind,
+        index=unit.index,
+        inputs=unit.inputs,
+        suffix=unit.suffix,
+    )

@@ -1,0 +1,348 @@
+"""A pass: microbatches stream through the stages of a wave, in order, and survive lost workers.
+
+One thread feeds bounded queues. A stage sums microbatches in order whatever happens: when a worker
+is lost, its replacement loads the same layers and goes on from their newest partial sums, or from
+the first microbatch, and whatever is lacking anywhere is passed once more by the stages before,
+back to the nearest one that still has it. A stage passes on what it has already summed without
+summing it twice, so the sums are the same bits as if nothing had happened.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from actors.messages import Assignment, Microbatch, StepDone, Summing, UnitDone, UnitTask
+from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
+from orchestrator.engine.failure_policy import POLICIES, class_of
+from orchestrator.engine.partial_sums import BYTES_PER_SECOND, Partials, interval
+from orchestrator.engine.reproduce import PassCall, Work
+from orchestrator.engine.stalls import Watch
+from orchestrator.engine.worker_pool import Pool
+from planners.errors import CompressionError
+from planners.units.flow import Flow, accept, submissions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """Whether a pass keeps partial sums.
+
+    Attributes:
+        partials: those of the run.
+        every: microbatches between two; 0 is never, ``by cost`` as
+            `orchestrator.engine.partial_sums.interval` says.
+        stage_bytes: what each stage writes.
+    """
+
+    partials: Partials
+    every: int | Literal["by cost"]
+    stage_bytes: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassPlan:
+    """What one pass does.
+
+    Attributes:
+        kind: ``calibrate`` or ``evaluate``, as people see it.
+        assignments: one a stage, in order.
+        microbatches: what is fed, in order; the index is the position in this sequence.
+        publish: for each stage, what it publishes when it has seen all microbatches.
+        saving: of the sums before they are published; None where there are no sums.
+    """
+
+    kind: str
+    assignments: Sequence[Assignment]
+    microbatches: Sequence[Microbatch]
+    publish: Sequence[Sequence[UnitTask]]
+    saving: Saving | None = None
+
+
+@dataclass(slots=True)
+class _StageState(Flow):
+    """Where one stage is, with what is published and loaded beside the flow.
+
+    Attributes:
+        saved: microbatches that are in its newest partial sums.
+        publishing: ticket -> what is being published.
+        to_publish: what is to be published once everything is summed.
+        loading: ticket, while layers are being loaded.
+        saving: ticket, while partial sums are being written.
+        save_seconds: what the last save took, or 0.
+    """
+
+    saved: int = 0
+    publishing: dict[Any, UnitTask] = field(default_factory=dict)
+    to_publish: list[UnitTask] = field(default_factory=list)
+    loading: Any = None
+    saving: Any = None
+    save_seconds: float = 0.0
+
+    @property
+    def tickets(self) -> list[Any]:
+        """All calls that have not answered."""
+        single = [t for t in (self.loading, self.saving) if t is not None]
+        return [*single, *self.inflight, *self.publishing]
+
+
+class Pass:
+    """One `PassPlan` on the workers of a chain: one slot of the pool for each of its stages."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        plan: PassPlan,
+        *,
+        first_slot: int = 0,
+        on_step: Callable[[int, Microbatch, StepDone], None],
+        on_published: Callable[[UnitTask, UnitDone], None],
+    ) -> None:
+        """Take the plan; ``on_step`` hears the number of the stage in the chain, from 0."""
+        self._pool, self._plan = pool, plan
+        self._on_step, self._on_published = on_step, on_published
+        self._stages = [_StageState(to_publish=list(units)) for units in plan.publish]
+        self._slots = range(first_slot, first_slot + len(self._stages))
+        self._watch = Watch(pool)
+        self._told: set[tuple[int, int]] = set()
+
+    @property
+    def slots(self) -> range:
+        """The slots of its stages, in order."""
+        return self._slots
+
+    @property
+    def tickets(self) -> list[Any]:
+        """All calls that have not answered."""
+        return [ticket for stage in self._stages for ticket in stage.tickets]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage has seen every microbatch and published what it should."""
+        total = len(self._plan.microbatches)
+        return all(
+            stage.done == total and not (stage.to_publish or stage.tickets)
+            for stage in self._stages
+        )
+
+    def begin(self) -> None:
+        """Have all stages load their layers."""
+        for at in range(len(self._stages)):
+            self._load(at)
+
+    def _call(self, at: int, kind: str, method: str, *args: Any, label: str, **how: Any) -> Any:
+        answers = self._pool.call(self._slots[at], method, *args, label=label, **how)
+        ticket = answers[0] if isinstance(answers, tuple) else answers
+        self._watch.begins(self._slots[at], ticket, f"{self._plan.kind} {kind}", label)
+        return answers
+
+    def _load(self, at: int) -> None:
+        assignment, stage = self._plan.assignments[at], self._stages[at]
+        layers = frozenset(unit.index for unit in stage.to_publish)
+        partials = self._plan.saving.partials.found(layers) if self._plan.saving else ()
+        stage.loading = self._call(
+            at, "load", "load", assignment, Summing(layers=layers, partials=partials),
+            label=f"load[{self._layers(at)}]",
+        )  # fmt: skip
+
+    def feed(self) -> None:
+        """Make every call that may be made now."""
+        total = len(self._plan.microbatches)
+        for at, stage in enumerate(self._stages):
+            stage.paused, stage.starting = self._pauses(at), stage.loading is not None
+        for at, index in submissions(self._stages, total):
+            self._submit(at, index)
+        for at, stage in enumerate(self._stages):
+            if self._saves(at):
+                stage.saving = self._call(at, "save", "save", label=f"save[{self._layers(at)}]")
+            if stage.done == total and stage.loading is None:
+                for unit in stage.to_publish:
+                    ticket = self._call(at, "publish", "publish", unit, label=unit.unit)
+                    stage.publishing[ticket] = unit
+                stage.to_publish = []
+            if self._leaves(at):
+                self._restart(at, WorkerLost("preempted", "its node was told that it will go"))
+
+    def _pauses(self, at: int) -> bool:
+        """Return whether a stage is given nothing new for now."""
+        going = self._pool.seconds_left(self._slots[at]) is not None
+        return going or self._stages[at].loading is not None or self._pool.interruption.requested
+
+    def _saves(self, at: int) -> bool:
+        """Return whether the sums of a stage are to be written now."""
+        stage, saving = self._stages[at], self._plan.saving
+        unsaved = stage.done - stage.saved
+        busy = stage.saving is not None or stage.loading is not None
+        if saving is None or saving.every == 0 or not unsaved or busy or not stage.to_publish:
+            return False
+        if stage.done == len(self._plan.microbatches):
+            return False  # they are about to be published
+        left = self._pool.seconds_left(self._slots[at])
+        seconds = stage.save_seconds or saving.stage_bytes[at] / BYTES_PER_SECOND
+        if left is not None:
+            return not stage.inflight and seconds < left
+        if self._pool.interruption.requested:
+            return not stage.inflight
+        if saving.every != "by cost":
+            return unsaved >= saving.every
+        step = self._pool.deadlines.expected(f"{self._plan.kind} step")
+        return step is not None and unsaved >= interval(step_seconds=step, save_seconds=seconds)
+
+    def _leaves(self, at: int) -> bool:
+        """Return whether a stage moves now: its node goes, and nothing is left to wait for."""
+        stage, left = self._stages[at], self._pool.seconds_left(self._slots[at])
+        if left is None or (not stage.tickets and not stage.to_publish and self._over(at)):
+            return False
+        return not stage.tickets or not self._fits(at, left)
+
+    def _over(self, at: int) -> bool:
+        """Return whether nobody needs a stage any more."""
+        total = len(self._plan.microbatches)
+        return all(stage.done == total for stage in self._stages[at:])
+
+    def _fits(self, at: int, left: float) -> bool:
+        """Return whether what a stage does now is likely to end before its node does."""
+        return self._watch.fits(self._slots[at], left)
+
+    def _submit(self, at: int, index: int) -> None:
+        stage = self._stages[at]
+        packed = self._stages[at - 1].outputs[index] if at > 0 else None
+        done, output = self._call(
+            at, "step", "step", self._as_sent(at, index), packed, num_returns=2,
+            label=f"{self._plan.kind}[{self._layers(at)}] mb {index}",
+        )  # fmt: skip
+        stage.submit(done, index, output)
+
+    def _as_sent(self, at: int, index: int) -> Microbatch:
+        microbatch = self._plan.microbatches[index]
+        last = at == len(self._stages) - 1
+        return replace(
+            microbatch,
+            hand_over=not last,
+            read_boundary=microbatch.read_boundary if at == 0 else "",
+            write_boundary=microbatch.write_boundary if last else "",
+        )
+
+    def _layers(self, at: int) -> str:
+        assignment = self._plan.assignments[at]
+        return f"layers {assignment.first}-{assignment.last - 1}"
+
+    def take(self, ticket: Any) -> None:
+        """Hear the answer to a call, unless it is of another pass."""
+        at = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
+        if at is None:  # nor of a worker that was given up in this very round
+            return
+        self._watch.answered(self._slots[at], ticket)
+        try:
+            answer = self._pool.executor.result(ticket)
+        except WorkerLost as lost:
+            self._fail(at, ticket, lost)
+        except InputLost as lost:
+            self._pool.count(lost)
+            self._lose_input(at, ticket)
+        except (CompressionError, WorkerFailed) as error:
+            self._fail(at, ticket, error)
+        else:
+            self._accept(at, ticket, answer)
+
+    def _accept(self, at: int, ticket: Any, answer: Any) -> None:
+        stage = self._stages[at]
+        if ticket is stage.loading:
+            stage.loading = None
+            if stage.to_publish:
+                stage.next = stage.done = stage.saved = answer.next
+        elif ticket is stage.saving:
+            stage.saving = None
+            self._accept_save(at, answer)
+        elif ticket in stage.publishing:
+            self._pool.saw([answer])
+            self._on_published(stage.publishing.pop(ticket), answer)
+        else:
+            index = accept(self._stages, at, ticket)
+            self._pool.saw([answer])
+            if (at, index) not in self._told:
+                self._told.add((at, index))
+                self._on_step(at, self._plan.microbatches[index], answer)
+
+    def _accept_save(self, at: int, answer: Any) -> None:
+        saving, stage = self._plan.saving, self._stages[at]
+        assert saving is not None  # it was asked for
+        self._pool.saw([answer])
+        saving.partials.accept(answer, worker=self._pool.setup(self._slots[at]).name)
+        stage.save_seconds = answer.seconds
+        stage.saved = min((p.next for p in answer.partials), default=stage.done)
+
+    def give_up_the_stalled(self) -> None:
+        """Replace the workers that have been silent for too long."""
+        for at in range(len(self._stages)):
+            if self._watch.stalled(self._slots[at]):
+                label = self._watch.label(self._slots[at])
+                lost = WorkerLost("stalled", f"{label} did not answer")
+                self._fail(at, self._watch.ticket(self._slots[at]), lost)
+
+    def _fail(self, at: int, ticket: Any, error: Exception) -> None:
+        """Go on with another worker, or stop where the same thing failed the same way before.
+
+        A stage is given up even where its process is well: what its sums are after half a step
+        nobody knows.
+        """
+        stage = self._stages[at]
+        index = stage.inflight[ticket][0] if ticket in stage.inflight else None
+        where = "load" if index is None else f"microbatch-{index:05d}"
+        assignment = self._plan.assignments[at]
+        name = f"{self._plan.kind}-layers-{assignment.first}-{assignment.last - 1}-{where}"
+        suspected = not POLICIES[class_of(error)].innocent
+        if self._pool.failures.exhausted(name, error) and suspected:
+            sent = None if index is None else self._as_sent(at, index)
+            raise self._pool.stop(
+                Work(
+                    name=name,
+                    setup=self._pool.setup(self._slots[at]),
+                    call=PassCall(assignment=assignment, microbatch=sent),
+                ),
+                error,
+                run_uri=assignment.run_uri,
+            ) from error
+        lost = error if isinstance(error, WorkerLost) else WorkerLost(class_of(error), str(error))
+        self._restart(at, lost)
+
+    def _restart(self, at: int, lost: WorkerLost) -> None:
+        stage = self._stages[at]
+        self._pool.replace(self._slots[at], lost)
+        self._watch.forget(self._slots[at])
+        stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
+        stage.publishing, stage.saving = {}, None
+        if stage.to_publish:  # sums went with the worker; what is published or told stays done
+            stage.saved = 0
+        stage.restart(0 if stage.to_publish else stage.done)
+        self._load(at)
+
+    def _lose_input(self, at: int, ticket: Any) -> None:
+        """Have a microbatch computed again whose activations went with their node."""
+        stage = self._stages[at]
+        index, _ = stage.inflight.pop(ticket)
+        self._stages[at - 1].outputs.pop(index, None)
+        if index >= stage.done:  # those behind it were not summed either: it was not their turn
+            stage.inflight = {t: call for t, call in stage.inflight.items() if call[0] < index}
+            stage.next = index
+
+
+def run_side_by_side(pool: Pool, passes: Sequence[Pass]) -> None:
+    """Return when all of these passes are through; no two share a slot.
+
+    Raises:
+        CompressionError: a worker found broken input or numbers, or too many were lost.
+        KeyboardInterrupt: the user asked to stop; what was under way is safe.
+    """
+    for each in passes:
+        each.begin()
+    while going := [each for each in passes if not each.finished]:
+        for each in going:
+            each.feed()
+        tickets = [ticket for each in going for ticket in each.tickets]
+        if not tickets and pool.interruption.requested:
+            raise KeyboardInterrupt
+        needed = [slot for each in going for slot in each.slots]
+        for ticket in pool.ready(tickets, needed=needed):
+            for each in going:
+                each.take(ticket)
+        for each in going:
+            each.give_up_the_stalled()

@@ -1,0 +1,180 @@
+"""A failure that comes again, in a file: what was asked, of what, with which versions and seeds.
+
+    compress-cluster reproduce RUN/failures/layer-00003.json
+
+does the work once more, in one process without a cluster, and shows the traceback. It reads the
+run and writes nothing into it.
+"""
+
+import contextlib
+import json
+import shlex
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import yaml
+from pydantic import TypeAdapter
+
+from actors.layer_units.registry import do_unit
+from actors.messages import Assignment, CompressionJob, Microbatch, UnitTask, WorkerSetup
+from actors.storage.files import Directory, HashingStream
+from actors.storage.records import read_record
+from actors.worker.stage import Stage
+from orchestrator.engine.failure_policy import class_of
+from orchestrator.rundir.versions import environment
+from planners.canonical_json import to_json
+from planners.errors import StorageError
+
+FOLDER = "failures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCall:
+    """What a worker got that was to do a unit."""
+
+    task: UnitTask
+    job: CompressionJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCall:
+    """What a stage got: layers to load, and a microbatch to pass, unless it failed to load."""
+
+    assignment: Assignment
+    microbatch: Microbatch | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What failed, so that it can be done again.
+
+    Attributes:
+        name: of the unit, or of the microbatch in a stage; it names the capsule.
+        setup: threads and device of the worker.
+        call: the messages that it got.
+        inputs: the units whose files it reads.
+        fingerprint: of what determines its bytes, where it is a unit.
+    """
+
+    name: str
+    setup: WorkerSetup
+    call: UnitCall | PassCall
+    inputs: Sequence[str] = ()
+    fingerprint: str = ""
+
+
+# Both ways from one place, by the types: what a layer's options are keyed by stays a number.
+CALL: TypeAdapter[UnitCall | PassCall] = TypeAdapter(UnitCall | PassCall)
+SETUP = TypeAdapter(WorkerSetup)
+
+
+def write_capsule(run: Directory, work: Work, error: Exception, *, met: Sequence[str]) -> str:
+    """Write the capsule of a failure; return the command that does the work again."""
+    name = f"{FOLDER}/{work.name}.json"
+    document = {
+        "unit": work.name,
+        "fingerprint": work.fingerprint,
+        "class": class_of(error),
+        "met_before": list(met),
+        "error": str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "worker": to_json(work.setup),
+        "inputs": [_input(run, unit) for unit in work.inputs],
+        "versions": environment(),
+        "recipe": _recipe(run),
+        "reproduce": _command(run.path(name)),
+        "call": CALL.dump_python(work.call, mode="json"),
+    }
+    run.write(name, json.dumps(document, indent=1, sort_keys=True).encode())
+    return f"to do it again here: {document['reproduce']}"
+
+
+def reproduce(location: str) -> None:
+    """Do the work of a capsule once more, in this process; return if it does not fail.
+
+    Raises:
+        Exception: what the work raised.
+        StorageError: there is no capsule, or it is none of ours.
+    """
+    folder, _, name = location.rpartition("/")
+    try:
+        document = json.loads(Directory(folder or ".").read(name))
+        call = CALL.validate_python(document["call"])
+        setup = SETUP.validate_python(document["worker"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{location}: is not a capsule of ours: {error}") from error
+    torch.set_num_threads(setup.threads)
+    with tempfile.TemporaryDirectory(prefix="compress-cluster-capsule-") as scratch:
+        if isinstance(call, UnitCall):
+            run = _ReadOnly(call.job.run_uri, Directory(scratch))
+            with torch.inference_mode():
+                do_unit(call.task, call.job, run=run, device=setup.device)
+        else:
+            _pass(call.assignment, call.microbatch, setup)
+
+
+class _ReadOnly(Directory):
+    """A run that is read where it lies and written elsewhere, so that nothing in it changes."""
+
+    def __init__(self, uri: str, scratch: Directory) -> None:
+        super().__init__(uri)
+        self._scratch = scratch
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[HashingStream]:
+        """Give a stream into the scratch directory."""
+        with self._scratch.writing(name) as stream:
+            yield stream
+
+
+def _pass(assignment: Assignment, sent: Microbatch | None, setup: WorkerSetup) -> None:
+    """Load the layers that a stage held; pass a microbatch to them, from its tokens on.
+
+    What came before them is computed here, a layer at a time, so that no other worker is needed.
+    """
+    if sent is None:
+        Stage(setup).load(assignment)
+        return
+    packed = None
+    for layer in range(assignment.last):
+        held = layer >= assignment.first
+        last = layer == assignment.last - 1
+        one = replace(
+            assignment,
+            first=layer,
+            last=layer + 1,
+            embedding=layer == 0,
+            head=assignment.head and last,
+            statistics=assignment.statistics if held else frozenset(),
+        )
+        stage = Stage(setup)
+        stage.load(one)
+        read = not last or bool(sent.hand_over or sent.write_boundary)
+        microbatch = replace(sent, index=0, hand_over=read, read_boundary="", write_boundary="")
+        _, packed = stage.step(microbatch, packed)
+
+
+def _input(run: Directory, unit: str) -> dict[str, Any]:
+    try:
+        record = read_record(run, unit)
+    except StorageError:
+        return {"unit": unit}  # of another run, whose statistics are reused
+    return {
+        "unit": unit,
+        "fingerprint": record.fingerprint,
+        "files": [to_json(file) for file in record.files],
+    }
+
+
+def _recipe(run: Directory) -> Any:
+    return yaml.safe_load(run.read("run.yaml")) if run.size("run.yaml") else {}
+
+
+def _command(path: str) -> str:
+    return shlex.join(["compress-cluster", "reproduce", path])

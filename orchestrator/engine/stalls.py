@@ -1,0 +1,92 @@
+"""Calls that do not answer: noticed, shown with the stack of their process, and given up."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.engine.worker_pool import Pool
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call that has not answered; ``since`` is when it was made, or the one before answered."""
+
+    ticket: Any
+    kind: str
+    label: str
+    since: float
+    told: bool = False
+
+
+class Watch:
+    """The calls on each slot, in order; a worker does the first of them."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._calls: dict[int, list[_Call]] = {}
+
+    def begins(self, slot: int, ticket: Any, kind: str, label: str) -> None:
+        """Note a call that was made."""
+        self._calls.setdefault(slot, []).append(_Call(ticket, kind, label, time.monotonic()))
+
+    def answered(self, slot: int, ticket: Any) -> None:
+        """Note that a call has answered, and what it took."""
+        now = time.monotonic()
+        calls = self._calls.get(slot, [])
+        for number, call in enumerate(calls):
+            if call.ticket == ticket:
+                if number == 0:
+                    self._pool.deadlines.took(call.kind, now - call.since)
+                    for waiting in calls[1:2]:
+                        waiting.since = now
+                del calls[number]
+                return
+
+    def forget(self, slot: int) -> None:
+        """Expect nothing from a slot any more."""
+        self._calls.pop(slot, None)
+
+    def label(self, slot: int) -> str:
+        """Return what the worker of a slot is doing."""
+        return self._calls[slot][0].label
+
+    def ticket(self, slot: int) -> Any:
+        """Return the call that the worker of a slot is at."""
+        return self._calls[slot][0].ticket
+
+    def fits(self, slot: int, left: float) -> bool:
+        """Return whether what a worker is doing is likely to end within so many seconds."""
+        calls = self._calls.get(slot)
+        if not calls:
+            return False
+        ago = time.monotonic() - calls[0].since
+        return self._pool.deadlines.fits(calls[0].kind, begun_seconds_ago=ago, left=left)
+
+    def late(self, slot: int) -> bool:
+        """Return whether a call is late; the first time, tell what its process is doing."""
+        call = self._first(slot)
+        if call is None or not self._silent(call) > self._pool.deadlines.limit(call.kind):
+            return False
+        if not call.told:
+            call.told = True
+            self._pool.tell_stalled(slot, call.label, seconds=self._silent(call))
+        return True
+
+    def stalled(self, slot: int) -> bool:
+        """Return whether a call is so late that its worker is to be given up."""
+        call = self._first(slot)
+        if call is None or not self.late(slot):
+            return False
+        return self._silent(call) > 2 * self._pool.deadlines.limit(call.kind)
+
+    def _first(self, slot: int) -> _Call | None:
+        calls = self._calls.get(slot)
+        if not calls:
+            return None
+        if not self._pool.is_there(slot):
+            calls[0].since = time.monotonic()  # nobody is at it yet
+            return None
+        return calls[0]
+
+    def _silent(self, call: _Call) -> float:
+        return time.monotonic() - call.since

@@ -1,0 +1,256 @@
+"""The workers of a run: slots that are filled again when a process is lost."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from actors.messages import WorkerSetup
+from actors.storage.files import Directory
+from actors.worker.stage import Stage
+from orchestrator.backend.executor import Executor, Resources, Whereabouts, WorkerLost
+from orchestrator.engine.deadlines import Deadlines
+from orchestrator.engine.failure_policy import GO_ON, Failures, class_of, final_error
+from orchestrator.engine.interrupt import Interruption
+from orchestrator.engine.reproduce import Work, write_capsule
+from orchestrator.rundir.journal import Journal
+from planners.errors import ClusterError, CompressionError, StorageError
+
+POLL_SECONDS = 0.5
+PLACE_SECONDS = 600.0  # for a machine that can hold a worker; what autoscalers take, twice
+SAY_SECONDS = 10.0  # after which a person wants to know what is waited for
+DRAIN_SECONDS = 1.0  # between two questions for nodes that will go
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Who is in a slot: ``where`` is None until its process runs; then ``settling`` is."""
+
+    setup: WorkerSetup
+    handle: Any
+    settling: Any
+    since: float
+    where: Whereabouts | None = None
+    said: bool = False
+
+
+class Pool:
+    """A fixed number of slots, each with a worker that is there or on its way.
+
+    Attributes:
+        deadlines: what calls of this run take.
+        failures: what went wrong in it.
+        interruption: whether the user has asked to stop.
+        peak_bytes: the highest that a worker reported.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        setup: WorkerSetup,
+        *,
+        num_workers: int,
+        journal: Journal,
+        place_seconds: float = PLACE_SECONDS,
+    ) -> None:
+        """Start all workers; ``setup`` is the pattern that each slot's name is put into."""
+        self.executor = executor
+        self.deadlines, self.failures = Deadlines(), Failures()
+        self.interruption, self._stopping = Interruption(), False
+        self.peak_bytes = 0
+        self._pattern, self._journal = setup, journal
+        self._place_seconds = place_seconds
+        self._going: dict[int, float] = {}  # slot -> when its node will be gone
+        self._asked_at, self._wants = 0.0, False
+        gpus = 1.0 if setup.device == "cuda" else 0.0
+        self._resources = Resources(num_cpus=setup.threads, num_gpus=gpus)
+        self._slots = [self._filled(slot) for slot in range(num_workers)]
+
+    @property
+    def num_workers(self) -> int:
+        """Slots, whoever is in them."""
+        return len(self._slots)
+
+    @property
+    def open_slots(self) -> list[int]:
+        """The slots whose worker is there, on a node that will stay."""
+        return [
+            n for n, s in enumerate(self._slots) if s.where is not None and n not in self._going
+        ]
+
+    def incarnation(self, slot: int) -> str:
+        """Return who is in a slot now; an answer of another is not listened to."""
+        return self._slots[slot].setup.incarnation
+
+    def call(self, slot: int, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
+        """Start a call on the worker of a slot; it waits until the worker is there."""
+        return self.executor.call(
+            self._slots[slot].handle, method, *args, num_returns=num_returns, label=label
+        )
+
+    def ready(self, tickets: Sequence[Any], *, needed: Iterable[int] = ()) -> list[Any]:
+        """Return the tickets that have answered, waiting a moment for the first.
+
+        Meanwhile workers arrive, and nodes say that they will go.
+
+        Args:
+            tickets: of calls.
+            needed: slots without which nothing goes on; none are those of which any one will do.
+
+        Raises:
+            ClusterError: no machine could hold a worker for too long.
+        """
+        settling = {slot.settling: slot for slot in self._slots if slot.where is None}
+        answered = self.executor.ready([*settling, *tickets], seconds=POLL_SECONDS)
+        for ticket in answered:
+            if ticket in settling:
+                self._settle(settling[ticket])
+        self._wait_for_places(list(needed))
+        if self.interruption.requested and not self._stopping:
+            self._stopping = True
+            self._journal.tell("stopping", detail="what is under way is saved first")
+        self._see_who_goes()
+        return [ticket for ticket in answered if ticket not in settling]
+
+    def seconds_left(self, slot: int) -> float | None:
+        """Return how long the node of a slot is still there, or None where it stays."""
+        gone = self._going.get(slot)
+        return None if gone is None else gone - time.monotonic()
+
+    def replace(self, slot: int, lost: WorkerLost) -> None:
+        """Give a slot up and fill it with a new worker.
+
+        Raises:
+            ClusterError: too many workers were lost in this run.
+        """
+        self._journal.tell(lost.reason, worker=self._slots[slot].setup.name, detail=str(lost))
+        self.failures.count(lost)
+        self.renew(slot, listens=lost.reason != "stalled")
+
+    def renew(self, slot: int, *, listens: bool) -> None:
+        """Give a slot a new worker; an old one that does not listen is ended by force.
+
+        Else it would keep its cores, and its successor might find no place.
+        """
+        where = self._slots[slot].where
+        if where is not None and not listens:
+            self.executor.end(where)
+        self.executor.kill(self._slots[slot].handle)
+        self._going.pop(slot, None)
+        self._slots[slot] = self._filled(slot)
+
+    def is_there(self, slot: int) -> bool:
+        """Return whether the process of a slot runs; before that, no call on it can be late."""
+        return self._slots[slot].where is not None
+
+    def setup(self, slot: int) -> WorkerSetup:
+        """Return who is in a slot, with its threads and device."""
+        return self._slots[slot].setup
+
+    def count(self, error: Exception) -> None:
+        """Count a failure that cost no worker, and tell it.
+
+        Raises:
+            ClusterError: there were too many of its class.
+        """
+        self._journal.tell(class_of(error), detail=str(error))
+        self.failures.count(error)
+
+    def tell_stalled(self, slot: int, label: str, *, seconds: float) -> None:
+        """Tell that a call does not answer, and what its process is doing."""
+        where = self._slots[slot].where
+        stack = self.executor.stack(where) if where is not None else ""
+        detail = f"silent for {seconds:.0f} s\n{stack}"
+        self._journal.tell("silent", unit=label, worker=self.setup(slot).name, detail=detail)
+
+    def stop(self, work: Work, error: Exception, *, run_uri: str) -> CompressionError:
+        """Return the error that ends the run, after its capsule was written."""
+        said = str(error).removeprefix(f"{class_of(error)}: ")
+        self._journal.tell("gave up", unit=work.name, worker=work.setup.name,
+                           detail=f"{class_of(error)}: {said}")  # fmt: skip
+        capsule = ""
+        if class_of(error) != "user error":
+            with contextlib.suppress(StorageError):  # a store that fails takes no capsule either
+                met = self.failures.met(work.name)
+                capsule = write_capsule(Directory(run_uri), work, error, met=met)
+        return final_error(work.name, error, capsule=capsule)
+
+    def saw(self, answers: Sequence[Any]) -> None:
+        """Keep the highest memory peak that workers report."""
+        self.peak_bytes = max([self.peak_bytes, *(a.peak_bytes for a in answers)])
+
+    def close(self) -> None:
+        """End all workers, and withdraw what was asked of the cluster."""
+        if self._wants:
+            self.executor.want([])
+            self._wants = False
+        for slot in self._slots:
+            self.executor.kill(slot.handle)
+        self._slots = []
+
+    def _filled(self, slot: int) -> _Slot:
+        setup = WorkerSetup(
+            name=f"worker-{slot}",
+            incarnation=uuid4().hex[:12],
+            threads=self._pattern.threads,
+            device=self._pattern.device,
+        )
+        name = f"{setup.name}-{setup.incarnation}"
+        handle = self.executor.spawn(Stage, setup, resources=self._resources, name=name)
+        return _Slot(setup, handle, self.executor.settle(handle), time.monotonic())
+
+    def _settle(self, slot: _Slot) -> None:
+        try:
+            slot.where = self.executor.result(slot.settling)
+        except (WorkerLost, CompressionError):
+            slot.where = Whereabouts()  # lost before it said a word: its first call will tell
+        if slot.said:
+            waited = time.monotonic() - slot.since
+            self._journal.tell("placed", worker=slot.setup.name, seconds=waited)
+
+    def _wait_for_places(self, needed: list[int]) -> None:
+        """Say what is waited for, and give up what has been waited for too long."""
+        now = time.monotonic()
+        late = [
+            n for n, s in enumerate(self._slots) if s.where is None and now - s.since > SAY_SECONDS
+        ]
+        for number in late:
+            slot = self._slots[number]
+            if not slot.said:
+                slot.said = True
+                self._ask_for_room()
+                self._journal.tell("waiting", worker=slot.setup.name, detail=self._shortage())
+        essential = [n for n in late if n in needed] if needed else late
+        hopeless = [n for n in essential if now - self._slots[n].since > self._place_seconds]
+        if hopeless and (needed or len(hopeless) == len(self._slots)):
+            raise ClusterError(
+                f"no machine could hold {self._slots[hopeless[0]].setup.name} for "
+                f"{self._place_seconds:.0f} s: {self._shortage()}",
+                hint=f"what is done is kept; add a machine, or use fewer --workers; {GO_ON}",
+            )
+
+    def _shortage(self) -> str:
+        return f"needs {self._resources}; {self.executor.capacity()}"
+
+    def _see_who_goes(self) -> None:
+        now = time.monotonic()
+        if now - self._asked_at < DRAIN_SECONDS:
+            return
+        self._asked_at = now
+        draining = self.executor.draining()
+        for number, slot in enumerate(self._slots):
+            if slot.where is None or slot.where.node not in draining or number in self._going:
+                continue
+            left = draining[slot.where.node]
+            self._going[number] = now + left
+            self._journal.tell("notice", worker=slot.setup.name, seconds=min(left, 1e9),
+                               detail=f"its node goes in {left:.0f} s")  # fmt: skip
+            self._ask_for_room()
+
+    def _ask_for_room(self) -> None:
+        """Ask for room for all workers, and for one more for each that has to move."""
+        bundles = [self._resources.bundle] * (len(self._slots) + len(self._going))
+        self.executor.want(bundles)
+        self._wants = True

@@ -1,0 +1,1 @@
+"""Many results from one calibration: batches, sweeps, layers made again, comparisons."""

@@ -1,0 +1,174 @@
+"""Looking at results from outside: is every byte as recorded, does it load, how fast is it."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.messages import ThroughputRequest, VerifyRequest, WorkerSetup
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.records import Record, read_records, torn_records
+from actors.storage.sources import resolve_store
+from orchestrator.backend import ray_cluster
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.phases.throughput import Workers, fits_one, through_stages
+from orchestrator.rundir.finished import finished_report
+from orchestrator.rundir.journal import Event, Journal
+from orchestrator.rundir.layout import DROPPED, READY, REPORT
+from planners.errors import StorageError
+
+IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
+REDO = "run the command that made it again: that unit alone is done again"
+
+
+def verify(
+    uri: str, *, model_store: str = "", threads: int = 1, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Return what was checked of a run, or of a model directory that no run of ours wrote.
+
+    Raises:
+        StorageError: a file differs from its record; the message names it.
+        ModelError: the model is broken.
+    """
+    run, tensors, store = Directory(uri), {}, resolve_store(model_store)
+    model = model_of(run)
+    checks: list[dict[str, Any]] = []
+    if model != run.uri:
+        checks.append(check_files(run))
+        tensors = _tensors_of(read_records(run))
+    checkpoint = Checkpoint(model, model_store=store)
+    request = VerifyRequest(
+        uri=model,
+        family=checkpoint.shape.family,
+        tensors=tensors or _stored(checkpoint),
+        ids=[[i % checkpoint.shape.vocab_size for i in row] for row in IDS],
+        whole=True,
+        model_store=store,
+    )
+    with ray_cluster.connected("local", num_cpus=threads, num_gpus=0, store_bytes=0):
+        fresh = FreshProcess(unit="verify", threads=threads, device=device)
+        done = in_fresh_process(RayExecutor(), fresh, "verify", request)
+    found = done.values["checks"]
+    assert isinstance(found, list)  # written by our own evaluator
+    return [*checks, *found]
+
+
+def model_of(directory: Directory) -> str:
+    """Return where the model is: in the directory, or in that of the run that it is."""
+    is_run = directory.size("plan.json") is not None
+    return directory.below("model") if is_run else directory.uri
+
+
+def bench(  # noqa: PLR0913 all that decides what is measured
+    uris: Sequence[str],
+    *,
+    prompt: int,
+    batches: Sequence[int],
+    new_tokens: int,
+    setup: WorkerSetup,
+    workers: Workers,
+    model_store: str = "",
+) -> list[dict[str, Any]]:
+    """Return one row a model and batch size: prefill and decode tokens per second, peak bytes.
+
+    Where all models fit one worker they are measured in turn in one process, so that they share
+    whatever else the machine does; else each goes over as few workers as hold it, one model after
+    the other. Medians of three rounds. A model that does not fit has a row that says so.
+    """
+    models, store = {uri: model_of(Directory(uri)) for uri in uris}, resolve_store(model_store)
+    for model in models.values():
+        Checkpoint(model, model_store=store)  # at the door: every one of them is a sound checkpoint
+    gpus = workers.number if setup.device == "cuda" else 0
+    rows = []
+    with (
+        tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder,
+        ray_cluster.connected(
+            "local", num_cpus=workers.number * setup.threads, num_gpus=gpus, store_bytes=0
+        ),
+    ):
+        executor = RayExecutor()
+        journal = Journal(Directory(folder), _nobody)
+        for batch in batches:
+            request = ThroughputRequest(
+                uris=models,
+                prompt=prompt,
+                batch=batch,
+                new_tokens=new_tokens,
+                rounds=3,
+                model_store=store,
+            )
+            if fits_one(request, workers):
+                fresh = FreshProcess(
+                    unit=f"bench-{batch}", threads=setup.threads, device=setup.device
+                )
+                done = in_fresh_process(executor, fresh, "throughput", request)
+            else:
+                done = through_stages(
+                    request,
+                    workers,
+                    lambda number: Pool(executor, setup, num_workers=number, journal=journal),
+                )
+            for uri, measured in done.values.items():
+                assert isinstance(measured, Mapping)  # written by our own evaluator
+                rows.append({"model": uri, "batch": batch, **measured})
+    return rows
+
+
+def _nobody(event: Event) -> None:
+    del event  # nobody listens to a measurement
+
+
+def check_files(run: Directory) -> dict[str, Any]:
+    """Compare every byte with the records, and see that each file of the result has one.
+
+    Raises:
+        StorageError: a file differs, or nothing vouches for it; the message names it.
+    """
+    records = read_records(run)
+    torn = torn_records(run)
+    if torn:
+        raise StorageError(f"{run.path(torn[0])}: is torn", hint=REDO)
+    ready = run.size(READY) is not None
+    checked = 0
+    for record in records.values():
+        for file in record.files:
+            if ready and file.path.startswith(DROPPED) and run.size(file.path) is None:
+                continue
+            if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
+                raise StorageError(
+                    f"{run.path(file.path)}: is not as {record.unit} recorded it", hint=REDO
+                )
+            checked += 1
+    vouched = {file.path for record in records.values() for file in record.files}
+    strange = [name for name in run.names("model") if name not in vouched and not _left(name)]
+    if strange:
+        raise StorageError(f"{run.path(strange[0])}: no record vouches for it", hint=REDO)
+    if ready and finished_report(run) is None:
+        raise StorageError(
+            f"{run.path(READY)}: is not the mark of this result, or {REPORT} not its report",
+            hint=REDO,
+        )
+    return {"name": "every file as recorded", "passed": True, "detail": f"{checked} files"}
+
+
+def _left(name: str) -> bool:
+    """Return whether a file is what a killed worker left half-written."""
+    return name.endswith(".tmp")
+
+
+def _tensors_of(records: Mapping[str, Record]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for record in records.values():
+        found = record.values.get("tensors", {})
+        if isinstance(found, Mapping):
+            tensors |= found
+    return tensors
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the files hold, to be compared with what a loaded model holds."""
+    from actors.storage.tensors import described  # torch: needed here only
+
+    return {name: described(checkpoint.read(name)) for name in checkpoint.locations}

@@ -1,0 +1,268 @@
+"""One calibration, many results: every method at every size, and the front they make."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from actors import methods
+from actors.storage.files import Directory
+from orchestrator.backend import preemption, ray_cluster
+from orchestrator.backend.executor import Executor
+from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.phases.allocate import measured
+from orchestrator.phases.calibrate import calibrate
+from orchestrator.phases.context import RunContext, new_pool
+from orchestrator.phases.evaluate import evaluate, evaluation_plan
+from orchestrator.phases.open_run import open_run
+from orchestrator.prepare.evaluation_plan import exact_dtype
+from orchestrator.prepare.machine import GIB, sums_are_mapped
+from orchestrator.prepare.prepared import Prepared, dense_subject
+from orchestrator.recipe.config import RunConfig
+from orchestrator.recipe.method_options import resolve_options
+from orchestrator.report import render_pareto
+from orchestrator.run import compress_and_evaluate
+from orchestrator.rundir import lease
+from orchestrator.rundir.journal import Journal, Listener
+from orchestrator.rundir.ledger import Ledger
+from planners.errors import ConfigError, PlanError
+from planners.memory.placement import shared_bytes
+from planners.method import Target
+from planners.planning import Workload, make_plan
+from planners.spelling import did_you_mean
+
+PARETO = "pareto.json"
+PAGE = "pareto.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One result of a sweep.
+
+    Attributes:
+        name: of its folder below ``points/``.
+        method: a file of ``actors/methods``.
+        asked: keep_fraction that was asked for.
+        keep_fraction: true fraction of the result.
+        parameters: of the result.
+        predicted_error: mean relative error that its layers reported before anything was measured.
+        perplexity: measured.
+        seconds: of compression and evaluation.
+        options: of the method, complete.
+        on_front: no other point is both smaller and better.
+    """
+
+    name: str
+    method: str
+    asked: float
+    keep_fraction: float
+    parameters: int
+    predicted_error: float
+    perplexity: float
+    seconds: float
+    options: Mapping[str, Any]
+    on_front: bool = False
+
+
+def points_of(
+    base: Prepared, names: Sequence[str], fractions: Sequence[float], options: Mapping[str, str]
+) -> list[Prepared]:
+    """Return the runs of a sweep, each below ``points/`` of the run that holds the statistics.
+
+    Raises:
+        ConfigError: a method or an option does not exist, or no method has it.
+        PlanError: a target is out of a method's reach.
+    """
+    if base.former:
+        raise ConfigError(
+            f"{base.run.uri}: is a run of several steps; a sweep takes a run of one method",
+            hint="compress-cluster run the first method alone, and sweep that",
+        )
+    unused = set(options)
+    points = []
+    for name in names:
+        spec = methods.spec(name)
+        known = {option.name for option in spec.options}
+        unused -= known
+        own = resolve_options(spec, {k: v for k, v in options.items() if k in known})
+        methods.chosen(name, own)  # before any of them is planned
+        points += [_point(base, name, fraction, own) for fraction in fractions]
+    if unused:
+        raise ConfigError(f"options.{min(unused)}: none of {', '.join(names)} has such an option")
+    return points
+
+
+def sweep(base: Prepared, points: Sequence[Prepared], *, listener: Listener) -> dict[str, Any]:
+    """Calibrate once for all points, make and measure each, and write the front.
+
+    Raises:
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    config = base.config
+    with lease.held(base.run), ray_cluster.connected(
+        config.address,
+        num_cpus=config.workers * config.threads,
+        num_gpus=config.workers if config.device == "cuda" else 0,
+        store_bytes=config.workers * shared_bytes(base.plan.waves[0][0]),
+    ), preemption.watchers(config.address) as watchers:  # fmt: skip
+        return sweep_on(base, points, RayExecutor(watchers=watchers), listener=listener)
+
+
+def sweep_on(
+    base: Prepared, points: Sequence[Prepared], executor: Executor, *, listener: Listener
+) -> dict[str, Any]:
+    """Do a sweep on an executor; every phase skips the units that have a record."""
+    wanted = frozenset(s for point in points for s in point.statistics)
+    base = replace(base, extra_statistics=wanted)
+    open_run(base)
+    journal = Journal(base.run, listener)
+    pool = new_pool(base, executor, journal)
+    try:
+        context = RunContext(
+            prepared=base, form=base.plan.form, run=base.run, ledger=Ledger(base.run),
+            journal=journal, pool=pool,
+        )  # fmt: skip
+        calibrate(context)
+        for point in {point.spec.name: point for point in points}.values():
+            # Curves do not depend on the size that is asked for: found once, here.
+            own = replace(point, extra_statistics=wanted)
+            measured(replace(context, prepared=own, form=point.plan.form))
+        dense = evaluate(context, evaluation_plan(base), dense_subject(base))
+        found = []
+        for number, point in enumerate(points, start=1):
+            name = _name(point.spec.name, point.config.keep_fraction or 1.0)
+            journal.tell("step", unit=name, detail=f"point {number} of {len(points)}")
+            found.append(_measure(point, pool, listener))
+    finally:
+        pool.close()
+        journal.flush()
+    document = {
+        "model": base.config.model,
+        "dense": {"perplexity": dense.perplexity, "parameters": base.plan.parameters_before},
+        "points": [_plain(point) for point in with_front(found)],
+    }
+    base.run.write(PARETO, json.dumps(document, indent=1, sort_keys=True).encode())
+    base.run.write(PAGE, render_pareto(document).encode())
+    return document
+
+
+def with_front(points: Sequence[Point]) -> list[Point]:
+    """Return the points, smallest first, those marked that none beats in size and perplexity."""
+    ordered = sorted(points, key=lambda p: (p.keep_fraction, p.perplexity))
+    marked = []
+    for point in ordered:
+        beaten = any(
+            o.keep_fraction <= point.keep_fraction
+            and o.perplexity <= point.perplexity
+            and (o.keep_fraction, o.perplexity) != (point.keep_fraction, point.perplexity)
+            for o in ordered
+        )
+        marked.append(replace(point, on_front=not beaten))
+    return marked
+
+
+def exported(base: Prepared, point: str) -> Prepared:
+    """Return the run that verifies one point of a sweep, times it and marks it READY.
+
+    Raises:
+        ConfigError: the sweep has no such point.
+    """
+    if base.run.size(PARETO) is None:
+        raise ConfigError(f"{base.run.uri}: has no sweep", hint="compress-cluster sweep RUN first")
+    found = json.loads(base.run.read(PARETO))["points"]
+    chosen = [p for p in found if p["name"] == point]
+    if not chosen:
+        known = [p["name"] for p in found]
+        raise ConfigError(
+            f"--point {point}: there is no such point{did_you_mean(point, known)}",
+            hint=f"there are: {', '.join(known)}",
+        )
+    return _point(base, chosen[0]["method"], chosen[0]["asked"], chosen[0]["options"])
+
+
+def _measure(prepared: Prepared, pool: Pool, listener: Listener) -> Point:
+    open_run(prepared)
+    journal = Journal(prepared.run, listener)
+    context = RunContext(
+        prepared=prepared, form=prepared.plan.form, run=prepared.run,
+        ledger=Ledger(prepared.run, reuse=Directory(prepared.statistics_uri)),
+        journal=journal, pool=pool,
+    )  # fmt: skip
+    context, losses = compress_and_evaluate(context)
+    after = context.parameters_after
+    ends = [e for e in journal.events if e["kind"] == "phase ends"]
+    return Point(
+        name=_name(prepared.spec.name, prepared.config.keep_fraction or 1.0),
+        method=prepared.spec.name,
+        asked=prepared.config.keep_fraction or 1.0,
+        keep_fraction=after / prepared.plan.parameters_before,
+        parameters=after,
+        predicted_error=_predicted(context),
+        perplexity=losses["compressed"].perplexity,
+        seconds=sum(event["seconds"] for event in ends),
+        options=dict(prepared.options),
+    )
+
+
+def _predicted(context: RunContext) -> float:
+    """Return the mean of the relative errors that units reported from their spectra."""
+    errors: list[float] = []
+    for unit in context.units:
+        values = context.ledger.record(unit).values
+        kept, said = values.get("energy_kept"), values.get("errors", {})
+        if isinstance(kept, float):
+            errors.append(max(0.0, 1 - kept) ** 0.5)
+        if isinstance(said, Mapping):
+            errors += [float(v) for v in said.values()]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, Any]) -> Prepared:
+    spec = methods.chosen(method, options)
+    config = base.config.model_copy(
+        update={
+            "method": method,
+            "options": dict(options),
+            "keep_fraction": fraction,
+            "slice": None,
+            "out": base.run.below(f"points/{_name(method, fraction)}"),
+            "stats": base.config.out,
+            "keep_statistics": False,
+        }
+    )
+    if not 0 < fraction <= 1:
+        raise PlanError(f"--keep-fraction {fraction}: must be above 0 and up to 1")
+    sequences, length = base.calibration.shape
+    plan = make_plan(
+        base.plan.shape, spec, options, target=Target(keep_fraction=fraction),
+        work=Workload(
+            sequences=sequences,
+            sequence_length=length,
+            microbatch_sequences=base.identity.microbatch_sequences,
+            shards=base.identity.shards,
+            compute_dtype=base.identity.compute_dtype,
+            evaluation_dtype=exact_dtype(config.device, base.plan.shape.dtype),
+            num_workers=config.workers,
+            worker_bytes=int((config.worker_gib or 0) * GIB),
+            mapped=sums_are_mapped(config),
+        ),
+    )  # fmt: skip
+    given = RunConfig(
+        model=config.model,
+        model_store=config.model_store,
+        method=method,
+        keep_fraction=fraction,
+    )
+    return replace(
+        base, config=config, given=given, spec=spec, options=dict(options), plan=plan,
+        statistics_uri=base.config.out, extra_statistics=frozenset(),
+    )  # fmt: skip
+
+
+def _name(method: str, fraction: float) -> str:
+    return f"{method}-{fraction:g}"
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in point.__slots__}

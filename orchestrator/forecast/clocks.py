@@ -1,0 +1,110 @@
+"""Measured or estimated speeds of a device, kept for the next forecast."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from actors.storage.contents import cache_folder
+from planners.canonical_json import fingerprint, to_json
+from planners.errors import PlanError
+from planners.method import Option, Target
+from planners.model.shape import ModelShape
+from planners.simulation.devices import rates_of
+from planners.simulation.timetable import (
+    Clock,
+    Sample,
+)
+from planners.simulation.work import Data, Work
+
+LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is timed.
+
+    Attributes:
+        config: the model's ``config.json``.
+        shape: its integers.
+        method: a file of ``actors/methods``.
+        options: of the method, complete.
+        target: how small, which says how wide the sample's result is.
+        data: of the run; a sample takes less of it.
+        device: ``cpu`` or ``cuda``.
+        threads: of a worker.
+    """
+
+    config: Mapping[str, Any]
+    shape: ModelShape
+    method: str
+    options: Mapping[str, Option]
+    target: Target
+    data: Data
+    device: str
+    threads: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a measurement is of: with another value it is another."""
+        shape = to_json(self.shape)
+        del shape["num_layers"]  # a layer is timed, however many there are
+        return {
+            "device": device_name(self.device),
+            "threads": self.threads,
+            "versions": {name: metadata.version(name) for name in LIBRARIES},
+            "shape": shape,
+            "method": self.method,
+            "options": to_json(self.options),
+            "target": to_json(self.target),
+            "dtype": self.data.dtype,
+            "sequence_length": self.data.sequence_length,
+            "microbatch_tokens": self.data.microbatch_tokens,
+        }
+
+
+def device_name(device: str) -> str:
+    """Return what a machine calls its processor or accelerator."""
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def kept_clock(setting: Setting) -> Clock | None:
+    """Return the clock of an earlier measurement of this setting on this machine, if there is."""
+    try:
+        found = json.loads(kept_path(setting).read_text(encoding="utf-8"))
+        samples = {
+            kind: Sample(seconds=s["seconds"], spread=s["spread"], work=Work(**s["work"]))
+            for kind, s in found["samples"].items()
+        }
+        rest = {k: v for k, v in found.items() if k not in ("samples", "rates", "key")}
+        rest["notes"] = tuple(rest["notes"])
+        return Clock(rates=Work(**found["rates"]), samples=samples, **rest)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # none, torn, or of an older version: it is measured again or estimated
+
+
+def estimated_clock(setting: Setting, device: str) -> Clock:
+    """Return a clock from published peaks of a device, which says that it is estimated.
+
+    Raises:
+        PlanError: nobody knows the device.
+    """
+    rates = rates_of(device, setting.data.dtype, threads=setting.threads)
+    if rates is None:
+        raise PlanError(f"nothing is known of how fast a {device} is")
+    return Clock(rates=rates, source=f"estimated from published peaks of {device}, not measured")
+
+
+def kept_path(setting: Setting) -> Path:
+    """Return the file that keeps what was measured of a setting on this machine."""
+    return cache_folder() / "measured" / f"{fingerprint(setting.key)[:16]}.json"

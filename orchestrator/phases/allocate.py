@@ -1,0 +1,111 @@
+"""A few floats a layer -> the widths of every layer, exactly within the budget."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+from orchestrator.engine.dispatch import run_units
+from orchestrator.phases.context import RunContext
+from planners.budget.candidates import NAME as CANDIDATES
+from planners.canonical_json import to_json
+from planners.errors import NumericsError, PlanError
+from planners.overflow import found_behind
+from planners.units.units import Unit, damage_units, losses_units
+
+
+def allocate(context: RunContext) -> RunContext:
+    """Return a context with its final widths, measuring first what the method wants to know.
+
+    Raises:
+        PlanError: the budget cannot be met.
+        CompressionError: a layer could not be measured.
+    """
+    prepared = context.prepared
+    spec, options = prepared.spec, prepared.options
+    if spec.allocate is None or not spec.measures(options):
+        return replace(context, form=prepared.plan.form)
+    findings = _findings(context, measured(context))
+    try:
+        allocation = spec.allocate(
+            prepared.plan.shape, prepared.start, prepared.config.target, options, findings
+        )
+    except NumericsError as error:
+        raise found_behind(error, prepared.identity.compute_dtype) from error
+    said = {
+        "measured": spec.measures(options),
+        "findings": _small(findings),
+        "form": to_json(allocation.form),
+        **({"makers": to_json(allocation.makers)} if allocation.makers else {}),
+    }
+    context.run.write("allocation.json", json.dumps(said, indent=1, sort_keys=True).encode())
+    return replace(context, form=allocation.form, makers=allocation.makers)
+
+
+def _findings(context: RunContext, units: list[Unit]) -> list[Mapping[str, object]]:
+    """Return what was found out of each layer; what others who compete would do to it, too."""
+    joining = _joining(context)
+    findings: list[Mapping[str, object]] = []
+    for own, *others in zip(units[: len(context.sums)], *joining.values(), strict=True):
+        found = dict(context.ledger.record(own).values)
+        if others:
+            curves = [context.ledger.record(unit).values["curves"] for unit in others]
+            found[CANDIDATES] = dict(zip(joining, curves, strict=True))
+        findings.append(found)
+    return findings
+
+
+def measured(context: RunContext) -> list[Unit]:
+    """Return the units whose records hold what was asked for, doing those that are not done."""
+    units = measuring(context)
+    if not units:
+        return context.sums
+    left = context.ledger.todo(units)
+    if left:
+        joining = _joining(context)
+        jobs = [(units[: len(context.sums)], context.job)]
+        for other in context.prepared.spec.candidates[1:]:
+            job = replace(context.job, method=other.spec.name, options=other.options)
+            jobs.append((joining[other.spec.name], job))
+        with context.phase("allocate", total=len(left)):
+            for each, job in jobs:
+                run_units(context.pool, each, job, ledger=context.ledger, journal=context.journal)
+    return units
+
+
+def measuring(context: RunContext) -> list[Unit]:
+    """Return the units that measure what the sums do not tell; nothing where they tell all."""
+    spec, options = context.prepared.spec, context.prepared.options
+    wanted = spec.measures(options)
+    if wanted in ("", "influence"):
+        return []
+    if wanted == "damage":
+        own = damage_units(context.sums, method=spec.name, revision=spec.revision, options=options)
+        return [*own, *(unit for each in _joining(context).values() for unit in each)]
+    if wanted == "losses":
+        return losses_units(
+            context.sums,
+            method=spec.name,
+            revision=spec.revision,
+            modules=spec.shrinks(options),
+            form=context.prepared.plan.form,
+        )
+    raise PlanError(f"{spec.name}: nobody measures {wanted!r}")
+
+
+def _joining(context: RunContext) -> dict[str, list[Unit]]:
+    """Return method -> the units that measure its cuts, of those that compete with the own one."""
+    return {
+        each.spec.name: damage_units(
+            context.sums,
+            method=each.spec.name,
+            revision=each.spec.revision,
+            options=each.options,
+            by=each.spec.name,
+        )
+        for each in context.prepared.spec.candidates[1:]
+    }
+
+
+def _small(findings: list[Mapping[str, object]]) -> list[dict[str, object]]:
+    names = ("influence", "curves", "losses", CANDIDATES)
+    return [{name: f[name] for name in names if name in f} for f in findings]

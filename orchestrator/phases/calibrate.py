@@ -1,0 +1,319 @@
+"""Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
+from actors.storage.files import FileEntry
+from orchestrator.engine.dispatch import run_units, task_of
+from orchestrator.engine.partial_sums import Partials
+from orchestrator.engine.pipeline import Pass, PassPlan, Saving, run_side_by_side
+from orchestrator.phases.context import RunContext
+from orchestrator.rundir.layout import CALIBRATION_TOKENS
+from planners.canonical_json import SCHEMA_VERSION, fingerprint
+from planners.errors import NumericsError
+from planners.model.taps import Statistic, layer_statistics
+from planners.plan import StagePlan
+from planners.units.shards import added_units, rounds, shard_units
+from planners.units.units import Unit, shard_cuts
+
+
+def cut(num_sequences: int, *, size: int) -> list[tuple[int, int]]:
+    """Return the microbatches as row ranges, in order; the last may be smaller."""
+    starts = range(0, num_sequences, size)
+    return [(start, min(start + size, num_sequences)) for start in starts]
+
+
+def boundary_name(stream: str, layer: int, index: int) -> str:
+    """Return the file of the activations that enter a layer."""
+    return f"boundary/{stream}-layer-{layer:05d}-mb-{index:05d}.safetensors"
+
+
+def assignments(  # noqa: PLR0913 each is a field of what it returns
+    wave: Sequence[StagePlan],
+    *,
+    run_uri: str,
+    checkpoint_uri: str,
+    family: str,
+    dtype: str,
+    statistics: frozenset[Statistic] = frozenset(),
+    model_store: str = "",
+) -> list[Assignment]:
+    """Return what each stage of a wave loads."""
+    return [
+        Assignment(
+            run_uri=run_uri,
+            checkpoint_uri=checkpoint_uri,
+            family=family,
+            first=stage.first,
+            last=stage.last,
+            embedding=stage.embedding,
+            head=stage.head,
+            statistics=statistics,
+            dtype=dtype,
+            model_store=model_store,
+        )
+        for stage in wave
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shard:
+    """A part of the calibration tokens and the units of its sums.
+
+    Attributes:
+        number: from 0.
+        microbatches: first, one past the last.
+        units: that lack a record, one a layer.
+        partials: its sums so far.
+    """
+
+    number: int
+    microbatches: tuple[int, int]
+    units: list[Unit]
+    partials: Partials
+
+    def of(self, wave: Sequence[StagePlan]) -> list[Unit]:
+        """Return the units of the layers of a wave."""
+        return [unit for unit in self.units if wave[0].first <= unit.index < wave[-1].last]
+
+
+def calibrate(context: RunContext) -> None:
+    """Accumulate the statistics of every layer that has no record, wave by wave.
+
+    Raises:
+        CompressionError: a weight is broken, or too many workers were lost.
+    """
+    plan = context.prepared.plan
+    todo = context.ledger.todo([unit for unit in context.sums if unit.taps])
+    lacking = [_lacking(context, unit) for unit in todo]
+    rows = cut(len(context.prepared.calibration), size=_size(context))
+    shards = _shards(context, lacking, len(rows))
+    passing = _passing(context, shards)
+    total = sum(_steps_left(wave, here) for wave, here in zip(plan.waves, passing, strict=True))
+    with context.phase("calibrate", total=total):
+        for number, (wave, here) in enumerate(zip(plan.waves, passing, strict=True)):
+            for together in rounds(len(here), plan.chains):
+                passes = [
+                    _pass(context, number, rows, here[shard], first_slot=chain * len(wave))
+                    for chain, shard in enumerate(together)
+                ]
+                run_side_by_side(context.pool, passes)
+            _add_up(context, [u for u in lacking if wave[0].first <= u.index < wave[-1].last])
+            if number > 0 and here:
+                _forget_boundaries(context, wave[0].first, len(rows))
+        if todo:
+            shards[0].partials.clear()
+
+
+def _lacking(context: RunContext, unit: Unit) -> Unit:
+    """Return what is to be summed for a layer: the taps that no file of it holds yet."""
+    missing = context.ledger.missing_taps(unit)
+    if missing == set(unit.taps):
+        return unit
+    # Sums that are there already stay as they are; what is added gets a file of its own.
+    return replace(unit, taps=tuple(sorted(missing)), suffix=f"-{fingerprint(sorted(missing))[:8]}")
+
+
+def _shards(context: RunContext, lacking: Sequence[Unit], num_microbatches: int) -> list[_Shard]:
+    """Return all shards, with the units of each that lack a record."""
+    num_layers = context.prepared.plan.shape.num_layers
+    missing = _missing(lacking, context)
+    cuts = shard_cuts(context.prepared.identity.shards, num_microbatches)
+    found = []
+    for number, microbatches in enumerate(cuts):
+        units = shard_units(lacking, number, len(cuts))
+        # A stage sums the same taps of all its layers; partial sums hold them all.
+        taps = {
+            u.index: tuple(str(s) for s in layer_statistics(missing, u.index, num_layers))
+            for u in units
+        }
+        summed = {u.index: replace(u, taps=taps[u.index]) for u in units}
+        found.append(
+            _Shard(
+                number=number,
+                microbatches=microbatches,
+                units=[u for u in units if len(cuts) == 1 or not context.ledger.done(u)],
+                partials=Partials(context.run, context.ledger, summed),
+            )
+        )
+    return found
+
+
+def _pass(
+    context: RunContext,
+    number: int,
+    rows: list[tuple[int, int]],
+    shard: _Shard,
+    *,
+    first_slot: int,
+) -> Pass:
+    """Return the pass of one shard through one wave, on a chain that begins with a slot."""
+    prepared, wave = context.prepared, context.prepared.plan.waves[number]
+    into, out = wave[0].first, wave[-1].last
+    units = {unit.name: unit for unit in shard.of(wave)}
+    last = out == prepared.plan.shape.num_layers
+    start, stop = shard.microbatches
+    sequences = rows[stop - 1][1] - rows[start][0]
+    tokens = sequences * prepared.calibration.shape[1]
+
+    def on_step(at: int, microbatch: Microbatch, done: StepDone) -> None:
+        index = start + microbatch.index
+        if at == len(wave) - 1 and done.boundary is not None:
+            unit = boundary_unit(context, out, index)
+            context.ledger.commit(unit, _boundary_done(unit, done, done.boundary), attempt=1)
+        context.journal.tell("calibrate", unit=f"microbatch {index}",
+                             worker=f"worker-{first_slot + at}", start=done.started,
+                             seconds=done.seconds, tokens=done.num_tokens,
+                             peak_bytes=done.peak_bytes)  # fmt: skip
+
+    def on_published(task: UnitTask, done: UnitDone) -> None:
+        seen = done.values["num_tokens"]
+        if seen != tokens:
+            raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {tokens}")
+        context.ledger.commit(units[task.unit], done, attempt=1)
+        shard.partials.forget(task.index)
+        context.journal.tell(task.kind, unit=task.unit, worker=done.worker,
+                             start=done.started, seconds=done.seconds,
+                             peak_bytes=done.peak_bytes,
+                             written_bytes=done.written_bytes)  # fmt: skip
+
+    plan = PassPlan(
+        kind="calibrate",
+        assignments=[
+            replace(each, statistics_dtype=_stored_dtype(context), contents=prepared.contents)
+            for each in assignments(
+                wave,
+                run_uri=context.run.uri,
+                checkpoint_uri=prepared.model_uri,
+                family=prepared.plan.shape.family,
+                dtype=prepared.identity.compute_dtype,
+                statistics=_missing(shard.units, context),
+                model_store=prepared.config.model_store,
+            )
+        ],
+        microbatches=[
+            Microbatch(
+                index=index - start,
+                tokens=CALIBRATION_TOKENS,
+                rows=rows[index],
+                observe=True,
+                read_boundary=boundary_name("calibration", into, index) if into else "",
+                write_boundary="" if last else boundary_name("calibration", out, index),
+            )
+            for index in range(start, stop)
+        ],
+        publish=[
+            [task_of(u) for u in units.values() if stage.first <= u.index < stage.last]
+            for stage in wave
+        ],
+        saving=Saving(
+            partials=shard.partials,
+            every=prepared.config.calibration.save_microbatches,
+            stage_bytes=[stage.bytes["statistics"] for stage in wave],
+        ),
+    )
+    return Pass(
+        context.pool, plan, first_slot=first_slot, on_step=on_step, on_published=on_published
+    )
+
+
+def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
+    """Add the shards of these layers, where there are several; they are dropped behind it."""
+    count = context.prepared.identity.shards
+    if count == 1:
+        return
+    shards = [shard_units(lacking, shard, count) for shard in range(count)]
+    units = [*(u for shard in shards for u in shard), *added_units(lacking, shards)]
+    run_units(context.pool, units, context.job, ledger=context.ledger, journal=context.journal)
+
+
+def _stored_dtype(context: RunContext) -> str:
+    """Return how grams are written behind a pass: what is still to be added is not rounded."""
+    identity = context.prepared.identity
+    return identity.statistics_dtype if identity.shards == 1 else "float64"
+
+
+def _steps_left(wave: Sequence[StagePlan], shards: Sequence[_Shard]) -> int:
+    """Return how many microbatches the stages of a wave have before them."""
+    left = 0
+    for shard in shards:
+        start, stop = shard.microbatches
+        layers = {unit.index for unit in shard.units}
+        summed = {p.layer: p.next for p in shard.partials.found(layers)}
+        for stage in wave:
+            mine = [summed.get(i, 0) for i in range(stage.first, stage.last) if i in layers]
+            left += stop - start - min(mine, default=0)
+    return left
+
+
+def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
+    """Return the unit of the activations that enter a layer, for one microbatch."""
+    key = {"schema": SCHEMA_VERSION, "kind": "boundary", "layer": layer, "index": index}
+    identity = fingerprint(context.prepared.identity)
+    return Unit(
+        name=f"boundary-layer-{layer:05d}-mb-{index:05d}",
+        kind="boundary",
+        index=layer,
+        inputs=(),
+        fingerprint=fingerprint({**key, "identity": identity}),
+    )
+
+
+def _passing(context: RunContext, shards: Sequence[_Shard]) -> list[list[_Shard]]:
+    """Return the shards that pass each wave: to be summed there, or for the wave behind it."""
+    found: list[list[_Shard]] = []
+    behind: set[int] = set()
+    for wave in reversed(context.prepared.plan.waves):
+        here = [
+            shard
+            for shard in shards
+            if shard.of(wave)
+            or (shard.number in behind and not _has_passed(context, shard, wave[-1].last))
+        ]
+        found.insert(0, here)
+        behind = {shard.number for shard in here}
+    return found
+
+
+def _has_passed(context: RunContext, shard: _Shard, layer: int) -> bool:
+    """Return whether the activations of a shard that enter a layer are all there."""
+    return all(
+        context.ledger.done(boundary_unit(context, layer, index))
+        for index in range(*shard.microbatches)
+    )
+
+
+def _forget_boundaries(context: RunContext, layer: int, count: int) -> None:
+    for index in range(count):
+        context.run.delete(boundary_name("calibration", layer, index))
+
+
+def _size(context: RunContext) -> int:
+    return context.prepared.identity.microbatch_sequences
+
+
+def _missing(units: Sequence[Unit], context: RunContext) -> frozenset[Statistic]:
+    """Return the statistics that at least one of these units lacks."""
+    names = {tap for unit in units for tap in unit.taps}
+    return frozenset(s for s in context.prepared.statistics if str(s) in names)
+
+
+def _boundary_done(unit: Unit, done: StepDone, entry: FileEntry) -> UnitDone:
+    return UnitDone(
+        unit=unit.name,
+        worker="",
+        incarnation=done.incarnation,
+        device="",
+        files=(entry,),
+        started=done.started,
+        seconds=done.seconds,
+    )
+
+
+def tell_missing(context: RunContext) -> None:
+    """Tell listeners which statistics another run was to give and has not."""
+    uri = context.prepared.statistics_uri
+    missing = {tap for unit in context.sums for tap in context.ledger.missing_taps(unit)}
+    if uri and missing:
+        context.journal.tell("statistics missing", detail=f"{', '.join(sorted(missing))} in {uri}")

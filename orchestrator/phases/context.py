@@ -1,0 +1,148 @@
+"""What every phase of a run is handed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from actors.messages import OF_A_LAYER, CompressionJob, TokenStream, UnitDone, WorkerSetup
+from orchestrator.backend.executor import Executor
+from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
+from orchestrator.engine.work_context import WorkContext
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.rundir.journal import Journal
+from orchestrator.rundir.layout import CALIBRATION_TOKENS
+from planners.canonical_json import fingerprint, to_json
+from planners.model.cost import model_parameters
+from planners.model.form import ModelForm
+from planners.units.units import (
+    Unit,
+    carried_units,
+    compression_units,
+    refit_units,
+    statistics_units,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext(WorkContext):
+    """A run under way, or one step of it: what is to be done, what is done, and who does it.
+
+    Attributes:
+        prepared: what is to be done.
+        form: widths of the result; not final before they are allocated.
+        makers: of each layer, module -> the method that shrinks it, where several compete.
+        turned: the step before, where its statistics are turned and not measured again.
+        steps: what the steps before were, as a report says it.
+    """
+
+    prepared: Prepared
+    form: ModelForm
+    makers: tuple[Mapping[str, str], ...] = ()
+    turned: "RunContext | None" = None
+    steps: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def sums(self) -> list[Unit]:
+        """The statistics units, one a layer."""
+        prepared = self.prepared
+        if self.turned is not None:
+            layers = [unit for unit in self.turned.made if unit.kind == "layer"]
+            return carried_units(prepared.identity, prepared.statistics, self.turned.sums, layers)
+        num_layers = prepared.plan.shape.num_layers
+        return statistics_units(prepared.identity, prepared.statistics, num_layers)
+
+    @property
+    def made(self) -> list[Unit]:
+        """The stream, basis, layer, embedding and head units of the method."""
+        prepared = self.prepared
+        size = prepared.identity.microbatch_sequences
+        units = compression_units(
+            self.sums,
+            spec=prepared.spec,
+            options=prepared.options,
+            form=self.form,
+            num_microbatches=-(-len(prepared.calibration) // size),
+            makers=self.makers,
+        )
+        return [self._with_own_options(unit) for unit in units]
+
+    def _with_own_options(self, unit: Unit) -> Unit:
+        """Return a layer's unit as that of the options that it alone has."""
+        own = self.prepared.layer_options.get(unit.index)
+        if not own or unit.kind not in OF_A_LAYER:
+            return unit
+        key = {"of": unit.fingerprint, "layer options": to_json(own)}
+        return replace(unit, fingerprint=fingerprint(key))
+
+    @property
+    def refitting(self) -> tuple[list[Unit], list[Unit]]:
+        """The second pass and the layers that come of it; nothing where there is none."""
+        drafts = [unit for unit in self.made if unit.kind == "draft"]
+        return refit_units(drafts) if drafts else ([], [])
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units whose files or bases are in the result."""
+        made = [unit for unit in self.made if unit.lasting and unit.kind != "draft"]
+        return [*self.refitting[1], *made]
+
+    def in_fresh_process(self, unit: Unit, method: str, request: object) -> UnitDone:
+        """Return an evaluator's answer to a request, and tell the journal; record nothing."""
+        config = self.prepared.config
+        fresh = FreshProcess(unit=unit.name, threads=config.threads, device=config.device)
+        tell = self.journal.tell
+        done = in_fresh_process(self.pool.executor, fresh, method, request, tell=tell)
+        tell(
+            unit.kind, unit=unit.name, worker=done.worker, start=done.started, seconds=done.seconds
+        )
+        return done
+
+    @property
+    def parameters_after(self) -> int:
+        """Distinct elements of the result."""
+        return model_parameters(self.prepared.plan.shape, self.form)
+
+    @property
+    def job(self) -> CompressionJob:
+        """What the compression units share."""
+        prepared = self.prepared
+        return CompressionJob(
+            run_uri=self.run.uri,
+            checkpoint_uri=prepared.model_uri,
+            model_store=prepared.config.model_store,
+            sums={unit.index: self.ledger.files(unit) for unit in self.sums},
+            method=prepared.spec.name,
+            options=prepared.options,
+            layer_options=prepared.layer_options,
+            shape=prepared.plan.shape,
+            form=self.form,
+            stream=TokenStream(
+                tokens=CALIBRATION_TOKENS,
+                num_sequences=len(prepared.calibration),
+                microbatch_sequences=prepared.identity.microbatch_sequences,
+                dtype=prepared.identity.compute_dtype,
+            ),
+            former=None if self.turned is None else self.turned.job,
+            makers=self.makers,
+            candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},
+            statistics_dtype=prepared.identity.statistics_dtype,
+            contents=prepared.contents,
+        )
+
+
+def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
+    """Start the workers of a run: as many as the widest wave of any of its steps has stages."""
+    setup = WorkerSetup(
+        name="pattern",
+        incarnation="",
+        threads=prepared.config.threads,
+        device=prepared.config.device,
+    )
+    return Pool(
+        executor,
+        setup,
+        num_workers=max(step.plan.num_workers for step in (*prepared.former, prepared)),
+        journal=journal,
+        place_seconds=prepared.config.place_seconds,
+    )

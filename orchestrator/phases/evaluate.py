@@ -1,0 +1,184 @@
+"""Perplexity through the stages that calibrate; what a process of its own says to a request."""
+
+import math
+from dataclasses import dataclass, replace
+
+from actors.messages import Microbatch, StepDone, UnitDone, UnitTask
+from orchestrator.engine.pipeline import Pass, PassPlan, run_side_by_side
+from orchestrator.engine.work_context import WorkContext
+from orchestrator.phases.calibrate import assignments, boundary_name, cut
+from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.rundir.layout import EVALUATION_TOKENS
+from planners.canonical_json import SCHEMA_VERSION, fingerprint
+from planners.errors import NumericsError
+from planners.overflow import OTHER_WEIGHTS, overflowed
+from planners.units.units import Unit, shard_cuts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """Sum of -log p over the predicted tokens, in nats, and their number."""
+
+    nats: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean; infinite where it leaves the floating point range."""
+        mean = self.nats / self.num_tokens
+        return math.exp(mean) if mean < math.log(1e300) else math.inf
+
+
+def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
+    """Return how the models of a run are evaluated: in the stages that calibrate."""
+    identity, shape = prepared.identity, prepared.plan.shape
+    return EvaluationPlan(
+        family=shape.family,
+        waves=prepared.plan.waves,
+        chains=prepared.plan.chains,
+        num_sequences=len(prepared.evaluation),
+        microbatch_sequences=identity.microbatch_sequences,
+        tokens_hash=prepared.evaluation_hash,
+        dtype=exact_dtype(identity.device, shape.dtype),
+        threads=identity.threads,
+        device=identity.device,
+    )
+
+
+def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Loss:
+    """Return the loss of a model on the evaluation tokens, part by part, each with a record.
+
+    Raises:
+        NumericsError: a part has a loss that is not a number.
+    """
+    rows = cut(plan.num_sequences, size=plan.microbatch_sequences)
+    units = [_part(plan, subject, index, ab) for index, ab in enumerate(rows)]
+    todo = {unit.name for unit in context.ledger.todo(units)}
+    waves = plan.waves if todo else ()
+    left = [(u, ab) for u, ab in zip(units, rows, strict=True) if u.name in todo]
+    with context.phase("evaluate", total=sum(map(len, waves)) * len(left)):
+        for number in range(len(waves)):
+            _evaluate_wave(context, plan, (subject, number), left)
+    values = [context.ledger.record(unit).values for unit in units]
+    return Loss(
+        nats=math.fsum(_number(v["nats"]) for v in values),
+        num_tokens=int(sum(_number(v["num_tokens"]) for v in values)),
+    )
+
+
+def _evaluate_wave(
+    context: WorkContext,
+    plan: EvaluationPlan,
+    what: tuple[Subject, int],
+    left: list[tuple[Unit, tuple[int, int]]],
+) -> None:
+    wave = plan.waves[what[1]]
+    cuts = shard_cuts(plan.chains, len(left))
+    passes = [
+        _evaluation_pass(context, plan, what, left, (chain * len(wave), cut_))
+        for chain, cut_ in enumerate(cuts)
+    ]
+    run_side_by_side(context.pool, passes)
+    into = wave[0].first
+    if into:  # not before: a replaced worker begins with them again
+        for number in range(len(left)):
+            context.run.delete(boundary_name(f"evaluation-{what[0].name}", into, number))
+
+
+def _evaluation_pass(
+    context: WorkContext,
+    plan: EvaluationPlan,
+    what: tuple[Subject, int],
+    left: list[tuple[Unit, tuple[int, int]]],
+    chain: tuple[int, tuple[int, int]],
+) -> Pass:
+    """Return the pass of some of the parts through one chain: its first slot, and which parts."""
+    subject, wave = what[0], plan.waves[what[1]]
+    first_slot, (start, stop) = chain
+    into, out, last = wave[0].first, wave[-1].last, wave[-1].head
+    stream = f"evaluation-{subject.name}"
+
+    def on_step(at: int, microbatch: Microbatch, done: StepDone) -> None:
+        unit = left[start + microbatch.index][0]
+        context.journal.tell("evaluate", unit=unit.name, worker=f"worker-{first_slot + at}",
+                             start=done.started, seconds=done.seconds,
+                             tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
+        if last and at == len(wave) - 1:
+            context.ledger.commit(unit, _part_done(unit, done, plan.dtype), attempt=1)
+
+    def on_published(task: UnitTask, done: UnitDone) -> None:
+        raise AssertionError(f"{task.unit}: an evaluation publishes nothing, not {done}")
+
+    passing = PassPlan(
+        kind="evaluate",
+        assignments=[
+            replace(each, contents=subject.contents)
+            for each in assignments(
+                wave,
+                run_uri=context.run.uri,
+                checkpoint_uri=subject.uri,
+                family=plan.family,
+                dtype=plan.dtype,
+                model_store=subject.model_store,
+            )
+        ],
+        microbatches=[
+            Microbatch(
+                index=number - start,
+                tokens=EVALUATION_TOKENS,
+                rows=left[number][1],
+                loss=last,
+                read_boundary=boundary_name(stream, into, number) if into else "",
+                write_boundary="" if last else boundary_name(stream, out, number),
+            )
+            for number in range(start, stop)
+        ],
+        publish=[[] for _ in wave],
+    )
+    return Pass(
+        context.pool, passing, first_slot=first_slot, on_step=on_step, on_published=on_published
+    )
+
+
+def _part(plan: EvaluationPlan, subject: Subject, index: int, rows: tuple[int, int]) -> Unit:
+    key = {
+        "schema": SCHEMA_VERSION,
+        "kind": "evaluation",
+        "model": subject.identity,
+        "tokens": plan.tokens_hash,
+        "rows": list(rows),
+        "dtype": plan.dtype,
+        "threads": plan.threads,
+        "device": plan.device,
+    }
+    return Unit(
+        name=f"evaluation-{subject.name}-part-{index:05d}",
+        kind="evaluate",
+        index=index,
+        inputs=(),
+        fingerprint=fingerprint(key),
+    )
+
+
+def _part_done(unit: Unit, done: StepDone, dtype: str) -> UnitDone:
+    if not math.isfinite(done.nats):
+        raise NumericsError(
+            f"{unit.name}: the loss is not a finite number{overflowed(dtype)}",
+            hint=OTHER_WEIGHTS if dtype == "float16" else "",
+        )
+    return UnitDone(
+        unit=unit.name,
+        worker="",
+        incarnation=done.incarnation,
+        device="",
+        files=(),
+        values={"nats": done.nats, "num_tokens": done.num_predicted},
+        started=done.started,
+        seconds=done.seconds,
+    )
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)  # written by our own units
+    return value

@@ -1,0 +1,50 @@
+"""Write the report, mark the run READY, remove what only the work needed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from actors.storage.files import Directory
+from actors.storage.records import sealed
+from orchestrator.phases.context import RunContext
+from orchestrator.report import render_page
+from orchestrator.rundir.finished import sha256
+from orchestrator.rundir.layout import READY, REPORT, STITCH
+from planners.canonical_json import json_bytes, to_json
+from planners.units.units import Unit
+
+
+def finish(context: RunContext, report: Mapping[str, Any]) -> None:
+    """Write the report, mark the run READY, and drop what only the work needed."""
+    run = context.run
+    data = json_bytes(report)
+    run.write(REPORT, data)
+    run.write("report.html", render_page(report).encode())
+    facts = to_json(context.prepared.facts())
+    mark = {
+        "identity": facts,
+        "created": report["created"],
+        "report": sha256(data),
+        # A basis is not of the result: its files are dropped, its numbers are in the report.
+        "units": sorted({*(u.name for u in context.units if _in_result(context, u)), STITCH}),
+    }
+    run.write(READY, sealed(mark))
+    # Last: a driver that dies before READY finds everything that its successor needs.
+    for name in _spent(run, keep_statistics=context.prepared.config.keep_statistics):
+        run.delete(name)
+
+
+def _in_result(context: RunContext, unit: Unit) -> bool:
+    return any(file.path.startswith("model/") for file in context.ledger.record(unit).files)
+
+
+def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
+    """Return the files that served only the work, and what killed workers left half-written."""
+    passing = [
+        name
+        for folder in ("boundary", "draft", "partial", "refit", "shards")
+        for name in run.names(folder)
+    ]
+    sums = [*run.names("stats"), *run.names("basis")]
+    written = [*sums, *run.names("model"), *run.names("records")]
+    halves = {name for name in written if name.endswith(".tmp")}
+    return sorted({*passing, *halves, *(() if keep_statistics else sums)})

@@ -1,0 +1,189 @@
+"""Open a run directory, and know another run from this one."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from actors.storage.contents import difference
+from actors.storage.files import Directory
+from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.recipe.config import RunConfig, to_yaml
+from orchestrator.rundir.layout import (
+    CALIBRATION_TOKENS,
+    EVALUATION_TOKENS,
+    JOB,
+    READY,
+)
+from orchestrator.rundir.lease import NAME as LEASE
+from orchestrator.rundir.statistics import IDENTITY, MODEL, plan_of, short
+from orchestrator.rundir.versions import environment
+from planners.canonical_json import json_bytes, to_json
+from planners.errors import ConfigError, DataError, StorageError
+
+
+def check_run(prepared: Prepared) -> bool:
+    """Return whether the directory holds this run already; nothing is written.
+
+    Raises:
+        ConfigError: the directory holds another run, or the statistics to reuse are of another
+            model or data; the message says what differs.
+        StorageError: it holds something that is no run.
+    """
+    require_same(prepared)
+    known = _is_this_run(prepared)
+    if not known:
+        _refuse_what_is_no_run(prepared.run)
+    return known
+
+
+def open_run(prepared: Prepared) -> None:
+    """Write the recipe, plan, environment and tokens, or see that they are those of this run.
+
+    Raises:
+        ConfigError: see `check_run`.
+        StorageError: see `check_run`, or the directory cannot be written.
+    """
+    run = prepared.run
+    known = check_run(prepared)
+    if not known:
+        run.delete(READY)  # of a run whose plan was torn
+    # First: from here on, whatever else lies here is of this run.
+    write_plan(prepared)
+    for name, tokens, source in (
+        (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
+        (EVALUATION_TOKENS, prepared.evaluation, prepared.config.evaluation.source),
+    ):
+        if not known or not _holds_tokens(run, name, tokens):
+            run.write(name, tokens_to_parquet(tokens, {"source": source}))
+    run.write("run.yaml", to_yaml(prepared.config, prepared.given).encode())
+    run.write("environment.json", json_bytes(environment()))
+
+
+def write_plan(prepared: Prepared) -> None:
+    """Write what a run is, what it does and what that was expected to take."""
+    content: dict[str, Any] = {
+        "title": prepared.title,
+        "identity": to_json(prepared.facts()),
+        "model": dict(prepared.origin.contents),
+        "plan": to_json(prepared.plan),
+    }
+    if prepared.expected:
+        content["forecast"] = dict(prepared.expected)
+    prepared.run.write("plan.json", json_bytes(content))
+
+
+def recipe_of(run: Directory) -> RunConfig:
+    """Return the recipe of an existing run, as it was resolved.
+
+    Raises:
+        StorageError: there is no run, or its recipe is broken.
+    """
+    if run.size("run.yaml") is None:
+        raise StorageError(f"{run.uri}: there is no run here", hint="give the --out of a run")
+    try:
+        config = RunConfig.model_validate(yaml.safe_load(run.read("run.yaml")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise StorageError(f"{run.path('run.yaml')}: is not a recipe of ours: {error}") from error
+    return config.model_copy(update={"out": run.uri})
+
+
+def _refuse_what_is_no_run(run: Directory) -> None:
+    """Refuse to spread a run among files that are not of one, such as a model's or a home's."""
+    if run.size("run.yaml") is not None or run.size("plan.json") is not None:
+        return  # of a run whose plan was torn or lost
+    strange = [
+        name
+        for name in run.entries()
+        if not name.startswith((".", LEASE, JOB)) and not name.endswith(".tmp")
+    ]
+    if strange:
+        raise StorageError(
+            f"{run.uri}: holds {strange[0]!r} and is no run directory",
+            hint="use another --out: a new or an empty directory",
+        )
+
+
+def _is_this_run(prepared: Prepared) -> bool:
+    """Return whether the directory holds this run, and not none yet."""
+    run, facts = prepared.run, to_json(prepared.facts())
+    if run.size("plan.json") is None:
+        return False
+    try:
+        plan = json.loads(run.read("plan.json"))
+        old = plan["identity"]
+        differ = [key for key in facts if old.get(key) != facts[key]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # torn by a crash before anything else was written
+    if "schema" in differ:
+        raise ConfigError(
+            f"{run.uri} holds a run of another version of compress-cluster: its files are of "
+            f"schema {old.get('schema', 1)}, those of this version of {facts['schema']}",
+            hint="use another --out, or the version that began this run",
+        )
+    if differ:
+        said = [f"{key} was {short(old.get(key))}, is {short(facts[key])}" for key in differ]
+        there = "the options of the run that is there"
+        if MODEL in differ and (changed := _changed_parts(plan, prepared)):
+            said.insert(0, changed)
+            there = "put back the model that the run there began with"
+        raise ConfigError(
+            f"{run.uri} holds another run: {'; '.join(said)}",
+            hint=f"use another --out, or {there}",
+        )
+    return True
+
+
+def _holds_tokens(run: Directory, name: str, tokens: np.ndarray) -> bool:
+    if run.size(name) is None:
+        return False
+    try:
+        return bool(np.array_equal(tokens_from_parquet(run.read(name)), tokens))
+    except DataError:
+        return False
+
+
+def require_same(prepared: Prepared) -> None:
+    """See that the statistics a run is to reuse are those that it would make itself.
+
+    Raises:
+        ConfigError: they are of another model, other data or made otherwise; the message says what
+            differs.
+        StorageError: there is no run.
+    """
+    first = prepared.origin  # of several steps the first alone begins with the model
+    if not first.statistics_uri:
+        return
+    run, facts = Directory(first.statistics_uri), first.facts()
+    plan = plan_of(run)
+    theirs = plan["identity"]
+    if "steps" in theirs:
+        raise ConfigError(
+            f"stats: {run.uri} is a run of several steps; what it kept is of the model between two",
+            hint=f"give its first step: {run.below('steps/1-' + theirs['steps'][0]['method'])}",
+        )
+    differ = [key for key in IDENTITY if theirs.get(key) != facts[key]]
+    if "schema" in differ:
+        raise ConfigError(
+            f"stats: {run.uri} is a run of another version of compress-cluster: its files are of "
+            f"schema {theirs.get('schema', 1)}, those of this version of {facts['schema']}",
+            hint="leave out --stats, or use the version that made those statistics",
+        )
+    if differ:
+        said = [f"{k} is {short(facts[k])}, theirs {short(theirs.get(k))}" for k in differ]
+        if MODEL in differ and (changed := _changed_parts(plan, first)):
+            said.insert(0, changed)
+        raise ConfigError(
+            f"stats: the statistics of {run.uri} cannot serve this run: {'; '.join(said)}",
+            hint="give the same model, calibration data and settings, or leave out --stats",
+        )
+
+
+def _changed_parts(plan: Mapping[str, Any], prepared: Prepared) -> str:
+    """Return which parts of the model are not what they were when a plan was written, in words."""
+    old = plan.get("model")
+    return difference(old, prepared.origin.contents) if isinstance(old, dict) else ""

@@ -1,0 +1,54 @@
+"""The second pass: dense and compressed layers side by side, and which layers are the result."""
+
+from orchestrator.engine.dispatch import run_units
+from orchestrator.phases.context import RunContext
+from orchestrator.phases.evaluate import Loss
+from planners.units.units import Unit
+
+
+def refit(context: RunContext) -> None:
+    """Refit the drafted layers where the recipe says so, and make the better ones the result.
+
+    Raises:
+        CompressionError: see `orchestrator.engine.dispatch.run_units`.
+    """
+    chain, chosen = context.refitting
+    _reopen(context, chain)
+    units = [*chain, *chosen]
+    num_left = len(context.ledger.todo(units))
+    if num_left:
+        with context.phase("refit", total=num_left):
+            run_units(
+                context.pool, units, context.job, ledger=context.ledger, journal=context.journal
+            )
+    if chain:
+        for name in context.run.names("boundary"):
+            if name.startswith("boundary/refit-"):
+                context.run.delete(name)
+
+
+def refit_losses(context: RunContext) -> tuple[dict[str, Loss], bool]:
+    """Return the held-out losses of the dense, drafted and refitted model; if the last is used."""
+    values = context.ledger.record(context.refitting[0][-1]).values
+    nats, num_tokens, used = values["nats"], values["num_tokens"], values["used"]
+    assert isinstance(nats, dict)  # written by our own unit
+    assert isinstance(num_tokens, int)
+    return {n: Loss(nats=each, num_tokens=num_tokens) for n, each in nats.items()}, bool(used)
+
+
+def _reopen(context: RunContext, chain: list[Unit]) -> None:
+    """Count units of the chain as not done whose boundary is gone though the next one needs it.
+
+    A boundary lives no longer than the layer that reads it, so it is not among a record's files.
+    """
+    needed = False
+    for unit in reversed(chain):
+        if needed and context.ledger.done(unit) and not _left_boundary(context, unit):
+            context.ledger.forget(unit)
+        needed = not context.ledger.done(unit)
+
+
+def _left_boundary(context: RunContext, unit: Unit) -> bool:
+    files = context.ledger.record(unit).values["boundary"]
+    assert isinstance(files, list)  # written by our own units
+    return all(context.run.size(file["path"]) == file["bytes"] for file in files)

@@ -1,0 +1,174 @@
+"""Layer files -> one Hugging Face checkpoint: writes an index, moves no tensor."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from importlib import metadata, resources
+from typing import Any
+
+from actors.messages import UnitDone
+from actors.storage.checkpoint import INDEX
+from actors.storage.contents import TAKEN_OVER, tokenizer_hash
+from actors.storage.files import Directory, FileEntry
+from actors.storage.tensors import TORCH_DTYPE
+from orchestrator.phases.context import RunContext
+from orchestrator.prepare.evaluation_plan import Subject
+from orchestrator.prepare.model_config import least_transformers, result_config, stored
+from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
+from planners.errors import ModelError
+from planners.families import load as load_family
+from planners.model.weight_files import weight_files
+from planners.units.units import Unit
+
+CODE = "modeling_compressed.py"
+
+
+def stitch_unit(context: RunContext) -> Unit:
+    """Return the unit whose fingerprint stands for every byte of the result."""
+    key = {
+        "schema": SCHEMA_VERSION,
+        "kind": "stitch",
+        "inputs": [unit.fingerprint for unit in context.units],
+        "code": code_hash(),
+    }
+    names = tuple(unit.name for unit in context.units)
+    return Unit(name="stitch", kind="stitch", index=-1, inputs=names, fingerprint=fingerprint(key))
+
+
+def stitch(context: RunContext) -> None:
+    """Write everything of the checkpoint that is not a layer file."""
+    unit = stitch_unit(context)
+    if not context.ledger.todo([unit]):
+        return
+    with context.phase("stitch", total=1):
+        started, begun = time.time(), time.monotonic()
+        files = _write_model(context)
+        done = UnitDone(unit=unit.name, worker="driver", incarnation="", device="", files=files,
+                        started=started, seconds=time.monotonic() - begun)  # fmt: skip
+        context.ledger.commit(unit, done, attempt=1)
+        context.journal.tell("stitch", unit=unit.name, worker="driver", start=started,
+                             seconds=done.seconds)  # fmt: skip
+
+
+def stitched(context: RunContext) -> Subject:
+    """Return the result as something to be evaluated."""
+    identity = stitch_unit(context).fingerprint
+    return Subject(name="compressed", uri=context.run.below("model"), identity=identity)
+
+
+def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
+    run, prepared = context.run, context.prepared
+    plan, form, source = prepared.plan, context.form, Directory(prepared.model_uri)
+    chain = [*prepared.former, prepared]
+    compression = {
+        "model": prepared.config.model,
+        "revision": prepared.origin.revision,
+        "method": " + ".join(step.spec.name for step in chain),
+        "options": dict(prepared.options),
+        "keep_fraction": context.parameters_after / plan.parameters_before,
+        "parameters": [plan.parameters_before, context.parameters_after],
+        "native": form.native,
+        "version": metadata.version("compress-cluster"),
+    }
+    if not form.native:
+        compression["requires"] = f"transformers>={least_transformers()}"
+    if context.makers:
+        compression["makers"] = to_json(context.makers)
+    if prepared.former:
+        compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
+        del compression["options"]
+    files = [run.write(f"model/{INDEX}", _json(_index(context)))]
+    new_config = stored({
+        **result_config(prepared.model_config, plan.shape, form),
+        "compression": compression,
+    })  # fmt: skip
+    files.append(run.write("model/config.json", _json(new_config)))
+    if not form.native:
+        files.append(run.write(f"model/{CODE}", _code()))
+    if tokenizer_hash(source) != prepared.tokenizer_hash:
+        raise ModelError(
+            f"{source.uri}: the tokenizer, or generation_config.json, is not what it was when this "
+            "run began with the model",
+            hint="put it back and run the same command again; for the model as it is now, use "
+            "another --out",
+        )
+    present = [name for name in TAKEN_OVER if source.size(name) is not None]
+    files += [run.write(f"model/{name}", source.read(name)) for name in present]
+    files.append(run.write("model/README.md", _card(compression).encode()))
+    return tuple(files)
+
+
+def code_hash() -> str:
+    """Return the sha256 of the code that travels with a result."""
+    return hashlib.sha256(_code()).hexdigest()
+
+
+def _code() -> bytes:
+    return resources.files("actors.modeling").joinpath(CODE).read_bytes()
+
+
+def _index(context: RunContext) -> dict[str, Any]:
+    """Return which file holds each tensor, and the bytes of all of them without their headers."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    names = weight_files(context.form)
+    norm = load_family(context.prepared.plan.shape.family).final_norm
+    for unit in context.units:
+        tensors = context.ledger.record(unit).values.get("tensors", {})
+        assert isinstance(tensors, dict)  # written by our own units
+        for name, said in tensors.items():
+            weight_map[name] = names["norm" if name == norm else unit.name]
+            total += math.prod(said["shape"]) * TORCH_DTYPE[said["dtype"]].itemsize
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _card(compression: Mapping[str, Any]) -> str:
+    before, after = compression["parameters"]
+    code = "" if compression["native"] else ", trust_remote_code=True"
+    needs = f"\n{_needs(compression)}\n" if "requires" in compression else ""
+    tags = ", ".join(compression["method"].split(" + "))
+    return f"""---
+library_name: transformers
+tags: [compressed, {tags}]
+---
+# {compression["model"]}, compressed with {compression["method"]}
+
+{after:,} parameters of {before:,} \
+({after / before:.1%}, true counts), made with compress-cluster {compression["version"]}.
+{_options(compression)} Revision of the original weights: `{compression["revision"]}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("."{code})
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+{needs}
+The licence of the original model applies to these weights.
+"""
+
+
+def _needs(compression: Mapping[str, Any]) -> str:
+    return (
+        f"This needs `{compression['requires']}`. `{CODE}` beside the weights holds the model's\n"
+        "code, and runs only with `trust_remote_code=True`; without it loading the model fails.\n"
+        "The tokenizer needs no code."
+    )
+
+
+def _options(compression: Mapping[str, Any]) -> str:
+    def said(options: Mapping[str, Any]) -> str:
+        return ", ".join(f"{k}={v}" for k, v in options.items())
+
+    if "steps" not in compression:
+        return f"Options: {said(compression['options'])}."
+    lines = []
+    for number, step in enumerate(compression["steps"], start=1):
+        size = ", ".join(f"{k} {step[k]}" for k in ("keep_fraction", "slice") if k in step)
+        lines.append(f"\n{number}. {step['method']}, {size}: {said(step['options'])}")
+    return "Steps, each with what is left of the input model after it:\n" + "".join(lines) + "\n\n"
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True).encode()

@@ -1,0 +1,59 @@
+"""Reload the result from its directory alone, in a fresh process, and compare."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from actors.messages import VerifyRequest
+from orchestrator.phases.context import RunContext
+from orchestrator.prepare.evaluation_plan import Subject
+from planners.canonical_json import SCHEMA_VERSION, fingerprint
+from planners.errors import NumericsError
+from planners.overflow import OTHER_WEIGHTS
+from planners.units.units import Unit
+
+SEQUENCES, TOKENS = 2, 64  # what the result is run on
+FITS = 0.4  # of a worker's memory: the model, a float32 copy of it, and activations
+
+
+def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
+    """Return the checks of the written result.
+
+    Raises:
+        NumericsError: a check did not hold; the message says which, and nothing is marked READY.
+    """
+    key = {"schema": SCHEMA_VERSION, "kind": "verify", "of": subject.identity}
+    unit = Unit(name="verify", kind="verify", index=-1, inputs=(), fingerprint=fingerprint(key))
+    if not context.ledger.todo([unit]):
+        return context.ledger.record(unit).values
+    plan = context.prepared.plan
+    memory = (context.prepared.config.worker_gib or 0) * 2**30
+    request = VerifyRequest(
+        uri=subject.uri,
+        family=plan.shape.family,
+        tensors=written_tensors(context),
+        ids=context.prepared.evaluation[:SEQUENCES, :TOKENS].tolist(),
+        whole=context.parameters_after * 4 < FITS * memory,
+    )
+    with context.phase("verify", total=1):
+        done = context.in_fresh_process(unit, "verify", request)
+        checks = done.values["checks"]
+        assert isinstance(checks, list)  # written by our own evaluator
+        failed = [c for c in checks if not c["passed"]]
+        if failed:
+            said = "; ".join(f"{c['name']} ({c['detail']})" for c in failed)
+            half = plan.shape.dtype == "float16"
+            raise NumericsError(
+                f"the result does not prove itself: {said}", hint=OTHER_WEIGHTS if half else ""
+            )
+        context.ledger.commit(unit, done, attempt=1)
+    return done.values
+
+
+def written_tensors(context: RunContext) -> dict[str, Any]:
+    """Return name -> sha256, shape and dtype of every tensor of the result, as computed."""
+    tensors: dict[str, Any] = {}
+    for unit in context.units:
+        found = context.ledger.record(unit).values.get("tensors", {})
+        assert isinstance(found, dict)  # written by our own units
+        tensors |= found
+    return tensors

@@ -1,0 +1,163 @@
+"""The door: everything that can be wrong is found here, before a worker or a device is held."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from actors import methods
+from actors.storage import door
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.contents import revision_of, tokenizer_hash
+from actors.storage.files import Directory
+from actors.storage.sources import resolve_model, resolve_store
+from actors.storage.tokens import prepare_tokens, tokens_hash
+from orchestrator.prepare.evaluation_plan import exact_dtype
+from orchestrator.prepare.machine import GIB, chosen_device, sums_are_mapped, usable_gib
+from orchestrator.prepare.prepared import Prepared
+from orchestrator.prepare.steps import StepInput, chained, planned
+from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
+from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
+from planners.errors import ModelError
+from planners.families.llama import DEFAULTS, windows
+from planners.model.cost import dense_start
+from planners.planning import Workload
+from planners.steps import require_disjoint
+from planners.units.units import Identity
+
+WINDOW = "sliding_window"
+
+
+def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
+    """Return a run whose model, data, method and plan have been checked.
+
+    All of the model is read, for what it is and whether its values are finite.
+
+    Args:
+        given: the recipe.
+        only_plan: nothing will be done: leave the weights of 1 GB and more unread, unless they are
+            to be compared with those that statistics are of. The run has no revision then.
+
+    Raises:
+        ConfigError: an option is wrong, or the target is out of reach.
+        ModelError: the model is missing, broken or not supported.
+        DataError: there is too little text, or it cannot be read.
+        StorageError: the run directory is none that can be named.
+        ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
+    """
+    named = [methods.spec(step.method) for step in given.chain]
+    options = resolve_steps(given, named)
+    specs = chosen_methods(given, options)
+    require_disjoint(list(zip(specs, options, strict=True)))
+    if given.out:
+        Directory(given.out)  # before it is shown to anybody
+    source = resolve_model(given.model, copy=given.address == "local")
+    store = resolve_store(given.model_store)
+    checkpoint = Checkpoint(source.uri, model_store=store)
+    shape = checkpoint.shape
+    door.check(checkpoint)
+    unread = only_plan and not given.stats and not checkpoint.is_small
+    contents = {} if unread else checkpoint.contents
+    revision = revision_of(contents) if contents else ""
+    device = chosen_device(given.device, given.address)
+    facts = Facts(
+        model_name=source.name,
+        longest=longest_sequence(checkpoint.config)[0],
+        longest_key=longest_sequence(checkpoint.config)[1],
+        options=options,
+        device=device,
+        calibration_dtype=exact_dtype(device, shape.dtype),  # type: ignore[arg-type] # checked at the door
+        worker_gib=round(usable_gib(device, given.workers), 1),
+    )
+    layer_options = resolve_layer_options(specs[0], given.layer_options)
+    config = resolved(given, facts).model_copy(
+        update={"layer_options": layer_options, "model_store": store}
+    )
+    calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
+    config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
+    sequences, length = calibration.shape
+    size = min(sequences, max(1, config.calibration.microbatch_tokens // length))
+    shards = min(config.calibration.shards, -(-sequences // size))
+    work = Workload(
+        sequences=sequences,
+        sequence_length=length,
+        microbatch_sequences=size,
+        shards=shards,
+        compute_dtype=config.calibration_dtype,
+        evaluation_dtype=exact_dtype(device, shape.dtype),
+        statistics_dtype=config.statistics_dtype,
+        num_workers=config.workers,
+        worker_bytes=int((config.worker_gib or 0) * GIB),
+        mapped=sums_are_mapped(config),
+    )
+    start = dense_start(shape)
+    steps = list(zip(specs, options, strict=True))
+    dense = StepInput(config=checkpoint.config, shape=shape, start=start)
+    path = "steps[0]" if config.steps else ""
+    first = Prepared(
+        config=config,
+        given=given,
+        model_uri=source.uri,
+        model_config=checkpoint.config,
+        revision=revision,
+        contents=contents,
+        tokenizer_hash=tokenizer_hash(checkpoint.directory),
+        spec=specs[0],
+        options=options[0],
+        plan=planned(steps[0], config.chain[0].target, dense, work, path=path),
+        identity=Identity(
+            model_revision=revision,
+            calibration_hash=tokens_hash(calibration),
+            microbatch_sequences=size,
+            compute_dtype=config.calibration_dtype,
+            threads=config.threads,
+            device=config.device,
+            statistics_dtype=config.statistics_dtype,
+            shards=shards,
+        ),
+        calibration=calibration,
+        evaluation=evaluation,
+        evaluation_hash=tokens_hash(evaluation),
+        source_bytes=checkpoint.total_bytes,
+        statistics_uri=config.stats,
+        start=start,
+        work=work,
+        layer_options=layer_options,
+    )
+    return chained(first, steps, checkpoint)
+
+
+def _tokens(
+    config: RunConfig, tokenizer_uri: str, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    calibration = prepare_tokens(
+        config.calibration.source,
+        split="calibration",
+        tokenizer_uri=tokenizer_uri,
+        vocab_size=vocab_size,
+        sequence_length=config.calibration.sequence_length,
+        num_sequences=config.calibration.sequences,
+        bos=config.calibration.bos,
+        seed=config.seed,
+    )
+    evaluation = prepare_tokens(
+        config.evaluation.source,
+        split="evaluation",
+        tokenizer_uri=tokenizer_uri,
+        vocab_size=vocab_size,
+        sequence_length=calibration.shape[1],
+        num_sequences=config.evaluation.sequences,
+        bos=config.calibration.bos,
+        seed=config.seed,
+    )
+    return calibration, evaluation
+
+
+def longest_sequence(config: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the longest sequence that plain causal attention is right for, and what says so."""
+    original = {**config, "model_type": config.get("compressed_from", config["model_type"])}
+    longest = {**DEFAULTS[original["model_type"]], **original}["max_position_embeddings"]
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
+        raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
+    window = min((window for window in windows(original) if window is not None), default=longest)
+    return (window, WINDOW) if window < longest else (longest, "max_position_embeddings")

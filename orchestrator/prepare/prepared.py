@@ -1,0 +1,163 @@
+"""A run that is ready to start: what was checked, decided and read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from actors.storage.files import Directory
+from orchestrator.prepare.evaluation_plan import Subject
+from orchestrator.recipe.config import (
+    RunConfig,
+)
+from planners.canonical_json import SCHEMA_VERSION
+from planners.method import MethodSpec, Option
+from planners.model.form import Start
+from planners.model.taps import Statistic
+from planners.plan import RunPlan
+from planners.planning import Workload
+from planners.units.units import Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that is ready to start.
+
+    Attributes:
+        config: the recipe with nothing left open.
+        given: the recipe as it was asked for.
+        model_uri: the input checkpoint.
+        model_config: its ``config.json``.
+        revision: content hash of it; empty where a large model was only planned for.
+        contents: what that is the hash of (`actors.storage.contents`).
+        tokenizer_hash: of the files that the result takes over, generation_config.json among them.
+        spec: of the method.
+        options: of the method, complete.
+        plan: what will be done.
+        identity: what determines the bytes.
+        calibration: token ids, (sequences, tokens), int64.
+        evaluation: token ids, (sequences, tokens), int64.
+        evaluation_hash: sha256 of the latter.
+        source_bytes: bytes of the input's tensors.
+        statistics_uri: another run whose statistics are reused, or empty.
+        extra_statistics: summed too, because others will want them.
+        start: widths of the input model, and what budgets are fractions of.
+        work: how much data passes the model.
+        former: the steps before this one, where several methods are applied in turn. What only
+            their work will tell, such as the content hash of this one's input, is not known yet.
+        carries: the next step's statistics follow from this one's, and are not measured again.
+        expected: what the run was to take, for the report to compare.
+        layer_options: layer -> options of the method for that layer alone.
+    """
+
+    config: RunConfig
+    given: RunConfig
+    model_uri: str
+    model_config: Mapping[str, Any]
+    revision: str
+    contents: Mapping[str, str]
+    tokenizer_hash: str
+    spec: MethodSpec
+    options: Mapping[str, Option]
+    plan: RunPlan
+    identity: Identity
+    calibration: np.ndarray
+    evaluation: np.ndarray
+    evaluation_hash: str
+    source_bytes: int
+    start: Start
+    work: Workload
+    statistics_uri: str = ""
+    extra_statistics: frozenset[Statistic] = frozenset()
+    former: tuple["Prepared", ...] = ()
+    carries: bool = False
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Directory:
+        """The run directory."""
+        return Directory(self.config.out)
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What the calibration pass sums."""
+        return self.spec.statistics(self.options) | self.extra_statistics
+
+    @property
+    def title(self) -> str:
+        """Model, methods and targets in a line."""
+        said = [self.config.model]
+        for step in (*self.former, self):
+            target = step.config.target
+            size = f"slice {target.slice}" if target.slice is not None else ""
+            said += [step.spec.name, size or f"keep {target.keep_fraction}"]
+        return " · ".join(said)
+
+    @property
+    def origin(self) -> "Prepared":
+        """The first step, whose input is the model that the run began with."""
+        return self.former[0] if self.former else self
+
+    def asked(self) -> dict[str, Any]:
+        """Return the method of this step and how small its result is to be."""
+        target = self.config.target
+        sizes = {"keep_fraction": target.keep_fraction, "slice": target.slice}
+        return {"method": self.spec.name, **{k: v for k, v in sizes.items() if v is not None}}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what makes this run this run: another value of any is another run."""
+        target = self.config.target
+        steps = {
+            "steps": [
+                {
+                    **step.asked(),
+                    "method revision": step.spec.revision,
+                    "options": dict(step.options),
+                    **({"candidate revisions": found} if (found := revisions(step.spec)) else {}),
+                }
+                for step in (*self.former, self)
+            ]
+        }
+        only = {
+            "method": self.spec.name,
+            "method revision": self.spec.revision,
+            "options": dict(self.options),
+            # None, not empty: runs from before there were any have none either.
+            "layer options": {str(k): dict(v) for k, v in self.layer_options.items()} or None,
+            "candidate revisions": revisions(self.spec) or None,
+            "keep_fraction": target.keep_fraction,
+            "slice": target.slice,
+        }
+        return {
+            "schema": SCHEMA_VERSION,
+            "model revision": self.origin.revision or None,
+            "tokenizer files": self.tokenizer_hash,
+            "calibration data": self.identity.calibration_hash,
+            "evaluation data": self.evaluation_hash,
+            **(steps if self.former else only),
+            "microbatch sequences": self.identity.microbatch_sequences,
+            "shards": self.identity.shards,
+            "calibration_dtype": self.identity.compute_dtype,
+            "statistics_dtype": self.identity.statistics_dtype,
+            "threads": self.identity.threads,
+            "device": self.identity.device,
+        }
+
+
+def revisions(spec: MethodSpec) -> dict[str, int]:
+    """Return the revision of each method that competes; nothing where a method is alone."""
+    return {each.spec.name: each.spec.revision for each in spec.candidates}
+
+
+def dense_subject(prepared: Prepared) -> Subject:
+    """Return the input model as something to be evaluated."""
+    origin = prepared.origin
+    return Subject(
+        name="dense",
+        uri=origin.model_uri,
+        identity=origin.revision,
+        model_store=origin.config.model_store,
+        contents=origin.contents,
+    )

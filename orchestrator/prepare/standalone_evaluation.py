@@ -1,0 +1,92 @@
+"""Check an evaluation that is no part of a run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.storage import door
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.sources import resolve_model, resolve_store
+from actors.storage.tokens import prepare_tokens, tokens_hash
+from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
+from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
+from orchestrator.prepare.prepare import WINDOW, longest_sequence
+from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, check_length
+from planners.memory.placement import load_of, place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedEvaluation:
+    """One checkpoint, dense or compressed, ready to be evaluated.
+
+    Attributes:
+        subject: the checkpoint.
+        plan: stages and parts.
+        ids: evaluation tokens, (sequences, tokens), int64.
+        source: where they are from.
+    """
+
+    subject: Subject
+    plan: EvaluationPlan
+    ids: np.ndarray
+    source: str
+
+
+def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
+    """Return an evaluation of the checkpoint that a recipe names as its model.
+
+    Raises:
+        ModelError: the checkpoint is missing, broken or not supported.
+        DataError: there is too little text, or it cannot be read.
+        ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
+    """
+    source = resolve_model(given.model, copy=given.address == "local")
+    store = resolve_store(given.model_store)
+    checkpoint = Checkpoint(source.uri, model_store=store)
+    shape = checkpoint.shape
+    door.check_classes(checkpoint)
+    device = chosen_device(given.device, given.address)
+    own = "embedded" if given.model == "tiny" else "stdlib"
+    text = given.evaluation.source or own
+    held = text == "embedded" or text.startswith("tokens:")
+    longest, longest_key = longest_sequence(checkpoint.config)
+    ids = prepare_tokens(
+        text,
+        split="evaluation",
+        tokenizer_uri=source.uri,
+        vocab_size=shape.vocab_size,
+        sequence_length=given.calibration.sequence_length
+        or (None if held else min(longest, DEFAULT_SEQUENCE_LENGTH)),
+        num_sequences=given.evaluation.sequences,
+        bos=given.calibration.bos,
+        seed=given.seed,
+    )
+    if longest_key == WINDOW:  # layers attend to all before; further than trained is only worse
+        check_length(ids.shape[1], longest, longest_key, where="evaluation: has sequences of")
+    size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
+    dtype = exact_dtype(device, shape.dtype)
+    worker_gib = given.worker_gib or usable_gib(device, given.workers)
+    load = load_of(
+        shape,
+        frozenset(),
+        microbatch_tokens=size * ids.shape[1],
+        sequence_length=ids.shape[1],
+        compute_dtype=dtype,
+        start=checkpoint.form,
+    )
+    return PreparedEvaluation(
+        # Its record is kept nowhere, so it needs no identity, and the weights no reading for one.
+        subject=Subject(name="model", uri=source.uri, identity="", model_store=store),
+        plan=EvaluationPlan(
+            family=shape.family,
+            waves=place(shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)),
+            num_sequences=len(ids),
+            microbatch_sequences=size,
+            tokens_hash=tokens_hash(ids),
+            dtype=dtype,
+            threads=given.threads,
+            device=device,
+        ),
+        ids=ids,
+        source=text,
+    )

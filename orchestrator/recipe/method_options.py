@@ -1,0 +1,163 @@
+"""The options of methods: what a recipe says of them, in the type of each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from actors import methods
+from orchestrator.recipe.config import RunConfig
+from orchestrator.recipe.wording import MAX_NUMBER, printable, short
+from planners.budget import candidates
+from planners.errors import ConfigError
+from planners.method import MethodSpec, Option, OptionSpec
+from planners.spelling import did_you_mean
+
+# Options of a method that decide widths, statistics or what other units do.
+OF_ALL_LAYERS = frozenset({
+    "allocation", "modules", "round_to", "temperature", "grid", "probe_tokens", "servable",
+    "candidates",
+    "rotation", "pca_on", "slice_head", "schedule", "refit",
+})  # fmt: skip
+
+
+class HasOptions(Protocol):
+    """A method as far as its options go: its whole spec, or what stands in its source."""
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+
+    @property
+    def options(self) -> Sequence[OptionSpec]:
+        """That it has."""
+
+
+def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[str, Option]]:
+    """Return the options of every step.
+
+    Raises:
+        ConfigError: a method has no such option, or not with this value; the message has the path.
+    """
+    found = []
+    for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
+        try:
+            found.append(resolve_options(spec, step.options))
+        except ConfigError as error:
+            where = f"steps[{index}]." if config.steps else ""
+            raise ConfigError(f"{where}{error}", hint=error.hint) from error
+    return found
+
+
+def chosen_methods(config: RunConfig, options: Sequence[Mapping[str, Option]]) -> list[MethodSpec]:
+    """Return the method of every step, together with those that its options let compete.
+
+    Raises:
+        ConfigError: one cannot compete; the message has the path.
+    """
+    found = []
+    for index, (step, own) in enumerate(zip(config.chain, options, strict=True)):
+        try:
+            found.append(methods.chosen(step.method, own))
+        except ConfigError as error:
+            where = f"steps[{index}]." if config.steps else ""
+            raise ConfigError(f"{where}{error}", hint=error.hint) from error
+    return found
+
+
+def resolve_options(spec: HasOptions, options: Mapping[str, object]) -> dict[str, Option]:
+    """Return a value for every option of a method, in the type of its default.
+
+    Texts such as ``true``, ``16`` and ``0.5`` are read as what the default is, because
+    ``--option KEY=VALUE`` has only texts.
+
+    Raises:
+        ConfigError: the method has no such option, or not with this value.
+    """
+    known = {option.name: option for option in spec.options}
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"options.{printable(name)}: {spec.name} has no such option"
+                + did_you_mean(name, known),
+                hint="its options and defaults: "
+                + (", ".join(f"{o.name}={_text(o.default)}" for o in spec.options) or "none"),
+            )
+    found = {
+        name: _checked(option, options[name]) if name in options else option.default
+        for name, option in known.items()
+    }
+    if candidates.NAME in found:
+        joining = candidates.others(spec.name, found)
+        found[candidates.NAME] = ",".join([spec.name, *joining]) if joining else ""
+    # Empty is what an option without a default is; it is then as if there were no such option.
+    return {
+        name: value for name, value in found.items() if value != "" or known[name].default != ""
+    }
+
+
+def resolve_layer_options(
+    spec: HasOptions, given: Mapping[int, Mapping[str, object]]
+) -> dict[int, dict[str, Option]]:
+    """Return layer -> the options that it has for itself, each in the type of its default.
+
+    Raises:
+        ConfigError: the method has no such option, or no layer can have it alone.
+    """
+    found: dict[int, dict[str, Option]] = {}
+    for layer, options in given.items():
+        complete = resolve_options(spec, options)
+        for name in options:
+            if name in OF_ALL_LAYERS:
+                own = [option.name for option in spec.options if option.name not in OF_ALL_LAYERS]
+                raise ConfigError(
+                    f"layer_options.{layer}.{name}: all layers of a run share it",
+                    hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
+                )
+        found[layer] = {name: complete[name] for name in options}
+    return found
+
+
+def _checked(option: OptionSpec, value: object) -> Option:
+    """Return the value of an option in its type."""
+    converted = _converted(option.default, value)
+    if converted is None:
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise ConfigError(
+            f"options.{option.name}: is {short(value)}; it must be {kind[type(option.default)]}"
+        )
+    if option.choices and converted not in option.choices:
+        choices = ", ".join(map(_text, option.choices))
+        raise ConfigError(
+            f"options.{option.name}: is {short(value)}; it must be one of: {choices}"
+            + did_you_mean(_text(converted), map(_text, option.choices))
+        )
+    if option.minimum is not None and float(converted) < option.minimum:
+        raise ConfigError(
+            f"options.{option.name}: is {short(value)}; it must be {option.minimum:g} or more"
+        )
+    return converted
+
+
+def _converted(default: Option, value: object) -> Option | None:
+    """Return ``value`` in the type of ``default``, or None where it cannot be read as that."""
+    if isinstance(default, bool):
+        word = value.lower() if isinstance(value, str) else value
+        return {"true": True, "false": False}.get(_text(word))
+    if isinstance(default, str):
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            value = type(default)(value)
+        except ValueError:
+            return None
+    if not isinstance(value, int | float) or not -MAX_NUMBER < value < MAX_NUMBER:
+        return None
+    if isinstance(default, int):
+        return value if isinstance(value, int) else None
+    return float(value)
+
+
+def _text(value: object) -> str:
+    """Return a value as it is typed in a recipe."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,87 @@
+"""How long a running phase still takes, from what it has done so far."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planners.simulation.simulate import Quantiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Where a run is.
+
+    Attributes:
+        name: such as ``calibrate``.
+        done: units of it.
+        total: units of it.
+        begun: seconds since the epoch.
+        planned: seconds that it was expected to take; 0 where nothing was.
+        tokens_per_second: that pass the first stage; 0 where none do.
+        seconds_left: at the rate so far; None where nothing is done yet.
+    """
+
+    name: str
+    done: int
+    total: int
+    begun: float
+    planned: float
+    tokens_per_second: float
+    seconds_left: float | None
+
+
+def run_left(
+    identity: Mapping[str, Any],
+    forecast: Mapping[str, Any],
+    ended: Mapping[str, float],
+    phase: Phase | None,
+) -> Quantiles | None:
+    """Return how long the rest of a run of one or several steps takes; None if unknown."""
+    if "steps" not in identity:
+        return time_left(forecast.get("phases", {}), ended, phase)
+    # Of several steps each has phases of the same names; the sum over all phases is known.
+    whole = {q: forecast.get("seconds", {}).get(q) for q in ("p10", "p50", "p90")}
+    if None in whole.values():
+        return None
+    spent = sum(ended.values())
+    least = (phase.seconds_left or 0.0) if phase is not None else 0.0
+    return Quantiles(**{q: max(least, seconds - spent) for q, seconds in whole.items()})
+
+
+def time_left(
+    expected: Mapping[str, Mapping[str, float]], ended: Mapping[str, float], phase: Phase | None
+) -> Quantiles | None:
+    """Return how long the rest of a run takes; None where nothing was expected.
+
+    A phase takes what is left of it at its own rate so far; one that has not begun takes what was
+    expected of it, times the pace: what those that ended took for what was expected of them. As a
+    phase may have had little to do, after a resume or with statistics that were there, a quarter
+    of the run at the expected pace is counted with them. The evaluation comes twice, of the dense
+    model and of the compressed one, each half of what was expected. The spread is the expected one.
+
+    Args:
+        expected: phase -> quantiles of its seconds.
+        ended: phase -> seconds.
+        phase: that goes on.
+    """
+    if not expected:
+        return None
+    now = "" if phase is None else phase.name
+    known = [name for name in expected if name in ended and name not in (now, "evaluate")]
+    weight = sum(each["p50"] for each in expected.values()) / 4
+    planned = sum(expected[name]["p50"] for name in known) + weight
+    pace = (sum(ended[name] for name in known) + weight) / planned if planned else 1.0
+    left = dict.fromkeys(("p10", "p50", "p90"), 0.0)
+    for name, each in expected.items():
+        if name in known or not each["p50"]:
+            continue
+        middle = each["p50"] * pace
+        if name == "evaluate" and name in ended:
+            over = bool({now, *ended} & {"verify", "throughput"})
+            middle *= 0.0 if over else 0.5
+        if phase is not None and name == now and phase.seconds_left is not None:
+            again = middle / 2 if name == "evaluate" and name not in ended else 0.0
+            middle = phase.seconds_left + again
+        for quantile in left:
+            left[quantile] += middle * each[quantile] / each["p50"]
+    return Quantiles(**left)

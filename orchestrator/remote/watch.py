@@ -1,0 +1,67 @@
+"""Follows a run until it ends: a live screen on a terminal, lines of a log elsewhere."""
+
+import time
+
+from rich.live import Live
+
+from orchestrator.remote import submission
+from orchestrator.remote.snapshot import Snapshot, Watcher
+from orchestrator.remote.watch_screen import lines, screen
+from orchestrator.report.console import Console
+from planners.errors import StorageError
+
+LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 5.0  # between two looks
+
+
+def watch(uri: str, *, price: float, once: bool) -> None:
+    """Show a run until it is READY, or nobody works on it any more.
+
+    Raises:
+        StorageError: there is no run, and none was submitted to come.
+    """
+    console = Console()
+    watcher = Watcher(uri)
+    first = watcher.snapshot()
+    if first.verdict == "not begun" and submission.job_of(watcher.run) is None:
+        raise StorageError(f"{uri}: there is no run here", hint="give the --out of a run")
+    if console.is_terminal and not once:
+        _live(console, watcher, first, price)
+    elif once:
+        console.print(screen(first, price=price, now=time.time(), width=console.width))
+    else:
+        _log(console, watcher, first)
+
+
+def _live(console: Console, watcher: Watcher, snapshot: Snapshot, price: float) -> None:
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            shown = screen(snapshot, price=price, now=time.time(), width=console.width)
+            live.update(shown, refresh=True)
+            if _ended(watcher, snapshot):
+                return
+            time.sleep(_pause(watcher))
+            snapshot = watcher.snapshot()
+
+
+def _log(console: Console, watcher: Watcher, snapshot: Snapshot) -> None:
+    before = None
+    while True:
+        for line in lines(before, snapshot):
+            console.print(line, soft_wrap=True)
+        if _ended(watcher, snapshot):
+            return
+        before = snapshot
+        time.sleep(REMOTE_SECONDS)
+        snapshot = watcher.snapshot()
+
+
+def _ended(watcher: Watcher, snapshot: Snapshot) -> bool:
+    """Return whether nothing more will happen; a job's driver may yet come, or come again."""
+    if snapshot.verdict in ("READY", "running"):
+        return snapshot.verdict == "READY"
+    job = submission.job_of(watcher.run)
+    return job is None or submission.state(job) not in ("PENDING", "RUNNING")
+
+
+def _pause(watcher: Watcher) -> float:
+    return LOCAL_SECONDS if watcher.run.is_local else REMOTE_SECONDS

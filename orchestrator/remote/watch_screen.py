@@ -1,0 +1,193 @@
+"""A snapshot as a screen, and as lines of a log."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.engine.failure_policy import TROUBLE
+from orchestrator.remote.snapshot import DONE, MEASURED, STATES, SUMMED, WAITING, Snapshot
+from orchestrator.remote.time_left import Phase
+from orchestrator.report.numbers import bytes_text, seconds_text
+from orchestrator.report.over_plan import over_plan
+from orchestrator.report.terminal import TONES
+from orchestrator.rundir.journal import Event
+from planners.units.kinds import FIRST_WORDS
+
+CELLS = {  # a letter too: colour alone tells some people nothing
+    WAITING: ("·", "bright_black"),
+    SUMMED: ("s", "black on cyan"),
+    MEASURED: ("m", "black on yellow"),
+    DONE: ("█", "green"),
+}
+VERDICTS = {"READY": "bold green", "running": "bold cyan", "stopped": "bold red"}
+ROW = 40  # layers in a row of the grid, at most
+MAX_WORKERS = 12
+
+
+def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> RenderableType:
+    """Return a run as a screen of so many columns.
+
+    ``price`` is of a worker-hour; where it is 0, what the run was told is taken.
+    """
+    parts: list[RenderableType] = [_head(snapshot, price or snapshot.price_per_hour), Text()]
+    if snapshot.phase is not None:
+        parts += [_progress(snapshot.phase, now, width), Text()]
+    if snapshot.layers:
+        parts += [_grid(snapshot, width), Text()]
+    if snapshot.workers:
+        parts += [_workers(snapshot, now), Text()]
+    parts += [_event_line(event, width) for event in snapshot.events]
+    return Group(*parts)
+
+
+def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
+    """Yield what a log should say of a snapshot that it did not say of the one before."""
+    told = [] if before is None else list(before.events)
+    for event in now.events:
+        if event not in told:
+            yield f"{_clock(event['at'])} {_words(event)}"
+    known = [] if before is None else [line.partition(" ")[0] for line in _over_plan(before)]
+    yield from (line for line in _over_plan(now) if line.partition(" ")[0] not in known)
+    if now.phase is not None and (before is None or before.phase != now.phase):
+        yield _phase_words(now.phase)
+    if before is None or before.verdict != now.verdict:
+        yield f"{now.verdict} {now.uri}" + (f" ({now.holder})" if now.holder else "")
+
+
+def _head(snapshot: Snapshot, price: float) -> RenderableType:
+    said, left = [seconds_text(snapshot.seconds)], snapshot.left
+    if left is not None:
+        low, middle, high = (seconds_text(each) for each in (left.p10, left.p50, left.p90))
+        said.append(f"{middle} left ({low} to {high})")
+    if price:
+        money = f"{snapshot.worker_hours * price:,.2f} spent"
+        if left is not None:
+            come = left.p50 / 3600 * max(1, len(snapshot.workers)) * price
+            money += f", {come:,.2f} to come"
+        said.append(money)
+    lost = [f"{count} {kind}" for kind, count in snapshot.troubles.items()]
+    colour = VERDICTS.get(snapshot.verdict, "bold")
+    if snapshot.tone:
+        colour = f"bold {TONES[snapshot.tone]}"
+    head = Text.assemble(
+        (f" {snapshot.verdict} ", f"{colour} reverse"),
+        f"  {snapshot.title}",
+    )
+    if lost:
+        head.append(f"  {', '.join(lost)}", "yellow")
+    where = Text(snapshot.uri, style="dim", overflow="fold")
+    if snapshot.holder:
+        where.append(f"  {snapshot.holder}")
+    quality = [Text(snapshot.quality, style=TONES[snapshot.tone])] if snapshot.quality else []
+    return Group(head, *quality, Text(" · ".join(said)), where)
+
+
+def _progress(phase: Phase, now: float, width: int) -> RenderableType:
+    """Return how far a phase is; before its first unit is done a bar that moves with the time."""
+    table = Table.grid(padding=(0, 1))
+    bar = ProgressBar(
+        total=max(1, phase.total),
+        completed=phase.done,
+        width=max(10, width // 4),
+        pulse=not phase.done,
+        animation_time=now,
+    )
+    elapsed = max(0.0, now - phase.begun)
+    said = f"{_phase_rest(phase)} · {seconds_text(elapsed)} so far"
+    if not phase.done and phase.planned:
+        said += f", planned {seconds_text(phase.planned)}"
+    table.add_row(Text(phase.name, style="bold"), bar, Text(said))
+    words = "" if phase.done else FIRST_WORDS.get(phase.name, "")
+    return Group(table, Text(words, style="dim")) if words else table
+
+
+def _phase_rest(phase: Phase) -> str:
+    said = [f"{phase.done}/{phase.total}"]
+    if phase.tokens_per_second:
+        said.append(f"{phase.tokens_per_second:,.0f} tok/s")
+    if phase.seconds_left is not None:
+        said.append(f"{seconds_text(phase.seconds_left)} left of it")
+    return " · ".join(said)
+
+
+def _phase_words(phase: Phase) -> str:
+    return f"{phase.name}: {_phase_rest(phase)}"
+
+
+def _grid(snapshot: Snapshot, width: int) -> RenderableType:
+    label = len(str(len(snapshot.layers)))
+    row = max(10, min(ROW, (width - label - 8) // 10 * 10))
+    text = Text()
+    for start in range(0, len(snapshot.layers), row):
+        text.append(f"{'layers' if not start else '':<7}{start:>{label}} ", "dim")
+        for state in snapshot.layers[start : start + row]:
+            text.append(*CELLS[state])
+        text.append("\n")
+    counts = Counter(snapshot.layers)
+    text.append(" " * (label + 8))
+    for state in STATES:
+        if counts[state]:
+            text.append(*CELLS[state])
+            text.append(f" {counts[state]} {state}   ", "dim")
+    return text
+
+
+def _workers(snapshot: Snapshot, now: float) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("worker", no_wrap=True)
+    table.add_column("last did", no_wrap=True, overflow="ellipsis")
+    table.add_column("ago", justify="right", no_wrap=True)
+    table.add_column("units", justify="right", no_wrap=True)
+    table.add_column("busy", justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("lost", justify="right", no_wrap=True)
+    for worker in snapshot.workers[:MAX_WORKERS]:
+        busy = worker.busy_seconds / snapshot.seconds if snapshot.seconds else 0.0
+        table.add_row(
+            worker.name,
+            worker.unit,
+            seconds_text(max(0.0, now - worker.at)) if snapshot.verdict == "running" else "",
+            f"{worker.count:,}",
+            f"{min(1.0, busy):.0%}",
+            bytes_text(worker.peak_bytes) if worker.peak_bytes else "",
+            Text(str(worker.lost), style="yellow") if worker.lost else "",
+        )
+    more = len(snapshot.workers) - MAX_WORKERS
+    said = [f"and {more} more"] if more > 0 else []
+    if snapshot.device:
+        said.append(f"each on {snapshot.device}")
+    if snapshot.worker_bytes:
+        said.append(f"planned memory {bytes_text(snapshot.worker_bytes)}")
+    lines = [Text(line, style="yellow") for line in _over_plan(snapshot)]
+    return Group(table, *([Text(" · ".join(said), style="dim")] if said else []), *lines)
+
+
+def _over_plan(snapshot: Snapshot) -> list[str]:
+    measured = {worker.name: worker.peak_bytes for worker in snapshot.workers}
+    return over_plan(measured, snapshot.worker_bytes)
+
+
+def _event_line(event: Event, width: int) -> RenderableType:
+    text = Text(_words(event), style="yellow" if event["kind"] in TROUBLE else "", no_wrap=True)
+    line = Text.assemble((f"{_clock(event['at'])} ", "dim"), text)
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _words(event: Event) -> str:
+    kind, unit = event["kind"], event["unit"]
+    if kind == "phase begins":
+        return f"{unit} begins"
+    if kind == "phase ends":
+        return f"{unit} done in {seconds_text(event['seconds'])}"
+    detail = event["detail"].removeprefix(f"{kind}: ")
+    return f"{kind} {event['worker']}: {detail}" if event["worker"] else f"{kind}: {detail}"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))

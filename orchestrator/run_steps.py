@@ -1,0 +1,315 @@
+"""Several methods in one run: a chain of steps, each beginning with what the one before has left.
+
+Every step but the last works in a directory of its own, ``steps/1-modegpt`` and so on, and leaves
+a checkpoint there; the last one is the run itself. When a step is done it leaves one record,
+``step``, with its widths and what was found, so that whatever comes after is known without its
+files. They are dropped when the next step is done; if they are wanted again, the same units make
+them again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from actors.messages import UnitDone
+from actors.storage.files import Directory
+from actors.storage.tokens import tokens_to_parquet
+from orchestrator.engine.dispatch import run_units
+from orchestrator.phases.allocate import allocate
+from orchestrator.phases.calibrate import calibrate, tell_missing
+from orchestrator.phases.compress import compress
+from orchestrator.phases.context import RunContext
+from orchestrator.phases.open_run import write_plan
+from orchestrator.phases.outcome import step_facts
+from orchestrator.phases.refit import refit
+from orchestrator.phases.repair import damaged, make_whole, spare_what_nobody_reads
+from orchestrator.phases.stitch import code_hash, stitch, stitch_unit
+from orchestrator.prepare.prepared import Prepared, revisions
+from orchestrator.prepare.steps import StepInput, planned
+from orchestrator.rundir.layout import CALIBRATION_TOKENS, KEPT, SPENT
+from orchestrator.rundir.ledger import Ledger
+from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
+from planners.model.form import model_form_from_json
+from planners.steps import leaves_all, only_turns
+from planners.units.units import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a step's statistics come from.
+
+    Attributes:
+        how: ``measured``, ``reused`` or ``turned``.
+        why: in words.
+    """
+
+    how: str
+    why: str
+
+
+def reach_last_step(context: RunContext) -> RunContext:
+    """Return a run's context with the input of its last step known, and there where it is needed.
+
+    The steps before it are done, as far as they are not. A run of one method is as it was.
+
+    Raises:
+        CompressionError: see `planners.errors`; what is done is kept.
+    """
+    prepared = context.prepared
+    if not prepared.former:
+        return context
+    chain = [_first(context)]
+    for step in (*prepared.former[1:], prepared):
+        chain[-1] = _recorded(chain[-1]) or _made(chain)
+        chain.append(_behind(chain[-1], step, context))
+    known = _recorded(chain[-1])
+    if known is not None:
+        # Its input is gone: where the result has a wrong byte, that must be made again first.
+        damaged(known)
+        spare_what_nobody_reads(known)
+    if known is None or not _is_whole(known):
+        _provide(chain[:-1])
+        _tell(chain[-1])
+        _carry(chain[-1])
+    return chain[-1]
+
+
+def settle(context: RunContext) -> None:
+    """Note that the last of several steps is stitched, and drop what only it needed."""
+    if context.prepared.former:
+        _record(context)
+        for step in context.prepared.former:
+            _drop(step)
+
+
+def _first(context: RunContext) -> RunContext:
+    step = context.prepared.former[0]
+    said = Origin(how="measured", why="on the input model")
+    return replace(
+        context,
+        prepared=step,
+        form=step.plan.form,
+        run=step.run,
+        ledger=_ledger(step, context),
+        steps=(_facts(step, said),),
+    )
+
+
+def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext:
+    """Return the context of a step whose input is what a finished step has left."""
+    before, form = done.prepared, done.form
+    uri, revision = before.model_uri, before.revision
+    source = StepInput(config=before.model_config, shape=before.plan.shape, start=before.start)
+    reuse, turned = "", None
+    number, name = len(done.steps), before.spec.name
+    if leaves_all(before.start.form, form, before.spec):
+        reuse = before.statistics_uri or before.run.uri
+        origin = Origin(how="reused", why=f"step {number}, {name}, removed nothing")
+    else:
+        source = source.after(form)
+        uri, revision = before.run.below("model"), stitch_unit(done).fingerprint
+        if before.carries and only_turns(before.plan.shape, form, before.spec):
+            turned = done
+            why = f"step {number}, {name}, only turned the residual stream"
+            origin = Origin(how="turned", why=why)
+        else:
+            why = f"step {number}, {name}, changed {', '.join(before.spec.shrinks(before.options))}"
+            origin = Origin(how="measured", why=why)
+    plan = planned((step.spec, step.options), step.config.target, source, step.work, path="")
+    # Workers were started for the stages that were planned at the door.
+    plan = replace(
+        plan,
+        waves=step.plan.waves,
+        chains=step.plan.chains,
+        worker_bytes=step.plan.worker_bytes,
+    )
+    identity = replace(step.identity, model_revision=revision)
+    found = replace(
+        step,
+        former=(*before.former, before),
+        model_uri=uri,
+        model_config=source.config,
+        revision=revision,
+        contents=before.contents if uri == before.model_uri else {},
+        start=source.start,
+        plan=plan,
+        identity=identity,
+        statistics_uri=reuse,
+    )
+    is_last = step.run.uri == context.run.uri
+    return replace(
+        context,
+        prepared=found,
+        form=plan.form,
+        makers=(),
+        run=step.run,
+        ledger=context.ledger if is_last and not reuse else _ledger(found, context),
+        turned=turned,
+        steps=(*done.steps, _facts(found, origin)),
+    )
+
+
+def _made(chain: Sequence[RunContext]) -> RunContext:
+    """Do the last of these steps and record it; return it with its final widths."""
+    context, before = chain[-1], chain[:-1]
+    prepared = context.prepared
+    _provide(before)
+    _open(context)
+    _tell(context)
+    _carry(context)
+    tell_missing(context)
+    calibrate(context)
+    context = allocate(context)
+    if not leaves_all(prepared.start.form, context.form, prepared.spec):
+        compress(context)
+        refit(context)
+        stitch(context)
+        make_whole(context)
+        _record(context)
+        for step in prepared.former:
+            _drop(step)
+    else:  # what it leaves is its input, which stays
+        context.journal.tell(
+            "step",
+            unit=f"step {len(context.steps)}, {prepared.spec.name}",
+            detail="removes nothing and writes nothing: what it leaves is what it began with",
+        )
+        _record(context)
+    return _recorded(context) or context
+
+
+def _provide(chain: Sequence[RunContext]) -> None:
+    """See that the model that the last of these steps leaves is there, with its statistics."""
+    if not chain:
+        return
+    context = chain[-1]
+    if leaves_all(context.prepared.start.form, context.form, context.prepared.spec):
+        _provide(chain[:-1])
+    elif not _is_whole(context):
+        _made(chain)
+
+
+def _carry(context: RunContext) -> None:
+    """Turn the statistics of the step before into those of this one, where they follow."""
+    if context.turned is None:
+        return
+    left = context.ledger.todo(context.sums)
+    if left:
+        with context.phase("calibrate", total=len(left)):
+            run_units(
+                context.pool, context.sums, context.job,
+                ledger=context.ledger, journal=context.journal,
+            )  # fmt: skip
+
+
+def _open(context: RunContext) -> None:
+    """Write what makes a step's directory one that others can read statistics from."""
+    prepared, run = context.prepared, context.run
+    write_plan(prepared)
+    if run.size(CALIBRATION_TOKENS) is None:
+        source = {"source": prepared.config.calibration.source}
+        run.write(CALIBRATION_TOKENS, tokens_to_parquet(prepared.calibration, source))
+
+
+def _tell(context: RunContext) -> None:
+    said = context.steps[-1]
+    words = {
+        "measured": "calibrates" if len(context.steps) == 1 else "calibrates again",
+        "reused": "takes the statistics that are there",
+        "turned": "turns the statistics that are there",
+    }[said["statistics"]]
+    context.journal.tell(
+        "step",
+        unit=f"step {len(context.steps)}, {context.prepared.spec.name}",
+        detail=f"{words}: {said['because']}",
+    )
+
+
+def _facts(step: Prepared, origin: Origin) -> dict[str, Any]:
+    return {
+        "name": step.spec.name,
+        "options": dict(step.options),
+        "modules": list(step.spec.shrinks(step.options)),
+        "target": {k: v for k, v in step.asked().items() if k != "method"},
+        "statistics": origin.how,
+        "because": origin.why,
+    }
+
+
+def _unit(context: RunContext) -> Unit:
+    """Return the unit that stands for a whole step."""
+    prepared = context.prepared
+    key = {
+        "schema": SCHEMA_VERSION,
+        "kind": "step",
+        "sums": [unit.fingerprint for unit in context.sums],
+        "identity": to_json(prepared.identity),
+        **prepared.asked(),
+        "method revision": prepared.spec.revision,
+        **({"candidates": found} if (found := revisions(prepared.spec)) else {}),
+        "options": to_json(prepared.options),
+        "start": to_json(prepared.start),
+        "code": code_hash(),
+    }
+    return Unit(name="step", kind="step", index=-1, inputs=(), fingerprint=fingerprint(key))
+
+
+def _record(context: RunContext) -> None:
+    unit, prepared = _unit(context), context.prepared
+    if context.ledger.done(unit):
+        return
+    is_idle = leaves_all(prepared.start.form, context.form, prepared.spec)
+    is_last = prepared.config.steps
+    found = (
+        step_facts(context)
+        if is_last or not is_idle
+        else {
+            "parameters": context.parameters_after,
+            "keep_fraction": context.parameters_after / prepared.plan.parameters_before,
+            "idle": True,  # it removed nothing
+        }
+    )
+    values = {"form": to_json(context.form), "found": found}
+    if context.makers:
+        values["makers"] = to_json(context.makers)
+    done = UnitDone(unit=unit.name, worker="driver", incarnation="", device="", files=(),
+                    values=values, started=0.0, seconds=0.0)  # fmt: skip
+    context.ledger.commit(unit, done, attempt=1)
+
+
+def _recorded(context: RunContext) -> RunContext | None:
+    """Return a step that is done with its widths and what it found, or None."""
+    unit = _unit(context)
+    if not context.ledger.done(unit):
+        return None
+    values = context.ledger.record(unit).values
+    form, found, makers = values["form"], values["found"], values.get("makers", ())
+    assert isinstance(form, Mapping)  # written by ourselves
+    assert isinstance(makers, Sequence)
+    assert isinstance(found, Mapping)
+    *before, last = context.steps
+    return replace(
+        context,
+        form=model_form_from_json(form),
+        makers=tuple(makers),
+        steps=(*before, {**last, **found}),
+    )
+
+
+def _is_whole(context: RunContext) -> bool:
+    """Return whether everything that a step has made is still there."""
+    made = [unit for unit in context.made if unit.lasting]
+    units = [*context.sums, *made, *context.refitting[1], stitch_unit(context)]
+    return all(context.ledger.done(unit) for unit in units)
+
+
+def _ledger(step: Prepared, context: RunContext) -> Ledger:
+    reuse = Directory(step.statistics_uri) if step.statistics_uri else None
+    return context.ledger.of_step(step.run, reuse=reuse)
+
+
+def _drop(step: Prepared) -> None:
+    """Remove what a step has left and nobody needs any more; its records stay."""
+    folders = SPENT if step.config.keep_statistics else (*SPENT, *KEPT)
+    for name in [name for folder in folders for name in step.run.names(folder)]:
+        step.run.delete(name)

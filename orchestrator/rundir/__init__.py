@@ -1,0 +1,1 @@
+"""The files of a run: layout, records, lease, events, kept statistics."""

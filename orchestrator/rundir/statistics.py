@@ -1,0 +1,126 @@
+"""The statistics that a run kept: what they are, whether they are whole, who may use them."""
+
+import json
+from typing import Any
+
+from actors.storage.files import Directory
+from actors.storage.records import Record, is_intact, read_records
+from actors.storage.sums import check_sums
+from actors.storage.tokens import tokens_from_parquet
+from orchestrator.rundir.layout import CALIBRATION_TOKENS
+from planners.errors import ModelError, StorageError
+
+# What makes the sums what they are; a method, its options and its target do not.
+MODEL = "model revision"
+IDENTITY = (
+    "schema",
+    MODEL,
+    "calibration data",
+    "microbatch sequences",
+    "calibration_dtype",
+    "statistics_dtype",
+    "threads",
+    "device",
+)
+UNIT = "statistics-layer-"
+SHORT = 12  # digits of a hash that tell it from others
+
+
+def listed(run: Directory) -> list[dict[str, Any]]:
+    """Return one row a layer: its taps, tokens, files and bytes.
+
+    Raises:
+        StorageError: there is no run, or it kept no statistics.
+    """
+    return [
+        {
+            "layer": int(record.unit.removeprefix(UNIT)),
+            "taps": record.values.get("taps", []),
+            "num_tokens": record.values.get("num_tokens", 0),
+            "files": [file.path for file in record.files],
+            "bytes": sum(file.bytes for file in record.files),
+        }
+        for record in _kept(run)
+    ]
+
+
+def shown(run: Directory) -> dict[str, Any]:
+    """Return what the statistics of a run are of, and what they hold.
+
+    Raises:
+        StorageError: there is no run, or it kept no statistics.
+    """
+    rows = listed(run)
+    facts = plan_of(run)["identity"]
+    sequences, length = tokens_from_parquet(run.read(CALIBRATION_TOKENS)).shape
+    return {
+        "run": run.uri,
+        **{key: facts.get(key) for key in IDENTITY},
+        "sequences": sequences,
+        "sequence_length": length,
+        "num_tokens": rows[0]["num_tokens"],
+        "taps": sorted({tap for row in rows for tap in row["taps"]}),
+        "layers": len(rows),
+        "bytes": sum(row["bytes"] for row in rows),
+    }
+
+
+def verified(run: Directory) -> dict[str, Any]:
+    """Compare every file with its record, and see that its sums can be sums.
+
+    Raises:
+        StorageError: a file is missing or another than its record says, or a sum cannot be one;
+            the message names it.
+    """
+    records = [r for name, r in sorted(read_records(run).items()) if name.startswith(UNIT)]
+    if not any(run.size(file.path) is not None for record in records for file in record.files):
+        _kept(run)  # says that there are none
+    num_files = num_bytes = 0
+    for record in records:
+        for file in record.files:
+            if run.size(file.path) is None:
+                raise StorageError(f"{run.path(file.path)}: there is no such file")
+            if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
+                raise StorageError(f"{run.path(file.path)}: is not what its record says it was")
+            tokens = int(str(record.values.get("num_tokens", 0)))
+            try:
+                check_sums(run, file.path, num_tokens=tokens)
+            except ModelError as error:  # a broken header is a broken file here, not a model
+                raise StorageError(str(error)) from error
+            num_files, num_bytes = num_files + 1, num_bytes + file.bytes
+    return {"run": run.uri, "passed": True, "layers": len(records), "files": num_files,
+            "bytes": num_bytes}  # fmt: skip
+
+
+def _kept(run: Directory) -> list[Record]:
+    records = [r for name, r in sorted(read_records(run).items()) if name.startswith(UNIT)]
+    kept = [record for record in records if is_intact(run, record, hashes=False)]
+    if not kept:
+        plan_of(run)
+        raise StorageError(
+            f"{run.uri}: kept no statistics", hint="a run keeps them with --keep-statistics"
+        )
+    return kept
+
+
+def plan_of(run: Directory) -> dict[str, Any]:
+    """Return what made a run that run.
+
+    Raises:
+        StorageError: there is none, or it is broken.
+    """
+    if run.size("plan.json") is None:
+        raise StorageError(f"{run.uri}: there is no run here", hint="give the --out of a run")
+    try:
+        found = json.loads(run.read("plan.json"))
+        dict(found["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{run.path('plan.json')}: is not a plan of ours") from error
+    plan: dict[str, Any] = found
+    return plan
+
+
+def short(value: object) -> str:
+    """Return a value as a message shows it: of a hash its first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:SHORT]}…"  # noqa: PLR2004 a hash

@@ -1,0 +1,1 @@
+"""A budget and what cuts cost -> the width or rank of each module."""

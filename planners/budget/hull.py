@@ -1,0 +1,228 @@
+"""Measured damage of cuts, of one method or of several -> widths that spend a budget best.
+
+Each module of each layer has one curve, from parameters removed to damage, on which the levels of
+all methods stand that can shrink it. Its lower convex hull is walked, always the segment with the
+least damage per parameter next, until the budget is met. Which method shrinks the module is thereby
+decided for each layer: the one that its last level belongs to.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, walked
+from planners.budget.widths import layer_widths, width_ladder
+from planners.method import Allocation, Ladder
+from planners.model.cost import dense_start, layer_parameters, linear_weights, model_parameters
+from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.modules import LINEARS_OF
+from planners.model.shape import ModelShape
+
+Ladders = Mapping[str, Mapping[str, Ladder]]  # method -> module -> how it is shrunk
+Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # method -> module -> levels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A cut whose damage is known.
+
+    Attributes:
+        saved: parameters that it removes.
+        damage: that it does.
+        choice: the cut; None is the whole module.
+    """
+
+    saved: int
+    damage: float
+    choice: Choice | None
+
+
+def marginal(
+    shape: ModelShape,
+    findings: Sequence[Mapping[str, object]],
+    *,
+    keep_fraction: float,
+    round_to: int,
+    start: Start | None = None,
+) -> ModelForm:
+    """Return inner widths that spend the budget where a parameter costs the least damage.
+
+    A larger budget never makes any width smaller.
+
+    Args:
+        shape: of the model.
+        findings: of each layer, ``curves``: module -> [[width, damage], ...] with the full width
+            at damage 0.
+        keep_fraction: target, whole model.
+        round_to: step of the FFN width.
+        start: what is cut; None is the model that nothing touched.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    start = start or dense_start(shape)
+    curves = [{"": read_curves(finding["curves"])} for finding in findings]
+    ladders = [
+        {
+            "": {
+                module: width_ladder(layer_widths(layer)[module], module, (), round_to=round_to)
+                for module in known[""]
+            }
+        }
+        for layer, known in zip(start.form.layers, curves, strict=True)
+    ]
+    return cheapest(shape, curves, ladders, keep_fraction=keep_fraction, start=start).form
+
+
+def cheapest(
+    shape: ModelShape,
+    curves: Sequence[Curves],
+    ladders: Sequence[Ladders],
+    *,
+    keep_fraction: float,
+    start: Start,
+) -> Allocation:
+    """Return the widths and ranks of every layer, and which method is to reach them.
+
+    Args:
+        shape: of the model.
+        curves: of each layer, what was measured: sizes of the ladders with their damage. The whole
+            module is known to have none.
+        ladders: of each layer.
+        keep_fraction: target, whole model.
+        start: what is cut.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    measured: dict[tuple[int, str], list[Level]] = {}
+    for index, (of_layer, known) in enumerate(zip(ladders, curves, strict=True)):
+        for method, modules in of_layer.items():
+            for module, ladder in modules.items():
+                found = measured.setdefault((index, module), [_whole()])
+                found += [
+                    _level(shape, start.form.layers[index], module, Choice(
+                        ladder=ladder, size=size, method=method), damage)
+                    for size, damage in known[method].get(module, ())
+                    if size < ladder.whole
+                ]  # fmt: skip
+    segments = [
+        (slope, layer, module, choice)
+        for (layer, module), found in measured.items()
+        for slope, choice in lower_hull(found)
+    ]
+    segments.sort(key=lambda segment: segment[:3])
+
+    def loss(layer: int, module: str, choice: Choice) -> float:
+        own = _level(shape, start.form.layers[layer], module, choice, 0.0)
+        return _between_levels(measured[layer, module], own)
+
+    path = [(layer, module, choice) for _, layer, module, choice in segments]
+    none: list[dict[str, Choice]] = [{} for _ in start.form.layers]
+    chosen = walked(shape, none, path, keep_fraction=keep_fraction, start=start, loss=loss)
+    form = replace(start.form, layers=tuple(shrunk(start, chosen)), native=False)
+    makers = tuple({m: c.method for m, c in sorted(layer.items())} for layer in chosen)
+    return Allocation(form=form, makers=makers)
+
+
+def require_levels(
+    shape: ModelShape, ladders: Sequence[Ladders], *, keep_fraction: float, start: Start
+) -> None:
+    """See that a budget can be met, before anything is measured.
+
+    Raises:
+        PlanError: it is below the lowest levels of all modules; the message says how small it can
+            get.
+    """
+    smallest = model_parameters(shape, lowest(shape, ladders, start=start))
+    if smallest > most_parameters(start, keep_fraction):
+        refuse_budget(smallest / start.parameters_before, keep_fraction)
+
+
+def lowest(shape: ModelShape, ladders: Sequence[Ladders], *, start: Start) -> ModelForm:
+    """Return the smallest model that the levels of these ladders can reach."""
+    chosen: list[dict[str, Choice]] = []
+    for layer, of_layer in zip(start.form.layers, ladders, strict=True):
+        found: dict[str, Choice] = {}
+        for method, modules in of_layer.items():
+            for module, ladder in modules.items():
+                if not ladder.levels:
+                    continue
+                choice = Choice(ladder=ladder, size=ladder.levels[-1], method=method)
+                known = found.get(module)
+                if known is None or _size(shape, layer, choice) < _size(shape, layer, known):
+                    found[module] = choice
+        chosen.append(found)
+    return replace(start.form, layers=tuple(shrunk(start, chosen)))
+
+
+def lower_hull(levels: Sequence[Level]) -> list[tuple[float, Choice]]:
+    """Return the segments of a curve's lower convex hull: damage per parameter, and their ends.
+
+    The slopes ascend. Of two levels that save as much, only the one with less damage counts.
+    """
+    hull: list[Level] = []
+    # Sorting is stable: of equals the method that is named first is taken.
+    for level in sorted(levels, key=lambda level: (level.saved, level.damage)):
+        if hull and level.saved == hull[-1].saved:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], level):
+            hull.pop()
+        hull.append(level)
+    return [(_slope(a, b), b.choice) for a, b in pairwise(hull) if b.choice is not None]
+
+
+def read_curves(found: object) -> dict[str, list[tuple[int, float]]]:
+    """Return module -> (size, damage), as a unit has found them.
+
+    Raises:
+        TypeError: they are no such thing.
+    """
+    if not isinstance(found, Mapping):
+        raise TypeError(f"curves is a {type(found).__name__}")
+    return {str(m): [(int(size), float(damage)) for size, damage in c] for m, c in found.items()}
+
+
+def _whole() -> Level:
+    return Level(saved=0, damage=0.0, choice=None)
+
+
+def _level(
+    shape: ModelShape, layer: LayerForm, module: str, choice: Choice, damage: float
+) -> Level:
+    cut = choice.ladder.cut(layer, choice.size)
+    saved = _elements(shape, layer, module) - _elements(shape, cut, module)
+    return Level(saved=saved, damage=max(damage, 0.0), choice=choice)
+
+
+def _elements(shape: ModelShape, layer: LayerForm, module: str) -> int:
+    """Return what a module stores, but for v's bias and o's: a cut moves the one to the other."""
+    weights = sum(linear_weights(shape, layer, name) for name in LINEARS_OF[module])
+    if module == "mlp":
+        return weights + 2 * layer.intermediate * int(shape.mlp_bias)
+    if module == "vo":
+        return weights
+    heads = shape.num_heads + shape.num_kv_heads
+    return weights + heads * layer.qk_head_dim * int(shape.qkv_bias)
+
+
+def _size(shape: ModelShape, layer: LayerForm, choice: Choice) -> int:
+    return layer_parameters(shape, choice.ladder.cut(layer, choice.size))
+
+
+def _slope(a: Level, b: Level) -> float:
+    return (b.damage - a.damage) / (b.saved - a.saved)
+
+
+def _between_levels(levels: Sequence[Level], wanted: Level) -> float:
+    """Return the damage of a cut on the straight line between two levels of its own method."""
+    assert wanted.choice is not None  # the whole module is never estimated
+    method = wanted.choice.method
+    own = [level for level in levels if level.choice is None or level.choice.method == method]
+    own.sort(key=lambda level: level.saved)
+    place = min(bisect_left(own, wanted.saved, key=lambda level: level.saved), len(own) - 1)
+    if place == 0 or own[place].saved == wanted.saved:
+        return own[place].damage
+    before, after = own[place - 1], own[place]
+    return before.damage + _slope(before, after) * (wanted.saved - before.saved)

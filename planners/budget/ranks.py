@@ -1,0 +1,260 @@
+"""A budget -> the ranks of linears that are stored as two factors."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from planners.budget.greedy import most_parameters
+from planners.budget.widths import bracket, largest_share
+from planners.errors import NumericsError
+from planners.method import Ladder
+from planners.model.cost import layer_parameters, linear_dims, model_parameters
+from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.modules import LINEARS_OF
+from planners.model.shape import LINEARS, ModelShape
+
+LEAST_LOG = 1e-12  # of a loss: what loses nothing gives all it can, and not more
+FLOOR = 0.5  # of the share that its type keeps: what every matrix keeps at the least
+
+# Of its parameters, what a linear keeps at the most before it had better stay whole. One of two
+# factors loses at once what lies beyond half of its rank, and saves next to nothing there.
+MOST_SHARE = 0.8
+# Those first that lose the least for a parameter at that share: what only attention scores see.
+CUT_ORDER = ("q_proj", "k_proj", "up_proj", "gate_proj", "down_proj", "o_proj", "v_proj")
+
+Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its parameters
+
+
+def one_share(
+    shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
+) -> ModelForm:
+    """Return one share of the parameters for all linears of these names, however close to 1.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    return largest_share(
+        shape,
+        lambda share: _form(shape, start, names, lambda *_: share),
+        keep_fraction=keep_fraction,
+        start=start,
+    )
+
+
+def uniform(
+    shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
+) -> ModelForm:
+    """Return one share of the parameters for all linears of these names that are factored.
+
+    Where the budget lets all keep more than `MOST_SHARE`, as few are factored as it demands, to
+    that share and in the order of `CUT_ORDER`, of each the last layers first; the others stay
+    whole. One of them has what is left over, so less than one rank is. Below it all are factored,
+    and up to one rank of each is left over.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    form = _form(shape, start, names, lambda *_: MOST_SHARE)
+    budget = most_parameters(start, keep_fraction)
+    if model_parameters(shape, form) <= budget:
+        return _raised(
+            shape, form, start.form, budget=budget, first=lambda _, name: (-CUT_ORDER.index(name),)
+        )
+    return one_share(shape, keep_fraction=keep_fraction, names=names, start=start)
+
+
+def by_type(
+    shape: ModelShape,
+    findings: Sequence[Mapping[str, object]],
+    *,
+    keep_fraction: float,
+    names: Sequence[str],
+    start: Start,
+) -> ModelForm:
+    """Return ranks by truncation loss, type by type: what would lose more gives less.
+
+    SVD-LLM v2 (arXiv:2503.12340): all matrices of one type (q_proj of all layers, ...) give the
+    same share together; of it layer i gives in proportion to ``1 / log(loss_i)``. Here it is
+    ``log(1 + loss)``, which is positive for any loss and the same for those of large models. The
+    share is found so that the true budget is met; less than one rank of it is left over.
+
+    The loss is that at one share for all, and says nothing of what a matrix loses at the rank that
+    it is left. So none keeps less than `FLOOR` of the share that its type keeps, up to a rank;
+    what it may not give, the others of its type give, in the same proportion. Without that, small
+    budgets leave the matrices of small loss next to nothing, and the model with them.
+
+    A budget that lets the types keep more than `MOST_SHARE` leaves linears whole, as in `uniform`,
+    of each type those that lose the most.
+
+    Args:
+        shape: of the model.
+        findings: of each layer, ``losses``: linear -> ``|x W - x W'|_F`` over the calibration
+            tokens, W' of the rank that `one_share` gives it.
+        keep_fraction: target, whole model.
+        names: linears that take part.
+        start: what is factored.
+
+    Raises:
+        NumericsError: a loss is not finite.
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    weights = {
+        name: [_weight(layer, name, finding) for layer, finding in enumerate(findings)]
+        for name in names
+    }
+
+    def form(share: float) -> ModelForm:
+        most = 1 - FLOOR * share
+        given = {name: filled(each, mean=1 - share, most=most) for name, each in weights.items()}
+        return _form(shape, start, names, lambda layer, name: 1 - given[name][layer])
+
+    budget = most_parameters(start, keep_fraction)
+    most = form(MOST_SHARE)
+    if model_parameters(shape, most) <= budget:
+        return _raised(
+            shape, most, start.form, budget=budget,
+            first=lambda layer, name: (-CUT_ORDER.index(name), weights[name][layer]),
+        )  # fmt: skip
+    within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
+    return _raised(shape, form(within), form(over), budget=budget)
+
+
+def filled(weights: Sequence[float], *, mean: float, most: float = 1.0) -> list[float]:
+    """Return ``min(most, c w)`` for each weight, c so that their mean is ``mean``.
+
+    ``weights`` are positive, ``mean`` is in [0, ``most``].
+    """
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    found = [0.0] * len(weights)
+    left = mean * len(weights)
+    for position, index in enumerate(order):
+        # From the largest weight on: those that c would lift over the most have it, the rest share.
+        rest = math.fsum(weights[i] for i in order[position:])
+        found[index] = min(most, max(0.0, left * weights[index] / rest))
+        left -= found[index]
+    return found
+
+
+def rank_ladder(
+    shape: ModelShape, layer: LayerForm, module: str, shares: Sequence[float]
+) -> Ladder | None:
+    """Return how the linears of a module are factored, one rank of one of them at a time.
+
+    All keep about one share of their parameters; one that no rank makes smaller stays whole. A size
+    is the sum of the ranks, a whole linear counted as the first rank that saves nothing.
+
+    Returns:
+        None where no linear of the module gets smaller, or a step before has factored one.
+    """
+    names = LINEARS_OF[module]
+    if any(name in layer.ranks for name in names):
+        return None
+    rungs, reached = _rungs(tuple(linear_dims(shape, layer, name) for name in names))
+    smallest = sum(rungs[0])
+    whole = smallest + len(rungs) - 1
+    if smallest == whole:
+        return None
+    most = {name: _most(*linear_dims(shape, layer, name)) for name in names}
+
+    def cut(other: LayerForm, size: int) -> LayerForm:
+        ranks = dict(zip(names, rungs[size - smallest], strict=True))
+        kept = {name: rank for name, rank in ranks.items() if rank <= most[name]}
+        both = {**other.ranks, **kept}
+        return replace(other, ranks={name: both[name] for name in LINEARS if name in both})
+
+    levels = {smallest + bisect_right(reached, share) for share in shares}
+    return Ladder(
+        sizes=range(smallest, whole),
+        whole=whole,
+        levels=tuple(sorted(levels - {whole}, reverse=True)),
+        cut=cut,
+    )
+
+
+def _most(out_dim: int, in_dim: int) -> int:
+    """Return the largest rank of which both factors are smaller than the matrix."""
+    return (out_dim * in_dim - 1) // (out_dim + in_dim)
+
+
+@lru_cache(maxsize=256)  # a few shapes of layers, each asked for in every layer
+def _rungs(
+    dims: tuple[tuple[int, int], ...],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Return the ranks of some linears from all 1 to all whole, and the share at each next step."""
+    steps = sorted(
+        (min(1.0, rank * (out_dim + in_dim) / (out_dim * in_dim)), index)
+        for index, (out_dim, in_dim) in enumerate(dims)
+        for rank in range(2, _most(out_dim, in_dim) + 2)
+    )
+    ranks = [1] * len(dims)
+    rungs = [tuple(ranks)]
+    for _, index in steps:
+        ranks[index] += 1
+        rungs.append(tuple(ranks))
+    return tuple(rungs), tuple(share for share, _ in steps)
+
+
+def _form(shape: ModelShape, start: Start, names: Sequence[str], shares: Shares) -> ModelForm:
+    layers = []
+    for index, layer in enumerate(start.form.layers):
+        ranks = dict(layer.ranks)
+        for name in names:
+            out_dim, in_dim = linear_dims(shape, layer, name)
+            share = shares(index, name)
+            rank = max(1, int(share * out_dim * in_dim / (out_dim + in_dim)))
+            # A matrix of full rank saves nothing, and stays whole.
+            if share < 1 and rank * (out_dim + in_dim) < out_dim * in_dim:
+                ranks[name] = rank
+        layers.append(replace(layer, ranks=ranks))
+    return replace(start.form, layers=tuple(layers), native=False)
+
+
+def _raised(
+    shape: ModelShape,
+    small: ModelForm,
+    large: ModelForm,
+    *,
+    budget: int,
+    first: Callable[[int, str], tuple[float, ...]] = lambda *_: (),
+) -> ModelForm:
+    """Return the smaller form with as many of the larger one's ranks as the budget has room for.
+
+    Linears (layer, name) with the smallest ``first`` are raised first, of those alike the first
+    layers.
+    """
+    layers = list(small.layers)
+    room = budget - model_parameters(shape, small)
+    order = [(index, name) for index, layer in enumerate(small.layers) for name in layer.ranks]
+    for index, name in sorted(order, key=lambda place: first(*place)):
+        for ranks in _steps(shape, layers[index], name, large.layers[index].ranks.get(name)):
+            wider = replace(layers[index], ranks=ranks)
+            more = layer_parameters(shape, wider) - layer_parameters(shape, layers[index])
+            if more > room:
+                break
+            layers[index], room = wider, room - more
+    return replace(small, layers=tuple(layers))
+
+
+def _steps(
+    shape: ModelShape, layer: LayerForm, name: str, goal: int | None
+) -> list[dict[str, int]]:
+    """Return the ranks of a layer with one linear one rank up, and so on until ``goal``."""
+    rank = layer.ranks.get(name)
+    if rank is None:
+        return []
+    out_dim, in_dim = linear_dims(shape, layer, name)
+    last = _most(out_dim, in_dim) if goal is None else goal
+    found = [{**layer.ranks, name: each} for each in range(rank + 1, last + 1)]
+    if goal is None:
+        found.append({other: each for other, each in layer.ranks.items() if other != name})
+    return found
+
+
+def _weight(layer: int, name: str, finding: Mapping[str, object]) -> float:
+    losses = finding["losses"]
+    loss = losses.get(name) if isinstance(losses, Mapping) else None
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        raise NumericsError(f"layer {layer}: the loss of {name} is {loss!r}, which is no number")
+    return 1 / max(math.log1p(max(loss, 0.0)), LEAST_LOG)

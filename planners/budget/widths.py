@@ -1,0 +1,275 @@
+"""A budget and what each cut costs -> how much of what to keep."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, walked
+from planners.errors import NumericsError
+from planners.method import Ladder
+from planners.model.cost import dense_start, model_parameters
+from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.shape import ModelShape
+
+BISECTIONS = 60  # of a share in [0, 1]: finer than any width
+LOG_NOTHING = 40.0  # e^-40 of a width is less than rounding
+
+
+def largest_width(
+    widths: Sequence[int], count: Callable[[int], int], *, before: int, keep_fraction: float
+) -> int:
+    """Return the widest of ``widths`` that stays within the budget.
+
+    Args:
+        widths: candidates, ascending.
+        count: width -> parameters of the whole model; does not fall with the width.
+        before: parameters of the input model.
+        keep_fraction: target, parameters after over parameters before.
+
+    Raises:
+        PlanError: even the narrowest candidate is over the budget; the message says how small it
+            can get.
+    """
+    low, high = 0, len(widths)
+    while low < high:
+        middle = (low + high) // 2
+        if count(widths[middle]) <= keep_fraction * before:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        refuse_budget(count(widths[0]) / before, keep_fraction)
+    return widths[low - 1]
+
+
+# The inner widths that a modular method may cut, and the step of each: rope pairs stay whole.
+QUANTUM = {"qk": 2, "vo": 1}
+FIELD = {"mlp": "intermediate", "qk": "qk_head_dim", "vo": "vo_head_dim"}
+Widths = dict[str, int]
+
+
+def full_widths(shape: ModelShape) -> Widths:
+    """Return module -> inner width before compression."""
+    return {"mlp": shape.intermediate, "qk": shape.head_dim, "vo": shape.head_dim}
+
+
+def layer_widths(layer: LayerForm) -> Widths:
+    """Return module -> inner width of a layer."""
+    return {module: getattr(layer, field) for module, field in FIELD.items()}
+
+
+def cut_layer(layer: LayerForm, widths: Mapping[str, int]) -> LayerForm:
+    """Return a layer with these inner widths; a cut v moves its bias into o's."""
+    moved = layer.v_bias and widths["vo"] < layer.vo_head_dim
+    return replace(
+        layer,
+        intermediate=widths["mlp"],
+        qk_head_dim=widths["qk"],
+        vo_head_dim=widths["vo"],
+        v_bias=layer.v_bias and not moved,
+        o_bias=layer.o_bias or moved,
+    )
+
+
+def form_of(
+    shape: ModelShape, widths: Sequence[Mapping[str, int]], start: Start | None = None
+) -> ModelForm:
+    """Return the model whose layers have these inner widths.
+
+    Args:
+        shape: of the model.
+        widths: of each layer, module -> inner width.
+        start: what is cut; None is the model that nothing touched.
+    """
+    form = (start or dense_start(shape)).form
+    layers = (cut_layer(*pair) for pair in zip(form.layers, widths, strict=False))
+    return replace(form, layers=tuple(layers), native=False)
+
+
+def rounded(full: int, module: str, width: float, *, round_to: int) -> int:
+    """Return the nearest width that a module's step allows, at least one step, at most ``full``."""
+    step = QUANTUM.get(module, round_to)
+    if width >= full:
+        return full
+    return min(full, max(step, step * math.floor(width / step + 0.5)))
+
+
+def uniform(
+    shape: ModelShape,
+    *,
+    keep_fraction: float,
+    modules: Sequence[str],
+    round_to: int,
+    alike: bool = False,
+    start: Start | None = None,
+) -> ModelForm:
+    """Return the largest model within the budget whose layers all keep one share of each width.
+
+    Where all take their next step at the same share, only as many take it as the budget demands,
+    unless they must be ``alike``.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    start = start or dense_start(shape)
+    whole = [layer_widths(layer) for layer in start.form.layers]
+
+    def form(share: float) -> ModelForm:
+        cut = [
+            full | {m: rounded(full[m], m, share * full[m], round_to=round_to) for m in modules}
+            for full in whole
+        ]
+        return form_of(shape, cut, start)
+
+    if alike:
+        return largest_share(shape, form, keep_fraction=keep_fraction, start=start)
+    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
+
+
+def by_influence(  # noqa: PLR0913 the formula has as many
+    shape: ModelShape,
+    findings: Sequence[Mapping[str, object]],
+    *,
+    keep_fraction: float,
+    modules: Sequence[str],
+    round_to: int,
+    temperature: float,
+    start: Start | None = None,
+) -> ModelForm:
+    """Return widths by Block Influence: layer i loses ``c * softmax(-s_i / temperature)``.
+
+    MoDeGPT eq. 10-11 (arXiv:2408.09632); c is chosen so that the true budget is met. Where several
+    widths take their next step at the same c, only as many take it as the budget demands.
+
+    Args:
+        shape: of the model.
+        findings: of each layer, ``influence``: 1 - mean cosine between its input and output.
+        keep_fraction: target, whole model.
+        modules: which take part.
+        round_to: step of the FFN width.
+        temperature: of the softmax; influence is between 0 and 2.
+        start: what is cut; None is the model that nothing touched.
+
+    Raises:
+        NumericsError: an influence is not finite.
+        PlanError: the budget cannot be met; the message says how small it can get.
+    """
+    scores = [_influence(i, finding["influence"]) for i, finding in enumerate(findings)]
+    least, most = min(scores), max(scores)
+    start = start or dense_start(shape)
+    whole = [layer_widths(layer) for layer in start.form.layers]
+    # c on a logarithmic scale: from where no width loses anything to where all lose everything.
+    span = (most - least) / temperature + LOG_NOTHING
+
+    def form(share: float) -> ModelForm:
+        removed = [
+            math.exp(min(0.0, (1 - share) * span - LOG_NOTHING - (score - least) / temperature))
+            for score in scores
+        ]
+        cut = [
+            full | {m: rounded(full[m], m, (1 - r) * full[m], round_to=round_to) for m in modules}
+            for r, full in zip(removed, whole, strict=True)
+        ]
+        return form_of(shape, cut, start)
+
+    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
+
+
+def levels(full: int, module: str, shares: Sequence[float], *, round_to: int) -> list[int]:
+    """Return the widths at which the damage of a module is measured, descending, each once."""
+    found = {rounded(full, module, share * full, round_to=round_to) for share in shares}
+    return sorted(found - {full}, reverse=True)
+
+
+def width_ladder(full: int, module: str, shares: Sequence[float], *, round_to: int) -> Ladder:
+    """Return how the inner width of a module is cut, step by step."""
+    step = QUANTUM.get(module, round_to)
+
+    def cut(layer: LayerForm, width: int) -> LayerForm:
+        return cut_layer(layer, layer_widths(layer) | {module: width})
+
+    return Ladder(
+        sizes=range(step, full, step),
+        whole=full,
+        levels=tuple(levels(full, module, shares, round_to=round_to)),
+        cut=cut,
+    )
+
+
+def _between(
+    shape: ModelShape,
+    form: Callable[[float], ModelForm],
+    *,
+    keep_fraction: float,
+    round_to: int,
+    start: Start,
+) -> ModelForm:
+    """Return the largest form of a family in the budget, with what the next larger one has more.
+
+    The widths that differ between the two are cut one by one, the last layer first, only as far as
+    the budget demands.
+    """
+    within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
+    small, large = (
+        [layer_widths(layer) for layer in form(share).layers] for share in (within, over)
+    )
+    chosen: list[dict[str, Choice]] = []
+    path: list[tuple[int, str, Choice]] = []
+    for layer, form_before in reversed(list(enumerate(start.form.layers))):
+        ladders = {
+            module: width_ladder(full, module, (), round_to=round_to)
+            for module, full in layer_widths(form_before).items()
+        }
+        chosen.insert(0, {
+            module: Choice(ladder=ladders[module], size=width)
+            for module, width in large[layer].items()
+            if width < layer_widths(form_before)[module]
+        })  # fmt: skip
+        path += [
+            (layer, module, Choice(ladder=ladders[module], size=width))
+            for module, width in small[layer].items()
+            if width < large[layer][module]
+        ]
+    found = walked(shape, chosen, path, keep_fraction=keep_fraction, start=start)
+    return replace(start.form, layers=tuple(shrunk(start, found)), native=False)
+
+
+def largest_share(
+    shape: ModelShape,
+    form: Callable[[float], ModelForm],
+    *,
+    keep_fraction: float,
+    start: Start,
+) -> ModelForm:
+    """Return the largest of a family of forms, growing with a share in [0, 1], in the budget."""
+    return form(bracket(shape, form, keep_fraction=keep_fraction, start=start)[0])
+
+
+def bracket(
+    shape: ModelShape,
+    form: Callable[[float], ModelForm],
+    *,
+    keep_fraction: float,
+    start: Start,
+) -> tuple[float, float]:
+    """Return a share within the budget and the next one over it; twice 1.0 where all is within."""
+    budget = most_parameters(start, keep_fraction)
+    smallest = model_parameters(shape, form(0.0))
+    if smallest > budget:
+        refuse_budget(smallest / start.parameters_before, keep_fraction)
+    low, high = 0.0, 1.0
+    if model_parameters(shape, form(high)) <= budget:
+        return high, high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if model_parameters(shape, form(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low, high
+
+
+def _influence(layer: int, value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise NumericsError(f"layer {layer}: its influence is {value!r}, which is no number")
+    return float(value)

@@ -1,0 +1,109 @@
+"""A plan that cannot fit: by how much, and the cheapest ways to fit, each planned again."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from planners.errors import PlanError
+from planners.method import MethodSpec, Option
+
+MOST = 3  # ways that are named
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What is planned, as far as it can be changed to fit.
+
+    Attributes:
+        spec: of the method.
+        options: of the method.
+        microbatch_sequences: that go through a stage in one call.
+        sequence_length: tokens of each.
+        compute_dtype: of the pass.
+        worker_bytes: memory of a worker.
+    """
+
+    spec: MethodSpec
+    options: Mapping[str, Option]
+    microbatch_sequences: int
+    sequence_length: int
+    compute_dtype: str
+    worker_bytes: int
+
+
+def ways_to_fit(
+    attempt: Attempt,
+    shortfall: Callable[[Attempt], int],
+    *,
+    others: Sequence[tuple[MethodSpec, Mapping[str, Option]]],
+) -> list[str]:
+    """Return up to three ways to fit, cheapest first, in words, each with what it costs.
+
+    Args:
+        attempt: what does not fit.
+        shortfall: bytes that a worker lacks; a PlanError where that cannot be planned at all.
+        others: methods that may fit where this one does not, with their options.
+    """
+    found = []
+    for text, tried in _candidates(attempt, others):
+        try:
+            missing = shortfall(tried)
+        except PlanError:
+            continue
+        if missing <= 0:
+            found.append(text)
+    memory = attempt.worker_bytes + shortfall(attempt)
+    enough = f"--worker-gib {memory / GIB:.2f} or more: workers with that much memory"
+    # More memory always fits; it is named last of three, for it costs money.
+    return [*found[: MOST - 1], enough]
+
+
+def _candidates(
+    attempt: Attempt, others: Sequence[tuple[MethodSpec, Mapping[str, Option]]]
+) -> Iterator[tuple[str, Attempt]]:
+    """Yield (words, attempt), the cheapest first: what keeps the result, then what changes it."""
+    size = attempt.microbatch_sequences
+    while size > 1:
+        size = (size + 1) // 2
+        fewer = replace(attempt, microbatch_sequences=size)
+        calls = -(-attempt.microbatch_sequences // size)
+        tokens = size * attempt.sequence_length
+        yield f"--microbatch-tokens {tokens}: {calls} times as many calls", fewer
+        if attempt.compute_dtype == "float32":
+            half = replace(fewer, compute_dtype="bfloat16")
+            yield (
+                f"--microbatch-tokens {tokens} --calibration-dtype bfloat16: statistics of a pass "
+                "with 8 bits of precision",
+                half,
+            )
+    if attempt.compute_dtype == "float32":
+        yield (
+            "--calibration-dtype bfloat16: statistics of a pass with 8 bits of precision",
+            replace(attempt, compute_dtype="bfloat16"),
+        )
+    yield from _options(attempt)
+    smallest = replace(attempt, microbatch_sequences=1)
+    tokens = attempt.sequence_length
+    for spec, options in others:
+        words = f"--method {spec.name}: another method, another result"
+        yield words, replace(attempt, spec=spec, options=options)
+        yield (
+            f"--method {spec.name} --microbatch-tokens {tokens}: another method, another result",
+            replace(smallest, spec=spec, options=options),
+        )
+
+
+def _options(attempt: Attempt) -> Iterator[tuple[str, Attempt]]:
+    """Yield the same method with fewer modules, or without what it does on top."""
+    if attempt.options.get("refit"):
+        yield (
+            "--option refit=false: a higher perplexity",
+            replace(attempt, options={**attempt.options, "refit": False}),
+        )
+    modules = [m for m in str(attempt.options.get("modules", "")).split(",") if m]
+    for module in modules if len(modules) > 1 else []:
+        left = ",".join(m for m in modules if m != module)
+        yield (
+            f"--option modules={left}: {module} stays whole, the others shrink more",
+            replace(attempt, options={**attempt.options, "modules": left}),
+        )

@@ -1,0 +1,65 @@
+"""A model that generates: what it takes, and how many workers hold all of it at one time."""
+
+from planners.errors import PlanError
+from planners.memory.peaks import LIBRARIES, SINGLE, forward_bytes, load_bytes, table_bytes
+from planners.memory.placement import Load, place
+from planners.model.cost import BYTES_OF, layer_parameters, widest_layer
+from planners.model.form import ModelForm
+from planners.model.shape import ModelShape
+from planners.plan import StagePlan
+
+
+def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: int) -> Load:
+    """Return what a worker holds that generates with some layers, in the dtype they are stored in.
+
+    Args:
+        shape: of the dense model.
+        form: widths of the model that generates.
+        batch: sequences at one time.
+        tokens: of each, those of the prompt included.
+    """
+    width, dtype = BYTES_OF[shape.dtype], shape.dtype
+    largest = max(form.layers, key=lambda layer: layer_parameters(shape, layer))
+    widest = widest_layer(form)
+    cached = batch * tokens * shape.num_kv_heads * (widest.qk_head_dim + widest.vo_head_dim) * width
+    passing = max(
+        forward_bytes(
+            shape,
+            frozenset(),
+            tokens=batch * tokens,
+            sequence_length=tokens,
+            dtype=dtype,
+            form=each,
+        )
+        for each in (widest, *form.layers)
+    )
+    logits = batch * shape.vocab_size * (width + SINGLE)
+    loading = load_bytes(shape, dtype=dtype, form=largest)
+    return Load(
+        layer=layer_parameters(shape, largest) * width,
+        statistics=cached,
+        microbatch=batch * tokens * shape.hidden * width,
+        # A layer's keys and values are copied when they grow.
+        workspace=max(passing + cached, logits, loading),
+        table=table_bytes(shape, dtype=dtype),
+        libraries=LIBRARIES,
+    )
+
+
+def whole_bytes(shape: ModelShape, load: Load) -> int:
+    """Return what one worker would take that held all layers."""
+    return sum(load.stage(shape.num_layers, tables=2).values())
+
+
+def fewest_stages(
+    shape: ModelShape, load: Load, *, num_workers: int, worker_bytes: int
+) -> tuple[StagePlan, ...]:
+    """Return the shortest chain of stages that holds the whole model; empty where none does."""
+    try:
+        for count in range(1, min(num_workers, shape.num_layers) + 1):
+            waves = place(shape, load, num_workers=count, worker_bytes=worker_bytes)
+            if len(waves) == 1:
+                return waves[0]
+    except PlanError:
+        return ()  # not even one layer fits a worker
+    return ()

@@ -1,0 +1,284 @@
+"""What a worker holds at its peak, in bytes: while tokens pass, and in each kind of unit.
+
+Counted from what the actors do, buffer by buffer; `benchmarks/plan_truth.py` compares it with what
+was measured. A unit of compression holds no layers of the pass: they were dropped before.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from planners import refit
+from planners.memory.workspace import PANEL, eigh_bytes, low_rank_bytes, nystrom_bytes
+from planners.method import Candidate, MethodSpec, Option
+from planners.model.cost import BYTES_OF, layer_parameters, linear_dims, statistic_elements, tap_dim
+from planners.model.form import LayerForm, ModelForm, dense_form
+from planners.model.packing import ROWS as BLOCK_ROWS
+from planners.model.shape import LINEARS, ModelShape
+from planners.model.taps import Statistic
+
+DOUBLE, SINGLE = 8, 4
+LOGIT_TOKENS = 1024  # rows of logits that exist at one time
+ROWS = 8192  # of a table that are in memory at one time
+LIBRARIES = 64 * 2**20  # what torch and transformers take at their first use, beside tensors
+
+
+def forward_bytes(
+    shape: ModelShape,
+    statistics: frozenset[Statistic],
+    *,
+    tokens: int,
+    sequence_length: int,
+    dtype: str,
+    form: LayerForm | None = None,
+) -> int:
+    """Return what one layer's forward and its sums need beside weights and sums.
+
+    ``tokens`` are those of all sequences. Without a ``form``, of a layer that nothing touched.
+    """
+    layer = form or dense_form(shape)
+    width = BYTES_OF[dtype]
+    hidden = max(layer.residual_in, layer.residual_mid, layer.residual_out)
+    head_dim = max(layer.qk_head_dim, layer.vo_head_dim)
+    heads, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+    # The residual, its normed copy and what they are made of; then attention, or the MLP.
+    attention = 3 * hidden + 4 * heads + 3 * kv
+    mlp = 3 * hidden + 3 * layer.intermediate
+    peak = max(
+        tokens * attention * width + _scores(shape, layer, tokens, sequence_length),
+        tokens * mlp * width,
+    )
+    for statistic in statistics:
+        dim = tap_dim(shape, statistic.tap, layer)
+        if statistic.kind not in ("gram", "normed_gram"):
+            continue
+        # The product of a block of rows in float32 exists beside the float64 sums; a narrower
+        # input, or one that is normed, has a float32 copy too.
+        copies = int(width < SINGLE) + int(statistic.kind == "normed_gram")
+        kept = tokens * (3 * hidden + dim) * width
+        product = min(dim, BLOCK_ROWS) * dim
+        peak = max(peak, kept + (product + tokens * dim * copies) * SINGLE)
+    return peak
+
+
+def _scores(shape: ModelShape, form: LayerForm, tokens: int, sequence_length: int) -> int:
+    """Return what attention takes where it forms the scores of all heads at once.
+
+    The kernels that go by blocks want query, key and value heads of one width. Without them there
+    are the scores, their softmax and a byte for each that tells which are masked, beside scaled
+    copies of queries and keys.
+    """
+    if form.qk_head_dim == form.vo_head_dim:
+        return 0
+    scores = sequence_length * (2 * SINGLE + 1)
+    return tokens * shape.num_heads * (scores + 2 * form.qk_head_dim * SINGLE)
+
+
+def loss_bytes(shape: ModelShape, *, tokens: int, dtype: str) -> int:
+    """Return what the losses of one microbatch need beside the head."""
+    rows = min(tokens, LOGIT_TOKENS)
+    copies = 2 + int(BYTES_OF[dtype] < SINGLE)  # the logits, in float32 too, and their softmax
+    return rows * shape.vocab_size * SINGLE * copies + 3 * tokens * shape.hidden * BYTES_OF[dtype]
+
+
+def table_bytes(shape: ModelShape, *, dtype: str) -> int:
+    """Return the embedding, or the head, in a stage."""
+    return shape.vocab_size * shape.hidden * BYTES_OF[dtype]
+
+
+def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) -> int:
+    """Return what loading needs beside what is loaded: the tensors as they are stored."""
+    stored = BYTES_OF[shape.dtype]
+    if stored == BYTES_OF[dtype]:
+        return max(out * inner for out, inner in map(shape.linear_dims, LINEARS)) * stored
+    return layer_parameters(shape, form or dense_form(shape)) * stored
+
+
+def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
+    shape: ModelShape,
+    form: ModelForm,
+    *,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    tokens: tuple[int, int],
+    sequence_length: int,
+    dtype: str,
+    start: ModelForm | None = None,
+    mapped: bool = False,
+) -> int:
+    """Return the peak of the largest unit of compression.
+
+    Args:
+        shape: of the model.
+        form: of the result.
+        spec: of the method.
+        options: of the method.
+        tokens: of one microbatch, and of all of them.
+        sequence_length: tokens of one sequence.
+        dtype: of the pass.
+        start: widths of the input model; those of one that nothing touched if None.
+        mapped: the sums are pages of files and take no memory of their own.
+    """
+    statistics = spec.statistics(options)
+    held = frozenset() if mapped else statistics
+    peaks = [_table_unit(shape, residual=spec.residual)]
+    if spec.residual:
+        peaks.append(_basis(shape, options))
+    inputs = start.layers if start is not None else (dense_form(shape),) * shape.num_layers
+    known: list[tuple[LayerForm, LayerForm]] = []  # layers alike are counted once
+    for before, layer in zip(inputs, form.layers, strict=True):
+        if (before, layer) in known:
+            continue
+        known.append((before, layer))
+        cells = layer_parameters(shape, before) * BYTES_OF[dtype]
+        length = sequence_length
+        passing = max(
+            forward_bytes(
+                shape, frozenset(), tokens=tokens[0], sequence_length=length, dtype=dtype, form=each
+            )
+            for each in (before, layer)
+        )
+        if spec.residual:
+            shared = options.get("rotation") == "shared"
+            peaks.append(_turned_layer(shape, before, layer, shared=shared))
+            if options.get("schedule") == "sequential":
+                peaks.append(2 * cells + passing + 4 * shape.hidden**2 * DOUBLE)
+        else:
+            peaks.append(_shrunk_layer(shape, before, layer, held))
+        if spec.measures(options) == "damage":
+            makers = spec.candidates or (Candidate(spec=spec, options=options),)
+            outputs = max(_outputs(shape, before, each) for each in makers)
+            peaks += [
+                _damage(
+                    shape, before, cut, (statistics, held),
+                    outputs=outputs, tokens=tokens[1], sequence_length=length, dtype=dtype,
+                )
+                for cut in (layer, *_cuts(shape, before, makers))
+            ]  # fmt: skip
+        if options.get("refit"):
+            streams = 3 * tokens[0] * shape.hidden * BYTES_OF[dtype]
+            peaks.append(refit.workspace_bytes(shape, layer_bytes=cells) + passing + streams)
+    return max(peaks)
+
+
+def _cuts(
+    shape: ModelShape, layer: LayerForm, candidates: Sequence[Candidate]
+) -> Iterator[LayerForm]:
+    """Yield a layer with one module cut, by each method that may be asked for it."""
+    for each in candidates:
+        for ladder in each.spec.ladders(shape, layer, each.options).values():
+            for size in ladder.sizes[-1:]:  # a module of one pair cannot be cut
+                yield ladder.cut(layer, size)
+
+
+def _outputs(shape: ModelShape, layer: LayerForm, method: Candidate) -> int:
+    """Return how many outputs of a layer pass the layers behind it side by side.
+
+    With damage as the loss of the model: that of the whole layer, and one a level of each module.
+    """
+    if method.options.get("damage") != "loss":
+        return 0
+    ladders = method.spec.ladders(shape, layer, method.options).values()
+    return 1 + sum(len(ladder.levels) for ladder in ladders)
+
+
+def _table_unit(shape: ModelShape, *, residual: bool) -> int:
+    rows = min(ROWS, shape.vocab_size) * shape.hidden
+    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * SINGLE if residual else 0))
+
+
+def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
+    square = shape.hidden**2 * DOUBLE
+    if options.get("rotation") == "shared":
+        return (3 * shape.num_sites + 1) * square  # all grams, scaled, and side by side
+    return eigh_bytes(shape.hidden) + square
+
+
+def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shared: bool) -> int:
+    """Return a layer with its bases, the result, and what the largest product takes beside them.
+
+    That is a basis in float32, or a shortcut in float64. A block of rows, its scaled copy and its
+    product come and go; the allocator keeps about as much again of those that went.
+    """
+    widths = (form.residual_in, form.residual_mid, form.residual_out)
+    whole = layer_parameters(shape, start) + layer_parameters(shape, form)
+    bases = shape.hidden * (widths[0] if shared else sum(widths)) * DOUBLE
+    block = min(PANEL, max(shape.hidden, start.intermediate))
+    blocks = 2 * 3 * block * shape.hidden * SINGLE
+    turning = max(widths) * shape.hidden * SINGLE
+    shortcut = 0 if shared else widths[1] * max(widths[0], widths[2]) * DOUBLE
+    return whole * BYTES_OF[shape.dtype] + bases + blocks + max(turning, shortcut)
+
+
+def _shrunk_layer(
+    shape: ModelShape, start: LayerForm, form: LayerForm, statistics: frozenset[Statistic]
+) -> int:
+    """Return a layer with its sums, the result, and the largest factorisation beside them."""
+    stored = BYTES_OF[shape.dtype]
+    sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
+    whole = layer_parameters(shape, start) + layer_parameters(shape, form)
+    return int(whole * stored + sums + _factorisation(shape, start, form))
+
+
+def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+    peaks = [0]
+    if form.intermediate < start.intermediate:
+        peaks.append(nystrom_bytes(start.intermediate, start.residual_out))
+    if form.vo_head_dim < start.vo_head_dim:
+        peaks.append(3 * shape.num_heads * start.vo_head_dim * start.residual_mid * DOUBLE)
+    for name in form.ranks.keys() - start.ranks.keys():
+        out_dim, in_dim = linear_dims(shape, start, name)
+        peaks.append(low_rank_bytes(out_dim, in_dim, form.ranks[name]))
+    return max(peaks)
+
+
+def _damage(  # noqa: PLR0913 all that decides what is measured
+    shape: ModelShape,
+    start: LayerForm,
+    form: LayerForm,
+    statistics: tuple[frozenset[Statistic], frozenset[Statistic]],
+    *,
+    outputs: int,
+    tokens: int,
+    sequence_length: int,
+    dtype: str,
+) -> int:
+    """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way.
+
+    ``statistics`` are all that there are, and those that take memory; ``outputs`` are those of the
+    layer that are kept until all of them pass the layers behind.
+    """
+    width = BYTES_OF[dtype]
+    cells = layer_parameters(shape, start)
+    kinds = [s.kind for s in statistics[0]]
+    probes = [int(kind.removeprefix("probe")) for kind in kinds if kind.startswith("probe")]
+    probe = min(max(probes, default=0), tokens)
+    held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
+    sums = sum(statistic_elements(shape, s, start) for s in statistics[1]) * DOUBLE
+    probe_bytes = max(
+        forward_bytes(
+            shape,
+            frozenset(),
+            tokens=probe,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            form=each,
+        )
+        for each in (start, form)
+    )
+    # What is measured as damage is float32, the output and its difference beside it.
+    passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
+    if outputs:
+        held += outputs * probe * shape.hidden * width
+        head = table_bytes(shape, dtype=dtype) + loss_bytes(shape, tokens=probe, dtype=dtype)
+        passing = max(passing, head)
+    factoring = _factorisation(shape, start, form) + _axes(shape, start, form)
+    # The factor serves all levels, so it is there while each of them is tried.
+    return int(held + sums + factoring + cells * width + passing)
+
+
+def _axes(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+    """Return the axes of all linears that are factored, and the factors of their grams."""
+    total = 0
+    for name in form.ranks.keys() - start.ranks.keys():
+        out_dim, in_dim = linear_dims(shape, start, name)
+        total += (1 + int(out_dim > in_dim)) * min(out_dim, in_dim) ** 2
+    return total * DOUBLE

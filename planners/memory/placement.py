@@ -1,0 +1,190 @@
+"""Layers, their sizes and the workers at hand -> stages and waves."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from planners.errors import PlanError
+from planners.memory.peaks import LIBRARIES, forward_bytes, load_bytes, loss_bytes, table_bytes
+from planners.model.cost import (
+    BYTES_OF,
+    dense_model_form,
+    layer_parameters,
+    statistic_elements,
+    widest_layer,
+)
+from planners.model.form import LayerForm, ModelForm, dense_form
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic
+from planners.plan import StagePlan
+
+WINDOW = 4  # microbatches that may wait before a stage
+MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
+HELD = 2  # boundary activations in a worker's own memory; those that wait are in shared memory
+UNBOUNDED = 2**62
+ROOM = 4  # times what waits at one time: the object store frees late
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a worker must hold, in bytes.
+
+    Attributes:
+        layer: weights of one dense layer.
+        statistics: sums of one layer; of a model that generates, its keys and values.
+        microbatch: one boundary activation.
+        workspace: what one layer's forward, or its losses, or its loading need on top.
+        table: the embedding, or the head: what each end of the model holds beside layers.
+        unit: the peak of the largest unit of compression, for which layers are dropped.
+        libraries: what the libraries take beside tensors.
+        evaluation: the same while losses are measured, where that takes a wider dtype.
+    """
+
+    layer: int
+    statistics: int
+    microbatch: int
+    workspace: int
+    table: int = 0
+    unit: int = 0
+    libraries: int = 0
+    evaluation: "Load | None" = None
+
+    def stage(self, num_layers: int, *, tables: int = 0) -> dict[str, int]:
+        """Return the planned bytes by kind of a worker that holds so many layers and tables."""
+        held = {
+            "weights": num_layers * self.layer + tables * self.table,
+            "statistics": num_layers * self.statistics,
+            "boundaries": HELD * self.microbatch,
+            "libraries": self.libraries,
+        }
+        others = [self.unit + self.libraries]
+        if self.evaluation is not None:
+            others.append(sum(self.evaluation.stage(num_layers, tables=tables).values()))
+        return {**held, "workspace": max(self.workspace, max(others) - sum(held.values()))}
+
+    def shortfall(self, worker_bytes: int, *, num_layers: int) -> int:
+        """Return the bytes that a worker lacks for one layer of so many; above 0 if any."""
+        tables = 2 if num_layers == 1 else 1  # a model of one layer has both its ends there
+        return sum(self.stage(1, tables=tables).values()) - worker_bytes
+
+
+def load_of(  # noqa: PLR0913 all that decides what a worker holds
+    shape: ModelShape,
+    statistics: frozenset[Statistic],
+    *,
+    microbatch_tokens: int,
+    sequence_length: int,
+    compute_dtype: str,
+    unit: int = 0,
+    start: ModelForm | None = None,
+    result: ModelForm | None = None,
+) -> Load:
+    """Return the bytes that a layer, its statistics and its microbatches take.
+
+    Args:
+        shape: of the model.
+        statistics: that are summed of each layer.
+        microbatch_tokens: that pass a stage in one call.
+        sequence_length: tokens of one sequence.
+        compute_dtype: of the pass.
+        unit: the peak of the largest unit of compression, where there is any.
+        start: widths of the model that passes; those of one that nothing touched if None. Where it
+            is given the dense model passes the same stages too, to be evaluated.
+        result: widths of the result, which passes them to be evaluated.
+    """
+    width, tokens = BYTES_OF[compute_dtype], microbatch_tokens
+    start = start or dense_model_form(shape)
+    widest = widest_layer(start)
+    sums = sum(statistic_elements(shape, s, widest) for s in statistics)
+    forms = [dense_form(shape)]  # layers alike are counted once
+    for layer in (*start.layers, *(result.layers if result is not None else ())):
+        forms += [layer] * (layer not in forms)
+
+    def passed(form: LayerForm, observed: frozenset[Statistic]) -> int:
+        return forward_bytes(
+            shape,
+            observed,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            dtype=compute_dtype,
+            form=form,
+        )
+
+    passing = max(passed(widest, statistics), *(passed(form, frozenset()) for form in forms))
+    losing = loss_bytes(shape, tokens=tokens, dtype=compute_dtype)
+    # Shortcuts of a former step may make a layer larger than the dense one.
+    largest = max((dense_form(shape), *start.layers), key=lambda f: layer_parameters(shape, f))
+    loading = load_bytes(shape, dtype=compute_dtype, form=largest)
+    return Load(
+        layer=layer_parameters(shape, largest) * width,
+        statistics=sums * 8,
+        microbatch=tokens * shape.hidden * width,
+        workspace=max(passing, losing, loading),
+        table=table_bytes(shape, dtype=compute_dtype),
+        unit=unit,
+        libraries=LIBRARIES,
+    )
+
+
+def place(
+    shape: ModelShape, load: Load, *, num_workers: int, worker_bytes: int | None
+) -> tuple[tuple[StagePlan, ...], ...]:
+    """Return the waves: each a chain of at most ``num_workers`` stages that fit in memory.
+
+    Args:
+        shape: the model.
+        load: what a layer costs a worker.
+        num_workers: workers at hand, >= 1.
+        worker_bytes: memory of one worker; None where it is known to be enough.
+
+    Raises:
+        PlanError: one layer does not fit a worker; the message says by how many bytes.
+    """
+    num_stages = min(num_workers, shape.num_layers)
+    memory = worker_bytes if worker_bytes is not None else UNBOUNDED
+    missing = load.shortfall(memory, num_layers=shape.num_layers)
+    if missing > 0:
+        raise PlanError(
+            f"a worker of {memory:,} bytes is {missing:,} bytes too small for one layer",
+            hint="give workers more memory, or a smaller microbatch or sequence length",
+        )
+    # A worker can hold one layer, so the last number of waves always fits.
+    for num_waves in range(1, shape.num_layers + 1):
+        waves = _waves(shape.num_layers, load, num_waves=num_waves, num_stages=num_stages)
+        if all(sum(stage.bytes.values()) <= memory for wave in waves for stage in wave):
+            break
+    return waves
+
+
+def _waves(
+    num_layers: int, load: Load, *, num_waves: int, num_stages: int
+) -> tuple[tuple[StagePlan, ...], ...]:
+    """Return the layers in so many waves of at most so many stages, both as even as can be."""
+    waves = []
+    for first, last in _even_cuts(num_layers, num_waves):
+        inner = _even_cuts(last - first, min(num_stages, last - first))
+        waves.append(
+            tuple(_stage(load, first + a, first + b, num_layers=num_layers) for a, b in inner)
+        )
+    return tuple(waves)
+
+
+def _stage(load: Load, first: int, last: int, *, num_layers: int) -> StagePlan:
+    embedding, head = first == 0, last == num_layers
+    return StagePlan(
+        first=first,
+        last=last,
+        embedding=embedding,
+        head=head,
+        bytes=load.stage(last - first, tables=int(embedding) + int(head)),
+    )
+
+
+def shared_bytes(stage: StagePlan) -> int:
+    """Return the shared memory that one stage's waiting activations need."""
+    return ROOM * (WINDOW + MAX_INFLIGHT) * stage.bytes["boundaries"] // HELD
+
+
+def _even_cuts(count: int, parts: int) -> list[tuple[int, int]]:
+    """Return ``parts`` runs that cover ``count`` things and differ in length by at most one."""
+    edges = [i * count // parts for i in range(parts + 1)]
+    return list(pairwise(edges))

@@ -1,0 +1,1 @@
+"""A model as integers: shapes, forms, taps, parameters, bytes and operations."""

@@ -1,0 +1,100 @@
+"""Widths and ranks of a compressed model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planners.model.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerForm:
+    """The widths of one layer after compression: what the shipped modeling file is built from.
+
+    A layer that nothing touched has the model's own widths, no shortcuts, its norm weights and no
+    ranks; see `dense_form`.
+
+    Attributes:
+        residual_in: width of the residual stream that enters.
+        residual_mid: width between attention and MLP.
+        residual_out: width that leaves.
+        shortcuts: the residual passes a matrix at each of the two additions (SliceGPT).
+        norm_weights: the norms keep their scale; False where it was folded into the next weights.
+        intermediate: inner width of the MLP.
+        qk_head_dim: width of a query or key head; even, because rope pairs stay whole.
+        vo_head_dim: width of a value head.
+        o_bias: the attention output has a bias (a v bias may have moved there).
+        ranks: linear -> rank, for those stored as two factors.
+    """
+
+    residual_in: int
+    residual_mid: int
+    residual_out: int
+    shortcuts: bool = False
+    norm_weights: bool = True
+    intermediate: int
+    qk_head_dim: int
+    vo_head_dim: int
+    o_bias: bool = False
+    v_bias: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+def dense_form(shape: ModelShape) -> LayerForm:
+    """Return the form of a layer that nothing touched."""
+    return LayerForm(
+        residual_in=shape.hidden,
+        residual_mid=shape.hidden,
+        residual_out=shape.hidden,
+        intermediate=shape.intermediate,
+        qk_head_dim=shape.head_dim,
+        vo_head_dim=shape.head_dim,
+        o_bias=shape.o_bias,
+        v_bias=shape.qkv_bias,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelForm:
+    """The widths of the whole compressed model.
+
+    Attributes:
+        layers: one form a layer.
+        embedding_dim: columns of the embedding that are kept.
+        head_dim: width of the residual stream that the head reads.
+        head_norm_weight: the final norm keeps its scale.
+        tied: the head is still the embedding's tensor.
+        native: a stock config of the input's own family expresses it.
+    """
+
+    layers: tuple[LayerForm, ...]
+    embedding_dim: int
+    head_dim: int
+    head_norm_weight: bool
+    tied: bool
+    native: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a step begins with: the model that the steps before it have left.
+
+    Attributes:
+        form: widths of the step's input model.
+        parameters_before: distinct elements of the model that the run began with, which is what
+            every keep_fraction is a fraction of.
+    """
+
+    form: ModelForm
+    parameters_before: int
+
+
+def layer_form_from_json(data: Mapping[str, Any]) -> LayerForm:
+    """Return the layer form that `to_json` wrote."""
+    return LayerForm(**data)
+
+
+def model_form_from_json(data: Mapping[str, Any]) -> ModelForm:
+    """Return the model form that `to_json` wrote."""
+    layers = tuple(layer_form_from_json(layer) for layer in data["layers"])
+    return ModelForm(**{**data, "layers": layers})

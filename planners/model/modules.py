@@ -1,0 +1,44 @@
+"""Which parts of a layer its modules are made of."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from planners.model.form import LayerForm
+from planners.model.shape import LINEARS
+
+# The linears of the modules, and of those that are one linear each.
+LINEARS_OF: Mapping[str, tuple[str, ...]] = {
+    "qk": ("q_proj", "k_proj"),
+    "vo": ("v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    **{name: (name,) for name in LINEARS},
+}
+FIELDS_OF: Mapping[str, tuple[str, ...]] = {
+    "qk": ("qk_head_dim",),
+    "vo": ("vo_head_dim", "v_bias", "o_bias"),
+    "mlp": ("intermediate",),
+}
+
+
+def kept_of(start: LayerForm, form: LayerForm, module: str) -> str:
+    """Return in words what is left of a module: its width, or the ranks of its linears."""
+    linears = [name for name in LINEARS_OF[module] if form.ranks.get(name) != start.ranks.get(name)]
+    if linears:
+        return "ranks " + ", ".join(f"{name} {form.ranks[name]}" for name in linears)
+    width = FIELDS_OF[module][0]
+    return f"width {getattr(form, width)} of {getattr(start, width)}"
+
+
+def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> LayerForm:
+    """Return a layer with only these of its modules, qk, vo or mlp, as they are in ``form``."""
+    linears = {name for module in modules for name in LINEARS_OF[module]}
+    fields: dict[str, Any] = {
+        name: getattr(form, name) for module in modules for name in FIELDS_OF[module]
+    }
+    ranks = {
+        name: (form if name in linears else start).ranks[name]
+        for name in LINEARS
+        if name in (form if name in linears else start).ranks
+    }
+    return replace(start, **fields, ranks=ranks)

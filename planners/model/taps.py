@@ -1,0 +1,50 @@
+"""Points in a layer where activations are observed, and the statistics taken there."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Statistic:
+    """A sum over calibration tokens: what is observed, and what is summed.
+
+    Attributes:
+        tap: the point in a layer, e.g. ``resid_attn``.
+        kind: ``gram`` (x^T x), ``normed_gram`` (of x / rms(x)), ``head_gram`` (one gram a head),
+            ``pair_energy`` (sum of squares of each rope pair of each head), ``cosine``.
+    """
+
+    tap: str
+    kind: str
+
+    def __str__(self) -> str:
+        """Return the name under which it is stored."""
+        return f"{self.tap}.{self.kind}"
+
+
+def layer_statistics(
+    statistics: frozenset[Statistic], layer: int, num_layers: int
+) -> list[Statistic]:
+    """Return what one layer accumulates; only the last observes what leaves it."""
+    last = layer == num_layers - 1
+    return sorted(s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last)
+
+
+# Taps in the order in which a layer's forward pass comes by them.
+TAPS = (
+    "resid_attn",
+    "attn_in",
+    "q_rope",
+    "k_rope",
+    "v",
+    "o_in",
+    "resid_mlp",
+    "mlp_in",
+    "mlp_hidden",
+    "resid_out",
+)
+
+
+def last_tap(statistics: Iterable[Statistic]) -> str:
+    """Return the last tap that these statistics of one layer see; nothing behind it matters."""
+    return max((s.tap for s in statistics), key=TAPS.index, default=TAPS[0])

@@ -1,0 +1,50 @@
+"""What tasks read of an input model that lies on the Hub: bytes, and how fast they come.
+
+Nothing of it is kept on a worker's disk, so each task that needs weights reads them again.
+"""
+
+from planners.model.cost import BYTES_OF, layer_parameters
+from planners.model.form import dense_form
+from planners.model.shape import ModelShape
+from planners.plan import StagePlan
+from planners.units.units import Unit
+
+# Bytes a second of one worker: assumed. It depends on the machine's network, the region and the
+# hour; a machine with 10 Gbit/s has been promised five times that.
+FROM_HUB = 0.25e9
+OF_A_LAYER = frozenset({"layer", "draft", "damage", "losses", "stream", "refit_layer"})
+OF_A_TABLE = frozenset({"embedding", "head", "refit_start", "refit_losses"})
+
+
+def layer_bytes(shape: ModelShape) -> int:
+    """Return the bytes of the weights of one layer of the input."""
+    return layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
+
+
+def table_bytes(shape: ModelShape) -> int:
+    """Return the bytes of the embedding, or of the head."""
+    return shape.vocab_size * shape.hidden * BYTES_OF[shape.dtype]
+
+
+def stage_bytes(shape: ModelShape, stage: StagePlan) -> int:
+    """Return what loading a stage of the input reads."""
+    ends = int(stage.embedding) + int(stage.head)
+    return (stage.last - stage.first) * layer_bytes(shape) + ends * table_bytes(shape)
+
+
+def unit_bytes(shape: ModelShape, unit: Unit, *, to_the_end: bool = False) -> int:
+    """Return what a unit reads of the input.
+
+    Args:
+        shape: of the input.
+        unit: the unit.
+        to_the_end: damage is measured on the model's loss, which takes all layers behind.
+    """
+    if unit.kind in OF_A_TABLE:
+        return 0 if unit.kind == "head" and shape.tied else table_bytes(shape)
+    if unit.kind not in OF_A_LAYER:
+        return 0
+    behind = 0
+    if unit.kind == "damage" and to_the_end:
+        behind = (shape.num_layers - unit.index - 1) * layer_bytes(shape) + table_bytes(shape)
+    return layer_bytes(shape) + behind

@@ -1,0 +1,395 @@
+"""What each task of a run asks of a machine: operations by kind, bytes read, written and touched.
+
+Derived from shapes and forms alone, whatever the method is called: a residual method decomposes its
+sites, a smaller FFN is a Nystrom refit, a narrower value head and a pair of factors each have their
+factorisation. A method whose maths is another is estimated too low or too high until it is timed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from planners import refit
+from planners.model.cost import (
+    BYTES_OF,
+    layer_parameters,
+    linear_dims,
+    linear_parameters,
+    statistic_elements,
+    tap_dim,
+)
+from planners.model.form import LayerForm, dense_form
+from planners.model.modules import of_modules
+from planners.model.shape import LINEARS, ModelShape
+from planners.model.taps import Statistic
+
+EIGH = 9  # operations of a symmetric eigendecomposition with all vectors, times n^3
+LEVELS = 6  # cuts of each module at which damage is measured, as in the default grid
+PROBE_TOKENS = 8192  # tokens on which it is measured, likewise
+ATTENTION, MLP = LINEARS[:4], LINEARS[4:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """An amount of work; the same fields hold what a machine does of each in a second.
+
+    Attributes:
+        matmul: operations of products in the dtype of the pass.
+        gram: operations of products that are formed in float32.
+        float64: operations of float64 products, Cholesky factorisations and triangular solves.
+        eigh: operations of float64 eigendecompositions, counted as 9 n^3.
+        touched: bytes that elementwise work moves through memory.
+        read: bytes from files.
+        written: bytes to files, hashed on the way.
+        calls: things with a fixed cost, whatever their size.
+    """
+
+    matmul: float = 0.0
+    gram: float = 0.0
+    float64: float = 0.0
+    eigh: float = 0.0
+    touched: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        """Return the work of both."""
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in KINDS})
+
+    def times(self, count: float) -> "Work":
+        """Return the work of ``count`` such tasks."""
+        return Work(**{name: getattr(self, name) * count for name in KINDS})
+
+    def seconds(self, rates: "Work") -> float:
+        """Return how long it takes at these rates; nothing overlaps."""
+        return float(sum(getattr(self, name) / getattr(rates, name) for name in KINDS))
+
+    @property
+    def flops(self) -> float:
+        """All operations."""
+        return self.matmul + self.gram + self.float64 + self.eigh
+
+
+KINDS = tuple(field.name for field in fields(Work))
+CALL = Work(calls=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What passes a model.
+
+    Attributes:
+        tokens: of calibration.
+        sequence_length: tokens of a sequence.
+        microbatch_tokens: tokens of one call.
+        dtype: of the pass.
+        shards: parts of the tokens that are summed by themselves.
+    """
+
+    tokens: int
+    sequence_length: int
+    microbatch_tokens: int
+    dtype: str
+    shards: int = 1
+
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens on which damage is measured, at the most."""
+        return min(PROBE_TOKENS, self.tokens)
+
+
+def half_forward(
+    shape: ModelShape, form: LayerForm, linears: Iterable[str], *, tokens: int, data: Data
+) -> Work:
+    """Return one half of a layer's forward pass: the linears named, attention with q's."""
+    names = tuple(linears)
+    weights = sum(linear_parameters(shape, form, name) for name in names)
+    width = BYTES_OF[data.dtype]
+    inner = sum(linear_dims(shape, form, name)[0] for name in names)
+    touched = tokens * (inner + 3 * form.residual_in) * 2 * width
+    flops = 2 * tokens * weights
+    if "q_proj" in names:
+        heads = shape.num_heads * (form.qk_head_dim + form.vo_head_dim)
+        flops += 2 * tokens * heads * (data.sequence_length // 2)  # causal
+    if form.shortcuts:
+        flops += 2 * tokens * form.residual_mid * form.residual_in
+    return Work(matmul=flops, touched=touched)
+
+
+def layer_forward(shape: ModelShape, form: LayerForm, *, tokens: int, data: Data) -> Work:
+    """Return the forward pass of one layer."""
+    return half_forward(shape, form, LINEARS, tokens=tokens, data=data)
+
+
+def layer_statistics_work(
+    shape: ModelShape,
+    statistics: Iterable[Statistic],
+    *,
+    tokens: int,
+    form: LayerForm | None = None,
+) -> Work:
+    """Return what summing one layer's statistics over one microbatch adds to its forward."""
+    layer = form or dense_form(shape)
+    total = Work()
+    for statistic in statistics:
+        dim = tap_dim(shape, statistic.tap, layer)
+        elements = statistic_elements(shape, statistic, layer)
+        if statistic.kind in ("gram", "normed_gram"):
+            total += Work(gram=2 * tokens * dim * dim)
+        elif statistic.kind == "head_gram":
+            total += Work(gram=2 * tokens * dim * layer.vo_head_dim)
+        # The product in float32, and the sum that it is added to.
+        total += Work(touched=tokens * dim * 8 + elements * 20)
+    return total
+
+
+def loss_work(shape: ModelShape, width: int, *, tokens: int) -> Work:
+    """Return the logits and losses of tokens."""
+    return Work(
+        matmul=2 * tokens * width * shape.vocab_size, touched=tokens * shape.vocab_size * 16
+    )
+
+
+def load_work(shape: ModelShape, form: LayerForm) -> Work:
+    """Return reading one layer and holding it in another dtype."""
+    count = layer_parameters(shape, form)
+    return CALL + Work(read=count * BYTES_OF[shape.dtype], touched=count * 8)
+
+
+def table_load_work(shape: ModelShape, width: int) -> Work:
+    """Return reading the embedding or the head."""
+    count = shape.vocab_size * width
+    return Work(read=count * BYTES_OF[shape.dtype], touched=count * 8)
+
+
+def publish_work(
+    shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None = None
+) -> Work:
+    """Return writing one layer's sums."""
+    return CALL + Work(written=_gram_bytes(shape, statistics, form))
+
+
+def adding_work(
+    shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None, *, shards: int
+) -> Work:
+    """Return adding the sums of all shards of one layer."""
+    size = _gram_bytes(shape, statistics, form)
+    return CALL + Work(read=shards * size, touched=3 * shards * size, written=size)
+
+
+def carried_work(shape: ModelShape, statistics: Iterable[Statistic]) -> Work:
+    """Return turning the sums of one layer behind a step that kept every axis."""
+    wanted = tuple(statistics)
+    size = _gram_bytes(shape, wanted, None)
+    grams = [s for s in wanted if s.kind in ("gram", "normed_gram")]
+    turned = [s for s in grams if tap_dim(shape, s.tap) == shape.hidden]
+    products = 4 * shape.hidden**3 * len(turned)
+    return CALL + Work(float64=products, read=size, written=size, touched=3 * size)
+
+
+def losses_work(shape: ModelShape, form: LayerForm, statistics: Iterable[Statistic]) -> Work:
+    """Return what measuring the truncation of one layer's linears to the ranks of a form takes."""
+    before = layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
+    read = before + _gram_bytes(shape, statistics, None)
+    return CALL + Work(read=read) + shrink_work(shape, form, LINEARS)
+
+
+def basis_work(shape: ModelShape, keep_dim: int, *, sites: int = 1) -> Work:
+    """Return the axes of one site, or those that several share."""
+    square = shape.hidden**2
+    return CALL + Work(
+        eigh=EIGH * shape.hidden**3,
+        touched=square * 8 * (10 + 3 * sites),
+        read=square * 8 * sites,
+        written=shape.hidden * keep_dim * 8,
+    )
+
+
+def layer_work(
+    shape: ModelShape,
+    form: LayerForm,
+    statistics: Iterable[Statistic],
+    *,
+    residual: bool,
+    start: LayerForm | None = None,
+) -> Work:
+    """Return reading, shrinking and writing one layer, which is a dense one without a start."""
+    width, first = BYTES_OF[shape.dtype], start or dense_form(shape)
+    before, after = layer_parameters(shape, first), layer_parameters(shape, form)
+    total = CALL + Work(
+        read=before * width, written=after * width, touched=(before + after) * (width + 8)
+    )
+    if residual:
+        return total + _rotation(shape, form)
+    sums = Work(read=_gram_bytes(shape, statistics, first))
+    return total + sums + shrink_work(shape, form, LINEARS, first)
+
+
+def shrink_work(
+    shape: ModelShape, form: LayerForm, linears: Iterable[str], start: LayerForm | None = None
+) -> Work:
+    """Return the factorisations that one layer's form asks for, of some of its linears."""
+    names, first = set(linears), start or dense_form(shape)
+    total = Work()
+    if "down_proj" in names and form.intermediate < first.intermediate:
+        total += _nystrom(first.intermediate, first.residual_out, form.intermediate)
+    if "v_proj" in names and form.vo_head_dim < first.vo_head_dim:
+        total += _value_heads(shape, form.vo_head_dim)
+    for name in names & (form.ranks.keys() - first.ranks.keys()):
+        total += _low_rank(*linear_dims(shape, first, name), rank=form.ranks[name])
+    return total
+
+
+def damage_work(
+    shape: ModelShape, forms: Iterable[LayerForm], data: Data, start: LayerForm | None = None
+) -> Work:
+    """Return cutting each module of one layer to each of a grid, and what that does to tokens.
+
+    Args:
+        shape: the model.
+        forms: one a module, that module alone cut.
+        data: what passed the model.
+        start: the layer uncut; a dense one if None.
+    """
+    tokens, dense = data.probe_tokens, start or dense_form(shape)
+    forward = layer_forward(shape, dense, tokens=tokens, data=data)
+    # The output for reference, with its first half twice: once for what is between.
+    total = CALL + forward + half_forward(shape, dense, ATTENTION, tokens=tokens, data=data)
+    weights = layer_parameters(shape, dense) * BYTES_OF[shape.dtype]
+    total += Work(read=weights)
+    for form in forms:
+        only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
+        after = half_forward(shape, form, MLP if only_mlp else LINEARS, tokens=tokens, data=data)
+        compare = Work(touched=tokens * shape.hidden * 16 + weights)
+        # Axes of low rank serve all levels as they are; units are refitted at each.
+        factored = shrink_work(shape, form, LINEARS, dense)
+        total += factored.times(1 if form.ranks.keys() - dense.ranks.keys() else LEVELS)
+        total += (after + compare).times(LEVELS)
+    return total
+
+
+def refit_start_work(shape: ModelShape, data: Data) -> Work:
+    """Return looking the tokens up, once for each stream."""
+    return CALL + table_load_work(shape, shape.hidden) + _streams(shape, data, writes=1, reads=0)
+
+
+def refit_layer_work(
+    shape: ModelShape, form: LayerForm, data: Data, start: LayerForm | None = None
+) -> Work:
+    """Return refitting both halves of one layer behind the layers refitted before."""
+    dense = start or dense_form(shape)
+    bytes_ = BYTES_OF[shape.dtype]
+    held = 1 / refit.HELD_OUT
+    total = CALL + Work(
+        read=(layer_parameters(shape, dense) + layer_parameters(shape, form)) * bytes_,
+        written=layer_parameters(shape, form) * bytes_,
+    )
+    for names, last in ((ATTENTION, "o_proj"), (MLP, "down_proj")):
+        out_dim, dim = linear_dims(shape, form, last)
+        dim = form.ranks.get(last, dim)
+        full = half_forward(shape, dense, names, tokens=data.tokens, data=data)
+        cut = half_forward(shape, form, names, tokens=data.tokens, data=data)
+        # For the sums, and once more to pass; the drafted stream is of held-out tokens alone.
+        total += (full + cut).times(2) + cut.times(held)
+        total += Work(gram=2 * data.tokens * dim * (dim + out_dim))
+        solves = dim**3 / 3 + 4 * dim * dim * out_dim
+        total += Work(float64=solves, touched=dim * (dim + out_dim) * 40).times(len(refit.DAMPINGS))
+        total += _streams(shape, data, writes=1, reads=2)
+    return total
+
+
+def refit_losses_work(shape: ModelShape, data: Data) -> Work:
+    """Return the losses of three models on what is held out."""
+    held = data.tokens // refit.HELD_OUT
+    loss = loss_work(shape, shape.hidden, tokens=held).times(3)
+    return CALL + table_load_work(shape, shape.hidden) + loss
+
+
+def chosen_work(shape: ModelShape, form: LayerForm) -> Work:
+    """Return copying one layer into the result."""
+    count = layer_parameters(shape, form) * BYTES_OF[shape.dtype]
+    return CALL + Work(read=count, written=count)
+
+
+def stream_work(shape: ModelShape, form: LayerForm, site: int, keep_dim: int, data: Data) -> Work:
+    """Return passing tokens on to a site behind a prefix that is cut already, with their gram.
+
+    Args:
+        shape: of the model.
+        form: of the layer that leads to the site.
+        site: where they go; at the first they are looked up.
+        keep_dim: width at the site before.
+        data: the tokens of one shard.
+    """
+    square, stream = shape.hidden**2, data.tokens * shape.hidden
+    width = BYTES_OF[data.dtype]
+    total = CALL + Work(gram=2 * stream * shape.hidden, written=square * 8)
+    if site == 0:
+        return total + table_load_work(shape, shape.hidden)
+    names = ATTENTION if site % 2 else MLP
+    weights = layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
+    cut = Work(matmul=2 * stream * keep_dim)
+    passed = half_forward(shape, form, names, tokens=data.tokens, data=data)
+    moved = Work(read=weights + stream * width, written=stream * width)
+    return total + _rotation(shape, form) + cut + passed + moved
+
+
+def table_work(shape: ModelShape, width: int, *, residual: bool) -> Work:
+    """Return writing the embedding or the head with ``width`` columns."""
+    count, bytes_ = shape.vocab_size * shape.hidden, BYTES_OF[shape.dtype]
+    turned = 2 * count * width if residual else 0
+    # Hashed as a tensor and as a file.
+    written = 2 * shape.vocab_size * width * bytes_
+    return CALL + Work(read=count * bytes_, matmul=turned, written=written, touched=count * 8)
+
+
+def _rotation(shape: ModelShape, form: LayerForm) -> Work:
+    """Return turning all linears of a layer, and its two shortcuts."""
+    keeps = dict.fromkeys(("q_proj", "k_proj", "v_proj"), form.residual_in)
+    keeps |= dict.fromkeys(("gate_proj", "up_proj", "o_proj"), form.residual_mid)
+    keeps["down_proj"] = form.residual_out
+    flops, elements, crossing = 0, 0, 0
+    for name, keep in keeps.items():
+        out_dim, in_dim = shape.linear_dims(name)
+        flops += 2 * out_dim * in_dim * keep
+        elements += out_dim * in_dim
+    if form.shortcuts:
+        crossing = 2 * shape.hidden * form.residual_mid * (form.residual_in + form.residual_out)
+    bases = shape.hidden * (form.residual_in + form.residual_mid + form.residual_out)
+    return Work(matmul=flops, float64=crossing, touched=elements * 12, read=bases * 8)
+
+
+def _nystrom(dim: int, out_dim: int, keep: int) -> Work:
+    """Return two Cholesky factorisations, the inverse of one, and the refit."""
+    flops = 2 * dim**3 / 3 + dim**3 + dim * dim * out_dim * 2 + keep * keep * out_dim
+    return Work(float64=flops, touched=dim * dim * 8 * 16)
+
+
+def _value_heads(shape: ModelShape, keep: int) -> Work:
+    h, wide = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.hidden
+    flops = h**3 + 4 * h * h * wide + 2 * keep * h * wide + 2 * keep * h * shape.hidden
+    count = shape.num_kv_heads
+    return Work(float64=count * flops, eigh=count * EIGH * h**3, touched=count * h * wide * 32)
+
+
+def _low_rank(out_dim: int, in_dim: int, *, rank: int) -> Work:
+    small = min(out_dim, in_dim)
+    products = 2 * out_dim * in_dim * in_dim + 2 * small * small * max(out_dim, in_dim)
+    if out_dim <= in_dim:
+        factors = 2.0 * rank * out_dim * in_dim
+    else:
+        factors = in_dim**3 / 3 + 2 * rank * out_dim * in_dim + rank * in_dim * in_dim
+    return Work(
+        float64=products + factors,
+        eigh=EIGH * small**3,
+        touched=(in_dim * in_dim * 5 + small * small * 5 + out_dim * in_dim * 3) * 8,
+    )
+
+
+def _gram_bytes(shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None) -> int:
+    return 8 * sum(statistic_elements(shape, s, form) for s in statistics)
+
+
+def _streams(shape: ModelShape, data: Data, *, writes: int, reads: int) -> Work:
+    size = refit.STREAMS * data.tokens * shape.hidden * BYTES_OF[data.dtype]
+    return Work(read=reads * size, written=writes * size)

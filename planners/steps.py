@@ -1,0 +1,56 @@
+"""Several methods in one recipe: which go together, and what a step hands to the next one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from planners.errors import ConfigError
+from planners.method import MethodSpec, Option
+from planners.model.form import ModelForm
+from planners.model.modules import LINEARS_OF
+from planners.model.shape import ModelShape
+
+Step = tuple[MethodSpec, Mapping[str, Option]]
+
+
+def require_disjoint(steps: Sequence[Step]) -> None:
+    """See that no two steps shrink the same thing.
+
+    Raises:
+        ConfigError: two do; the message names both.
+    """
+    for later, (spec, options) in enumerate(steps):
+        for earlier, (other, others) in enumerate(steps[:later]):
+            shared = _parts(spec, options) & _parts(other, others)
+            if shared:
+                raise ConfigError(
+                    f"steps[{later}]: {spec.name} shrinks {_said(spec, options)}, and steps"
+                    f"[{earlier}], {other.name}, has shrunk {_said(other, others)}: both touch "
+                    f"{', '.join(sorted(shared))}",
+                    hint="give each step other modules, such as modules=mlp,vo",
+                )
+
+
+def leaves_all(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
+    """Return whether a step with this form removes nothing, so that its output is its input.
+
+    Only of a method that does nothing else: widths do not tell what became of the numbers.
+    """
+    return spec.only_shrinks and replace(form, native=start.native) == start
+
+
+def only_turns(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:
+    """Return whether a step keeps every axis of the residual stream, and turns them."""
+    widths = {
+        width
+        for layer in form.layers
+        for width in (layer.residual_in, layer.residual_mid, layer.residual_out)
+    }
+    return spec.residual and widths == {shape.hidden}
+
+
+def _parts(spec: MethodSpec, options: Mapping[str, Option]) -> set[str]:
+    return {p for module in spec.shrinks(options) for p in LINEARS_OF.get(module, (module,))}
+
+
+def _said(spec: MethodSpec, options: Mapping[str, Option]) -> str:
+    return ", ".join(spec.shrinks(options))

@@ -1,0 +1,1 @@
+"""Units of work: what each depends on, what determines its bytes, which may start."""

@@ -1,0 +1,317 @@
+"""The units of work of a run, what each depends on, and what determines its bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from planners import refit
+from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
+from planners.method import MethodSpec, Option
+from planners.model.form import ModelForm
+from planners.model.taps import Statistic, layer_statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One piece of work that is done when its record is in the run directory.
+
+    Attributes:
+        name: by layer, site or part; never by stage or worker.
+        kind: which function does it.
+        index: the layer or site; -1 where there is one of the kind.
+        inputs: names of the units whose files it reads.
+        fingerprint: sha256 of what determines its bytes.
+        taps: the statistics that its files must hold; more are welcome, and change none of these.
+        lasting: its record stays; else record and files go once all that read them are done.
+        suffix: of its file's name, where that is added to what is there already.
+    """
+
+    name: str
+    kind: str
+    index: int
+    inputs: tuple[str, ...]
+    fingerprint: str
+    taps: tuple[str, ...] = ()
+    lasting: bool = True
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What determines the bytes of every unit of a run.
+
+    Attributes:
+        model_revision: content hash of the input checkpoint.
+        calibration_hash: sha256 of the calibration tokens.
+        microbatch_sequences: sequences a microbatch; products are formed a microbatch at a time.
+        compute_dtype: dtype of the calibration forward.
+        threads: threads of one unit.
+        device: device class, ``cpu`` or the name of the accelerator.
+        statistics_dtype: of the grams as they are stored between the pass and the methods.
+        shards: parts of the calibration tokens that are summed by themselves and then added.
+    """
+
+    model_revision: str
+    calibration_hash: str
+    microbatch_sequences: int
+    compute_dtype: str
+    threads: int
+    device: str
+    statistics_dtype: str = "float64"
+    shards: int = 1
+
+
+def statistics_units(
+    identity: Identity, statistics: frozenset[Statistic], num_layers: int
+) -> list[Unit]:
+    """Return one unit a layer; what a layer's sums are does not depend on any method."""
+    common = {"schema": SCHEMA_VERSION, "kind": "statistics", **to_json(identity)}
+    units = []
+    for layer in range(num_layers):
+        taps = tuple(str(s) for s in layer_statistics(statistics, layer, num_layers))
+        unit = _unit("statistics", layer, "statistics-layer-{:05d}", (), {**common, "layer": layer})
+        units.append(replace(unit, taps=taps))
+    return units
+
+
+def carried_units(
+    identity: Identity,
+    statistics: frozenset[Statistic],
+    sums: Sequence[Unit],
+    layers: Sequence[Unit],
+) -> list[Unit]:
+    """Return one unit a layer that turns the statistics of a step before into those behind it.
+
+    Args:
+        identity: of the model that the step has left.
+        statistics: what is carried over.
+        sums: statistics units of the step.
+        layers: its layer units; their inputs are the bases.
+    """
+    common = {"schema": SCHEMA_VERSION, **to_json(identity)}
+    units = []
+    for total, layer in zip(sums, layers, strict=True):
+        taps = tuple(str(s) for s in layer_statistics(statistics, layer.index, len(layers)))
+        unit = _unit("carried", layer.index, "carried-layer-{:05d}", (total, layer), common)
+        units.append(replace(unit, inputs=(total.name, *layer.inputs), taps=taps))
+    return units
+
+
+def needed(units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:
+    """Return the units to do: those that last, and what they cannot be done without.
+
+    Args:
+        units: each behind its inputs.
+        done: whether a unit has its record and its files.
+    """
+    found: list[Unit] = []
+    wanted: set[str] = set()
+    for unit in reversed(units):
+        if (unit.lasting or unit.name in wanted) and not done(unit):
+            found.insert(0, unit)
+            wanted.update(unit.inputs)
+    return found
+
+
+def spent(unit: Unit, units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:
+    """Return the inputs of a unit that do not last and that nobody has a use for any more."""
+    return [
+        other
+        for other in units
+        if other.name in unit.inputs
+        and not other.lasting
+        and all(done(reader) for reader in units if other.name in reader.inputs)
+    ]
+
+
+def compression_units(
+    sums: Sequence[Unit],
+    *,
+    spec: MethodSpec,
+    options: Mapping[str, Option],
+    form: ModelForm,
+    num_microbatches: int,
+    makers: Sequence[Mapping[str, str]] = (),
+) -> list[Unit]:
+    """Return the stream, basis, layer, embedding and head units of one method.
+
+    Layers that are to be refitted are drafts: `refit_units` says what comes of them.
+
+    Args:
+        sums: the statistics units.
+        spec: of the method.
+        options: of the method, complete.
+        form: widths of the result.
+        num_microbatches: of the calibration tokens, where units stream them.
+        makers: of each layer, module -> the method that shrinks it, where several compete.
+    """
+    common: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "method": spec.name,
+        "revision": spec.revision,
+        "options": to_json(options),
+    }
+    num_layers = len(form.layers)
+    units = _basis_units(sums, common, form, num_microbatches) if spec.residual else []
+    bases = [unit for unit in units if unit.lasting]
+
+    def basis(site: int) -> tuple[Unit, ...]:
+        return (bases[site if len(bases) > 1 else 0],) if bases else ()
+
+    refitted = bool(options.get("refit"))
+    kind, name = ("draft", "draft-layer-{:05d}") if refitted else ("layer", "layer-{:05d}")
+    for layer in range(num_layers):
+        inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
+        parts = tuple(inputs.values()) or (sums[layer],)
+        key = {**common, "layer": layer, "form": to_json(form.layers[layer])}
+        if makers:
+            key["makers"] = dict(makers[layer])
+            key["revisions"] = {c.spec.name: c.spec.revision for c in spec.candidates}
+        units.append(_unit(kind, layer, name, parts, key))
+    edges = {"embedding": (form.embedding_dim, 0), "head": (form.head_dim, 2 * num_layers)}
+    for kind, (dim, site) in edges.items():
+        parts = basis(site) or (sums[0],)
+        key = {**common, "dim": dim, "tied": form.tied, "native": form.native}
+        units.append(_unit(kind, -1, kind, parts, key))
+    return units
+
+
+# Options that change no damage: whose cuts are measured does not depend on who competes with them.
+OF_NO_DAMAGE = ("allocation", "refit", "candidates")
+
+
+def damage_units(
+    sums: Sequence[Unit],
+    *,
+    method: str,
+    revision: int,
+    options: Mapping[str, Option],
+    by: str = "",
+) -> list[Unit]:
+    """Return one unit a layer: the damage of every cut of a grid, on the layer's own inputs.
+
+    Where several methods compete, ``by`` names the one whose cuts are measured.
+    """
+    key = {
+        "schema": SCHEMA_VERSION,
+        "method": method,
+        "revision": revision,
+        "options": to_json({k: v for k, v in options.items() if k not in OF_NO_DAMAGE}),
+    }
+    name = f"damage-{by}-layer-{{:05d}}" if by else "damage-layer-{:05d}"
+    return [_unit("damage", u.index, name, (u,), key) for u in sums]
+
+
+def losses_units(
+    sums: Sequence[Unit],
+    *,
+    method: str,
+    revision: int,
+    modules: Sequence[str],
+    form: ModelForm,
+) -> list[Unit]:
+    """Return one unit a layer: what truncation to the ranks of a form loses of these linears."""
+    key = {
+        "schema": SCHEMA_VERSION,
+        "method": method,
+        "revision": revision,
+        "modules": list(modules),
+    }
+    return [
+        _unit("losses", u.index, "losses-layer-{:05d}", (u,),
+              {**key, "ranks": to_json(form.layers[u.index].ranks)})
+        for u in sums
+    ]  # fmt: skip
+
+
+def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """Return the chain of the second pass, and one unit a layer that is the result of both.
+
+    The chain embeds the tokens, refits layer by layer, and ends with the losses of the drafts and
+    of the refitted layers, of which the layers of the result are the better ones.
+    """
+    key = {
+        "schema": SCHEMA_VERSION,
+        "revision": refit.REVISION,
+        "held_out": refit.HELD_OUT,
+        "dampings": to_json(refit.DAMPINGS),
+    }
+    # The sums of a draft carry the identity of the tokens, as all that follows from them does.
+    chain = [_unit("refit_start", -1, "refit-start", drafts[:1], key)]
+    for draft in drafts:
+        inputs = (chain[-1], draft)
+        chain.append(_unit("refit_layer", draft.index, "refit-layer-{:05d}", inputs, key))
+    chain.append(_unit("refit_losses", len(drafts), "refit-losses", chain[-1:], key))
+    chosen = [
+        _unit("chosen", u.index, "layer-{:05d}", (u, refitted, chain[-1]), key)
+        for u, refitted in zip(drafts, chain[1:-1], strict=True)
+    ]
+    return chain, chosen
+
+
+def _basis_units(
+    sums: Sequence[Unit], common: Mapping[str, Any], form: ModelForm, num_microbatches: int
+) -> list[Unit]:
+    if common["options"].get("rotation") == "shared":
+        key = {**common, "dim": form.embedding_dim}
+        return [_unit("basis_shared", -1, "basis-shared", tuple(sums), key)]
+    dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
+    dims.append(form.layers[-1].residual_out)
+    if common["options"].get("schedule") == "sequential":
+        shards = len(shard_cuts(int(common["options"]["shards"]), num_microbatches))
+        return _chain(sums[0], common, dims, shards)
+    return [
+        _unit("basis", s, "basis-site-{:05d}", (sums[min(s // 2, len(sums) - 1)],),
+              {**common, "site": s, "dim": dim})
+        for s, dim in enumerate(dims)
+    ]  # fmt: skip
+
+
+def shard_cuts(count: int, num_microbatches: int) -> list[tuple[int, int]]:
+    """Return the shards of the calibration tokens as ranges of microbatches; none is empty.
+
+    They follow from the recipe, never from the workers at hand: each is summed by itself, and sums
+    of other parts round in other ways.
+    """
+    count = max(1, min(count, num_microbatches))
+    edges = [i * num_microbatches // count for i in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _chain(
+    tokens: Unit, common: Mapping[str, Any], dims: Sequence[int], num_shards: int
+) -> list[Unit]:
+    """Return the stream units of each site, one a shard, and behind them the site's basis.
+
+    A shard of a site needs the basis of the site before and its own shard there; the first site
+    reads tokens alone.
+    """
+    units: list[Unit] = []
+    before: list[Unit] = []  # the basis of the site before, and its streams
+    for site, dim in enumerate(dims):
+        here: list[Unit] = []
+        for shard in range(num_shards):
+            inputs = (before[0], before[1 + shard]) if before else ()
+            key = {**common, "site": site, "shard": [shard, num_shards]}
+            key["tokens"] = tokens.fingerprint
+            name = f"stream-site-{site:05d}-shard-{shard:05d}"
+            unit = _unit("stream", site * num_shards + shard, name, inputs, key)
+            here.append(replace(unit, lasting=False))
+        key = {**common, "site": site, "dim": dim}
+        basis = _unit("basis_sequential", site, "basis-site-{:05d}", here, key)
+        units += [*here, basis]
+        before = [basis, *here]
+    return units
+
+
+def _unit(
+    kind: str, index: int, pattern: str, inputs: Sequence[Unit], key: Mapping[str, Any]
+) -> Unit:
+    return Unit(
+        name=pattern.format(index),
+        kind=kind,
+        index=index,
+        inputs=tuple(u.name for u in inputs),
+        fingerprint=fingerprint({**key, "kind": kind, "inputs": [u.fingerprint for u in inputs]}),
+    )
