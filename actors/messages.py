@@ -110,7 +110,7 @@ class PartialSums:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summing:
+class ResumeSums:
     """Which layers of an assignment sum, and from where.
 
     Attributes:
@@ -187,7 +187,7 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TurnDone:
+class GenerateDone:
     """What a stage says after tokens have passed that it keeps the keys and values of.
 
     Attributes:

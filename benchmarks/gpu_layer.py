@@ -138,7 +138,7 @@ def _rates(
         held.attach(layer)
         after = layer(hidden, attention_mask=None, position_embeddings=angles)
         held.detach()
-        held.see_residual(hidden, after)
+        held.update_residual(hidden, after)
 
     flops = forward_flops(shape, tokens=tokens, sequence_length=SEQUENCE)
     flops += gram_flops(shape, _statistics(), tokens=tokens)

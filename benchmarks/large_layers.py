@@ -32,7 +32,7 @@ from shaped import (
 )
 
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Terms
+from orchestrator.forecast.terms import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
 from planners.errors import PlanError
@@ -72,7 +72,7 @@ def measured(method: str, folder: Path, *, threads: int, statistics_dtype: str) 
             "threads": threads,
         }
         recipe["worker_gib"] = least_gib(recipe)
-        expected = forecast_of(layer_by_layer(recipe), Terms(measure=True)).to_json()
+        expected = forecast_of(layer_by_layer(recipe), Pricing(measure=True)).to_json()
         found = run_apart(Path(__file__), recipe)
         found["forecast"] = expected
     print(f"{method}: {found['peak_bytes']:,} bytes of {found['planned_bytes']:,} planned")

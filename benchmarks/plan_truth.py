@@ -16,9 +16,9 @@ from result_file import Goal, Result, load_average, report, table
 
 from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
-from orchestrator.cli.plan import duration, size_text
+from orchestrator.report.numbers import bytes_text, seconds_text
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Terms
+from orchestrator.forecast.terms import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
 from orchestrator.run import run
@@ -100,14 +100,14 @@ def compare(case: Case, folder: Path, *, sequences: tuple[int, int]) -> dict[str
         **case.recipe,
     }
     prepared = prepare(load_config(None, recipe))
-    found = forecast_of(prepared, Terms(measure=True))
+    found = forecast_of(prepared, Pricing(measure=True))
     return run(prepared, listener=lambda _: None, expected=found.to_json())
 
 
 def _rows(case: Case, found: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[float]]:
     memory = found["memory"]
     planned, peak = memory["planned_worker_bytes"], memory["worker_peak_bytes"]
-    held = [case.name, size_text(planned), size_text(peak), f"{peak / planned - 1:+.1%}"]
+    held = [case.name, bytes_text(planned), bytes_text(peak), f"{peak / planned - 1:+.1%}"]
     timed, errors = [], []
     phases = found["plan"]["forecast"]["phases"]
     for phase in PHASES:
@@ -117,7 +117,7 @@ def _rows(case: Case, found: Mapping[str, Any]) -> tuple[list[str], list[list[st
         expected = phases[phase]["p50"]
         errors.append(actual / expected - 1)
         change = f"{actual / expected - 1:+.1%}"
-        timed.append([case.name, phase, duration(expected), duration(actual), change])
+        timed.append([case.name, phase, seconds_text(expected), seconds_text(actual), change])
     return held, timed, errors
 
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from result_file import Goal, Result, load_average, report, table
 
 from actors import methods
-from orchestrator.forecast.clocks import Setting, kept_clock
+from orchestrator.forecast.clocks import ProfileKey, kept_clock
 from orchestrator.forecast.sample_run import measure
 from orchestrator.recipe.method_options import resolve_options
 from planners.catalogue import CONFIGS, shape_of
 from planners.method import Target
 from planners.planning import Workload, make_plan
-from planners.simulation.simulate import Course, PassPhase, Phase, UnitsPhase, simulate
-from planners.simulation.timetable import Clock, Job, timetable
+from planners.simulation.simulate import PassPhase, Phase, SimulatedRun, UnitsPhase, simulate
+from planners.simulation.timetable import CostModel, Job, timetable
 from planners.simulation.work import Data
 
 MODEL, LENGTH = "llama-2-70b", 2048
@@ -82,10 +82,10 @@ def job_of(case: Case, num_workers: int, shards: int = 1) -> Job:
     return Job(plan=plan, spec=spec, options=options, data=data, evaluation_tokens=0, finish=False)
 
 
-def clock_of(case: Case, *, budget_seconds: float) -> Clock:
+def clock_of(case: Case, *, budget_seconds: float) -> CostModel:
     """Return the clock of a sample of this machine, timed now unless it was before."""
     job = job_of(case, 1)
-    setting = Setting(
+    setting = ProfileKey(
         config=CONFIGS[MODEL],
         shape=job.shape,
         method=case.method,
@@ -105,11 +105,11 @@ class Way:
 
     shards: int
     phases: list[Phase]
-    course: Course
+    course: SimulatedRun
     num_waves: int
 
 
-def way_of(case: Case, clock: Clock, num_workers: int, shards: int = 1) -> Way:
+def way_of(case: Case, clock: CostModel, num_workers: int, shards: int = 1) -> Way:
     """Return calibration and compression of a case under the policy of a run."""
     job = job_of(case, num_workers, shards)
     phases = [phase for phase in timetable(job, clock) if phase.name in PHASES]
@@ -117,7 +117,7 @@ def way_of(case: Case, clock: Clock, num_workers: int, shards: int = 1) -> Way:
     return Way(shards=shards, phases=phases, course=course, num_waves=len(job.plan.waves))
 
 
-def best_way(case: Case, clock: Clock, num_workers: int) -> Way:
+def best_way(case: Case, clock: CostModel, num_workers: int) -> Way:
     """Return the fastest of the numbers of shards that divide the workers."""
     most = case.sequences // case.microbatch_sequences
     counts = [n for n in range(1, min(num_workers, most) + 1) if num_workers % n == 0]
@@ -125,7 +125,7 @@ def best_way(case: Case, clock: Clock, num_workers: int) -> Way:
     return min(ways, key=lambda way: way.course.seconds)
 
 
-def limits(way: Way, clock: Clock, num_workers: int, alone: float) -> dict[str, float]:
+def limits(way: Way, clock: CostModel, num_workers: int, alone: float) -> dict[str, float]:
     """Return what -> the efficiency without that one limit."""
 
     def seconds(phases: list[Phase], *, driver: float = clock.driver_seconds) -> float:
@@ -164,7 +164,7 @@ def limits(way: Way, clock: Clock, num_workers: int, alone: float) -> dict[str, 
     return found
 
 
-def _tables(case: Case, clock: Clock) -> tuple[dict[str, str], float]:
+def _tables(case: Case, clock: CostModel) -> tuple[dict[str, str], float]:
     alone = way_of(case, clock, 1).course.seconds
     rows, at_goal = [], 0.0
     for count in WORKERS:

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.backend.ray_cluster import ClusterFacts
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Terms
+from orchestrator.forecast.terms import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.recipe.config import RunConfig
@@ -18,7 +18,7 @@ from orchestrator.rundir.journal import Listener
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class RunHooks:
     """What whoever wants a run has to say once it has been checked.
 
     Attributes:
@@ -35,16 +35,16 @@ class Started:
 def compress(model: str, *, listener: Listener, **recipe: Any) -> dict[str, Any]:
     """Compress a model and return its report; see `orchestrator.compress`."""
 
-    def started(prepared: Prepared) -> Started:
-        expected = forecast_of(prepared, Terms()).to_json()
-        return Started(listening=contextlib.nullcontext(listener), expected=expected)
+    def started(prepared: Prepared) -> RunHooks:
+        expected = forecast_of(prepared, Pricing()).to_json()
+        return RunHooks(listening=contextlib.nullcontext(listener), expected=expected)
 
     return compress_as(load_config(None, {**recipe, "model": model}), started)
 
 
 def compress_as(
     config: RunConfig,
-    started: Callable[[Prepared], Started],
+    started: Callable[[Prepared], RunHooks],
     *,
     dashboard: bool = False,
     verify_hashes: bool = False,
@@ -66,7 +66,7 @@ def compress_as(
 
 def do_prepared(
     prepared: Prepared,
-    started: Callable[[Prepared], Started],
+    started: Callable[[Prepared], RunHooks],
     *,
     dashboard: bool = False,
     verify_hashes: bool = False,

@@ -21,12 +21,12 @@ from orchestrator.phases.finish import finish
 from orchestrator.phases.open_run import check_run, open_run
 from orchestrator.phases.outcome import outcome
 from orchestrator.phases.refit import refit
-from orchestrator.phases.repair import make_whole, require_whole, spare_what_nobody_reads
+from orchestrator.phases.repair import repair_result, skip_unneeded, verify_bytes
 from orchestrator.phases.stitch import stitch, stitched
 from orchestrator.phases.throughput import throughput
 from orchestrator.phases.verify import verify
 from orchestrator.prepare.prepared import Prepared, dense_subject
-from orchestrator.run_steps import reach_last_step, settle
+from orchestrator.run_steps import finish_steps, run_earlier_steps
 from orchestrator.rundir import lease
 from orchestrator.rundir.finished import finished_report
 from orchestrator.rundir.journal import Journal, Listener
@@ -124,7 +124,7 @@ def run_on(
             pool.close()  # what follows loads whole models
             checks = verify(context, stitched(context))
             speeds = throughput(context, [dense_subject(context.prepared), stitched(context)])
-            require_whole(context)
+            verify_bytes(context)
     finally:
         pool.close()
         journal.flush()
@@ -137,16 +137,16 @@ def run_on(
 
 def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Loss]]:
     """Return the context with its final widths, and the losses of both models."""
-    context = reach_last_step(context)
+    context = run_earlier_steps(context)
     measuring = evaluation_plan(context.prepared)
-    spare_what_nobody_reads(context)
+    skip_unneeded(context)
     calibrate(context)
     losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
     context = allocate(context)
     compress(context)
     refit(context)
     stitch(context)
-    make_whole(context)
-    settle(context)
+    repair_result(context)
+    finish_steps(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))
     return context, losses

@@ -22,7 +22,7 @@ from orchestrator.phases.context import RunContext
 from orchestrator.phases.open_run import write_plan
 from orchestrator.phases.outcome import step_facts
 from orchestrator.phases.refit import refit
-from orchestrator.phases.repair import damaged, make_whole, spare_what_nobody_reads
+from orchestrator.phases.repair import corrupt_files, repair_result, skip_unneeded
 from orchestrator.phases.stitch import code_hash, stitch, stitch_unit
 from orchestrator.prepare.prepared import Prepared, revisions
 from orchestrator.prepare.steps import StepInput, planned
@@ -30,7 +30,7 @@ from orchestrator.rundir.layout import CALIBRATION_TOKENS, KEPT, SPENT
 from orchestrator.rundir.ledger import Ledger
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.model.form import model_form_from_json
-from planners.steps import leaves_all, only_turns
+from planners.steps import is_identity, is_pure_rotation
 from planners.units.units import Unit
 
 
@@ -47,7 +47,7 @@ class Origin:
     why: str
 
 
-def reach_last_step(context: RunContext) -> RunContext:
+def run_earlier_steps(context: RunContext) -> RunContext:
     """Return a run's context with the input of its last step known, and there where it is needed.
 
     The steps before it are done, as far as they are not. A run of one method is as it was.
@@ -60,21 +60,21 @@ def reach_last_step(context: RunContext) -> RunContext:
         return context
     chain = [_first(context)]
     for step in (*prepared.former[1:], prepared):
-        chain[-1] = _recorded(chain[-1]) or _made(chain)
-        chain.append(_behind(chain[-1], step, context))
+        chain[-1] = _recorded(chain[-1]) or _run_step(chain)
+        chain.append(_next_context(chain[-1], step, context))
     known = _recorded(chain[-1])
     if known is not None:
         # Its input is gone: where the result has a wrong byte, that must be made again first.
-        damaged(known)
-        spare_what_nobody_reads(known)
+        corrupt_files(known)
+        skip_unneeded(known)
     if known is None or not _is_whole(known):
-        _provide(chain[:-1])
+        _ensure_model(chain[:-1])
         _tell(chain[-1])
         _carry(chain[-1])
     return chain[-1]
 
 
-def settle(context: RunContext) -> None:
+def finish_steps(context: RunContext) -> None:
     """Note that the last of several steps is stitched, and drop what only it needed."""
     if context.prepared.former:
         _record(context)
@@ -95,20 +95,20 @@ def _first(context: RunContext) -> RunContext:
     )
 
 
-def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext:
+def _next_context(done: RunContext, step: Prepared, context: RunContext) -> RunContext:
     """Return the context of a step whose input is what a finished step has left."""
     before, form = done.prepared, done.form
     uri, revision = before.model_uri, before.revision
     source = StepInput(config=before.model_config, shape=before.plan.shape, start=before.start)
     reuse, turned = "", None
     number, name = len(done.steps), before.spec.name
-    if leaves_all(before.start.form, form, before.spec):
+    if is_identity(before.start.form, form, before.spec):
         reuse = before.statistics_uri or before.run.uri
         origin = Origin(how="reused", why=f"step {number}, {name}, removed nothing")
     else:
         source = source.after(form)
         uri, revision = before.run.below("model"), stitch_unit(done).fingerprint
-        if before.carries and only_turns(before.plan.shape, form, before.spec):
+        if before.carries and is_pure_rotation(before.plan.shape, form, before.spec):
             turned = done
             why = f"step {number}, {name}, only turned the residual stream"
             origin = Origin(how="turned", why=why)
@@ -149,27 +149,27 @@ def _behind(done: RunContext, step: Prepared, context: RunContext) -> RunContext
     )
 
 
-def _made(chain: Sequence[RunContext]) -> RunContext:
+def _run_step(chain: Sequence[RunContext]) -> RunContext:
     """Do the last of these steps and record it; return it with its final widths."""
     context, before = chain[-1], chain[:-1]
     prepared = context.prepared
-    _provide(before)
+    _ensure_model(before)
     _open(context)
     _tell(context)
     _carry(context)
     tell_missing(context)
     calibrate(context)
     context = allocate(context)
-    if not leaves_all(prepared.start.form, context.form, prepared.spec):
+    if not is_identity(prepared.start.form, context.form, prepared.spec):
         compress(context)
         refit(context)
         stitch(context)
-        make_whole(context)
+        repair_result(context)
         _record(context)
         for step in prepared.former:
             _drop(step)
     else:  # what it leaves is its input, which stays
-        context.journal.tell(
+        context.journal.emit(
             "step",
             unit=f"step {len(context.steps)}, {prepared.spec.name}",
             detail="removes nothing and writes nothing: what it leaves is what it began with",
@@ -178,15 +178,15 @@ def _made(chain: Sequence[RunContext]) -> RunContext:
     return _recorded(context) or context
 
 
-def _provide(chain: Sequence[RunContext]) -> None:
+def _ensure_model(chain: Sequence[RunContext]) -> None:
     """See that the model that the last of these steps leaves is there, with its statistics."""
     if not chain:
         return
     context = chain[-1]
-    if leaves_all(context.prepared.start.form, context.form, context.prepared.spec):
-        _provide(chain[:-1])
+    if is_identity(context.prepared.start.form, context.form, context.prepared.spec):
+        _ensure_model(chain[:-1])
     elif not _is_whole(context):
-        _made(chain)
+        _run_step(chain)
 
 
 def _carry(context: RunContext) -> None:
@@ -218,7 +218,7 @@ def _tell(context: RunContext) -> None:
         "reused": "takes the statistics that are there",
         "turned": "turns the statistics that are there",
     }[said["statistics"]]
-    context.journal.tell(
+    context.journal.emit(
         "step",
         unit=f"step {len(context.steps)}, {context.prepared.spec.name}",
         detail=f"{words}: {said['because']}",
@@ -258,7 +258,7 @@ def _record(context: RunContext) -> None:
     unit, prepared = _unit(context), context.prepared
     if context.ledger.done(unit):
         return
-    is_idle = leaves_all(prepared.start.form, context.form, prepared.spec)
+    is_idle = is_identity(prepared.start.form, context.form, prepared.spec)
     is_last = prepared.config.steps
     found = (
         step_facts(context)

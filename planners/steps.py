@@ -30,7 +30,7 @@ def require_disjoint(steps: Sequence[Step]) -> None:
                 )
 
 
-def leaves_all(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
+def is_identity(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
     """Return whether a step with this form removes nothing, so that its output is its input.
 
     Only of a method that does nothing else: widths do not tell what became of the numbers.
@@ -38,7 +38,7 @@ def leaves_all(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
     return spec.only_shrinks and replace(form, native=start.native) == start
 
 
-def only_turns(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:
+def is_pure_rotation(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:
     """Return whether a step keeps every axis of the residual stream, and turns them."""
     widths = {
         width

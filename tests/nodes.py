@@ -96,8 +96,8 @@ class WatchedExecutor(RayExecutor):
         self._settling[handle] = name.rpartition("-")[0]
         return handle
 
-    def settle(self, handle):
-        ticket = super().settle(handle)
+    def locate(self, handle):
+        ticket = super().locate(handle)
         self._settling[ticket] = self._settling.pop(handle)
         return ticket
 

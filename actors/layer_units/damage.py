@@ -17,12 +17,12 @@ from torch import Tensor
 
 from actors import methods
 from actors.layer_units.layer import on_device, read_statistics
-from actors.layer_units.model_loss import losses_behind
+from actors.layer_units.model_loss import downstream_losses
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.prefetch import one_ahead
+from actors.storage.prefetch import prefetched
 from actors.storage.tokens import tokens_from_parquet
 from planners.errors import NumericsError
 from planners.families import load as load_family
@@ -65,7 +65,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     probe = sums["probe"].to(device)
     start, config = checkpoint.form.layers[index], checkpoint.config
     whole = _halved(weights, start, config, shape, probe)
-    middle, output = whole.after_attention(probe), whole.output(probe)
+    middle, output = whole.residual_mid(probe), whole.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     curves: Curves = {}
     cuts: list[tuple[str, int, Tensor]] = []
@@ -116,14 +116,14 @@ def _halved(
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
     checkpoint = Checkpoint.of(job)
-    weights = on_device(device, one_ahead(checkpoint.stream_layer(task.index)))
+    weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
     sums = on_device(device, read_statistics(job, task.index).items())
     losses = None
     if job.options.get("damage") == "loss":
         # The probe is the first sequences of the calibration tokens.
         tokens = tokens_from_parquet(run.read(job.stream.tokens))[: len(sums["probe"])]
         ids = torch.from_numpy(tokens).to(device)
-        losses = partial(losses_behind, checkpoint, task.index, ids=ids, device=device)
+        losses = partial(downstream_losses, checkpoint, task.index, ids=ids, device=device)
     curves = damage_curves(
         weights, sums, checkpoint, job=job, index=task.index, device=device, losses=losses
     )

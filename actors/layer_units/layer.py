@@ -10,7 +10,7 @@ from actors.layer_units import mixed_methods
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.prefetch import one_ahead
+from actors.storage.prefetch import prefetched
 from actors.storage.records import read_record
 from actors.storage.tensors import (
     described,
@@ -26,7 +26,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Write one compressed layer."""
     checkpoint = Checkpoint.of(job)
     form = job.form.layers[task.index]
-    weights = on_device(device, one_ahead(checkpoint.stream_layer(task.index)))
+    weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
         bases = read_bases(task.inputs, run, device)
@@ -71,7 +71,7 @@ def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
     del run  # the job names the files of its statistics
     checkpoint = Checkpoint.of(job)
-    weights = on_device(device, one_ahead(checkpoint.stream_layer(task.index)))
+    weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
     sums = on_device(device, read_statistics(job, task.index).items())
     form = job.form.layers[task.index]
     return (), {

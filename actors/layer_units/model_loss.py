@@ -12,7 +12,7 @@ from planners.families import load as load_family
 from planners.memory.peaks import LOGIT_TOKENS
 
 
-def losses_behind(
+def downstream_losses(
     checkpoint: Checkpoint,
     layer: int,
     streams: Sequence[Tensor],

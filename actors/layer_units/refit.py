@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actors.messages import CompressionJob, Done, TokenStream, UnitTask
 from actors.modeling.build import Skeleton
 from actors.modeling.halves import HalvedLayer
-from actors.numerics.least_squares import Refit, RestSums, no_sums, refit
+from actors.numerics.least_squares import Refit, RestSums, empty_sums, refit
 from actors.numerics.loss import next_token_nll
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
@@ -33,7 +33,7 @@ from planners.refit import DAMPINGS, cuts
 DENSE, REFITTED, DRAFTED = "dense", "refitted", "drafted"
 # What each half-layer ends with; what it adds to the residual stream, and what it does to the rest.
 HALVES: Mapping[str, tuple[Callable[[HalvedLayer, Tensor], Tensor], ...]] = {
-    "o_proj": (HalvedLayer.attention, HalvedLayer.past_attention),
+    "o_proj": (HalvedLayer.attention, HalvedLayer.shortcut_attention),
     "down_proj": (HalvedLayer.mlp, HalvedLayer.past_mlp),
 }
 Streams = dict[str, Tensor]
@@ -200,7 +200,7 @@ def _sums(
 
     linear = layers[REFITTED].module.get_submodule(weight_name.removesuffix(".weight"))
     weight: Any = linear.weight
-    sums = no_sums(weight.shape[1], weight.shape[0], device=str(weight.device))
+    sums = empty_sums(weight.shape[1], weight.shape[0], device=str(weight.device))
     handle = linear.register_forward_pre_hook(keep)
     for streams in microbatches:
         add, carry = HALVES[half]

@@ -2,7 +2,7 @@
 
 from actors.layer_units.layer import on_device, read_bases, read_statistics
 from actors.messages import CompressionJob, Done, UnitTask
-from actors.statistics.rotate import turned_sums
+from actors.statistics.rotate import rotated_sums
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_record
@@ -21,7 +21,7 @@ def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) ->
     found = read_bases(tuple(bases), where, device)
     weights = Checkpoint.of(former).read_layer(task.index)
     scales = {name: weights[f"{name}.weight"].to(device) for name in ("attn_norm", "mlp_norm")}
-    new = turned_sums(sums, (found[0], found[len(found) // 2], found[-1]), scales=scales)
+    new = rotated_sums(sums, (found[0], found[len(found) // 2], found[-1]), scales=scales)
     name = f"stats/layer-{task.index:05d}.safetensors"
     entry = write_tensors(run, name, {k: v.cpu() for k, v in new.items()})
     values = read_record(where, statistics).values

@@ -121,7 +121,7 @@ class _Passing:
 
 def _through_half(half: HalvedLayer, cut: Tensor, site: int) -> Tensor:
     """Return the stream of a site from the cut stream of the site before it."""
-    return half.after_attention(cut) if site % 2 else half.after_mlp(cut)
+    return half.residual_mid(cut) if site % 2 else half.after_mlp(cut)
 
 
 def _shards(job: CompressionJob) -> list[tuple[int, int]]:

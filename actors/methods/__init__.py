@@ -62,7 +62,7 @@ def chosen(name: str, options: Mapping[str, Option]) -> MethodSpec:
     own, joining = spec(name), candidates.others(name, options)
     for other in joining:
         require(other, where=f"options.{candidates.NAME}")
-    return candidates.pooled(own, options, [spec(n) for n in joining]) if joining else own
+    return candidates.combined_spec(own, options, [spec(n) for n in joining]) if joining else own
 
 
 def load(name: str) -> Any:

@@ -25,7 +25,7 @@ from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
 from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
-from planners.budget.hull import marginal, require_levels
+from planners.budget.hull import by_measured_damage, require_levels
 from planners.budget.widths import by_influence, layer_widths, uniform, width_ladder
 from planners.errors import NumericsError, PlanError
 from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
@@ -347,7 +347,9 @@ def _allocate(
             start=start,
         )
     else:
-        form = marginal(shape, findings, keep_fraction=fraction, round_to=round_to, start=start)
+        form = by_measured_damage(
+            shape, findings, keep_fraction=fraction, round_to=round_to, start=start
+        )
     return Allocation(form=form)
 
 

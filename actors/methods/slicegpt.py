@@ -129,7 +129,9 @@ def _between(
     for name, (norm, basis) in reads.items():
         scale = weights[f"{norm}.weight"].to(torch.float64) * gain
         reader = _part(weights, name, "first")
-        new[f"{reader}.weight"] = turned_rows(weights[f"{reader}.weight"], basis=basis, scale=scale)
+        new[f"{reader}.weight"] = rotated_rows(
+            weights[f"{reader}.weight"], basis=basis, scale=scale
+        )
     for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
         writer = _part(weights, name, "second")
         new[f"{writer}.weight"] = _turned_columns(weights[f"{writer}.weight"], basis)
@@ -170,7 +172,7 @@ def _is_identity(basis: Tensor) -> bool:
     return dim == keep and torch.equal(basis, torch.eye(dim).to(basis))
 
 
-def turned_rows(
+def rotated_rows(
     rows: Float[Tensor, "rows hidden"], *, basis: Tensor, scale: Tensor | None = None
 ) -> Float[Tensor, "rows keep"]:
     """Return rows that read a site, with the scale of the norm before it, in a basis."""
@@ -354,14 +356,14 @@ class SliceGPT:
 
     def apply_embedding(self, rows: Tensor, basis: Tensor) -> Tensor:
         """Return rows of the embedding in the basis of the first site."""
-        return turned_rows(rows, basis=basis)
+        return rotated_rows(rows, basis=basis)
 
     def apply_head(
         self, rows: Tensor, basis: Tensor, *, norm_weight: Tensor, native: bool
     ) -> Tensor:
         """Return rows of the head, which read the last site, with the final norm's scale."""
         gain = math.sqrt(basis.shape[0] / basis.shape[1]) if native else 1.0
-        return turned_rows(rows, basis=basis, scale=norm_weight.to(torch.float64) * gain)
+        return rotated_rows(rows, basis=basis, scale=norm_weight.to(torch.float64) * gain)
 
 
 METHOD = SliceGPT()

@@ -50,7 +50,7 @@ class HalvedLayer:
         inner: Tensor = layer.mlp(layer.post_attention_layernorm(middle))
         return inner
 
-    def past_attention(self, hidden: Tensor) -> Tensor:
+    def shortcut_attention(self, hidden: Tensor) -> Tensor:
         """Return the residual stream in the axes that attention writes; itself without shortcut."""
         layer: Any = self.module
         carried: Tensor = layer.attn_shortcut(hidden)
@@ -62,9 +62,9 @@ class HalvedLayer:
         carried: Tensor = layer.mlp_shortcut(middle)
         return carried
 
-    def after_attention(self, hidden: Tensor) -> Tensor:
+    def residual_mid(self, hidden: Tensor) -> Tensor:
         """Return the residual stream between attention and MLP."""
-        return self.past_attention(hidden) + self.attention(hidden)
+        return self.shortcut_attention(hidden) + self.attention(hidden)
 
     def after_mlp(self, middle: Tensor) -> Tensor:
         """Return the residual stream that leaves."""
@@ -72,7 +72,7 @@ class HalvedLayer:
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return the residual stream that leaves, from the one that enters."""
-        return self.after_mlp(self.after_attention(hidden))
+        return self.after_mlp(self.residual_mid(hidden))
 
 
 def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class RestSums:
         return float(self.energy[0] + (step * bent).sum())
 
 
-def no_sums(dim: int, out_dim: int, *, device: str) -> RestSums:
+def empty_sums(dim: int, out_dim: int, *, device: str) -> RestSums:
     """Return the sums over no token."""
     return RestSums(
         gram=torch.zeros(dim, dim, dtype=torch.float64, device=device),

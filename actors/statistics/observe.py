@@ -31,7 +31,7 @@ WITH_MEAN = ("gram", "head_gram")  # kinds of which the sum of x is kept too
 Adder = Callable[[Tensor], None]
 
 
-class SeenEnoughError(Exception):
+class ForwardDoneError(Exception):
     """A layer's forward pass has come by all that is observed of it, and is needed for no more."""
 
 
@@ -78,7 +78,7 @@ class LayerStatistics:
         """Observe a layer's forward passes until `detach`.
 
         ``ends`` says that nobody needs what the layer puts out: its forward pass raises
-        `SeenEnoughError` behind the last tap, unless that is the output.
+        `ForwardDoneError` behind the last tap, unless that is the output.
         """
         self._layer = layer
         for tap in dict.fromkeys(statistic.tap for statistic in self._statistics):
@@ -104,7 +104,7 @@ class LayerStatistics:
             handle.remove()
         self._handles.clear()
 
-    def see_residual(self, before: Tensor, after: Tensor | None) -> None:
+    def update_residual(self, before: Tensor, after: Tensor | None) -> None:
         """Count a microbatch, and add what is seen between a layer's input and output.
 
         No output is given where the forward pass has ended before it.
@@ -221,7 +221,7 @@ def added(parts: Iterable[Mapping[str, Tensor]], taps: Collection[str]) -> dict[
 
 def _end(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     del module, args
-    raise SeenEnoughError
+    raise ForwardDoneError
 
 
 def _feed_input(module: nn.Module, args: tuple[Tensor, ...], *, adders: list[Adder]) -> None:

@@ -23,7 +23,7 @@ TURNED: Mapping[str, tuple[int, str]] = {
 }
 
 
-def turned_sums(
+def rotated_sums(
     sums: Mapping[str, Tensor],
     bases: tuple[Float[Tensor, "hidden hidden"], ...],
     *,

@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def one_ahead(items: Iterable[T]) -> Iterator[T]:
+def prefetched(items: Iterable[T]) -> Iterator[T]:
     """Yield the items in order; while the caller uses one, the next is made in a thread.
 
     So reading overlaps with converting, copying to a device and computing, and one item more than

@@ -13,14 +13,14 @@ from actors.layer_units.registry import do_unit
 from actors.messages import (
     Assignment,
     CompressionJob,
+    GenerateDone,
     LoadDone,
     Microbatch,
     Packed,
     PartialSums,
+    ResumeSums,
     SaveDone,
     StepDone,
-    Summing,
-    TurnDone,
     UnitDone,
     UnitTask,
     WorkerSetup,
@@ -29,11 +29,11 @@ from actors.messages import (
 )
 from actors.modeling.build import Skeleton
 from actors.numerics.loss import next_token_nll
-from actors.statistics.observe import LayerStatistics, SeenEnoughError
+from actors.statistics.observe import ForwardDoneError, LayerStatistics
 from actors.statistics.sums import write_sums
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.prefetch import one_ahead
+from actors.storage.prefetch import prefetched
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.errors import ModelError, StorageError
@@ -86,7 +86,7 @@ class Stage:
         layers = f" layers {min(self._layers)}-{max(self._layers)}" if self._layers else ""
         return f"{self._setup.name}{layers}"
 
-    def load(self, assignment: Assignment, summing: Summing | None = None) -> LoadDone:
+    def load(self, assignment: Assignment, summing: ResumeSums | None = None) -> LoadDone:
         """Read the layers of an assignment, forgetting those held before.
 
         Args:
@@ -110,7 +110,7 @@ class Stage:
         family = load_family(assignment.family)
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
-            tensors = one_ahead(checkpoint.stream_prefix(prefix))
+            tensors = prefetched(checkpoint.stream_prefix(prefix))
             self._layers[index] = skeleton.layer(index, tensors)
             if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
@@ -177,7 +177,7 @@ class Stage:
         return done, pack(hidden) if microbatch.hand_over else None
 
     @torch.inference_mode()
-    def generate(self, packed: Packed, start: int) -> tuple[TurnDone, Packed]:
+    def generate(self, packed: Packed, start: int) -> tuple[GenerateDone, Packed]:
         """Pass the next tokens of some sequences, whose keys and values so far are kept here.
 
         Args:
@@ -208,7 +208,7 @@ class Stage:
         if self._head is not None and self._norm is not None:
             hidden = (self._norm(hidden[:, -1:]) @ self._head.T).argmax(-1)
         handed_on = pack(hidden)
-        return TurnDone(held_bytes=generated.weight_bytes + generated.peak.bytes()), handed_on
+        return GenerateDone(held_bytes=generated.weight_bytes + generated.peak.bytes()), handed_on
 
     def _weight_bytes(self) -> int:
         modules = [*self._layers.values(), *([] if self._norm is None else [self._norm])]
@@ -325,11 +325,11 @@ class Stage:
                 sums.attach(layer, ends=last)
             try:
                 after = layer(hidden, attention_mask=None, position_embeddings=angles)
-            except SeenEnoughError:
+            except ForwardDoneError:
                 after = None
             if sums is not None:
                 sums.detach()
-                sums.see_residual(hidden, after)
+                sums.update_residual(hidden, after)
                 self._next[index] += 1
             hidden = hidden if after is None else after
         return hidden

@@ -9,7 +9,7 @@ import yaml
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the file on the head
 
 
-def most(values: Mapping[str, Any], resource: str) -> float:
+def max_resources(values: Mapping[str, Any], resource: str) -> float:
     """Return how much of a resource the node types of a cluster file give when all have started."""
     types = mapping(values.get("available_node_types"))
     left = float(values.get("max_workers", 0))

@@ -12,7 +12,7 @@ from datetime import datetime
 METADATA = "http://169.254.169.254"
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 1.0  # the service is on the machine itself
-NOBODY = 3  # questions without any answer, after which this is no cloud's machine
+MAX_SILENT_POLLS = 3  # questions without any answer, after which this is no cloud's machine
 AWS_SECONDS = 120.0
 GCP_SECONDS = 30.0
 TOKEN_SECONDS = 21600
@@ -74,7 +74,7 @@ def gcp_notice(base: str = METADATA) -> Notice | None:
 
 
 def watch(
-    tell: Callable[[Notice], None],
+    on_notice: Callable[[Notice], None],
     *,
     base: str = METADATA,
     poll_seconds: float = POLL_SECONDS,
@@ -83,7 +83,7 @@ def watch(
     """Ask until there is a notice, tell it, and return; return too where nobody answers.
 
     Args:
-        tell: what is done with a notice.
+        on_notice: what is done with a notice.
         base: of the metadata service.
         poll_seconds: between two questions.
         stopped: another source of notices, such as a signal. Where there is one, it is asked for
@@ -92,13 +92,13 @@ def watch(
     silent = 0
     while True:
         notice = stopped() if stopped is not None else None
-        if notice is None and silent < NOBODY:
+        if notice is None and silent < MAX_SILENT_POLLS:
             notice, answered = _any_notice(base)
             silent = 0 if answered else silent + 1
         if notice is not None:
-            tell(notice)
+            on_notice(notice)
             return
-        if silent >= NOBODY and stopped is None:
+        if silent >= MAX_SILENT_POLLS and stopped is None:
             return
         time.sleep(poll_seconds)
 

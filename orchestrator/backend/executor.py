@@ -53,7 +53,7 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whereabouts:
+class ActorLocation:
     """Where an actor lives: its node, by Ray's hex id, its process, and where its stack is shown.
 
     Attributes:
@@ -74,8 +74,8 @@ class Executor(Protocol):
         """Return a handle on a new actor; its construction may still be under way."""
         ...
 
-    def settle(self, handle: Any) -> Any:
-        """Return a ticket for the `Whereabouts` of an actor, which answers once it has a place."""
+    def locate(self, handle: Any) -> Any:
+        """Return a ticket for the `ActorLocation` of an actor, once it has a place."""
         ...
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
@@ -104,11 +104,11 @@ class Executor(Protocol):
         """End an actor's process; one that is gone already is no error."""
         ...
 
-    def end(self, where: Whereabouts) -> None:
+    def kill_process(self, where: ActorLocation) -> None:
         """End a process that does not listen; `kill` asks it to end."""
         ...
 
-    def stack(self, where: Whereabouts) -> str:
+    def stack(self, where: ActorLocation) -> str:
         """Return what a process is doing now, or empty where nobody can say."""
         ...
 
@@ -116,7 +116,7 @@ class Executor(Protocol):
         """Return node -> seconds left, of the nodes that were told that they will go."""
         ...
 
-    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+    def request_resources(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """Ask the cluster to have room for these at one time; none withdraws what was asked."""
         ...
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.backend.executor import Resources, Whereabouts
+from orchestrator.backend.executor import ActorLocation, Resources
 
 
 class LocalExecutor:
@@ -14,10 +14,10 @@ class LocalExecutor:
         del resources, name
         return actor_class(*args)
 
-    def settle(self, handle: Any) -> Any:
+    def locate(self, handle: Any) -> Any:
         """Return a finished ticket: everything is here."""
         del handle
-        return _Answer(Whereabouts())
+        return _Answer(ActorLocation())
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
         """Return finished tickets."""
@@ -46,10 +46,10 @@ class LocalExecutor:
     def kill(self, handle: Any) -> None:
         """Forget the object."""
 
-    def end(self, where: Whereabouts) -> None:
+    def kill_process(self, where: ActorLocation) -> None:
         """Do nothing: it is this process."""
 
-    def stack(self, where: Whereabouts) -> str:
+    def stack(self, where: ActorLocation) -> str:
         """Return nothing: a call that does not return does not return here either."""
         del where
         return ""
@@ -58,7 +58,7 @@ class LocalExecutor:
         """Return nothing: there are no nodes."""
         return {}
 
-    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+    def request_resources(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """Do nothing: there is no cluster that could grow."""
 
     def capacity(self) -> str:

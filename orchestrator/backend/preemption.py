@@ -126,7 +126,7 @@ class _Watcher:
     def watch(self, node: str, metadata: str) -> None:
         """Drain the node once there is a notice; return where no cloud answers."""
 
-        def tell(notice: Notice) -> None:
+        def on_notice(notice: Notice) -> None:
             drain(node, seconds=notice.seconds, message=f"notice of {notice.source}")
 
-        watch(tell, base=metadata)
+        watch(on_notice, base=metadata)

@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray._private import ray_constants, services
 from ray._private import state as ray_state
-from ray.autoscaler.sdk import request_resources
+from ray.autoscaler import sdk
 from ray.exceptions import RaySystemError, RpcError
 
 from orchestrator.backend import local_start
-from orchestrator.backend.capacity import LENT, awaited, cluster_file_here, most
+from orchestrator.backend.capacity import LENT, awaited, cluster_file_here, max_resources
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
@@ -99,7 +99,7 @@ def most_gpus(address: str) -> float:
         ClusterError: there is no cluster at the address.
     """
     with connected(address, num_cpus=0, num_gpus=0, store_bytes=0) as facts:
-        return max(facts.gpus, most(cluster_file_here(), "GPU"))
+        return max(facts.gpus, max_resources(cluster_file_here(), "GPU"))
 
 
 def _started(**how: Any) -> Any:
@@ -207,10 +207,10 @@ def take(name: str) -> str:
     return bytes(found).decode().removeprefix(LENT)
 
 
-def want(bundles: Sequence[Mapping[str, float]]) -> None:
+def request_resources(bundles: Sequence[Mapping[str, float]]) -> None:
     """Ask the autoscaler for room for these at one time; none withdraws what was asked before."""
     with contextlib.suppress(RaySystemError, RpcError):  # a head that is away grows nothing either
-        request_resources(bundles=[dict(bundle) for bundle in bundles])
+        sdk.request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def capacity() -> str:
@@ -224,7 +224,7 @@ def capacity() -> str:
     return f"the cluster has {' and '.join(said)} free"
 
 
-def answers(actor_id: str | None) -> bool:
+def node_reachable(actor_id: str | None) -> bool:
     """Return whether the node of an actor takes connections; Ray notices later that it does not."""
     if actor_id is None:
         return True
@@ -289,7 +289,7 @@ def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
         file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
         if awaited(file, facts.num_nodes):
             return  # whoever waits for them says so
-        most_cpus, most_gpus = most(file, "CPU"), most(file, "GPU")
+        most_cpus, most_gpus = max_resources(file, "CPU"), max_resources(file, "GPU")
         if most_cpus > cpus or most_gpus > gpus:
             cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"
     if num_cpus > cpus or num_gpus > gpus:

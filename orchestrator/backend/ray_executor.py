@@ -32,9 +32,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.storage import hub
 from orchestrator.backend import preemption, ray_cluster
 from orchestrator.backend.executor import (
+    ActorLocation,
     InputLost,
     Resources,
-    Whereabouts,
     WorkerFailed,
     WorkerLost,
 )
@@ -79,7 +79,7 @@ class RayExecutor:
             handle.__ray_call__.remote(_lend, token)
         return handle
 
-    def settle(self, handle: Any) -> Any:
+    def locate(self, handle: Any) -> Any:
         """Return a ticket that answers once the actor's process runs."""
         return handle.__ray_call__.remote(_settled)
 
@@ -111,12 +111,12 @@ class RayExecutor:
         """End the actor's process; Ray says nothing where it is gone already."""
         ray.kill(handle, no_restart=True)
 
-    def end(self, where: Whereabouts) -> None:
+    def kill_process(self, where: ActorLocation) -> None:
         """Have a task on the process's own node end it; nobody waits for that."""
         if where.pid:
-            _beside(where, _ended)
+            _run_on_same_node(where, _ended)
 
-    def stack(self, where: Whereabouts) -> str:
+    def stack(self, where: ActorLocation) -> str:
         """Have a task on the worker's own node make the process write its stack, and read it.
 
         The worker is not asked: it may hold the interpreter, or wait for ever in a library.
@@ -124,7 +124,7 @@ class RayExecutor:
         if not where.pid:
             return ""
         try:
-            found: str = ray.get(_beside(where, _shown_stack), timeout=STACK_SECONDS)
+            found: str = ray.get(_run_on_same_node(where, _shown_stack), timeout=STACK_SECONDS)
         except GetTimeoutError:
             return f"its node did not answer within {STACK_SECONDS:g} s"
         except RayError as error:
@@ -137,9 +137,9 @@ class RayExecutor:
             self._watchers.cover()
         return preemption.draining()
 
-    def want(self, bundles: Sequence[Mapping[str, float]]) -> None:
+    def request_resources(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """Ask the autoscaler, where there is one."""
-        ray_cluster.want(bundles)
+        ray_cluster.request_resources(bundles)
 
     def capacity(self) -> str:
         """Return what the cluster has and what of it is free, in words."""
@@ -152,18 +152,18 @@ def _lend(actor: Any, token: str) -> None:
     hub.lend(token)
 
 
-def _settled(actor: Any) -> Whereabouts:
+def _settled(actor: Any) -> ActorLocation:
     """Say where this process is, and have it show its stack whenever it gets the signal."""
     del actor
-    _tidy()
+    _remove_stale()
     descriptor, path = tempfile.mkstemp(prefix=f"{STACK_FILE}{os.getpid()}-", suffix=".txt")
     # In C, at once, whatever the interpreter is doing.
     faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
     node = ray.get_runtime_context().get_node_id()
-    return Whereabouts(node=node, pid=os.getpid(), stack_file=path)
+    return ActorLocation(node=node, pid=os.getpid(), stack_file=path)
 
 
-def _tidy() -> None:
+def _remove_stale() -> None:
     """Remove the stacks of processes that are gone: a worker is killed, it removes nothing."""
     for path in Path(tempfile.gettempdir()).glob(f"{STACK_FILE}[0-9]*-*"):
         with contextlib.suppress(ValueError, OSError):  # another user's process, or file
@@ -174,7 +174,7 @@ def _tidy() -> None:
                 path.unlink()
 
 
-def _beside(where: Whereabouts, work: Callable[[Whereabouts], Any]) -> Any:
+def _run_on_same_node(where: ActorLocation, work: Callable[[ActorLocation], Any]) -> Any:
     """Start a task on the node of a process, that takes no core; return its ticket."""
     task = ray.remote(work).options(
         num_cpus=0,
@@ -184,12 +184,12 @@ def _beside(where: Whereabouts, work: Callable[[Whereabouts], Any]) -> Any:
     return task.remote(where)
 
 
-def _ended(where: Whereabouts) -> None:
+def _ended(where: ActorLocation) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(where.pid, signal.SIGKILL)
 
 
-def _shown_stack(where: Whereabouts) -> str:
+def _shown_stack(where: ActorLocation) -> str:
     path = Path(where.stack_file)
     before = path.stat().st_size
     try:
@@ -235,7 +235,7 @@ def _reason(error: Exception) -> str:
         return "preempted"
     if isinstance(error, NodeDiedError) or "node has died" in str(error):
         return "node lost"
-    if isinstance(error, ActorUnavailableError) and not ray_cluster.answers(error.actor_id):
+    if isinstance(error, ActorUnavailableError) and not ray_cluster.node_reachable(error.actor_id):
         return "node lost"  # Ray itself does not know yet
     return "worker crashed"
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.storage.files import Directory
-from orchestrator.api import Started, do_prepared
+from orchestrator.api import RunHooks, do_prepared
 from orchestrator.backend.ray_cluster import ClusterFacts
 from orchestrator.cli.consent import ask_before, asker, require_consent
 from orchestrator.cli.output import stderr, stdout
@@ -22,7 +22,7 @@ from orchestrator.experiments.batch_file import Batch, Entry, read_batch
 from orchestrator.experiments.sweep import PAGE, exported, points_of
 from orchestrator.experiments.sweep import sweep as do_sweep
 from orchestrator.forecast.forecast import Forecast, forecast_of
-from orchestrator.forecast.terms import Terms
+from orchestrator.forecast.terms import Pricing
 from orchestrator.phases.open_run import recipe_of
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared
@@ -98,7 +98,7 @@ def _require_done(rows: Sequence[Row]) -> None:
 def _forecasts(found: Batch) -> dict[str, Forecast]:
     """Return what each run that is left comes to: the first of each model and text calibrates."""
     left = waiting(found)[:MAX_FORECASTS]
-    terms = Terms(price_per_hour=found.budget.price_per_worker_hour or None)
+    terms = Pricing(price_per_hour=found.budget.price_per_worker_hour or None)
     begun = {e.calibration for e in found.entries if e.prepared.run.names("stats")}
     forecasts = {}
     for entry in left:
@@ -246,12 +246,12 @@ def sweep(
     )
 
 
-def export(run_uri: str, point: str, terms: Terms, *, yes: bool, json_: bool) -> None:
+def export(run_uri: str, point: str, terms: Pricing, *, yes: bool, json_: bool) -> None:
     """Finish one point of a sweep and print its report."""
     prepared = exported(prepare(recipe_of(Directory(run_uri))), point)
     is_done = finished_report(prepared.run) is not None
 
-    def started(prepared: Prepared) -> Started:
+    def started(prepared: Prepared) -> RunHooks:
         return started_run(prepared, terms, yes=yes, is_done=is_done)
 
     print_report(do_prepared(prepared, started), json_=json_)

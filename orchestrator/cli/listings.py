@@ -17,7 +17,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
     """List, show or verify the statistics that a run kept."""
     run_ = Directory(run_uri)
     if action == "ls":
-        rows = artefact.listed(run_)
+        rows = artefact.list_(run_)
         if json_:
             print(json.dumps({"run": run_uri, "layers": rows}))  # noqa: T201 the one document
             return
@@ -31,7 +31,7 @@ def statistics(action: str, run_uri: str, *, json_: bool) -> None:
             )  # fmt: skip
         stdout.print(table)
         return
-    found = artefact.shown(run_) if action == "show" else artefact.verified(run_)
+    found = artefact.describe(run_) if action == "show" else artefact.verify(run_)
     if json_:
         print(json.dumps(found))  # noqa: T201 the one document
     elif action == "show":

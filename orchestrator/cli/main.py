@@ -400,11 +400,11 @@ def _statistics(action: str, run_uri: str, *, json_: bool) -> None:
 
 def _terms(given: dict[str, Any]) -> Any:
     """Take what workers cost out of the options, and return it."""
-    from orchestrator.forecast.terms import Terms
+    from orchestrator.forecast.terms import Pricing
 
     price, losses = given.pop("price"), given.pop("preemptions_per_hour")
     measured = given.pop("measure", False)
-    return Terms(price_per_hour=price, preemptions_per_hour=losses, measure=measured)
+    return Pricing(price_per_hour=price, preemptions_per_hour=losses, measure=measured)
 
 
 def _numbers(text: str) -> list[float]:

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from orchestrator.engine.failure_policy import GOES_ON
+from orchestrator.engine.failure_policy import RECOVERY_TEXT
 from orchestrator.rundir.journal import Event
 from planners.units.kinds import FIRST_WORDS, LAYERS, UNITS_OF
 
@@ -69,7 +69,7 @@ class ProgressScreen:
             self._console.print(f"calibrating what is not there: {event['detail']}")
         elif kind == "step":
             self._console.print(Text.assemble((event["unit"], "bold"), f": {event['detail']}"))
-        elif kind in GOES_ON:
+        elif kind in RECOVERY_TEXT:
             self._console.print(_trouble(event))
 
     def _begin(self, event: Event) -> None:
@@ -127,4 +127,4 @@ def _trouble(event: Event) -> Text:
     detail = event["detail"].removeprefix(f"{kind}: ").partition("\n")[0].rstrip(".")
     who = " ".join(part for part in (event["worker"], event["unit"]) if part)
     words = f" {who}: {detail}. " if who and detail else f" {who or detail}. "
-    return Text.assemble((kind, "yellow"), words, GOES_ON[kind])
+    return Text.assemble((kind, "yellow"), words, RECOVERY_TEXT[kind])

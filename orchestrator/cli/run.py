@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from actors.storage.files import Directory
-from orchestrator.api import Started, compress_as, do_prepared
+from orchestrator.api import RunHooks, compress_as, do_prepared
 from orchestrator.backend.ray_cluster import ClusterFacts
 from orchestrator.cli.consent import ask_before, asker, require_consent
 from orchestrator.cli.output import stderr, stdout
@@ -16,7 +16,7 @@ from orchestrator.cli.progress import ProgressScreen
 from orchestrator.cli.status import print_report
 from orchestrator.experiments.redo import changed, layers_of, withdraw
 from orchestrator.forecast.forecast import Forecast, forecast, forecast_of
-from orchestrator.forecast.terms import Terms, parse_cluster
+from orchestrator.forecast.terms import Pricing, parse_cluster
 from orchestrator.phases import open_run
 from orchestrator.phases.open_run import recipe_of
 from orchestrator.prepare.prepare import prepare
@@ -30,7 +30,7 @@ from planners.errors import ConfigError
 
 def run(
     config: RunConfig,
-    terms: Terms,
+    terms: Pricing,
     *,
     dry_run: bool,
     yes: bool,
@@ -45,7 +45,7 @@ def run(
         return
     was_ready = False
 
-    def started(prepared: Prepared) -> Started:
+    def started(prepared: Prepared) -> RunHooks:
         nonlocal was_ready
         was_ready = finished_report(prepared.run) is not None
         return started_run(prepared, terms, yes=yes, is_done=was_ready)
@@ -56,7 +56,9 @@ def run(
     print_report(report, json_=json_)
 
 
-def started_run(prepared: Prepared, terms: Terms, *, yes: bool, is_done: bool = False) -> Started:
+def started_run(
+    prepared: Prepared, terms: Pricing, *, yes: bool, is_done: bool = False
+) -> RunHooks:
     """Show what a run comes to, and return who asks whether to go on and shows how it goes."""
     found = forecast_of(prepared, terms)
     if is_done:
@@ -68,14 +70,14 @@ def started_run(prepared: Prepared, terms: Terms, *, yes: bool, is_done: bool = 
     def approve(facts: ClusterFacts) -> None:
         require_consent(found, facts, yes=yes, ask=asker())
 
-    return Started(
+    return RunHooks(
         listening=ProgressScreen(stderr, num_workers=found.num_workers),
         approve=approve,
         expected=found.to_json(),
     )
 
 
-def plan(config: RunConfig, terms: Terms, *, cluster_text: str | None, json_: bool) -> None:
+def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: bool) -> None:
     """Print the plan of a run; for a model whose weights are not here, from its config alone."""
     if cluster_text is None and config.model not in CONFIGS:
         prepared = prepare(config, only_plan=True)
@@ -126,7 +128,7 @@ def _print_plan(
 
 def redo(  # noqa: PLR0913 -- what the command is given
     run_uri: str,
-    terms: Terms,
+    terms: Pricing,
     *,
     layers: str,
     options: dict[str, str],

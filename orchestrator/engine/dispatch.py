@@ -68,7 +68,7 @@ class _Dispatch:
                 if ticket in self._running:  # else its slot was given up in this very round
                     self._take(ticket)
             self._move_from_nodes_that_go()
-            self._look_after_the_silent()
+            self._handle_stalled()
 
     def _feed(self) -> None:
         for slot in self._idle():
@@ -104,7 +104,7 @@ class _Dispatch:
         self._ledger.commit(unit, done, attempt=self._frontier.attempts[unit.name])
         for passed in spent(unit, self._units, done=self._ledger.done):
             self._ledger.drop(passed)
-        self._journal.tell(unit.kind, unit=unit.name, worker=done.worker,
+        self._journal.emit(unit.kind, unit=unit.name, worker=done.worker,
                            start=done.started, seconds=done.seconds,
                            peak_bytes=done.peak_bytes,
                            written_bytes=done.written_bytes)  # fmt: skip
@@ -116,7 +116,7 @@ class _Dispatch:
         """Give a unit to another worker, or stop where that would fail the same way."""
         exhausted = self._pool.failures.exhausted(unit.name, error)
         policy = POLICIES[class_of(error)]
-        alone = self._pool.num_workers == 1 and not policy.replaces and policy.certain
+        alone = self._pool.num_workers == 1 and not policy.replaces and policy.deterministic
         if exhausted or alone:
             work = Work(
                 name=unit.name,
@@ -158,7 +158,7 @@ class _Dispatch:
             if slot in busy and not self._slots_of(busy[slot]):
                 self._frontier.give_back(busy[slot])
 
-    def _look_after_the_silent(self) -> None:
+    def _handle_stalled(self) -> None:
         """Have a unit whose worker is silent done by an idle one too; give up who stays silent."""
         for slot, unit in list(self._running.values()):
             if self._watch.stalled(slot):

@@ -30,17 +30,19 @@ class Policy:
     budget: int
     replaces: bool
     hint: str
-    certain: bool = False
-    innocent: bool = False
+    deterministic: bool = False
+    infrastructure: bool = False
 
 
-GO_ON = "what is done is kept; run the same command again"
-WELL = f"{GO_ON} when the cluster is well"
+RESUME_HINT = "what is done is kept; run the same command again"
+RESUME_WHEN_HEALTHY = f"{RESUME_HINT} when the cluster is well"
 POLICIES = {
-    "preempted": Policy(tries=8, budget=500, replaces=True, hint=GO_ON, innocent=True),
-    "node lost": Policy(tries=4, budget=100, replaces=True, hint=WELL, innocent=True),
-    "worker crashed": Policy(tries=2, budget=20, replaces=True, hint=GO_ON),
-    "stalled": Policy(tries=2, budget=20, replaces=True, hint=GO_ON),
+    "preempted": Policy(tries=8, budget=500, replaces=True, hint=RESUME_HINT, infrastructure=True),
+    "node lost": Policy(
+        tries=4, budget=100, replaces=True, hint=RESUME_WHEN_HEALTHY, infrastructure=True
+    ),
+    "worker crashed": Policy(tries=2, budget=20, replaces=True, hint=RESUME_HINT),
+    "stalled": Policy(tries=2, budget=20, replaces=True, hint=RESUME_HINT),
     "out of memory": Policy(
         tries=2,
         budget=20,
@@ -49,10 +51,12 @@ POLICIES = {
         hint="what is done is kept; give workers more memory, or begin a new run with fewer "
         "--microbatch-tokens",
     ),
-    "lost input": Policy(tries=50, budget=1000, replaces=False, hint=WELL, innocent=True),
-    "storage error": Policy(tries=2, budget=20, replaces=False, hint=GO_ON),
-    "numeric failure": Policy(tries=2, budget=20, replaces=False, hint="", certain=True),
-    "defect": Policy(tries=2, budget=20, replaces=False, hint="this is a bug", certain=True),
+    "lost input": Policy(
+        tries=50, budget=1000, replaces=False, hint=RESUME_WHEN_HEALTHY, infrastructure=True
+    ),
+    "storage error": Policy(tries=2, budget=20, replaces=False, hint=RESUME_HINT),
+    "numeric failure": Policy(tries=2, budget=20, replaces=False, hint="", deterministic=True),
+    "defect": Policy(tries=2, budget=20, replaces=False, hint="this is a bug", deterministic=True),
     "user error": Policy(tries=1, budget=1, replaces=False, hint=""),
 }
 
@@ -97,7 +101,7 @@ class Failures:
             what = "inputs" if name == "lost input" else "workers"
             raise ClusterError(
                 f"{self.counts[name]} {what} were lost in this run, the last one with: {error}",
-                hint=POLICIES[name].hint or GO_ON,
+                hint=POLICIES[name].hint or RESUME_HINT,
             )
 
     def exhausted(self, work: str, error: Exception) -> bool:
@@ -123,7 +127,7 @@ def final_error(work: str, error: Exception, *, capsule: str) -> CompressionErro
 
 
 TROUBLE = tuple(POLICIES)
-GOES_ON = {  # what is done about it, after the words that say what happened
+RECOVERY_TEXT = {  # what is done about it, after the words that say what happened
     **dict.fromkeys(POLICIES, "It is tried again."),
     **{name: "Its work goes on elsewhere." for name, p in POLICIES.items() if p.replaces},
     "notice": "Its work moves.",

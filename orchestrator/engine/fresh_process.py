@@ -9,7 +9,13 @@ from uuid import uuid4
 from actors.messages import UnitDone
 from actors.worker.evaluator import Evaluator
 from orchestrator.backend.executor import Executor, Resources, WorkerFailed, WorkerLost
-from orchestrator.engine.failure_policy import GO_ON, POLICIES, Failures, class_of, final_error
+from orchestrator.engine.failure_policy import (
+    POLICIES,
+    RESUME_HINT,
+    Failures,
+    class_of,
+    final_error,
+)
 from orchestrator.engine.worker_pool import PLACE_SECONDS
 from planners.errors import ClusterError
 
@@ -23,7 +29,7 @@ class FreshProcess:
     device: str
 
 
-def _say_nothing(kind: str, **fields: Any) -> None:
+def _ignore(kind: str, **fields: Any) -> None:
     del kind, fields
 
 
@@ -33,11 +39,11 @@ def in_fresh_process(
     method: str,
     request: object,
     *,
-    tell: Callable[..., None] = _say_nothing,
+    emit: Callable[..., None] = _ignore,
 ) -> UnitDone:
     """Return what an evaluator in a process of its own says to a request.
 
-    One whose process is lost is followed by another; ``tell`` hears of it, as `Journal.tell`.
+    One whose process is lost is followed by another; ``emit`` is told of it, as `Journal.emit` is.
 
     Raises:
         ClusterError: too many were lost.
@@ -53,7 +59,7 @@ def in_fresh_process(
                     f"{fresh.unit}: its process was lost: {lost}",
                     hint=POLICIES[class_of(lost)].hint,
                 ) from lost
-            tell(class_of(lost), unit=fresh.unit, detail=str(lost))
+            emit(class_of(lost), unit=fresh.unit, detail=str(lost))
 
 
 def _once_in_fresh_process(
@@ -67,7 +73,7 @@ def _once_in_fresh_process(
         resources=Resources(num_cpus=fresh.threads, num_gpus=gpus),
         name=f"evaluator-{fresh.unit}-{uuid4().hex[:8]}",
     )
-    settling, since = executor.settle(handle), time.monotonic()
+    settling, since = executor.locate(handle), time.monotonic()
     try:
         ticket = executor.call(handle, method, fresh.unit, request, label=fresh.unit)
         while not executor.ready([settling], seconds=1.0):
@@ -75,7 +81,7 @@ def _once_in_fresh_process(
                 raise ClusterError(
                     f"{fresh.unit}: no machine could hold its process for {PLACE_SECONDS:.0f} s; "
                     f"{executor.capacity()}",
-                    hint=GO_ON,
+                    hint=RESUME_HINT,
                 )
         while not executor.ready([ticket], seconds=1.0):
             pass

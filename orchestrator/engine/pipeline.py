@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from actors.messages import Assignment, Microbatch, StepDone, Summing, UnitDone, UnitTask
+from actors.messages import Assignment, Microbatch, ResumeSums, StepDone, UnitDone, UnitTask
 from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
 from orchestrator.engine.failure_policy import POLICIES, class_of
 from orchestrator.engine.partial_sums import BYTES_PER_SECOND, Partials, interval
@@ -139,7 +139,7 @@ class Pass:
         layers = frozenset(unit.index for unit in stage.to_publish)
         partials = self._plan.saving.partials.found(layers) if self._plan.saving else ()
         stage.loading = self._call(
-            at, "load", "load", assignment, Summing(layers=layers, partials=partials),
+            at, "load", "load", assignment, ResumeSums(layers=layers, partials=partials),
             label=f"load[{self._layers(at)}]",
         )  # fmt: skip
 
@@ -289,7 +289,7 @@ class Pass:
         where = "load" if index is None else f"microbatch-{index:05d}"
         assignment = self._plan.assignments[at]
         name = f"{self._plan.kind}-layers-{assignment.first}-{assignment.last - 1}-{where}"
-        suspected = not POLICIES[class_of(error)].innocent
+        suspected = not POLICIES[class_of(error)].infrastructure
         if self._pool.failures.exhausted(name, error) and suspected:
             sent = None if index is None else self._as_sent(at, index)
             raise self._pool.stop(

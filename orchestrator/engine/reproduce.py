@@ -73,7 +73,7 @@ CALL: TypeAdapter[UnitCall | PassCall] = TypeAdapter(UnitCall | PassCall)
 SETUP = TypeAdapter(WorkerSetup)
 
 
-def write_capsule(run: Directory, work: Work, error: Exception, *, met: Sequence[str]) -> str:
+def write_reproducer(run: Directory, work: Work, error: Exception, *, met: Sequence[str]) -> str:
     """Write the capsule of a failure; return the command that does the work again."""
     name = f"{FOLDER}/{work.name}.json"
     document = {

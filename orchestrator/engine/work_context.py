@@ -30,9 +30,9 @@ class WorkContext:
         if self.pool.interruption.requested:
             raise KeyboardInterrupt  # between two phases: nothing is under way
         started = time.time()
-        self.journal.tell("phase begins", unit=name, tokens=total)
+        self.journal.emit("phase begins", unit=name, tokens=total)
         try:
             yield
         finally:
-            self.journal.tell("phase ends", unit=name, start=started, seconds=time.time() - started)
+            self.journal.emit("phase ends", unit=name, start=started, seconds=time.time() - started)
             self.journal.flush()

@@ -10,11 +10,11 @@ from uuid import uuid4
 from actors.messages import WorkerSetup
 from actors.storage.files import Directory
 from actors.worker.stage import Stage
-from orchestrator.backend.executor import Executor, Resources, Whereabouts, WorkerLost
+from orchestrator.backend.executor import ActorLocation, Executor, Resources, WorkerLost
 from orchestrator.engine.deadlines import Deadlines
-from orchestrator.engine.failure_policy import GO_ON, Failures, class_of, final_error
+from orchestrator.engine.failure_policy import RESUME_HINT, Failures, class_of, final_error
 from orchestrator.engine.interrupt import Interruption
-from orchestrator.engine.reproduce import Work, write_capsule
+from orchestrator.engine.reproduce import Work, write_reproducer
 from orchestrator.rundir.journal import Journal
 from planners.errors import ClusterError, CompressionError, StorageError
 
@@ -32,7 +32,7 @@ class _Slot:
     handle: Any
     settling: Any
     since: float
-    where: Whereabouts | None = None
+    where: ActorLocation | None = None
     said: bool = False
 
 
@@ -110,8 +110,8 @@ class Pool:
         self._wait_for_places(list(needed))
         if self.interruption.requested and not self._stopping:
             self._stopping = True
-            self._journal.tell("stopping", detail="what is under way is saved first")
-        self._see_who_goes()
+            self._journal.emit("stopping", detail="what is under way is saved first")
+        self._check_draining()
         return [ticket for ticket in answered if ticket not in settling]
 
     def seconds_left(self, slot: int) -> float | None:
@@ -125,7 +125,7 @@ class Pool:
         Raises:
             ClusterError: too many workers were lost in this run.
         """
-        self._journal.tell(lost.reason, worker=self._slots[slot].setup.name, detail=str(lost))
+        self._journal.emit(lost.reason, worker=self._slots[slot].setup.name, detail=str(lost))
         self.failures.count(lost)
         self.renew(slot, listens=lost.reason != "stalled")
 
@@ -136,7 +136,7 @@ class Pool:
         """
         where = self._slots[slot].where
         if where is not None and not listens:
-            self.executor.end(where)
+            self.executor.kill_process(where)
         self.executor.kill(self._slots[slot].handle)
         self._going.pop(slot, None)
         self._slots[slot] = self._filled(slot)
@@ -155,7 +155,7 @@ class Pool:
         Raises:
             ClusterError: there were too many of its class.
         """
-        self._journal.tell(class_of(error), detail=str(error))
+        self._journal.emit(class_of(error), detail=str(error))
         self.failures.count(error)
 
     def tell_stalled(self, slot: int, label: str, *, seconds: float) -> None:
@@ -163,18 +163,18 @@ class Pool:
         where = self._slots[slot].where
         stack = self.executor.stack(where) if where is not None else ""
         detail = f"silent for {seconds:.0f} s\n{stack}"
-        self._journal.tell("silent", unit=label, worker=self.setup(slot).name, detail=detail)
+        self._journal.emit("silent", unit=label, worker=self.setup(slot).name, detail=detail)
 
     def stop(self, work: Work, error: Exception, *, run_uri: str) -> CompressionError:
         """Return the error that ends the run, after its capsule was written."""
         said = str(error).removeprefix(f"{class_of(error)}: ")
-        self._journal.tell("gave up", unit=work.name, worker=work.setup.name,
+        self._journal.emit("gave up", unit=work.name, worker=work.setup.name,
                            detail=f"{class_of(error)}: {said}")  # fmt: skip
         capsule = ""
         if class_of(error) != "user error":
             with contextlib.suppress(StorageError):  # a store that fails takes no capsule either
                 met = self.failures.met(work.name)
-                capsule = write_capsule(Directory(run_uri), work, error, met=met)
+                capsule = write_reproducer(Directory(run_uri), work, error, met=met)
         return final_error(work.name, error, capsule=capsule)
 
     def saw(self, answers: Sequence[Any]) -> None:
@@ -184,7 +184,7 @@ class Pool:
     def close(self) -> None:
         """End all workers, and withdraw what was asked of the cluster."""
         if self._wants:
-            self.executor.want([])
+            self.executor.request_resources([])
             self._wants = False
         for slot in self._slots:
             self.executor.kill(slot.handle)
@@ -199,16 +199,16 @@ class Pool:
         )
         name = f"{setup.name}-{setup.incarnation}"
         handle = self.executor.spawn(Stage, setup, resources=self._resources, name=name)
-        return _Slot(setup, handle, self.executor.settle(handle), time.monotonic())
+        return _Slot(setup, handle, self.executor.locate(handle), time.monotonic())
 
     def _settle(self, slot: _Slot) -> None:
         try:
             slot.where = self.executor.result(slot.settling)
         except (WorkerLost, CompressionError):
-            slot.where = Whereabouts()  # lost before it said a word: its first call will tell
+            slot.where = ActorLocation()  # lost before it said a word: its first call will tell
         if slot.said:
             waited = time.monotonic() - slot.since
-            self._journal.tell("placed", worker=slot.setup.name, seconds=waited)
+            self._journal.emit("placed", worker=slot.setup.name, seconds=waited)
 
     def _wait_for_places(self, needed: list[int]) -> None:
         """Say what is waited for, and give up what has been waited for too long."""
@@ -221,20 +221,20 @@ class Pool:
             if not slot.said:
                 slot.said = True
                 self._ask_for_room()
-                self._journal.tell("waiting", worker=slot.setup.name, detail=self._shortage())
+                self._journal.emit("waiting", worker=slot.setup.name, detail=self._shortage())
         essential = [n for n in late if n in needed] if needed else late
         hopeless = [n for n in essential if now - self._slots[n].since > self._place_seconds]
         if hopeless and (needed or len(hopeless) == len(self._slots)):
             raise ClusterError(
                 f"no machine could hold {self._slots[hopeless[0]].setup.name} for "
                 f"{self._place_seconds:.0f} s: {self._shortage()}",
-                hint=f"what is done is kept; add a machine, or use fewer --workers; {GO_ON}",
+                hint=f"what is done is kept; add a machine, or use fewer --workers; {RESUME_HINT}",
             )
 
     def _shortage(self) -> str:
         return f"needs {self._resources}; {self.executor.capacity()}"
 
-    def _see_who_goes(self) -> None:
+    def _check_draining(self) -> None:
         now = time.monotonic()
         if now - self._asked_at < DRAIN_SECONDS:
             return
@@ -245,12 +245,12 @@ class Pool:
                 continue
             left = draining[slot.where.node]
             self._going[number] = now + left
-            self._journal.tell("notice", worker=slot.setup.name, seconds=min(left, 1e9),
+            self._journal.emit("notice", worker=slot.setup.name, seconds=min(left, 1e9),
                                detail=f"its node goes in {left:.0f} s")  # fmt: skip
             self._ask_for_room()
 
     def _ask_for_room(self) -> None:
         """Ask for room for all workers, and for one more for each that has to move."""
         bundles = [self._resources.bundle] * (len(self._slots) + len(self._going))
-        self.executor.want(bundles)
+        self.executor.request_resources(bundles)
         self._wants = True

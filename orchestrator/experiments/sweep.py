@@ -132,7 +132,7 @@ def sweep_on(
         found = []
         for number, point in enumerate(points, start=1):
             name = _name(point.spec.name, point.config.keep_fraction or 1.0)
-            journal.tell("step", unit=name, detail=f"point {number} of {len(points)}")
+            journal.emit("step", unit=name, detail=f"point {number} of {len(points)}")
             found.append(_measure(point, pool, listener))
     finally:
         pool.close()

@@ -15,7 +15,7 @@ from planners.method import Option, Target
 from planners.model.shape import ModelShape
 from planners.simulation.devices import rates_of
 from planners.simulation.timetable import (
-    Clock,
+    CostModel,
     Sample,
 )
 from planners.simulation.work import Data, Work
@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class ProfileKey:
     """What is timed.
 
     Attributes:
@@ -78,7 +78,7 @@ def device_name(device: str) -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def kept_clock(setting: Setting) -> Clock | None:
+def kept_clock(setting: ProfileKey) -> CostModel | None:
     """Return the clock of an earlier measurement of this setting on this machine, if there is."""
     try:
         found = json.loads(kept_path(setting).read_text(encoding="utf-8"))
@@ -88,12 +88,12 @@ def kept_clock(setting: Setting) -> Clock | None:
         }
         rest = {k: v for k, v in found.items() if k not in ("samples", "rates", "key")}
         rest["notes"] = tuple(rest["notes"])
-        return Clock(rates=Work(**found["rates"]), samples=samples, **rest)
+        return CostModel(rates=Work(**found["rates"]), samples=samples, **rest)
     except (OSError, ValueError, LookupError, TypeError):
         return None  # none, torn, or of an older version: it is measured again or estimated
 
 
-def estimated_clock(setting: Setting, device: str) -> Clock:
+def estimated_clock(setting: ProfileKey, device: str) -> CostModel:
     """Return a clock from published peaks of a device, which says that it is estimated.
 
     Raises:
@@ -102,9 +102,11 @@ def estimated_clock(setting: Setting, device: str) -> Clock:
     rates = rates_of(device, setting.data.dtype, threads=setting.threads)
     if rates is None:
         raise PlanError(f"nothing is known of how fast a {device} is")
-    return Clock(rates=rates, source=f"estimated from published peaks of {device}, not measured")
+    return CostModel(
+        rates=rates, source=f"estimated from published peaks of {device}, not measured"
+    )
 
 
-def kept_path(setting: Setting) -> Path:
+def kept_path(setting: ProfileKey) -> Path:
     """Return the file that keeps what was measured of a setting on this machine."""
     return cache_folder() / "measured" / f"{fingerprint(setting.key)[:16]}.json"

@@ -13,16 +13,16 @@ from actors.storage.checkpoint import read_config
 from actors.storage.files import Directory
 from actors.storage.hub import SCHEME
 from actors.storage.sources import hub_place
-from orchestrator.forecast.clocks import Setting, estimated_clock, kept_clock
+from orchestrator.forecast.clocks import ProfileKey, estimated_clock, kept_clock
 from orchestrator.forecast.sample_run import measure
-from orchestrator.forecast.terms import Devices, Terms
+from orchestrator.forecast.terms import Devices, Pricing
 from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.prepare.steps import StepInput, planned
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.recipe.method_options import chosen_methods, resolve_options, resolve_steps
-from orchestrator.rundir.statistics import listed
+from orchestrator.rundir.statistics import list_
 from planners.calibration import few_tokens
 from planners.canonical_json import to_json
 from planners.catalogue import CONFIGS
@@ -33,10 +33,10 @@ from planners.model.cost import dense_start
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
 from planners.planning import Workload
-from planners.simulation.simulate import Outlook, Risk, num_calls, outlook
+from planners.simulation.simulate import Risk, RunForecast, num_calls, outlook
 from planners.simulation.timetable import (
     KINDS_OF,
-    Clock,
+    CostModel,
     Job,
     download_bytes,
     phase_work,
@@ -70,9 +70,9 @@ class Forecast:
     job: Job
     num_workers: int
     device: str
-    terms: Terms
-    clock: Clock | None
-    outlook: Outlook | None
+    terms: Pricing
+    clock: CostModel | None
+    outlook: RunForecast | None
 
     @property
     def plan(self) -> RunPlan:
@@ -139,7 +139,7 @@ def config_of(model: str) -> dict[str, Any] | None:
     return None
 
 
-def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Forecast:
+def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Forecast:
     """Return what a recipe comes to for a model of which only the config is known.
 
     Raises:
@@ -220,7 +220,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Terms) -> Foreca
     return _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
 
 
-def forecast_of(prepared: Prepared, terms: Terms, *, calibrated: bool = False) -> Forecast:
+def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False) -> Forecast:
     """Return what a prepared run comes to.
 
     Args:
@@ -271,7 +271,7 @@ def _kept(prepared: Prepared) -> frozenset[Statistic]:
     """Return which of its statistics a run is to take from another."""
     uri = prepared.statistics_uri
     try:
-        rows = listed(Directory(uri)) if uri else []
+        rows = list_(Directory(uri)) if uri else []
     except StorageError:
         return frozenset()  # it kept none: all of them are summed
     held = {row["layer"]: set(row["taps"]) for row in rows}
@@ -292,7 +292,7 @@ def _settings(
     *,
     device: str,
     threads: int,
-) -> list[Setting]:
+) -> list[ProfileKey]:
     """Return what is timed for each step: its method on the model that the run begins with.
 
     A later step is timed at the cut that it makes itself.
@@ -301,7 +301,7 @@ def _settings(
     for job, target in zip(jobs, targets, strict=True):
         if target.keep_fraction is not None and before < 1:
             target = Target(keep_fraction=min(1.0, target.keep_fraction / before))
-        setting = Setting(
+        setting = ProfileKey(
             config=config,
             shape=job.dense,
             method=job.spec.name,
@@ -323,7 +323,7 @@ def other_methods(spec: MethodSpec) -> list[tuple[MethodSpec, dict[str, Option]]
 
 
 def _looked_ahead(
-    job: Job, settings: Sequence[Setting], *, num_workers: int, device: str, terms: Terms
+    job: Job, settings: Sequence[ProfileKey], *, num_workers: int, device: str, terms: Pricing
 ) -> Forecast:
     clocks = [_clock(setting, device, terms) for setting in settings]
     known = [clock for clock in clocks if clock is not None]
@@ -353,7 +353,7 @@ def _looked_ahead(
     )
 
 
-def _said_of_all(clocks: Sequence[Clock]) -> Clock:
+def _said_of_all(clocks: Sequence[CostModel]) -> CostModel:
     """Return the last step's clock with what is to be known of all, the widest spreads included."""
     last = clocks[-1]
     if len(clocks) == 1:
@@ -375,7 +375,7 @@ def _said_of_all(clocks: Sequence[Clock]) -> Clock:
     )
 
 
-def _clock(setting: Setting, device: str, terms: Terms) -> Clock | None:
+def _clock(setting: ProfileKey, device: str, terms: Pricing) -> CostModel | None:
     """Return what was measured here, if this machine is like the workers, or else an estimate."""
     here = _accelerator().upper()
     at_hand = setting.device == "cpu" or bool(here and device.upper() in here)

@@ -25,7 +25,7 @@ from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
 from orchestrator.backend.executor import Resources
 from orchestrator.backend.local import LocalExecutor
-from orchestrator.forecast.clocks import Setting, device_name, kept_path
+from orchestrator.forecast.clocks import ProfileKey, device_name, kept_path
 from orchestrator.phases.allocate import measured
 from orchestrator.phases.calibrate import calibrate
 from orchestrator.phases.compress import compress
@@ -50,7 +50,7 @@ from planners.model.shape import ModelShape
 from planners.planning import Workload, make_plan
 from planners.simulation.devices import rates_of
 from planners.simulation.timetable import (
-    Clock,
+    CostModel,
     Job,
     Sample,
     phase_work,
@@ -68,15 +68,15 @@ PATIENCE = 4  # times the budget until it is given up
 MEMORY_SHARE = 0.6  # of what is free, that a sample may be planned with
 MICROBATCHES, EVALUATED = 4, 3  # of a sample
 CALIBRATED_PHASES = ("calibrate", "allocate", "compress", "refit", "evaluate")
-MIN_SPREAD, FEW = 0.02, 3
+MIN_SPREAD, MIN_SAMPLES = 0.02, 3
 NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Specimen:
+class _ProfileModel:
     """A setting with the sizes that are really timed."""
 
-    setting: Setting
+    setting: ProfileKey
     num_layers: int
     shape: ModelShape
     data: Data
@@ -84,7 +84,7 @@ class _Specimen:
     note: str
 
 
-def measure(setting: Setting, *, budget_seconds: float = BUDGET_SECONDS) -> Clock:
+def measure(setting: ProfileKey, *, budget_seconds: float = BUDGET_SECONDS) -> CostModel:
     """Time a sample of a setting on this machine, keep what it took, and return the clock.
 
     Raises:
@@ -107,7 +107,7 @@ def measure(setting: Setting, *, budget_seconds: float = BUDGET_SECONDS) -> Cloc
     )
 
 
-def _specimens(setting: Setting, budget_seconds: float) -> Iterator[_Specimen]:
+def _specimens(setting: ProfileKey, budget_seconds: float) -> Iterator[_ProfileModel]:
     """Yield what fits memory and time, the nearest to the truth first."""
     memory = _free_bytes(setting.device) * MEMORY_SHARE
     rates = rates_of("CPU" if setting.device == "cpu" else "H100", setting.data.dtype,
@@ -125,7 +125,9 @@ def _specimens(setting: Setting, budget_seconds: float) -> Iterator[_Specimen]:
                 yield specimen
 
 
-def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) -> _Specimen | None:
+def _specimen(
+    setting: ProfileKey, scale: int, num_layers: int, tokens_share: int
+) -> _ProfileModel | None:
     shape, data = setting.shape, setting.data
     if shape.num_heads % scale or shape.hidden % (8 * scale):
         return None
@@ -157,7 +159,7 @@ def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) 
     if length != data.sequence_length or sequences * length != data.microbatch_tokens:
         said.append(f"microbatches of {sequences * length} tokens")
     note = f"timed on {' and '.join(said)}; larger ones follow from the operations" if said else ""
-    return _Specimen(
+    return _ProfileModel(
         setting=setting,
         num_layers=num_layers,
         shape=small,
@@ -172,7 +174,7 @@ def _specimen(setting: Setting, scale: int, num_layers: int, tokens_share: int) 
     )
 
 
-def _job(specimen: _Specimen) -> Job:
+def _job(specimen: _ProfileModel) -> Job:
     """Return the run of a specimen as the planners see it."""
     data, setting, shape = specimen.data, specimen.setting, specimen.shape
     spec = methods.chosen(setting.method, setting.options)
@@ -215,7 +217,7 @@ def _free_bytes(device: str) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _in_process_of_its_own(specimen: _Specimen, *, seconds: float) -> Clock | None:
+def _in_process_of_its_own(specimen: _ProfileModel, *, seconds: float) -> CostModel | None:
     """Return the clock of a specimen; None where it did not come to an end in that time."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -230,7 +232,7 @@ def _in_process_of_its_own(specimen: _Specimen, *, seconds: float) -> Clock | No
         start_seconds = time.monotonic() - begun
         if not ours.poll(seconds):
             return None
-        found: Clock = ours.recv()
+        found: CostModel = ours.recv()
     except EOFError:  # killed for memory, most likely: a smaller one may live
         return None
     finally:
@@ -239,13 +241,13 @@ def _in_process_of_its_own(specimen: _Specimen, *, seconds: float) -> Clock | No
     return replace(found, start_seconds=start_seconds)
 
 
-def _work(end: Connection, specimen: _Specimen) -> None:
+def _work(end: Connection, specimen: _ProfileModel) -> None:
     end.send("ready")  # all that a worker imports is imported
     end.send(_timed(specimen))
     end.close()
 
 
-class _Stopwatch(LocalExecutor):
+class _TimingExecutor(LocalExecutor):
     """Runs every call in this process, and keeps how long each kind took."""
 
     def __init__(self) -> None:
@@ -270,19 +272,19 @@ class _Stopwatch(LocalExecutor):
         self.seconds[kind].append(time.monotonic() - begun)
         return answer
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Note how long a phase took."""
         if event["kind"] == "phase ends":
             self.phases[event["unit"]] += event["seconds"]
 
 
-def _timed(specimen: _Specimen) -> Clock:
+def _timed(specimen: _ProfileModel) -> CostModel:
     """Return what every kind of task of a run took for a specimen, here and now."""
-    watch, job = _Stopwatch(), _job(specimen)
+    watch, job = _TimingExecutor(), _job(specimen)
     with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
         prepared = _prepared(specimen, Path(folder))
         open_run(prepared)
-        journal = Journal(prepared.run, watch.hear)
+        journal = Journal(prepared.run, watch.on_event)
         context = RunContext(
             prepared=prepared,
             form=prepared.plan.form,
@@ -301,7 +303,7 @@ def _timed(specimen: _Specimen) -> Clock:
     rates = rates_of("CPU" if specimen.setting.device == "cpu" else "H100", job.data.dtype,
                      threads=threads)  # fmt: skip
     assert rates is not None  # both are known
-    return Clock(
+    return CostModel(
         rates=rates,
         samples={
             kind: _sample(seconds, _task(job, kind)) for kind, seconds in watch.seconds.items()
@@ -312,7 +314,7 @@ def _timed(specimen: _Specimen) -> Clock:
     )
 
 
-def _go_through(context: RunContext, watch: _Stopwatch) -> None:
+def _go_through(context: RunContext, watch: _TimingExecutor) -> None:
     """Do all that a run does, in its order."""
     prepared = context.prepared
     plan = evaluation_plan(prepared)
@@ -329,7 +331,7 @@ def _go_through(context: RunContext, watch: _Stopwatch) -> None:
     throughput(context, [dense_subject(prepared), stitched(context)])
 
 
-def _prepared(specimen: _Specimen, folder: Path) -> Prepared:
+def _prepared(specimen: _ProfileModel, folder: Path) -> Prepared:
     """Write a specimen's model and tokens, and return a run of it."""
     setting, shape, data = specimen.setting, specimen.shape, specimen.data
     config = {
@@ -393,7 +395,7 @@ def _task(job: Job, kind: str) -> Work:
 
 def _sample(seconds: list[float], task: Work) -> Sample:
     spread = 0.1
-    if len(seconds) >= FEW:
+    if len(seconds) >= MIN_SAMPLES:
         # Around the median, so that a first call, which pays for libraries, counts little.
         middle = statistics.median(seconds)
         logs = sorted(abs(math.log(s / middle)) for s in seconds)

@@ -10,7 +10,7 @@ RESERVED = 0.9  # of a device's memory is a worker's; the rest is the driver's a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Pricing:
     """What workers cost and how long they last; neither changes what is computed.
 
     Attributes:

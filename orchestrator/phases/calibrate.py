@@ -162,7 +162,7 @@ def _pass(
         if at == len(wave) - 1 and done.boundary is not None:
             unit = boundary_unit(context, out, index)
             context.ledger.commit(unit, _boundary_done(unit, done, done.boundary), attempt=1)
-        context.journal.tell("calibrate", unit=f"microbatch {index}",
+        context.journal.emit("calibrate", unit=f"microbatch {index}",
                              worker=f"worker-{first_slot + at}", start=done.started,
                              seconds=done.seconds, tokens=done.num_tokens,
                              peak_bytes=done.peak_bytes)  # fmt: skip
@@ -173,7 +173,7 @@ def _pass(
             raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {tokens}")
         context.ledger.commit(units[task.unit], done, attempt=1)
         shard.partials.forget(task.index)
-        context.journal.tell(task.kind, unit=task.unit, worker=done.worker,
+        context.journal.emit(task.kind, unit=task.unit, worker=done.worker,
                              start=done.started, seconds=done.seconds,
                              peak_bytes=done.peak_bytes,
                              written_bytes=done.written_bytes)  # fmt: skip
@@ -316,4 +316,4 @@ def tell_missing(context: RunContext) -> None:
     uri = context.prepared.statistics_uri
     missing = {tap for unit in context.sums for tap in context.ledger.missing_taps(unit)}
     if uri and missing:
-        context.journal.tell("statistics missing", detail=f"{', '.join(sorted(missing))} in {uri}")
+        context.journal.emit("statistics missing", detail=f"{', '.join(sorted(missing))} in {uri}")

@@ -101,7 +101,7 @@ def _evaluation_pass(
 
     def on_step(at: int, microbatch: Microbatch, done: StepDone) -> None:
         unit = left[start + microbatch.index][0]
-        context.journal.tell("evaluate", unit=unit.name, worker=f"worker-{first_slot + at}",
+        context.journal.emit("evaluate", unit=unit.name, worker=f"worker-{first_slot + at}",
                              start=done.started, seconds=done.seconds,
                              tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
         if last and at == len(wave) - 1:

@@ -12,23 +12,23 @@ from planners.units.units import Unit
 REPAIRS = 2  # a disk that spoils the same files again and again is to be replaced
 
 
-def spare_what_nobody_reads(context: RunContext) -> None:
+def skip_unneeded(context: RunContext) -> None:
     """Count units as done whose files were dropped, unless something that is left to do reads them.
 
     So a layer file that is lost after READY, when the statistics are gone, costs the statistics of
     its own layer, not those of all.
     """
-    context.ledger.spare([])  # what was spared before may be read now
+    context.ledger.mark_unneeded([])  # what was spared before may be read now
     form = _known_widths(context)
     if form is None:
         return
     made = [*context.sums, *form.made]
     left = _needed(made, form)
     dropped = [u for u in made if u.name not in left and not context.ledger.done(u)]
-    context.ledger.spare([unit for unit in dropped if context.ledger.is_known(unit)])
+    context.ledger.mark_unneeded([unit for unit in dropped if context.ledger.is_known(unit)])
 
 
-def make_whole(context: RunContext) -> None:
+def repair_result(context: RunContext) -> None:
     """Compare every byte of the result with its records, and do again what is not as recorded.
 
     Raises:
@@ -36,23 +36,23 @@ def make_whole(context: RunContext) -> None:
         CompressionError: a unit's own error.
     """
     for _ in range(REPAIRS):
-        if not damaged(context):
+        if not corrupt_files(context):
             return
-        spare_what_nobody_reads(context)
+        skip_unneeded(context)
         calibrate(context)
         compress(context)
         refit(context)
         stitch(context)
-    require_whole(context)
+    verify_bytes(context)
 
 
-def require_whole(context: RunContext) -> None:
+def verify_bytes(context: RunContext) -> None:
     """Compare every byte of the result with its records.
 
     Raises:
         StorageError: a file is not as recorded.
     """
-    wrong = damaged(context)
+    wrong = corrupt_files(context)
     if wrong:
         raise StorageError(
             f"{context.run.path(wrong[0])}: is not what was written there"
@@ -62,11 +62,11 @@ def require_whole(context: RunContext) -> None:
         )
 
 
-def damaged(context: RunContext) -> list[str]:
+def corrupt_files(context: RunContext) -> list[str]:
     """Return the files of the result that are not as recorded; their units count as not done."""
-    wrong = context.ledger.damaged([*context.units, stitch_unit(context)])
+    wrong = context.ledger.corrupt_files([*context.units, stitch_unit(context)])
     if wrong:
-        context.journal.tell("damaged", detail=", ".join(wrong))
+        context.journal.emit("damaged", detail=", ".join(wrong))
     return wrong
 
 

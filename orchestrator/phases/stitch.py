@@ -48,7 +48,7 @@ def stitch(context: RunContext) -> None:
         done = UnitDone(unit=unit.name, worker="driver", incarnation="", device="", files=files,
                         started=started, seconds=time.monotonic() - begun)  # fmt: skip
         context.ledger.commit(unit, done, attempt=1)
-        context.journal.tell("stitch", unit=unit.name, worker="driver", start=started,
+        context.journal.emit("stitch", unit=unit.name, worker="driver", start=started,
                              seconds=done.seconds)  # fmt: skip
 
 

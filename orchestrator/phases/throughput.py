@@ -82,7 +82,7 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
             done = context.in_fresh_process(unit, "throughput", request)
         else:
             done = through_stages(request, workers, pool_of)
-            context.journal.tell(
+            context.journal.emit(
                 unit.kind, unit=unit.name, worker=done.worker, start=done.started,
                 seconds=done.seconds,
             )  # fmt: skip

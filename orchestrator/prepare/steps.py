@@ -17,7 +17,7 @@ from planners.model.form import ModelForm, Start
 from planners.model.shape import ModelShape
 from planners.plan import RunPlan
 from planners.planning import Workload, make_plan
-from planners.steps import Step, leaves_all, only_turns
+from planners.steps import Step, is_identity, is_pure_rotation
 
 if TYPE_CHECKING:
     from orchestrator.prepare.prepared import Prepared
@@ -146,9 +146,9 @@ def _carries(step: "Prepared", checkpoint: Checkpoint) -> bool:
     form, spec = step.plan.form, step.spec
     if spec.measures(step.options):
         return False  # its widths are not final yet
-    if leaves_all(step.start.form, form, spec):
+    if is_identity(step.start.form, form, spec):
         return True
-    if not only_turns(step.plan.shape, form, spec):
+    if not is_pure_rotation(step.plan.shape, form, spec):
         return False
     # Behind it the norms have no scale: what the blocks read is divided by it.
     family = load_family(step.plan.shape.family)

@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.remote.submission import PACKAGE, words_of
 from planners.errors import ClusterError
 
-AGAIN = (1, 4, 6)  # a defect, the cluster, storage: another try may do better
+RETRY_EXIT_CODES = (1, 4, 6)  # a defect, the cluster, storage: another try may do better
 INTERRUPTED = 130
 PAUSE_SECONDS = 5.0  # before the next try; doubled each time
 
@@ -111,4 +111,4 @@ def _run(command: list[str], secret: str) -> int:
 def _may_do_better(code: int) -> bool:
     """Return whether another try is worth it; to be told to stop is no failure."""
     told = (-signal.SIGTERM, -signal.SIGINT)
-    return code in AGAIN or (code < 0 and code not in told)
+    return code in RETRY_EXIT_CODES or (code < 0 and code not in told)

@@ -39,7 +39,7 @@ class Journal:
         self.events: list[Event] = []
         self._flushed = time.monotonic()
 
-    def tell(self, kind: str, **fields: Any) -> None:
+    def emit(self, kind: str, **fields: Any) -> None:
         """Note one event.
 
         Fields: ``unit``, ``worker``, ``start``, ``seconds``, ``tokens``, ``detail``,

@@ -71,11 +71,11 @@ class Ledger:
             return self.done(unit)
         return set(unit.taps) <= set(_taps(found))
 
-    def spare(self, units: list[Unit]) -> None:
+    def mark_unneeded(self, units: list[Unit]) -> None:
         """Count known units as done though their files are gone: nothing will read those."""
         self._spared = {unit.name for unit in units}
 
-    def damaged(self, units: list[Unit]) -> list[str]:
+    def corrupt_files(self, units: list[Unit]) -> list[str]:
         """Compare the bytes of units that are done with their records; return the wrong files.
 
         Their units count as not done from here on.

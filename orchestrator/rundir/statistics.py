@@ -26,7 +26,7 @@ UNIT = "statistics-layer-"
 SHORT = 12  # digits of a hash that tell it from others
 
 
-def listed(run: Directory) -> list[dict[str, Any]]:
+def list_(run: Directory) -> list[dict[str, Any]]:
     """Return one row a layer: its taps, tokens, files and bytes.
 
     Raises:
@@ -44,13 +44,13 @@ def listed(run: Directory) -> list[dict[str, Any]]:
     ]
 
 
-def shown(run: Directory) -> dict[str, Any]:
+def describe(run: Directory) -> dict[str, Any]:
     """Return what the statistics of a run are of, and what they hold.
 
     Raises:
         StorageError: there is no run, or it kept no statistics.
     """
-    rows = listed(run)
+    rows = list_(run)
     facts = plan_of(run)["identity"]
     sequences, length = tokens_from_parquet(run.read(CALIBRATION_TOKENS)).shape
     return {
@@ -65,7 +65,7 @@ def shown(run: Directory) -> dict[str, Any]:
     }
 
 
-def verified(run: Directory) -> dict[str, Any]:
+def verify(run: Directory) -> dict[str, Any]:
     """Compare every file with its record, and see that its sums can be sums.
 
     Raises:

@@ -41,7 +41,7 @@ def others(name: str, options: Mapping[str, Option]) -> list[str]:
     return sorted(named - {"", name})
 
 
-def pooled(
+def combined_spec(
     spec: MethodSpec, options: Mapping[str, Option], joining: Sequence[MethodSpec]
 ) -> MethodSpec:
     """Return a method together with others that compete for its modules.

@@ -44,7 +44,7 @@ def shrunk(start: Start, chosen: Sequence[Chosen]) -> Iterator[LayerForm]:
     yield from map(cut_to, start.form.layers, chosen)
 
 
-def walked(
+def spend_budget(
     shape: ModelShape,
     chosen: Sequence[Chosen],
     path: Sequence[tuple[int, str, Choice]],

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, walked
+from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, spend_budget
 from planners.budget.widths import layer_widths, width_ladder
 from planners.method import Allocation, Ladder
 from planners.model.cost import dense_start, layer_parameters, linear_weights, model_parameters
@@ -38,7 +38,7 @@ class Level:
     choice: Choice | None
 
 
-def marginal(
+def by_measured_damage(
     shape: ModelShape,
     findings: Sequence[Mapping[str, object]],
     *,
@@ -120,7 +120,7 @@ def cheapest(
 
     path = [(layer, module, choice) for _, layer, module, choice in segments]
     none: list[dict[str, Choice]] = [{} for _ in start.form.layers]
-    chosen = walked(shape, none, path, keep_fraction=keep_fraction, start=start, loss=loss)
+    chosen = spend_budget(shape, none, path, keep_fraction=keep_fraction, start=start, loss=loss)
     form = replace(start.form, layers=tuple(shrunk(start, chosen)), native=False)
     makers = tuple({m: c.method for m, c in sorted(layer.items())} for layer in chosen)
     return Allocation(form=form, makers=makers)

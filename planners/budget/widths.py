@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, walked
+from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, spend_budget
 from planners.errors import NumericsError
 from planners.method import Ladder
 from planners.model.cost import dense_start, model_parameters
@@ -230,7 +230,7 @@ def _between(
             for module, width in small[layer].items()
             if width < large[layer][module]
         ]
-    found = walked(shape, chosen, path, keep_fraction=keep_fraction, start=start)
+    found = spend_budget(shape, chosen, path, keep_fraction=keep_fraction, start=start)
     return replace(start.form, layers=tuple(shrunk(start, found)), native=False)
 
 

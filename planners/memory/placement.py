@@ -19,9 +19,11 @@ from planners.plan import StagePlan
 
 WINDOW = 4  # microbatches that may wait before a stage
 MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
-HELD = 2  # boundary activations in a worker's own memory; those that wait are in shared memory
+BOUNDARIES_HELD = (
+    2  # boundary activations in a worker's own memory; those that wait are in shared memory
+)
 UNBOUNDED = 2**62
-ROOM = 4  # times what waits at one time: the object store frees late
+STORE_MARGIN = 4  # times what waits at one time: the object store frees late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class Load:
         held = {
             "weights": num_layers * self.layer + tables * self.table,
             "statistics": num_layers * self.statistics,
-            "boundaries": HELD * self.microbatch,
+            "boundaries": BOUNDARIES_HELD * self.microbatch,
             "libraries": self.libraries,
         }
         others = [self.unit + self.libraries]
@@ -181,7 +183,7 @@ def _stage(load: Load, first: int, last: int, *, num_layers: int) -> StagePlan:
 
 def shared_bytes(stage: StagePlan) -> int:
     """Return the shared memory that one stage's waiting activations need."""
-    return ROOM * (WINDOW + MAX_INFLIGHT) * stage.bytes["boundaries"] // HELD
+    return STORE_MARGIN * (WINDOW + MAX_INFLIGHT) * stage.bytes["boundaries"] // BOUNDARIES_HELD
 
 
 def _even_cuts(count: int, parts: int) -> list[tuple[int, int]]:

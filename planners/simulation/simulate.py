@@ -2,7 +2,7 @@
 
 Microbatches go where `planners.units.flow` says, units where `planners.units.frontier` says; what
 is simulated is only the clock: how long a task takes on this worker, when a spot worker is taken
-away, how long its replacement needs. One draw of it is a `Course`; many draws give quantiles.
+away, how long its replacement needs. One draw of it is a `SimulatedRun`; many draws give quantiles.
 """
 
 import heapq
@@ -89,7 +89,7 @@ class Risk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class SimulatedRun:
     """One simulated run.
 
     Attributes:
@@ -122,7 +122,7 @@ class Quantiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
+class RunForecast:
     """What many simulated runs come to.
 
     Attributes:
@@ -150,7 +150,7 @@ def outlook(
     driver_seconds: float = 0.0,
     price_per_hour: float | None = None,
     draws: int = 100,
-) -> Outlook:
+) -> RunForecast:
     """Return the quantiles of so many simulated runs; the same arguments give the same numbers."""
     courses = [
         simulate(phases, num_workers=num_workers, risk=risk, driver_seconds=driver_seconds, seed=n)
@@ -160,7 +160,7 @@ def outlook(
     money = None
     if price_per_hour is not None:
         money = Quantiles.of(c.seconds / HOUR * num_workers * price_per_hour for c in courses)
-    return Outlook(
+    return RunForecast(
         seconds=seconds,
         phases={name: Quantiles.of(c.phases[name] for c in courses) for name in courses[0].phases},
         money=money,
@@ -185,7 +185,7 @@ def simulate(
     risk: Risk | None = None,
     driver_seconds: float = 0.0,
     seed: int = 0,
-) -> Course:
+) -> SimulatedRun:
     """Return one run of these phases, one after the other.
 
     Args:
@@ -206,7 +206,7 @@ def simulate(
         else:
             workers.pass_time(phase.seconds * workers.noise(phase.name))
         spent[phase.name] = spent.get(phase.name, 0.0) + workers.now - begun
-    return Course(seconds=workers.now, phases=spent, busy=workers.busy, losses=workers.losses)
+    return SimulatedRun(seconds=workers.now, phases=spent, busy=workers.busy, losses=workers.losses)
 
 
 @dataclass(order=True, slots=True)
@@ -237,7 +237,7 @@ class _Workers:
         self._free = [0.0] * count
         self._speed = [self._drawn(risk.worker_spread) for _ in range(count)]
         for slot in range(count):
-            self._doom(slot)
+            self._schedule_preemption(slot)
 
     @property
     def count(self) -> int:
@@ -292,9 +292,9 @@ class _Workers:
         self._incarnation[slot] += 1
         self._free[slot] = self.now + self._risk.restart_seconds
         self._speed[slot] = self._drawn(self._risk.worker_spread)
-        self._doom(slot)
+        self._schedule_preemption(slot)
 
-    def _doom(self, slot: int) -> None:
+    def _schedule_preemption(self, slot: int) -> None:
         if self._risk.losses_per_hour > 0:
             lives = self._rng.expovariate(self._risk.losses_per_hour / HOUR)
             self._push(self.now + lives, slot, LOST)

@@ -48,7 +48,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clock:
+class CostModel:
     """How long a task takes.
 
     Attributes:
@@ -172,7 +172,7 @@ KINDS_OF = {
 }
 
 
-def timetable(job: Job, clock: Clock, *, former: Sequence[Clock] = ()) -> list[Phase]:
+def timetable(job: Job, clock: CostModel, *, former: Sequence[CostModel] = ()) -> list[Phase]:
     """Return the phases of a run in their order.
 
     Args:
@@ -197,7 +197,7 @@ def timetable(job: Job, clock: Clock, *, former: Sequence[Clock] = ()) -> list[P
     return phases
 
 
-def _calibrations(job: Job, clock: Clock) -> list[Phase]:
+def _calibrations(job: Job, clock: CostModel) -> list[Phase]:
     if not job.summed:
         return []
     if job.carried:
@@ -208,7 +208,7 @@ def _calibrations(job: Job, clock: Clock) -> list[Phase]:
     return phases
 
 
-def _shrinking(job: Job, clock: Clock) -> list[Phase]:
+def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
     """Return what one method does between its statistics and its result."""
     sums = _sums(job)
     phases: list[Phase] = []
@@ -262,7 +262,7 @@ def transfer_bytes(job: Job) -> int:
 
 def download_bytes(job: Job) -> int:
     """Return the bytes that the workers of the whole run read from the Hub; 0 of other inputs."""
-    first, still = job.origin, Clock(rates=Work(**dict.fromkeys(work.KINDS, 1.0)))
+    first, still = job.origin, CostModel(rates=Work(**dict.fromkeys(work.KINDS, 1.0)))
     if not first.from_hub:
         return 0
     whole = sum(stage_bytes(job.dense, stage) for wave in job.plan.waves for stage in wave)
@@ -296,7 +296,7 @@ def phase_work(job: Job) -> dict[str, Work]:
     tokens = job.evaluation_tokens / job.data.microbatch_tokens
     both = [step_work(job, whole[0], observe=False, compressed=c) for c in (False, True)]
     found["evaluate"] = (both[0] + both[1]).times(tokens)
-    still = Clock(rates=Work(**dict.fromkeys(work.KINDS, 1.0)))
+    still = CostModel(rates=Work(**dict.fromkeys(work.KINDS, 1.0)))
     for each in (*job.former, job):
         carried = _calibrations(each, still) if each.carried else []
         for phase in (*carried, *_shrinking(each, still)):
@@ -402,7 +402,7 @@ def _sizes(tokens: int, data: Data) -> list[float]:
     return [1.0] * whole + ([rest / data.microbatch_tokens] if rest else [])
 
 
-def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> list[Phase]:
+def _calibrate(job: Job, clock: CostModel, wave: Sequence[StagePlan]) -> list[Phase]:
     """Return the passes of all shards through a wave, and what adds them up."""
     layers = job.input.layers
     publishes = [
@@ -437,7 +437,9 @@ def _calibrate(job: Job, clock: Clock, wave: Sequence[StagePlan]) -> list[Phase]
     return [*passes, _units("calibrate", held, job, clock)]
 
 
-def _evaluate(job: Job, clock: Clock, wave: Sequence[StagePlan], *, compressed: bool) -> PassPhase:
+def _evaluate(
+    job: Job, clock: CostModel, wave: Sequence[StagePlan], *, compressed: bool
+) -> PassPhase:
     steps = [
         step_work(job, s, observe=False, compressed=compressed) + _edges(job, wave, s) for s in wave
     ]
@@ -459,7 +461,7 @@ def _evaluate(job: Job, clock: Clock, wave: Sequence[StagePlan], *, compressed: 
 
 
 def _with_download(
-    loads: Sequence[float], job: Job, clock: Clock, wave: Sequence[StagePlan]
+    loads: Sequence[float], job: Job, clock: CostModel, wave: Sequence[StagePlan]
 ) -> list[float]:
     sizes = [stage_bytes(job.dense, stage) for stage in wave]
     return [t + clock.download_seconds(size) for t, size in zip(loads, sizes, strict=True)]
@@ -473,12 +475,12 @@ def _edges(job: Job, wave: Sequence[StagePlan], stage: StagePlan) -> Work:
     return Work(read=read, written=written)
 
 
-def _handover(job: Job, clock: Clock) -> float:
+def _handover(job: Job, clock: CostModel) -> float:
     size = job.data.microbatch_tokens * job.shape.hidden * BYTES_OF[job.data.dtype]
     return size / clock.link
 
 
-def _units(name: str, units: Sequence[Unit], job: Job, clock: Clock) -> UnitsPhase:
+def _units(name: str, units: Sequence[Unit], job: Job, clock: CostModel) -> UnitsPhase:
     # Alike units take alike time; of a chain of thousands each is asked for once.
     known: dict[Any, float] = {}
     seconds = {}

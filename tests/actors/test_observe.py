@@ -130,7 +130,7 @@ def observed(folder, statistics, *, cut=2, dtype=torch.float32):
             after = layer(hidden, attention_mask=None, position_embeddings=angles)
             if index == LAYER:
                 held.detach()
-                held.see_residual(hidden, after)
+                held.update_residual(hidden, after)
             hidden = after
     return held
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.numerics.least_squares import least_squares_step, no_sums, refit
+from actors.numerics.least_squares import empty_sums, least_squares_step, refit
 from planners.errors import PlanError
 from planners.refit import DAMPINGS, cuts
 from tests.builders import (
@@ -39,7 +39,7 @@ def noise(count, seed):
 
 
 def sums_of(inputs, rest):
-    sums = no_sums(DIM, OUT, device="cpu")
+    sums = empty_sums(DIM, OUT, device="cpu")
     for part, left in zip(inputs.split(50), rest.split(50), strict=True):
         sums.add(part, left)
     return sums

@@ -15,12 +15,12 @@ from actors.storage.tensors import read_tensors, write_tensors
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli import main
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Terms
+from orchestrator.forecast.terms import Pricing
 from orchestrator.phases.open_run import open_run
 from orchestrator.run import run_on
 from orchestrator.rundir import statistics
 from planners.errors import ConfigError, StorageError
-from planners.simulation.timetable import Clock, timetable, transfer_bytes
+from planners.simulation.timetable import CostModel, timetable, transfer_bytes
 from planners.simulation.work import KINDS, Work
 from tests.builders import (
     LENGTH,
@@ -32,7 +32,7 @@ from tests.builders import (
     save_tokens,
 )
 
-CLOCK = Clock(rates=Work(**dict.fromkeys(KINDS, 1e9)))
+CLOCK = CostModel(rates=Work(**dict.fromkeys(KINDS, 1e9)))
 UNIFORM = {"method": "modegpt", "keep_fraction": 0.8, "options": {"allocation": "uniform"}}
 FFN = 56  # of the model of tests.builders
 TAPS = ["k_rope.pair_energy", "mlp_hidden.gram", "q_rope.pair_energy", "v.head_gram"]
@@ -206,7 +206,7 @@ def test_statistics_of_the_same_model_and_data_serve_another_size(first, model, 
 def test_a_plan_counts_no_pass_for_what_another_run_has_summed(first, model, tmp_path):
     def planned(options, **how):
         prepared = prepared_run(model, tmp_path, **{**UNIFORM, "options": options}, **how)
-        found = forecast_of(prepared, Terms()).job
+        found = forecast_of(prepared, Pricing()).job
         calls = [p.name for p in timetable(found, CLOCK)].count("calibrate")
         return calls, transfer_bytes(found)
 

@@ -10,7 +10,7 @@ import torch
 
 from actors import methods
 from actors.numerics.packed import packed
-from actors.statistics.rotate import turned_sums
+from actors.statistics.rotate import rotated_sums
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
@@ -252,7 +252,7 @@ def test_turned_sums_are_those_of_the_turned_model(model):
             "mlp_norm": layer.post_attention_layernorm.weight,
         }
         sums = {**sums_of(old, start.layers[index]), "probe": old["probe"]}
-        found = turned_sums(sums, tuple(bases[2 * index : 2 * index + 3]), scales=scales)
+        found = rotated_sums(sums, tuple(bases[2 * index : 2 * index + 3]), scales=scales)
         expected = {**sums_of(new, form.layers[index]), "probe": new["probe"]}
         assert found.keys() == expected.keys()
         for name in found.keys() - {"num_tokens"}:

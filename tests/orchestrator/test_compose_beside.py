@@ -20,7 +20,7 @@ from orchestrator.experiments.batch import do_batch
 from orchestrator.experiments.batch_file import read_batch
 from orchestrator.experiments.redo import redo
 from orchestrator.forecast.forecast import forecast, forecast_of
-from orchestrator.forecast.terms import Terms, parse_cluster
+from orchestrator.forecast.terms import Pricing, parse_cluster
 from orchestrator.phases.open_run import open_run, recipe_of
 from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
@@ -144,12 +144,12 @@ def test_a_forecast_of_several_steps_is_that_of_all_of_them():
     recipe = {"model": "llama-2-70b", "calibration.sequences": 16, "evaluation.sequences": 16}
     devices = parse_cluster("8xA100-80GB")
     steps = [MODEGPT, {**SLICE, "keep_fraction": 0.7, "slice": None}]
-    both = forecast(load_config(None, {**recipe, "steps": steps}), devices, Terms())
+    both = forecast(load_config(None, {**recipe, "steps": steps}), devices, Pricing())
     alone = [
         forecast(
             load_config(None, {**recipe, **{k: v for k, v in one.items() if v is not None}}),
             devices,
-            Terms(),
+            Pricing(),
         )
         for one in steps
     ]
@@ -184,7 +184,7 @@ SEQUENTIAL = {**SLICE, "options": {"schedule": "sequential"}}
 )  # fmt: skip
 def test_every_kind_of_step_can_be_forecast_behind_another(model, tmp_path, first, second):
     prepared = prepared_run(model, tmp_path / "out", steps=[first, second])
-    found = forecast_of(prepared, Terms(price_per_hour=1.0))
+    found = forecast_of(prepared, Pricing(price_per_hour=1.0))
     assert found.outlook.money.p50 > 0
     assert found.job.carried == prepared.former[-1].carries == (first.get("slice") == 0.0)
     assert found.worker_bytes >= prepared.plan.worker_bytes
@@ -197,7 +197,7 @@ def test_a_step_that_does_not_fit_is_named_with_what_would():
     given = {"model": "llama-2-70b", "steps": [MODEGPT, {**SLICE, "keep_fraction": 0.8,
                                                         "slice": None}]}  # fmt: skip
     with pytest.raises(PlanError, match=r"^steps\[0\]: a worker of") as caught:
-        forecast(load_config(None, given), parse_cluster("8xT4-8GB"), Terms())
+        forecast(load_config(None, given), parse_cluster("8xT4-8GB"), Pricing())
     assert "--worker-gib" in caught.value.hint
     assert "--option" not in caught.value.hint
 

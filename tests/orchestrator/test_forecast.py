@@ -11,7 +11,7 @@ from orchestrator.cli.consent import require_consent
 from orchestrator.cli.plan import show
 from orchestrator.forecast import clocks
 from orchestrator.forecast.forecast import forecast, forecast_of
-from orchestrator.forecast.terms import Terms, parse_cluster
+from orchestrator.forecast.terms import Pricing, parse_cluster
 from orchestrator.recipe.reading import load_config
 from orchestrator.report.expected import expectations
 from planners.errors import ConfigError, PlanError
@@ -40,11 +40,11 @@ def cache(tmp_path, monkeypatch):
 def of_70b(cluster="8xA100-80GB", terms=None, **recipe):
     config = load_config(None, {**BIG, **SHORT, **recipe})
     # A few sequences: what is simulated is the schedule, not how long it can get.
-    return forecast(config, parse_cluster(cluster), terms or Terms())
+    return forecast(config, parse_cluster(cluster), terms or Pricing())
 
 
 def test_seventy_billion_on_eight_devices():
-    found = of_70b(terms=Terms(price_per_hour=1.10, preemptions_per_hour=0.05))
+    found = of_70b(terms=Pricing(price_per_hour=1.10, preemptions_per_hour=0.05))
     seconds, money = found.outlook.seconds, found.outlook.money
     assert 0 < seconds.p10 <= seconds.p50 <= seconds.p90
     assert money.p50 == pytest.approx(seconds.p50 / 3600 * 8 * 1.10)
@@ -58,7 +58,7 @@ def test_seventy_billion_on_eight_devices():
 
 def test_losses_make_a_run_longer():
     calm = of_70b().outlook
-    rough = of_70b(terms=Terms(preemptions_per_hour=6.0)).outlook
+    rough = of_70b(terms=Pricing(preemptions_per_hour=6.0)).outlook
     assert rough.losses.p50 > 0
     assert rough.seconds.p50 > calm.seconds.p50
 
@@ -74,7 +74,7 @@ def test_an_unknown_device_has_a_plan_and_no_time():
 @pytest.mark.parametrize("cluster", ["8xA100-80GB", "8xTPUv5-95GB"])
 def test_the_screen_keeps_numbers_whole(columns, cluster):
     console = Console(width=columns, record=True, file=io.StringIO())
-    found = of_70b(cluster, Terms(price_per_hour=1.0, preemptions_per_hour=0.1))
+    found = of_70b(cluster, Pricing(price_per_hour=1.0, preemptions_per_hour=0.1))
     show(console, found, title="llama-2-70b", out="not started")
     text = console.export_text()
     assert all(len(line) <= columns for line in text.splitlines())
@@ -115,13 +115,13 @@ def test_a_smaller_microbatch_is_the_first_way_where_it_is_enough():
 
 
 def test_a_local_cluster_costs_nothing(model, tmp_path):
-    found = forecast_of(prepared_run(model, tmp_path / "out"), Terms(price_per_hour=1.0))
+    found = forecast_of(prepared_run(model, tmp_path / "out"), Pricing(price_per_hour=1.0))
     require_consent(found, facts(address="local", gpus=8.0), yes=False, ask=None)
 
 
 @pytest.mark.parametrize("paid", [{"gpus": 1.0}, {"spot": True}, {}])
 def test_a_cluster_that_may_cost_money_is_used_only_with_consent(model, tmp_path, paid):
-    terms = Terms() if paid else Terms(price_per_hour=1.0)
+    terms = Pricing() if paid else Pricing(price_per_hour=1.0)
     found = forecast_of(prepared_run(model, tmp_path / "out"), terms)
     where = facts(**paid)
     with pytest.raises(ConfigError, match="may cost money") as caught:
@@ -137,15 +137,15 @@ def test_a_cluster_that_may_cost_money_is_used_only_with_consent(model, tmp_path
 
 
 def test_a_cluster_without_price_or_devices_is_not_asked_about(model, tmp_path):
-    found = forecast_of(prepared_run(model, tmp_path / "out"), Terms())
+    found = forecast_of(prepared_run(model, tmp_path / "out"), Pricing())
     require_consent(found, facts(), yes=False, ask=None)
 
 
 @pytest.mark.slow
 def test_a_measurement_is_kept_and_used_and_says_what_it_is_of(cache, model, tmp_path):
     prepared = prepared_run(model, tmp_path / "out", method="modegpt", keep_fraction=0.8)
-    assert "not measured" in forecast_of(prepared, Terms()).clock.source
-    found = forecast_of(prepared, Terms(measure=True))
+    assert "not measured" in forecast_of(prepared, Pricing()).clock.source
+    found = forecast_of(prepared, Pricing(measure=True))
     assert found.clock.source.startswith("measured on ")
     kinds = {"load", "calibrate", "evaluate", "evaluate_compressed", "statistics", "damage",
              "layer", "embedding", "head", "verify", "throughput", "stitch",
@@ -153,18 +153,18 @@ def test_a_measurement_is_kept_and_used_and_says_what_it_is_of(cache, model, tmp
     assert set(found.clock.samples) == kinds
     assert all(sample.seconds > 0 for sample in found.clock.samples.values())
     assert len(list(cache.iterdir())) == 1
-    assert forecast_of(prepared, Terms()).clock == found.clock
+    assert forecast_of(prepared, Pricing()).clock == found.clock
     how = {"method": "modegpt", "keep_fraction": 0.8, "threads": 2}
     other = prepared_run(model, tmp_path / "out", **how)
-    assert "not measured" in forecast_of(other, Terms()).clock.source
+    assert "not measured" in forecast_of(other, Pricing()).clock.source
 
 
 def test_a_torn_measurement_counts_as_none(model, tmp_path):
     prepared = prepared_run(model, tmp_path / "out")
-    setting = clocks.Setting(
+    setting = clocks.ProfileKey(
         config=prepared.model_config, shape=prepared.plan.shape, method="slicegpt",
         options=prepared.options, target=prepared.config.target,
-        data=forecast_of(prepared, Terms()).job.data, device="cpu", threads=1,
+        data=forecast_of(prepared, Pricing()).job.data, device="cpu", threads=1,
     )  # fmt: skip
     path = clocks._path(setting)
     path.parent.mkdir(parents=True)
@@ -174,13 +174,13 @@ def test_a_torn_measurement_counts_as_none(model, tmp_path):
 
 def test_measuring_needs_the_device_that_is_planned_for():
     with pytest.raises(ConfigError, match="no A100 to measure on"):
-        of_70b(terms=Terms(measure=True))
+        of_70b(terms=Pricing(measure=True))
 
 
 def test_the_report_sets_the_plan_beside_what_was(model, tmp_path):
     prepared = prepared_run(model, tmp_path / "plan")
     report = run_local(model, tmp_path / "out")
-    report["plan"]["forecast"] = forecast_of(prepared, Terms()).to_json()
+    report["plan"]["forecast"] = forecast_of(prepared, Pricing()).to_json()
     rows = {row.what: row for row in expectations(report)}
     assert {"calibrate", "compress", "evaluate", "total"} <= set(rows)
     assert rows["total"].actual

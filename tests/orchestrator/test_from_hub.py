@@ -13,7 +13,7 @@ from actors.storage.retries import ATTEMPTS
 from actors.storage.sources import hub_place, resolve_model
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Terms
+from orchestrator.forecast.terms import Pricing
 from orchestrator.phases.open_run import open_run
 from orchestrator.remote.job_client import JobClient
 from orchestrator.run import run_on
@@ -47,9 +47,9 @@ def test_a_run_from_the_hub_to_a_bucket_is_ready_and_reads_what_its_plan_counts(
     monkeypatch.setattr(storage, "SMALL_BYTES", 0)  # weights so small would be kept as headers
     out = s3("run")
     prepared = prepared_run(model, out, source=f"hf://{REPO}")
-    planned = forecast_of(prepared, Terms()).to_json()["download_bytes"]
+    planned = forecast_of(prepared, Pricing()).to_json()["download_bytes"]
     local = dataclasses.replace(prepared, model_uri=str(model))
-    assert forecast_of(local, Terms()).to_json()["download_bytes"] == 0
+    assert forecast_of(local, Pricing()).to_json()["download_bytes"] == 0
     hub.served.clear()
     open_run(prepared)
     report = run_on(prepared, LocalExecutor(), listener=lambda _: None)

@@ -56,7 +56,7 @@ class HeldCore:
         self._holder = self._executor.spawn(
             Idle, resources=Resources(num_cpus=1), name=f"holds-a-core-{time.time()}"
         )
-        self._executor.result(self._executor.settle(self._holder))
+        self._executor.result(self._executor.locate(self._holder))
 
     def give_back(self):
         self._executor.kill(self._holder)
@@ -205,16 +205,16 @@ def test_a_worker_that_stands_still_is_shown_and_given_up(
 def test_the_stack_of_a_worker_is_shown_while_it_is_busy():
     executor = RayExecutor()
     handle = executor.spawn(Idle, resources=Resources(num_cpus=1), name="busy")
-    ticket = executor.settle(handle)
+    ticket = executor.locate(handle)
     where = executor.result(ticket)
     executor.call(handle, "wait_for_nothing", label="busy")
     time.sleep(0.5)
     assert "wait_for_nothing" in executor.stack(where)
-    executor.end(where)  # by force: it removes nothing itself
+    executor.kill_process(where)  # by force: it removes nothing itself
     wait_until(lambda: not psutil.pid_exists(where.pid))
     executor.kill(handle)
     after = executor.spawn(Idle, resources=Resources(num_cpus=1), name="after")
-    later = executor.result(executor.settle(after))
+    later = executor.result(executor.locate(after))
     assert not Path(where.stack_file).exists()
     assert Path(later.stack_file).exists()
     executor.kill(after)
@@ -226,7 +226,7 @@ def test_an_input_whose_maker_died_is_lost_and_no_fault_of_who_reads_it():
         executor.spawn(Idle, resources=Resources(num_cpus=1), name=name) for name in ("m", "r")
     )
     for actor in (maker, reader):
-        executor.result(executor.settle(actor))
+        executor.result(executor.locate(actor))
     slow = executor.call(maker, "make", 60.0, label="make")
     asked = executor.call(reader, "read", slow, label="read")
     executor.kill(maker)

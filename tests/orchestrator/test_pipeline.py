@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.backend.executor import InputLost, Whereabouts, WorkerLost
+from orchestrator.backend.executor import ActorLocation, InputLost, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.engine.failure_policy import POLICIES
 from planners.errors import ClusterError
@@ -36,9 +36,9 @@ class UnreliableExecutor(LocalExecutor):
     def spawn(self, actor_class, *args, resources, name):
         return Process(super().spawn(actor_class, *args, resources=resources, name=name))
 
-    def settle(self, handle):
+    def locate(self, handle):
         ticket = Ticket(handle, next(self._order))
-        ticket.value = Whereabouts()
+        ticket.value = ActorLocation()
         return ticket
 
     def call(self, handle, method, *args, num_returns=1, label):

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
-from planners.budget.hull import marginal
 from planners.budget.widths import (
     FIELD,
     QUANTUM,

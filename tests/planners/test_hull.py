@@ -11,7 +11,7 @@ from actors import methods
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget import candidates
 from planners.budget.greedy import Choice
-from planners.budget.hull import Level, cheapest, lower_hull, marginal
+from planners.budget.hull import Level, by_measured_damage, cheapest, lower_hull
 from planners.budget.ranks import one_share, rank_ladder
 from planners.budget.widths import width_ladder
 from planners.errors import ConfigError, PlanError
@@ -154,7 +154,7 @@ def test_one_method_in_the_hull_is_that_method_by_itself(problem, data):
     problem = only((*problem[:2], ladders), "units")
     keep_fraction = a_target(data, problem)
     findings = [{"curves": {m: [list(p) for p in c] for m, c in each.items()}} for each in curves]
-    expected = marginal(shape, findings, keep_fraction=keep_fraction, round_to=round_to)
+    expected = by_measured_damage(shape, findings, keep_fraction=keep_fraction, round_to=round_to)
     assert allocated(problem, keep_fraction).form == expected
 
 
@@ -311,7 +311,7 @@ def test_a_candidate_that_shrinks_none_of_the_modules_is_refused():
     own = options(modules="qk")
     idle = replace(methods.spec("svdllm"), name="idle", joins=lambda _: {})
     with pytest.raises(ConfigError, match="candidates: idle shrinks none of qk"):
-        candidates.pooled(methods.spec("modegpt"), own, [idle])
+        candidates.combined_spec(methods.spec("modegpt"), own, [idle])
 
 
 def test_a_budget_below_all_levels_is_refused_before_anything_is_measured():

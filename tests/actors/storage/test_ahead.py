@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
-from actors.storage.prefetch import one_ahead
+from actors.storage.prefetch import prefetched
 
 
 def test_items_come_in_order():
-    assert list(one_ahead(range(5))) == [0, 1, 2, 3, 4]
-    assert list(one_ahead([])) == []
+    assert list(prefetched(range(5))) == [0, 1, 2, 3, 4]
+    assert list(prefetched([])) == []
 
 
 def test_the_next_item_is_made_while_one_is_used_and_no_more_than_that():
@@ -23,7 +23,7 @@ def test_the_next_item_is_made_while_one_is_used_and_no_more_than_that():
                 second.set()
             yield number
 
-    reader = one_ahead(items())
+    reader = prefetched(items())
     assert next(reader) == 0
     assert second.wait(timeout=10)  # without a second call
     assert next(reader) == 1
@@ -37,7 +37,7 @@ def test_an_error_comes_where_the_item_would_have():
         yield 1
         raise ValueError("torn")
 
-    reader = one_ahead(items())
+    reader = prefetched(items())
     assert next(reader) == 1
     with pytest.raises(ValueError, match="torn"):
         next(reader)

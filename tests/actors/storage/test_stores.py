@@ -217,7 +217,7 @@ class ShortFile(io.BytesIO):
         self._given = given
 
     def readinto(self, memory):
-        start = self.tell()
+        start = self.emit()
         data = self.getvalue()[start : start + min(self._given, len(memory))]
         memory[: len(data)] = data
         return len(memory)

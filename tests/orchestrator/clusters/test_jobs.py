@@ -11,7 +11,7 @@ from importlib import metadata
 
 import pytest
 
-from orchestrator.backend.capacity import awaited, most
+from orchestrator.backend.capacity import awaited, max_resources
 from orchestrator.cli.main import main
 from orchestrator.remote import job_client, supervisor
 from orchestrator.remote.job_client import JobClient
@@ -63,9 +63,9 @@ def test_a_cluster_that_grows_has_what_its_file_says_and_no_more_machines_than_i
             "small": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 8},
         },
     }
-    assert most(file, "GPU") == 4 + 1 + 1
-    assert most(file, "CPU") == 16 + 8 + 8
-    assert most({}, "GPU") == 0
+    assert max_resources(file, "GPU") == 4 + 1 + 1
+    assert max_resources(file, "CPU") == 16 + 8 + 8
+    assert max_resources({}, "GPU") == 0
 
 
 def test_machines_of_ones_own_are_awaited_until_all_have_come():

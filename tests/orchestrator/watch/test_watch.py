@@ -47,16 +47,16 @@ def begun(folder, num_layers=80, num_workers=8):
     journal = Journal(run, ignore)
     now = time.time()
     names = [f"worker-{slot}" for slot in range(num_workers)]
-    journal.tell("phase begins", unit="run", at=now - 4000)
-    journal.tell("phase begins", unit="calibrate", tokens=256, at=now - 4000)
+    journal.emit("phase begins", unit="run", at=now - 4000)
+    journal.emit("phase begins", unit="calibrate", tokens=256, at=now - 4000)
     for index in range(256):
-        journal.tell("calibrate", unit=f"microbatch {index}", worker=names[index % num_workers],
+        journal.emit("calibrate", unit=f"microbatch {index}", worker=names[index % num_workers],
                      start=now - 3990 + index * 10, seconds=9.0, tokens=4096,
                      peak_bytes=31 * 2**30, at=now - 3980 + index * 10)  # fmt: skip
-    journal.tell("preempted", worker="worker-3", at=now - 2000,
+    journal.emit("preempted", worker="worker-3", at=now - 2000,
                  detail=f"preempted: {NOTICE}")  # fmt: skip
-    journal.tell("phase ends", unit="calibrate", seconds=2600.0, at=now - 1400)
-    journal.tell("phase begins", unit="compress", tokens=num_layers + 2, at=now - 900)
+    journal.emit("phase ends", unit="calibrate", seconds=2600.0, at=now - 1400)
+    journal.emit("phase begins", unit="compress", tokens=num_layers + 2, at=now - 900)
     for index in range(num_layers):
         if index < 70:
             write_record(run, Record(unit=f"statistics-layer-{index:05d}", fingerprint="f"))
@@ -64,7 +64,7 @@ def begun(folder, num_layers=80, num_workers=8):
             write_record(run, Record(unit=f"damage-layer-{index:05d}", fingerprint="f"))
         if index % 2 and index < 40:
             write_record(run, Record(unit=f"layer-{index:05d}", fingerprint="f"))
-            journal.tell("layer", unit=f"layer-{index:05d}", worker=names[index % num_workers],
+            journal.emit("layer", unit=f"layer-{index:05d}", worker=names[index % num_workers],
                          start=now - 800 + index, seconds=30.0, at=now - 780 + index)  # fmt: skip
     journal.flush()
     return run
@@ -111,7 +111,7 @@ def test_a_phase_of_one_unit_moves_and_says_what_is_done(tmp_path, name):
     run = begun(tmp_path)
     journal = Journal(run, ignore)
     now = time.time()
-    journal.tell("phase begins", unit=name, tokens=1, at=now)
+    journal.emit("phase begins", unit=name, tokens=1, at=now)
     plan = json.loads(run.read("plan.json"))
     plan["forecast"]["phases"][name] = {"p10": 40.0, "p50": 50.0, "p90": 60.0}
     run.write("plan.json", json.dumps(plan).encode())
@@ -137,7 +137,7 @@ def test_a_worker_over_its_plan_is_named_once_with_both_numbers(tmp_path):
     before = watcher.snapshot()
     assert "over its plan" not in drawn(before, 120)
     for worker, peak in (("worker-2", 43 * 2**30), ("worker-5", 50 * 2**30)):
-        journal.tell("layer", unit="layer-00000", worker=worker, start=1.0, peak_bytes=peak)
+        journal.emit("layer", unit="layer-00000", worker=worker, start=1.0, peak_bytes=peak)
     journal.flush()
     after = watcher.snapshot()
     line = "worker-5 is over its plan: 42.9 GB planned, 53.7 GB measured (+25.0 %)"
