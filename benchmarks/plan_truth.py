@@ -16,11 +16,11 @@ from result_file import Goal, Result, load_average, report, table
 
 from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
-from orchestrator.report.numbers import bytes_text, seconds_text
 from orchestrator.forecast.forecast import forecast_of
 from orchestrator.forecast.terms import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
+from orchestrator.report.numbers import bytes_text, seconds_text
 from orchestrator.run import run
 
 BYTES_GOAL, SECONDS_GOAL = 0.10, 0.25

@@ -120,7 +120,7 @@ class Stage:
                 )
                 self._next[index] = 0
         for partial in summing.partials if summing is not None else ():
-            self._go_on(partial)
+            self._resume_sums(partial)
         if assignment.embedding:
             self._embedding = to_device(checkpoint.read(family.embedding), device, dtype)
         if assignment.head:
@@ -286,7 +286,7 @@ class Stage:
             peak_bytes=self._peak.bytes(),
         )
 
-    def _go_on(self, partial: PartialSums) -> None:
+    def _resume_sums(self, partial: PartialSums) -> None:
         """Take the sums of a layer from a file; one that changed since counts as none."""
         try:
             if self._run.sha256(partial.file.path) != partial.file.sha256:

@@ -21,8 +21,8 @@ class Policy:
         budget: how often a run may meet it, in any work; one more and it is not being unlucky.
         replaces: the worker is given up too; its process is gone, or not to be trusted.
         hint: what would be right, once the run has stopped.
-        certain: the same process would fail the same way: only another is worth a try.
-        innocent: it is of the machines: in a pass, where much is lost with each, only the budget
+        deterministic: the same process would fail the same way: only another is worth a try.
+        infrastructure: it is of the machines: in a pass, where much is lost with each, only the budget
             counts.
     """
 
