@@ -101,13 +101,13 @@ def test_verify_names_a_file_with_another_byte(kept):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StorageError, match=r"layer-00001.*record"):
-        statistics.verified(Directory(str(kept)))
+        statistics.verify(Directory(str(kept)))
 
 
 def test_verify_names_a_file_that_is_gone(kept):
     (kept / "stats" / "layer-00002.safetensors").unlink()
     with pytest.raises(StorageError, match=r"layer-00002.*no such file"):
-        statistics.verified(Directory(str(kept)))
+        statistics.verify(Directory(str(kept)))
 
 
 def rewritten(run, change, *, layer=1):
@@ -162,7 +162,7 @@ def test_verify_refuses_whole_grams_that_can_be_none(kept, monkeypatch, words, b
     rewritten(run, whole)
     rewritten(run, lambda tensors: broken(tensors, *WHOLE_FAULTS[words]))
     with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
-        statistics.verified(run)
+        statistics.verify(run)
 
 
 @pytest.mark.parametrize("words", FAULTS)
@@ -170,7 +170,7 @@ def test_verify_refuses_sums_that_can_be_none(kept, words):
     run = Directory(str(kept))
     rewritten(run, lambda tensors: broken(tensors, *FAULTS[words]))
     with pytest.raises(StorageError, match=f"layer-00001.*{words}"):
-        statistics.verified(run)
+        statistics.verify(run)
 
 
 @pytest.mark.parametrize("action", ["ls", "show", "verify"])

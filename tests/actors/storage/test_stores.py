@@ -217,7 +217,7 @@ class ShortFile(io.BytesIO):
         self._given = given
 
     def readinto(self, memory):
-        start = self.emit()
+        start = self.tell()
         data = self.getvalue()[start : start + min(self._given, len(memory))]
         memory[: len(data)] = data
         return len(memory)

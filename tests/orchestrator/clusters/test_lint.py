@@ -330,7 +330,7 @@ def test_what_the_roles_may_do_is_in_the_account_and_is_what_the_cluster_file_na
 def test_the_settings_of_ec2_are_those_of_its_own_description():
     session = pytest.importorskip("botocore.session")
     model = session.get_session().get_service_model("ec2")
-    known = json.loads((ROOT / "orchestrator/clusters/ec2.json").read_text())
+    known = json.loads((ROOT / "orchestrator/lint/ec2.json").read_text())
     for name, members in known.items():
         assert set(members) == set(model.shape_for(name).members)
 
