@@ -166,7 +166,7 @@ def test_a_torn_measurement_counts_as_none(model, tmp_path):
         options=prepared.options, target=prepared.config.target,
         data=forecast_of(prepared, Pricing()).job.data, device="cpu", threads=1,
     )  # fmt: skip
-    path = clocks._path(setting)
+    path = clocks.kept_path(setting)
     path.parent.mkdir(parents=True)
     path.write_text('{"samples": {}')
     assert clocks.kept_clock(setting) is None

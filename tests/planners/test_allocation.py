@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
+from planners.budget.hull import by_measured_damage
 from planners.budget.widths import (
     FIELD,
     QUANTUM,
@@ -66,7 +67,7 @@ def allocated(problem, keep_fraction, *, how):
         return uniform(shape, modules=modules, **common)
     if how == "influence":
         return by_influence(shape, findings, modules=modules, temperature=0.2, **common)
-    return marginal(shape, findings, **common)
+    return by_measured_damage(shape, findings, **common)
 
 
 def widths_of(shape, form):
@@ -279,7 +280,7 @@ def test_what_no_step_divides_is_cut_as_far_as_is_needed():
     curves = {"mlp": [[350, 0.0], [48, 1.0]]}
     findings = [{"curves": curves}] * shape.num_layers
     for percent in range(60, 100):
-        found = marginal(shape, findings, keep_fraction=percent / 100, round_to=8)
+        found = by_measured_damage(shape, findings, keep_fraction=percent / 100, round_to=8)
         room = percent / 100 * dense_parameters(shape) - model_parameters(shape, found)
         assert 0 <= room < 8 * 3 * shape.hidden
 
