@@ -176,6 +176,12 @@ class Harness:
         self._context.set_forkserver_preload(PRELOAD)
         self._number = 0
 
+    def with_recipe(self, more: Mapping[str, Any]) -> "Harness":
+        """Return a harness of the same cluster and model whose runs have more in their recipe."""
+        folder = self._folder / "-".join(f"{key}-{value}" for key, value in more.items())
+        folder.mkdir()
+        return Harness(self._cluster, {**self._recipe, **more}, folder)
+
     @property
     def log(self) -> str:
         """What the commands of the last run printed."""

@@ -2,17 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
+
+
+class FailureClass(StrEnum):
+    """What can go wrong with a call; the words are those of events, records and reports."""
+
+    PREEMPTED = "preempted"
+    NODE_LOST = "node lost"
+    WORKER_CRASHED = "worker crashed"
+    STALLED = "stalled"
+    OUT_OF_MEMORY = "out of memory"
+    LOST_INPUT = "lost input"
+    STORAGE_ERROR = "storage error"
+    NUMERIC_FAILURE = "numeric failure"
+    DEFECT = "defect"
+    USER_ERROR = "user error"
 
 
 class WorkerLost(Exception):
     """The process that held an actor is gone, or not to be used any more.
 
     Attributes:
-        reason: a class of `orchestrator.engine.failure_policy`: preempted, node lost, ...
+        reason: why, one of the first five classes.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: FailureClass, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
 

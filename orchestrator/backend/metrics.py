@@ -7,7 +7,15 @@ from typing import Any
 
 from ray.util import metrics
 
-LOSSES = ("preempted", "node lost", "worker crashed", "stalled", "out of memory")  # kinds of events
+from orchestrator.backend.executor import FailureClass
+
+LOSSES: tuple[str, ...] = (  # kinds of events that cost a worker
+    FailureClass.PREEMPTED,
+    FailureClass.NODE_LOST,
+    FailureClass.WORKER_CRASHED,
+    FailureClass.STALLED,
+    FailureClass.OUT_OF_MEMORY,
+)
 
 
 def metered(

@@ -33,6 +33,7 @@ from actors.storage import hub
 from orchestrator.backend import preemption, ray_cluster
 from orchestrator.backend.executor import (
     ActorLocation,
+    FailureClass,
     InputLost,
     Resources,
     WorkerFailed,
@@ -217,7 +218,7 @@ def _of_a_call(error: RayTaskError) -> Exception:
         cause.add_note(str(error))  # with the traceback in the worker
         return cause
     if _out_of_memory(cause):
-        return WorkerLost("out of memory", _first_line(cause))
+        return WorkerLost(FailureClass.OUT_OF_MEMORY, _first_line(cause))
     return WorkerFailed(str(error))
 
 
@@ -227,17 +228,17 @@ def _out_of_memory(cause: Exception) -> bool:
     return named or "can't allocate memory" in str(cause)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception) -> FailureClass:
     """Return the class of a loss: whether the node went, or the process alone."""
     if isinstance(error, OutOfMemoryError):
-        return "out of memory"
+        return FailureClass.OUT_OF_MEMORY
     if getattr(error, "preempted", False):
-        return "preempted"
+        return FailureClass.PREEMPTED
     if isinstance(error, NodeDiedError) or "node has died" in str(error):
-        return "node lost"
+        return FailureClass.NODE_LOST
     if isinstance(error, ActorUnavailableError) and not ray_cluster.node_reachable(error.actor_id):
-        return "node lost"  # Ray itself does not know yet
-    return "worker crashed"
+        return FailureClass.NODE_LOST  # Ray itself does not know yet
+    return FailureClass.WORKER_CRASHED
 
 
 def _first_line(error: Exception) -> str:

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from actors.messages import CompressionJob, UnitDone, UnitTask
-from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
-from orchestrator.engine.failure_policy import POLICIES, class_of
-from orchestrator.engine.reproduce import UnitCall, Work
+from orchestrator.backend.executor import FailureClass, WorkerLost
+from orchestrator.engine.failure_policy import FAILURES, Action, Place
+from orchestrator.engine.reproduce import Reproducer, UnitCall
 from orchestrator.engine.stalls import Watch
+from orchestrator.engine.supervisor import Call
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.rundir.journal import Journal
 from orchestrator.rundir.ledger import Ledger
-from planners.errors import CompressionError
 from planners.units.frontier import Frontier
 from planners.units.units import Unit, spent
 
@@ -54,7 +54,7 @@ class _Dispatch:
         self._units = units
         self._frontier = Frontier(units, is_done=ledger.done)
         self._running: dict[Any, tuple[int, Unit]] = {}
-        self._failed_on: dict[int, set[str]] = {}  # slot -> units that another is to try
+        self._failed_on: dict[str, set[int]] = {}  # unit -> slots whose workers failed it
         self._watch = Watch(pool)
 
     def run(self) -> None:
@@ -72,9 +72,17 @@ class _Dispatch:
 
     def _feed(self) -> None:
         for slot in self._idle():
-            unit = self._frontier.start(avoid=self._failed_on.get(slot, ()))
+            unit = self._frontier.start(avoid=self._left_to_others(slot))
             if unit is not None:
                 self._start(slot, unit)
+
+    def _left_to_others(self, slot: int) -> list[str]:
+        """Return the units that a worker failed, while there is one that did not."""
+        return [
+            unit
+            for unit, slots in self._failed_on.items()
+            if slot in slots and len(slots) < self._pool.num_workers
+        ]
 
     def _idle(self) -> list[int]:
         busy = {slot for slot, _ in self._running.values()}
@@ -90,7 +98,7 @@ class _Dispatch:
         self._watch.answered(slot, ticket)
         try:
             done = self._pool.executor.result(ticket)
-        except (CompressionError, InputLost, WorkerFailed, WorkerLost) as error:
+        except FAILURES as error:
             self._fail(slot, unit, error)
         else:
             self._finish(unit, done)
@@ -98,7 +106,7 @@ class _Dispatch:
     def _finish(self, unit: Unit, done: UnitDone) -> None:
         self._frontier.finish(unit)
         self._pool.saw([done])
-        met = self._pool.failures.met(unit.name)
+        met = self._pool.supervisor.finish(unit.name)
         if met:
             done = replace(done, values={**done.values, "retried_after": met})
         self._ledger.commit(unit, done, attempt=self._frontier.attempts[unit.name])
@@ -113,36 +121,39 @@ class _Dispatch:
             self._pool.renew(slot, listens=False)
 
     def _fail(self, slot: int, unit: Unit, error: Exception) -> None:
-        """Give a unit to another worker, or stop where that would fail the same way."""
-        exhausted = self._pool.failures.exhausted(unit.name, error)
-        policy = POLICIES[class_of(error)]
-        alone = self._pool.num_workers == 1 and not policy.replaces and policy.deterministic
-        if exhausted or alone:
-            work = Work(
-                name=unit.name,
-                setup=self._pool.setup(slot),
-                call=UnitCall(task=task_of(unit), job=self._job),
-                inputs=unit.inputs,
-                fingerprint=unit.fingerprint,
-            )
-            raise self._pool.stop(work, error, run_uri=self._job.run_uri) from error
-        if isinstance(error, WorkerLost):
-            self._give_up(slot, error)
+        """Give a unit to another worker, and its slot a new one where that is needed.
+
+        Raises:
+            CompressionError: the run stops.
+        """
+        if self._pool.supervisor.handle(self._failed(slot, unit), error) is Action.REPLACE:
+            self._leave(slot)
+            self._pool.replace(slot, error)
         else:
-            self._pool.count(error)
-            if self._pool.num_workers > 1:
-                self._failed_on.setdefault(slot, set()).add(unit.name)
+            self._failed_on.setdefault(unit.name, set()).add(slot)
         if not self._slots_of(unit):
             self._frontier.give_back(unit)
 
-    def _give_up(self, slot: int, lost: WorkerLost) -> None:
-        self._leave(slot)
-        self._pool.replace(slot, lost)
+    def _failed(self, slot: int, unit: Unit) -> Call:
+        """Return a unit on a worker as the supervisor knows it."""
+        setup = self._pool.setup(slot)
+        return Call(
+            name=unit.name,
+            place=Place.ANY_WORKER if self._pool.num_workers > 1 else Place.NOWHERE_ELSE,
+            worker=setup.name,
+            reproducer=Reproducer(
+                setup=setup,
+                call=UnitCall(task=task_of(unit), job=self._job),
+                inputs=unit.inputs,
+                fingerprint=unit.fingerprint,
+            ),
+        )
 
     def _leave(self, slot: int) -> None:
         self._running = {t: at for t, at in self._running.items() if at[0] != slot}
         self._watch.forget(slot)
-        self._failed_on.pop(slot, None)
+        for slots in self._failed_on.values():
+            slots.discard(slot)  # its next worker has failed nothing
 
     def _slots_of(self, unit: Unit) -> list[int]:
         return [slot for slot, running in self._running.values() if running is unit]
@@ -154,7 +165,8 @@ class _Dispatch:
             left = self._pool.seconds_left(slot)
             if left is None or (slot in busy and self._watch.fits(slot, left)):
                 continue
-            self._give_up(slot, WorkerLost("preempted", "its node was told that it will go"))
+            self._leave(slot)
+            self._pool.leave_node(slot)
             if slot in busy and not self._slots_of(busy[slot]):
                 self._frontier.give_back(busy[slot])
 
@@ -162,7 +174,8 @@ class _Dispatch:
         """Have a unit whose worker is silent done by an idle one too; give up who stays silent."""
         for slot, unit in list(self._running.values()):
             if self._watch.stalled(slot):
-                self._fail(slot, unit, WorkerLost("stalled", f"{unit.name} did not answer"))
+                lost = WorkerLost(FailureClass.STALLED, f"{unit.name} did not answer")
+                self._fail(slot, unit, lost)
             elif self._watch.late(slot) and len(self._slots_of(unit)) == 1:
                 for idle in self._idle()[:1]:
                     self._start(idle, unit)

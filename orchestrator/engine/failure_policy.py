@@ -1,15 +1,33 @@
-"""What goes wrong while work is done: a table of classes, what is done about each, and how often.
+"""What can go wrong with a call, how often it may, and what follows: a table, and its one reader.
 
 Some failures are of machines: the work goes elsewhere, and only their number says that something is
 wrong with the cluster. Others are of the work: when it fails the same way on a second worker, a
-third try would only cost money. Then the run stops, with a capsule that does the work again.
+third try would only cost money. Then the run stops, with a reproducer that does the work again.
 """
 
-from collections import Counter, defaultdict
 from dataclasses import dataclass
+from enum import Enum, auto
 
-from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
-from planners.errors import ClusterError, CompressionError, NumericsError, StorageError
+from orchestrator.backend.executor import FailureClass, InputLost, WorkerFailed, WorkerLost
+from planners.errors import CompressionError, NumericsError, StorageError
+
+FAILURES = (CompressionError, InputLost, WorkerFailed, WorkerLost)  # what a call ends with
+
+
+class Action(Enum):
+    """What follows a failure."""
+
+    RETRY = auto()  # the work is done again; the worker that failed it stays
+    REPLACE = auto()  # the worker is given up, and the work is done by another
+    STOP = auto()  # the run ends with an error
+
+
+class Place(Enum):
+    """Where a call was made, as far as it decides what another try can be."""
+
+    STAGE = auto()  # of a pass: after half a step nobody knows what the worker's sums are
+    ANY_WORKER = auto()  # a unit, and there are other workers for it
+    NOWHERE_ELSE = auto()  # a unit of a single worker, a fresh process, generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +39,9 @@ class Policy:
         budget: how often a run may meet it, in any work; one more and it is not being unlucky.
         replaces: the worker is given up too; its process is gone, or not to be trusted.
         hint: what would be right, once the run has stopped.
-        deterministic: the same process would fail the same way: only another is worth a try.
-        infrastructure: it is of the machines: in a pass, where much is lost with each, only the budget
-            counts.
+        deterministic: it fails the same way again unless another worker tries.
+        infrastructure: it is of the machines: in a pass, where one piece of work is long, only the
+            budget counts.
     """
 
     tries: int
@@ -37,13 +55,15 @@ class Policy:
 RESUME_HINT = "what is done is kept; run the same command again"
 RESUME_WHEN_HEALTHY = f"{RESUME_HINT} when the cluster is well"
 POLICIES = {
-    "preempted": Policy(tries=8, budget=500, replaces=True, hint=RESUME_HINT, infrastructure=True),
-    "node lost": Policy(
+    FailureClass.PREEMPTED: Policy(
+        tries=8, budget=500, replaces=True, hint=RESUME_HINT, infrastructure=True
+    ),
+    FailureClass.NODE_LOST: Policy(
         tries=4, budget=100, replaces=True, hint=RESUME_WHEN_HEALTHY, infrastructure=True
     ),
-    "worker crashed": Policy(tries=2, budget=20, replaces=True, hint=RESUME_HINT),
-    "stalled": Policy(tries=2, budget=20, replaces=True, hint=RESUME_HINT),
-    "out of memory": Policy(
+    FailureClass.WORKER_CRASHED: Policy(tries=2, budget=20, replaces=True, hint=RESUME_HINT),
+    FailureClass.STALLED: Policy(tries=2, budget=20, replaces=True, hint=RESUME_HINT),
+    FailureClass.OUT_OF_MEMORY: Policy(
         tries=2,
         budget=20,
         replaces=True,
@@ -51,83 +71,48 @@ POLICIES = {
         hint="what is done is kept; give workers more memory, or begin a new run with fewer "
         "--microbatch-tokens",
     ),
-    "lost input": Policy(
+    FailureClass.LOST_INPUT: Policy(
         tries=50, budget=1000, replaces=False, hint=RESUME_WHEN_HEALTHY, infrastructure=True
     ),
-    "storage error": Policy(tries=2, budget=20, replaces=False, hint=RESUME_HINT),
-    "numeric failure": Policy(tries=2, budget=20, replaces=False, hint="", deterministic=True),
-    "defect": Policy(tries=2, budget=20, replaces=False, hint="this is a bug", deterministic=True),
-    "user error": Policy(tries=1, budget=1, replaces=False, hint=""),
+    FailureClass.STORAGE_ERROR: Policy(tries=2, budget=20, replaces=False, hint=RESUME_HINT),
+    FailureClass.NUMERIC_FAILURE: Policy(
+        tries=2, budget=20, replaces=False, hint="", deterministic=True
+    ),
+    FailureClass.DEFECT: Policy(
+        tries=2, budget=20, replaces=False, hint="this is a bug", deterministic=True
+    ),
+    FailureClass.USER_ERROR: Policy(tries=1, budget=1, replaces=False, hint=""),
 }
 
 
-def class_of(error: Exception) -> str:
-    """Return the class of what a call raised: a key of `POLICIES`."""
+def class_of(error: Exception) -> FailureClass:
+    """Return the class of what a call raised."""
     if isinstance(error, WorkerLost):
         return error.reason
     if isinstance(error, InputLost):
-        return "lost input"
+        return FailureClass.LOST_INPUT
     if isinstance(error, StorageError):
-        return "storage error"
+        return FailureClass.STORAGE_ERROR
     if isinstance(error, NumericsError):
-        return "numeric failure"
-    return "user error" if isinstance(error, CompressionError) else "defect"
+        return FailureClass.NUMERIC_FAILURE
+    ours = isinstance(error, CompressionError)
+    return FailureClass.USER_ERROR if ours else FailureClass.DEFECT
 
 
-class Failures:
-    """How often each piece of work met each class of failure, and whether it may be tried again.
-
-    Attributes:
-        counts: class -> how often the run met it.
-    """
-
-    def __init__(self) -> None:
-        self._met: dict[str, Counter[str]] = defaultdict(Counter)
-        self.counts: Counter[str] = Counter()
-
-    def met(self, work: str) -> list[str]:
-        """Return the classes that a piece of work has met, in the order of the table."""
-        return [name for name in POLICIES if self._met[work][name]]
-
-    def count(self, error: Exception) -> None:
-        """Count a failure of the run.
-
-        Raises:
-            ClusterError: there were more of its class than can be bad luck.
-        """
-        name = class_of(error)
-        self.counts[name] += 1
-        if self.counts[name] > POLICIES[name].budget:
-            what = "inputs" if name == "lost input" else "workers"
-            raise ClusterError(
-                f"{self.counts[name]} {what} were lost in this run, the last one with: {error}",
-                hint=POLICIES[name].hint or RESUME_HINT,
-            )
-
-    def exhausted(self, work: str, error: Exception) -> bool:
-        """Count a failure of a piece of work; return whether that was its last try."""
-        name = class_of(error)
-        self._met[work][name] += 1
-        return self._met[work][name] >= POLICIES[name].tries
-
-
-def final_error(work: str, error: Exception, *, capsule: str) -> CompressionError:
-    """Return the error that ends the run; ``capsule`` is the command that does the work again."""
-    name = class_of(error)
-    policy = POLICIES[name]
-    hints = [*([capsule] if capsule else []), policy.hint]
-    if isinstance(error, CompressionError):
-        hint = "; ".join(part for part in [error.hint, *hints] if part)
-        return type(error)(str(error), hint=hint)
-    hint = "; ".join(part for part in hints if part)
-    if isinstance(error, WorkerFailed):
-        return CompressionError(f"{work} failed: {error.summary}", hint=hint)
-    times = f"{policy.tries} times" if policy.tries > 1 else "once"
-    return ClusterError(f"{work} lost its worker {times}, the last one with: {error}", hint=hint)
+def decide(failure: FailureClass, place: Place, *, times: int) -> Action:
+    """Return what follows when a piece of work meets a class of failures for the n-th time."""
+    policy = POLICIES[failure]
+    if policy.deterministic and place is Place.NOWHERE_ELSE:
+        return Action.STOP
+    if times >= policy.tries and not (policy.infrastructure and place is Place.STAGE):
+        return Action.STOP
+    if failure is FailureClass.LOST_INPUT:
+        return Action.RETRY  # the call never began: whatever its worker holds is as it was
+    return Action.REPLACE if policy.replaces or place is Place.STAGE else Action.RETRY
 
 
 TROUBLE = tuple(POLICIES)
-RECOVERY_TEXT = {  # what is done about it, after the words that say what happened
+RECOVERY_TEXT: dict[str, str] = {  # what is done about it, after the words that say what happened
     **dict.fromkeys(POLICIES, "It is tried again."),
     **{name: "Its work goes on elsewhere." for name, p in POLICIES.items() if p.replaces},
     "notice": "Its work moves.",

@@ -1,21 +1,15 @@
-"""A call in a process of its own, repeated where the process is lost."""
+"""A call in a process of its own, made again in another one where that may help."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from actors.messages import UnitDone
 from actors.worker.evaluator import Evaluator
-from orchestrator.backend.executor import Executor, Resources, WorkerFailed, WorkerLost
-from orchestrator.engine.failure_policy import (
-    POLICIES,
-    RESUME_HINT,
-    Failures,
-    class_of,
-    final_error,
-)
+from orchestrator.backend.executor import Executor, Resources
+from orchestrator.engine.failure_policy import FAILURES, RESUME_HINT, Place
+from orchestrator.engine.supervisor import Call, Supervisor
 from orchestrator.engine.worker_pool import PLACE_SECONDS
 from planners.errors import ClusterError
 
@@ -39,55 +33,62 @@ def in_fresh_process(
     method: str,
     request: object,
     *,
-    emit: Callable[..., None] = _ignore,
+    supervisor: Supervisor | None = None,
 ) -> UnitDone:
     """Return what an evaluator in a process of its own says to a request.
 
-    One whose process is lost is followed by another; ``emit`` is told of it, as `Journal.emit` is.
+    Where its supervisor says so, one that failed is followed by another; outside of a run the call
+    has one of its own.
 
     Raises:
-        ClusterError: too many were lost.
+        ClusterError: too many were lost, or no machine could hold one.
         CompressionError: what the evaluator itself raised.
     """
-    failures = Failures()
+    supervisor = supervisor or Supervisor(_ignore)
+    call = Call(name=fresh.unit, place=Place.NOWHERE_ELSE)
     while True:
+        handle = _spawned(executor, fresh)
         try:
-            return _once_in_fresh_process(executor, fresh, method, request)
-        except WorkerLost as lost:
-            if failures.exhausted(fresh.unit, lost):
-                raise ClusterError(
-                    f"{fresh.unit}: its process was lost: {lost}",
-                    hint=POLICIES[class_of(lost)].hint,
-                ) from lost
-            emit(class_of(lost), unit=fresh.unit, detail=str(lost))
+            ticket = _answered(executor, handle, fresh, method, request)
+            try:
+                done: UnitDone = executor.result(ticket)
+            except FAILURES as error:
+                supervisor.handle(call, error)  # it returns where another process may try
+                continue
+        finally:
+            executor.kill(handle)
+        supervisor.finish(fresh.unit)
+        return done
 
 
-def _once_in_fresh_process(
-    executor: Executor, fresh: FreshProcess, method: str, request: object
-) -> UnitDone:
+def _spawned(executor: Executor, fresh: FreshProcess) -> Any:
     gpus = 1.0 if fresh.device == "cuda" else 0.0
-    handle = executor.spawn(
+    return executor.spawn(
         Evaluator,
         fresh.threads,
         fresh.device,
         resources=Resources(num_cpus=fresh.threads, num_gpus=gpus),
         name=f"evaluator-{fresh.unit}-{uuid4().hex[:8]}",
     )
-    settling, since = executor.locate(handle), time.monotonic()
-    try:
-        ticket = executor.call(handle, method, fresh.unit, request, label=fresh.unit)
-        while not executor.ready([settling], seconds=1.0):
-            if time.monotonic() - since > PLACE_SECONDS:
-                raise ClusterError(
-                    f"{fresh.unit}: no machine could hold its process for {PLACE_SECONDS:.0f} s; "
-                    f"{executor.capacity()}",
-                    hint=RESUME_HINT,
-                )
-        while not executor.ready([ticket], seconds=1.0):
-            pass
-        done: UnitDone = executor.result(ticket)
-    except WorkerFailed as error:
-        raise final_error(fresh.unit, error, capsule="") from error
-    finally:
-        executor.kill(handle)
-    return done
+
+
+def _answered(
+    executor: Executor, handle: Any, fresh: FreshProcess, method: str, request: object
+) -> Any:
+    """Return the ticket of a call that has answered.
+
+    Raises:
+        ClusterError: its process found no place for too long.
+    """
+    place, since = executor.locate(handle), time.monotonic()
+    ticket = executor.call(handle, method, fresh.unit, request, label=fresh.unit)
+    while not executor.ready([place], seconds=1.0):
+        if time.monotonic() - since > PLACE_SECONDS:
+            raise ClusterError(
+                f"{fresh.unit}: no machine could hold its process for {PLACE_SECONDS:.0f} s; "
+                f"{executor.capacity()}",
+                hint=RESUME_HINT,
+            )
+    while not executor.ready([ticket], seconds=1.0):
+        pass
+    return ticket

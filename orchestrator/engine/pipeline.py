@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from actors.messages import Assignment, Microbatch, ResumeSums, StepDone, UnitDone, UnitTask
-from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
-from orchestrator.engine.failure_policy import POLICIES, class_of
+from orchestrator.backend.executor import FailureClass, WorkerLost
+from orchestrator.engine.failure_policy import FAILURES, Action, Place
 from orchestrator.engine.partial_sums import BYTES_PER_SECOND, Partials, interval
-from orchestrator.engine.reproduce import PassCall, Work
+from orchestrator.engine.reproduce import PassCall, Reproducer
 from orchestrator.engine.stalls import Watch
+from orchestrator.engine.supervisor import Call
 from orchestrator.engine.worker_pool import Pool
-from planners.errors import CompressionError
 from planners.units.flow import Flow, accept, submissions
 
 
@@ -102,7 +102,8 @@ class Pass:
         self._stages = [_StageState(to_publish=list(units)) for units in plan.publish]
         self._slots = range(first_slot, first_slot + len(self._stages))
         self._watch = Watch(pool)
-        self._told: set[tuple[int, int]] = set()
+        self._reported: set[tuple[int, int]] = set()
+        self._failed_calls: set[str] = set()
 
     @property
     def slots(self) -> range:
@@ -159,7 +160,8 @@ class Pass:
                     stage.publishing[ticket] = unit
                 stage.to_publish = []
             if self._leaves(at):
-                self._restart(at, WorkerLost("preempted", "its node was told that it will go"))
+                self._pool.leave_node(self._slots[at])
+                self._restart(at)
 
     def _pauses(self, at: int) -> bool:
         """Return whether a stage is given nothing new for now."""
@@ -233,12 +235,7 @@ class Pass:
         self._watch.answered(self._slots[at], ticket)
         try:
             answer = self._pool.executor.result(ticket)
-        except WorkerLost as lost:
-            self._fail(at, ticket, lost)
-        except InputLost as lost:
-            self._pool.count(lost)
-            self._lose_input(at, ticket)
-        except (CompressionError, WorkerFailed) as error:
+        except FAILURES as error:
             self._fail(at, ticket, error)
         else:
             self._accept(at, ticket, answer)
@@ -258,8 +255,8 @@ class Pass:
         else:
             index = accept(self._stages, at, ticket)
             self._pool.saw([answer])
-            if (at, index) not in self._told:
-                self._told.add((at, index))
+            if (at, index) not in self._reported:
+                self._reported.add((at, index))
                 self._on_step(at, self._plan.microbatches[index], answer)
 
     def _accept_save(self, at: int, answer: Any) -> None:
@@ -270,43 +267,53 @@ class Pass:
         stage.save_seconds = answer.seconds
         stage.saved = min((p.next for p in answer.partials), default=stage.done)
 
-    def give_up_the_stalled(self) -> None:
+    def give_up_stalled(self) -> None:
         """Replace the workers that have been silent for too long."""
         for at in range(len(self._stages)):
             if self._watch.stalled(self._slots[at]):
                 label = self._watch.label(self._slots[at])
-                lost = WorkerLost("stalled", f"{label} did not answer")
+                lost = WorkerLost(FailureClass.STALLED, f"{label} did not answer")
                 self._fail(at, self._watch.ticket(self._slots[at]), lost)
 
     def _fail(self, at: int, ticket: Any, error: Exception) -> None:
-        """Go on with another worker, or stop where the same thing failed the same way before.
+        """Go on with another worker, or with an input that is computed again.
 
-        A stage is given up even where its process is well: what its sums are after half a step
-        nobody knows.
+        Raises:
+            CompressionError: the run stops.
         """
-        stage = self._stages[at]
-        index = stage.inflight[ticket][0] if ticket in stage.inflight else None
-        where = "load" if index is None else f"microbatch-{index:05d}"
-        assignment = self._plan.assignments[at]
-        name = f"{self._plan.kind}-layers-{assignment.first}-{assignment.last - 1}-{where}"
-        suspected = not POLICIES[class_of(error)].infrastructure
-        if self._pool.failures.exhausted(name, error) and suspected:
-            sent = None if index is None else self._as_sent(at, index)
-            raise self._pool.stop(
-                Work(
-                    name=name,
-                    setup=self._pool.setup(self._slots[at]),
-                    call=PassCall(assignment=assignment, microbatch=sent),
-                ),
-                error,
-                run_uri=assignment.run_uri,
-            ) from error
-        lost = error if isinstance(error, WorkerLost) else WorkerLost(class_of(error), str(error))
-        self._restart(at, lost)
+        call = self._failed(at, ticket)
+        self._failed_calls.add(call.name)
+        if self._pool.supervisor.handle(call, error) is Action.RETRY:
+            self._lose_input(at, ticket)
+        else:
+            self._pool.replace(self._slots[at], error)
+            self._restart(at)
 
-    def _restart(self, at: int, lost: WorkerLost) -> None:
+    def end(self) -> None:
+        """Give calls of the same names all their tries again: those of the next pass."""
+        for name in self._failed_calls:
+            self._pool.supervisor.finish(name)
+
+    def _failed(self, at: int, ticket: Any) -> Call:
+        """Return a call as the supervisor knows it: by its layers and sequences."""
+        stage, assignment = self._stages[at], self._plan.assignments[at]
+        setup = self._pool.setup(self._slots[at])
+        sent = None
+        if ticket in stage.inflight:
+            sent = self._as_sent(at, stage.inflight[ticket][0])
+        where = "load" if sent is None else f"sequences-{sent.rows[0]}-{sent.rows[1] - 1}"
+        return Call(
+            name=f"{self._plan.kind}-layers-{assignment.first}-{assignment.last - 1}-{where}",
+            place=Place.STAGE,
+            worker=setup.name,
+            reproducer=Reproducer(
+                setup=setup, call=PassCall(assignment=assignment, microbatch=sent)
+            ),
+        )
+
+    def _restart(self, at: int) -> None:
+        """Have the new worker of a stage go on from what is saved."""
         stage = self._stages[at]
-        self._pool.replace(self._slots[at], lost)
         self._watch.forget(self._slots[at])
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
         stage.publishing, stage.saving = {}, None
@@ -335,14 +342,21 @@ def run_side_by_side(pool: Pool, passes: Sequence[Pass]) -> None:
     for each in passes:
         each.begin()
     while going := [each for each in passes if not each.finished]:
-        for each in going:
-            each.feed()
-        tickets = [ticket for each in going for ticket in each.tickets]
-        if not tickets and pool.interruption.requested:
-            raise KeyboardInterrupt
-        needed = [slot for each in going for slot in each.slots]
-        for ticket in pool.ready(tickets, needed=needed):
-            for each in going:
-                each.take(ticket)
-        for each in going:
-            each.give_up_the_stalled()
+        _go_round(pool, going)
+    for each in passes:
+        each.end()
+
+
+def _go_round(pool: Pool, passes: Sequence[Pass]) -> None:
+    """Make the calls of each pass that may be made, and hear the answers that are there."""
+    for each in passes:
+        each.feed()
+    tickets = [ticket for each in passes for ticket in each.tickets]
+    if not tickets and pool.interruption.requested:
+        raise KeyboardInterrupt
+    needed = [slot for each in passes for slot in each.slots]
+    for ticket in pool.ready(tickets, needed=needed):
+        for each in passes:
+            each.take(ticket)
+    for each in passes:
+        each.give_up_stalled()

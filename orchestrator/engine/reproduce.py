@@ -1,4 +1,4 @@
-"""A failure that comes again, in a file: what was asked, of what, with which versions and seeds.
+"""The reproducer of a failure: a file that says what was asked, of what, with which versions.
 
     compress-cluster reproduce RUN/failures/layer-00003.json
 
@@ -25,7 +25,6 @@ from actors.messages import Assignment, CompressionJob, Microbatch, UnitTask, Wo
 from actors.storage.files import Directory, HashingStream
 from actors.storage.records import read_record
 from actors.worker.stage import Stage
-from orchestrator.engine.failure_policy import class_of
 from orchestrator.rundir.versions import environment
 from planners.canonical_json import to_json
 from planners.errors import StorageError
@@ -50,22 +49,26 @@ class PassCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What failed, so that it can be done again.
+class Reproducer:
+    """What it takes to make a failed call again.
 
     Attributes:
-        name: of the unit, or of the microbatch in a stage; it names the capsule.
         setup: threads and device of the worker.
         call: the messages that it got.
         inputs: the units whose files it reads.
         fingerprint: of what determines its bytes, where it is a unit.
     """
 
-    name: str
     setup: WorkerSetup
     call: UnitCall | PassCall
     inputs: Sequence[str] = ()
     fingerprint: str = ""
+
+    @property
+    def run_uri(self) -> str:
+        """The run that the call was made in."""
+        call = self.call
+        return call.job.run_uri if isinstance(call, UnitCall) else call.assignment.run_uri
 
 
 # Both ways from one place, by the types: what a layer's options are keyed by stays a number.
@@ -73,34 +76,45 @@ CALL: TypeAdapter[UnitCall | PassCall] = TypeAdapter(UnitCall | PassCall)
 SETUP = TypeAdapter(WorkerSetup)
 
 
-def write_reproducer(run: Directory, work: Work, error: Exception, *, met: Sequence[str]) -> str:
-    """Write the capsule of a failure; return the command that does the work again."""
-    name = f"{FOLDER}/{work.name}.json"
+def write_reproducer(
+    unit: str, reproducer: Reproducer, error: Exception, *, failure: str, met: Sequence[str]
+) -> str:
+    """Write the reproducer of a failure into its run; return the command that does it again.
+
+    Args:
+        unit: name of the work, and of the file.
+        reproducer: what the call was.
+        error: what it raised.
+        failure: the class of that.
+        met: the classes that this work met so far, this one included.
+    """
+    run, name = Directory(reproducer.run_uri), f"{FOLDER}/{unit}.json"
+    command = shlex.join(["compress-cluster", "reproduce", run.path(name)])
     document = {
-        "unit": work.name,
-        "fingerprint": work.fingerprint,
-        "class": class_of(error),
+        "unit": unit,
+        "fingerprint": reproducer.fingerprint,
+        "class": failure,
         "met_before": list(met),
         "error": str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
         "traceback": "".join(traceback.format_exception(error)),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "worker": to_json(work.setup),
-        "inputs": [_input(run, unit) for unit in work.inputs],
+        "worker": to_json(reproducer.setup),
+        "inputs": [_input(run, each) for each in reproducer.inputs],
         "versions": environment(),
         "recipe": _recipe(run),
-        "reproduce": _command(run.path(name)),
-        "call": CALL.dump_python(work.call, mode="json"),
+        "reproduce": command,
+        "call": CALL.dump_python(reproducer.call, mode="json"),
     }
     run.write(name, json.dumps(document, indent=1, sort_keys=True).encode())
-    return f"to do it again here: {document['reproduce']}"
+    return command
 
 
 def reproduce(location: str) -> None:
-    """Do the work of a capsule once more, in this process; return if it does not fail.
+    """Do the work of a reproducer once more, in this process; return if it does not fail.
 
     Raises:
         Exception: what the work raised.
-        StorageError: there is no capsule, or it is none of ours.
+        StorageError: there is no such file, or it is not a reproducer.
     """
     folder, _, name = location.rpartition("/")
     try:
@@ -108,9 +122,9 @@ def reproduce(location: str) -> None:
         call = CALL.validate_python(document["call"])
         setup = SETUP.validate_python(document["worker"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{location}: is not a capsule of ours: {error}") from error
+        raise StorageError(f"{location}: is not a reproducer: {error}") from error
     torch.set_num_threads(setup.threads)
-    with tempfile.TemporaryDirectory(prefix="compress-cluster-capsule-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="compress-cluster-reproduce-") as scratch:
         if isinstance(call, UnitCall):
             run = _ReadOnly(call.job.run_uri, Directory(scratch))
             with torch.inference_mode():
@@ -174,7 +188,3 @@ def _input(run: Directory, unit: str) -> dict[str, Any]:
 
 def _recipe(run: Directory) -> Any:
     return yaml.safe_load(run.read("run.yaml")) if run.size("run.yaml") else {}
-
-
-def _command(path: str) -> str:
-    return shlex.join(["compress-cluster", "reproduce", path])

@@ -1,6 +1,5 @@
 """The workers of a run: slots that are filled again when a process is lost."""
 
-import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,15 +7,20 @@ from typing import Any
 from uuid import uuid4
 
 from actors.messages import WorkerSetup
-from actors.storage.files import Directory
 from actors.worker.stage import Stage
-from orchestrator.backend.executor import ActorLocation, Executor, Resources, WorkerLost
+from orchestrator.backend.executor import (
+    ActorLocation,
+    Executor,
+    FailureClass,
+    Resources,
+    WorkerLost,
+)
 from orchestrator.engine.deadlines import Deadlines
-from orchestrator.engine.failure_policy import RESUME_HINT, Failures, class_of, final_error
+from orchestrator.engine.failure_policy import RESUME_HINT, class_of
 from orchestrator.engine.interrupt import Interruption
-from orchestrator.engine.reproduce import Work, write_reproducer
+from orchestrator.engine.supervisor import Supervisor
 from orchestrator.rundir.journal import Journal
-from planners.errors import ClusterError, CompressionError, StorageError
+from planners.errors import ClusterError, CompressionError
 
 POLL_SECONDS = 0.5
 PLACE_SECONDS = 600.0  # for a machine that can hold a worker; what autoscalers take, twice
@@ -41,7 +45,7 @@ class Pool:
 
     Attributes:
         deadlines: what calls of this run take.
-        failures: what went wrong in it.
+        supervisor: what went wrong in it, and what follows.
         interruption: whether the user has asked to stop.
         peak_bytes: the highest that a worker reported.
     """
@@ -57,7 +61,7 @@ class Pool:
     ) -> None:
         """Start all workers; ``setup`` is the pattern that each slot's name is put into."""
         self.executor = executor
-        self.deadlines, self.failures = Deadlines(), Failures()
+        self.deadlines, self.supervisor = Deadlines(), Supervisor(journal.emit)
         self.interruption, self._stopping = Interruption(), False
         self.peak_bytes = 0
         self._pattern, self._journal = setup, journal
@@ -119,15 +123,19 @@ class Pool:
         gone = self._going.get(slot)
         return None if gone is None else gone - time.monotonic()
 
-    def replace(self, slot: int, lost: WorkerLost) -> None:
-        """Give a slot up and fill it with a new worker.
+    def replace(self, slot: int, error: Exception) -> None:
+        """Give up the worker of a slot for a failure that has been counted; start another."""
+        self.renew(slot, listens=class_of(error) is not FailureClass.STALLED)
+
+    def leave_node(self, slot: int) -> None:
+        """Give up a worker whose node will go, before it does, and count it; start another.
 
         Raises:
-            ClusterError: too many workers were lost in this run.
+            ClusterError: too many nodes went in this run.
         """
-        self._journal.emit(lost.reason, worker=self._slots[slot].setup.name, detail=str(lost))
-        self.failures.count(lost)
-        self.renew(slot, listens=lost.reason != "stalled")
+        lost = WorkerLost(FailureClass.PREEMPTED, "its node was told that it will go")
+        self.supervisor.count(lost, worker=self.setup(slot).name)
+        self.replace(slot, lost)
 
     def renew(self, slot: int, *, listens: bool) -> None:
         """Give a slot a new worker; an old one that does not listen is ended by force.
@@ -149,33 +157,12 @@ class Pool:
         """Return who is in a slot, with its threads and device."""
         return self._slots[slot].setup
 
-    def count(self, error: Exception) -> None:
-        """Count a failure that cost no worker, and tell it.
-
-        Raises:
-            ClusterError: there were too many of its class.
-        """
-        self._journal.emit(class_of(error), detail=str(error))
-        self.failures.count(error)
-
     def tell_stalled(self, slot: int, label: str, *, seconds: float) -> None:
         """Tell that a call does not answer, and what its process is doing."""
         where = self._slots[slot].where
         stack = self.executor.stack(where) if where is not None else ""
         detail = f"silent for {seconds:.0f} s\n{stack}"
         self._journal.emit("silent", unit=label, worker=self.setup(slot).name, detail=detail)
-
-    def stop(self, work: Work, error: Exception, *, run_uri: str) -> CompressionError:
-        """Return the error that ends the run, after its capsule was written."""
-        said = str(error).removeprefix(f"{class_of(error)}: ")
-        self._journal.emit("gave up", unit=work.name, worker=work.setup.name,
-                           detail=f"{class_of(error)}: {said}")  # fmt: skip
-        capsule = ""
-        if class_of(error) != "user error":
-            with contextlib.suppress(StorageError):  # a store that fails takes no capsule either
-                met = self.failures.met(work.name)
-                capsule = write_reproducer(Directory(run_uri), work, error, met=met)
-        return final_error(work.name, error, capsule=capsule)
 
     def saw(self, answers: Sequence[Any]) -> None:
         """Keep the highest memory peak that workers report."""

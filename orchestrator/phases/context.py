@@ -91,9 +91,9 @@ class RunContext(WorkContext):
         """Return an evaluator's answer to a request, and tell the journal; record nothing."""
         config = self.prepared.config
         fresh = FreshProcess(unit=unit.name, threads=config.threads, device=config.device)
-        emit = self.journal.emit
-        done = in_fresh_process(self.pool.executor, fresh, method, request, emit=emit)
-        emit(
+        supervisor = self.pool.supervisor
+        done = in_fresh_process(self.pool.executor, fresh, method, request, supervisor=supervisor)
+        self.journal.emit(
             unit.kind, unit=unit.name, worker=done.worker, start=done.started, seconds=done.seconds
         )
         return done

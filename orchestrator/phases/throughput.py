@@ -14,15 +14,14 @@ import numpy as np
 
 from actors.messages import Packed, ThroughputRequest, UnitDone, WorkerSetup
 from actors.storage.checkpoint import Checkpoint
-from orchestrator.backend.executor import InputLost, WorkerFailed, WorkerLost
-from orchestrator.engine.failure_policy import final_error
+from orchestrator.engine.failure_policy import FAILURES, Action, Place
+from orchestrator.engine.supervisor import Call
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.calibrate import assignments
 from orchestrator.phases.context import RunContext
 from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.prepare.machine import GIB
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
-from planners.errors import CompressionError
 from planners.memory.generation import fewest_stages, generation_load, whole_bytes
 from planners.memory.placement import Load
 from planners.plan import StagePlan
@@ -154,7 +153,7 @@ def _too_large(model: Checkpoint, load: Load, workers: Workers) -> str:
 
 
 class _AgainError(Exception):
-    """A worker was lost and replaced: what was under way is done again."""
+    """A call failed, and its worker was replaced where that is needed: all is done again."""
 
 
 class _Chain:
@@ -240,7 +239,7 @@ class _Chain:
         """Return the answers, in order, once all are there.
 
         Raises:
-            _AgainError: a worker or what it was handed was lost.
+            _AgainError: a call failed, and may be tried again.
         """
         self._wait([ticket for _, ticket in calls])
         return [self._answer(slot, ticket) for slot, ticket in calls]
@@ -260,13 +259,9 @@ class _Chain:
     def _answer(self, slot: int, ticket: Any) -> Any:
         try:
             return self._pool.executor.result(ticket)
-        except WorkerLost as lost:
-            if self._pool.failures.exhausted("throughput", lost):
-                raise final_error("throughput", lost, capsule="") from lost
-            self._pool.replace(slot, lost)
-            raise _AgainError from lost
-        except InputLost as lost:
-            self._pool.count(lost)
-            raise _AgainError from lost
-        except (CompressionError, WorkerFailed) as error:
-            raise final_error("throughput", error, capsule="") from error
+        except FAILURES as error:
+            name = self._pool.setup(slot).name
+            call = Call(name="throughput", place=Place.NOWHERE_ELSE, worker=name)
+            if self._pool.supervisor.handle(call, error) is Action.REPLACE:
+                self._pool.replace(slot, error)
+            raise _AgainError from error

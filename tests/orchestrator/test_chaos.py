@@ -53,6 +53,18 @@ def each(loss):
     return pytest.param(loss, marks=marks, id=f"{loss.kind} in {loss.phase}")
 
 
+@pytest.mark.nightly
+def test_a_node_that_is_lost_while_two_shards_pass_side_by_side_costs_no_bit(harness):
+    run, folder, _ = harness
+    in_shards = run.with_recipe({"calibration.shards": 2})
+    calm = in_shards.run("slicegpt", str(folder / "calm-shards"))
+    assert not calm.failure, in_shards.log
+    assert calm.commits["shard-00001-layer-00000"] == 1
+    loss = Disturbance(kind="node", phase="calibrate", event=5, store="local", method="slicegpt")
+    course = in_shards.disturbed(loss, str(folder / "node-shards"))
+    assert verdict(course, calm) == "", in_shards.log
+
+
 @pytest.mark.parametrize("loss", [each(loss) for loss in LOSSES])
 def test_a_run_that_loses_something_ends_with_the_bytes_of_one_that_does_not(harness, calm, loss):
     run, folder, query = harness

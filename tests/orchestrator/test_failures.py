@@ -12,8 +12,9 @@ from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.worker.stage import Stage
-from orchestrator.backend.executor import WorkerFailed, WorkerLost
+from orchestrator.backend.executor import FailureClass, WorkerFailed, WorkerLost
 from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli.main import main
 from planners.errors import ClusterError, CompressionError, NumericsError, StorageError
 from tests.builders import compress_local, result_files, save_model
 
@@ -38,9 +39,9 @@ class FailingExecutor(LocalExecutor):
 
 
 ONCE = [
-    WorkerLost("worker crashed", "gone"),
-    WorkerLost("out of memory", "killed"),
-    WorkerLost("stalled", "silent"),
+    WorkerLost(FailureClass.WORKER_CRASHED, "gone"),
+    WorkerLost(FailureClass.OUT_OF_MEMORY, "killed"),
+    WorkerLost(FailureClass.STALLED, "silent"),
     StorageError("the store said 503"),
     NumericsError("not positive definite"),
 ]
@@ -62,14 +63,14 @@ def test_what_happens_once_is_tried_on_another_worker(model, tmp_path, error):
 
 
 @pytest.mark.parametrize("error", ONCE, ids=lambda e: f"{type(e).__name__}: {e}")
-def test_what_happens_on_two_workers_stops_the_run_with_a_capsule(model, tmp_path, error):
+def test_what_happens_on_two_workers_stops_the_run_with_a_reproducer(model, tmp_path, error):
     executor = FailingExecutor("layer-00002", error, times=2)
     expected = type(error) if isinstance(error, CompressionError) else ClusterError
     with pytest.raises(expected) as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
-    capsule = tmp_path / "failures" / "layer-00002.json"
-    assert str(capsule) in caught.value.hint
-    found = json.loads(capsule.read_text())
+    reproducer = tmp_path / "failures" / "layer-00002.json"
+    assert str(reproducer) in caught.value.hint
+    found = json.loads(reproducer.read_text())
     assert [i["unit"] for i in found["inputs"]] == [f"basis-site-0000{n}" for n in (4, 5, 6)]
     assert all(i["files"][0]["sha256"] for i in found["inputs"])
     assert found["versions"]["torch"]
@@ -84,7 +85,7 @@ def test_a_single_worker_does_not_repeat_what_it_would_fail_again(model, tmp_pat
     assert executor.left == 4
 
 
-def test_a_capsule_does_the_unit_again_and_leaves_the_run_alone(model, tmp_path, capsys):
+def test_a_reproducer_does_the_unit_again_and_leaves_the_run_alone(model, tmp_path, capsys):
     executor = FailingExecutor("layer-00001", NumericsError("of that machine"), times=2)
     with pytest.raises(NumericsError):
         compress_local(model, tmp_path, executor=executor, workers=2)
@@ -101,17 +102,17 @@ def spoil(run, name, key):
     write_tensors(run, name, tensors)
 
 
-def test_the_command_of_a_capsule_fails_as_the_run_did(model, tmp_path):
+def test_the_command_of_a_reproducer_fails_as_the_run_did(model, tmp_path):
     compress_local(model, tmp_path)
     for name in ("layer-00001", "basis-site-00002"):
         (tmp_path / "records" / f"{name}.json").unlink()
     spoil(Directory(str(tmp_path)), "stats/layer-00001.safetensors", "resid_attn.gram")
     with pytest.raises(CompressionError) as caught:
         compress_local(model, tmp_path, workers=2)
-    (capsule,) = (tmp_path / "failures").iterdir()
-    found = json.loads(capsule.read_text())
+    (reproducer,) = (tmp_path / "failures").iterdir()
+    found = json.loads(reproducer.read_text())
     assert found["reproduce"] in caught.value.hint
-    command = [sys.executable, *shlex.split(found["reproduce"])[1:]]
+    command = [sys.executable, "-m", "orchestrator", *shlex.split(found["reproduce"])[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == caught.value.exit_code
     assert found["error"] in done.stderr
@@ -119,28 +120,28 @@ def test_the_command_of_a_capsule_fails_as_the_run_did(model, tmp_path):
 
 
 @pytest.mark.parametrize("call", ["load", "mb 3"])
-def test_a_stage_that_fails_the_same_way_twice_leaves_a_capsule_of_the_pass(
+def test_a_stage_that_fails_the_same_way_twice_leaves_a_reproducer_of_the_pass(
     model, tmp_path, capsys, call
 ):
     label = "load.layers 2-3." if call == "load" else "calibrate.layers 2-3. mb 3"
-    executor = FailingExecutor(label, WorkerLost("out of memory", "none left"), times=2)
+    executor = FailingExecutor(label, WorkerLost(FailureClass.OUT_OF_MEMORY, "none left"), times=2)
     with pytest.raises(ClusterError, match="lost its worker 2 times") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
     assert "--microbatch-tokens" in caught.value.hint
-    (capsule,) = (tmp_path / "failures").iterdir()
-    assert capsule.name.startswith("calibrate-layers-2-3-")
-    main(["reproduce", str(capsule)])
+    (reproducer,) = (tmp_path / "failures").iterdir()
+    assert reproducer.name.startswith("calibrate-layers-2-3-")
+    main(["reproduce", str(reproducer)])
     assert "it did not fail here" in capsys.readouterr().out
 
 
-def test_a_capsule_of_a_stage_in_the_middle_does_all_of_its_last_layer(
+def test_a_reproducer_of_a_stage_in_the_middle_does_all_of_its_last_layer(
     model, tmp_path, monkeypatch
 ):
     label = "calibrate.layers 0-1. mb 3"
-    executor = FailingExecutor(label, WorkerLost("out of memory", "none left"), times=2)
+    executor = FailingExecutor(label, WorkerLost(FailureClass.OUT_OF_MEMORY, "none left"), times=2)
     with pytest.raises(ClusterError):
         compress_local(model, tmp_path, executor=executor, workers=2)
-    (capsule,) = (tmp_path / "failures").iterdir()
+    (reproducer,) = (tmp_path / "failures").iterdir()
     seen, through = [], Stage._through
 
     def watched(stage, hidden, *, observed, ends):
@@ -148,7 +149,7 @@ def test_a_capsule_of_a_stage_in_the_middle_does_all_of_its_last_layer(
         return through(stage, hidden, observed=observed, ends=ends)
 
     monkeypatch.setattr(Stage, "_through", watched)
-    main(["reproduce", str(capsule)])
+    main(["reproduce", str(reproducer)])
     assert seen == [False, False]
 
 

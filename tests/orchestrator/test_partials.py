@@ -5,7 +5,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from actors.storage.files import Directory
-from orchestrator.backend.executor import WorkerLost
+from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.engine.partial_sums import MIN_SECONDS, SHARE, interval
 from tests.builders import (
     DeadDriverError,
@@ -44,7 +44,7 @@ class SlowToDieExecutor(CountingExecutor):
         self._after -= int(method == "step")
         if self._after == 0:
             self._after = -1
-            ticket[0].error = WorkerLost("node lost", label)
+            ticket[0].error = WorkerLost(FailureClass.NODE_LOST, label)
         return ticket
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.backend.executor import ActorLocation, InputLost, WorkerLost
+from orchestrator.backend.executor import ActorLocation, FailureClass, InputLost, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.engine.failure_policy import POLICIES
 from planners.errors import ClusterError
@@ -49,7 +49,7 @@ class UnreliableExecutor(LocalExecutor):
             self.num_lost_workers += 1
         tickets = [Ticket(handle, next(self._order)) for _ in range(num_returns)]
         if handle.actor is None:
-            tickets[0].error = WorkerLost("node lost", label)
+            tickets[0].error = WorkerLost(FailureClass.NODE_LOST, label)
         elif any(isinstance(arg, Ticket) and self._is_lost(arg) for arg in args):
             self.num_lost_inputs += 1
             tickets[0].error = InputLost(label)
@@ -69,7 +69,7 @@ class UnreliableExecutor(LocalExecutor):
 
     def result(self, ticket):
         if ticket.process.actor is None and self._random.random() < 0.5:
-            raise WorkerLost("node lost", "before its answer arrived")
+            raise WorkerLost(FailureClass.NODE_LOST, "before its answer arrived")
         if ticket.error is not None:
             raise ticket.error
         return ticket.value
@@ -229,4 +229,4 @@ def test_a_pass_that_loses_every_worker_ends_the_run(model, tmp_path):
     with pytest.raises(ClusterError, match="workers were lost") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
     assert "what is done is kept" in caught.value.hint
-    assert executor.num_lost_workers == POLICIES["node lost"].budget + 1
+    assert executor.num_lost_workers == POLICIES[FailureClass.NODE_LOST].budget + 1

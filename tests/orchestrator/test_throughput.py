@@ -14,7 +14,7 @@ from actors.messages import ThroughputRequest, UnitDone, WorkerSetup, pack, unpa
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.worker.stage import Stage
-from orchestrator.backend.executor import WorkerLost
+from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.main import cli
 from orchestrator.engine.interrupt import Interruption
@@ -214,7 +214,7 @@ class LosingExecutor(LocalExecutor):
 
 class Lost:
     def generate(self):
-        raise WorkerLost("preempted", "gone")
+        raise WorkerLost(FailureClass.PREEMPTED, "gone")
 
 
 @pytest.mark.parametrize("losses", [[1], [2], [9], [4, 30]])

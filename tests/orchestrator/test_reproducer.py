@@ -1,4 +1,4 @@
-"""What a capsule holds of a failure comes back as it was, whatever the types of its fields."""
+"""What a reproducer holds of a failure comes back as it was, whatever the types of its fields."""
 
 import json
 from dataclasses import fields
@@ -18,7 +18,7 @@ from actors.messages import (
     WorkerSetup,
 )
 from actors.storage.files import Directory, FileEntry
-from orchestrator.backend.executor import WorkerLost
+from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.main import main
 from orchestrator.engine.reproduce import CALL, SETUP, PassCall, UnitCall
@@ -104,7 +104,9 @@ class LosingExecutor(LocalExecutor):
     def call(self, handle, method, *args, num_returns=1, label):
         tickets = super().call(handle, method, *args, num_returns=num_returns, label=label)
         if label == self._label:
-            (tickets if num_returns == 1 else tickets[0]).error = WorkerLost("stalled", "silent")
+            (tickets if num_returns == 1 else tickets[0]).error = WorkerLost(
+                FailureClass.STALLED, "silent"
+            )
         return tickets
 
 
@@ -114,11 +116,11 @@ def model(tmp_path_factory):
 
 
 def failing(model, out, unit, **recipe):
-    """Do a run that loses one unit's worker until it stops; return the capsule."""
+    """Do a run that loses one unit's worker until it stops; return the reproducer."""
     with pytest.raises(CompressionError):
         compress_local(model, out, executor=LosingExecutor(unit), workers=2, **recipe)
-    (capsule,) = Path(out).rglob(f"failures/{unit}.json")
-    return capsule
+    (reproducer,) = Path(out).rglob(f"failures/{unit}.json")
+    return reproducer
 
 
 def test_a_layer_with_options_of_its_own_is_done_again_with_them(model, tmp_path):
@@ -130,8 +132,8 @@ def test_a_layer_with_options_of_its_own_is_done_again_with_them(model, tmp_path
         "keep_statistics": True,
     }
     out = tmp_path / "run"
-    capsule = failing(model, out, "layer-00001", **recipe, **own)
-    call = CALL.validate_python(json.loads(capsule.read_text())["call"])
+    reproducer = failing(model, out, "layer-00001", **recipe, **own)
+    call = CALL.validate_python(json.loads(reproducer.read_text())["call"])
     assert call.job.layer_options == own["layer_options"]
     do_unit(call.task, call.job, run=Directory(str(out)), device="cpu")
     again = layer_file(out / "model", 1).read_bytes()
@@ -146,6 +148,6 @@ def test_a_unit_that_reads_the_step_before_is_done_again(model, tmp_path, capsys
         {"method": "slicegpt", "slice": 0.0},
         {"method": "modegpt", "keep_fraction": 0.8, "options": {"modules": "mlp"}},
     ]
-    capsule = failing(model, tmp_path, "carried-layer-00001", steps=steps, keep_statistics=True)
-    main(["reproduce", str(capsule)])
+    reproducer = failing(model, tmp_path, "carried-layer-00001", steps=steps, keep_statistics=True)
+    main(["reproduce", str(reproducer)])
     assert "it did not fail here" in capsys.readouterr().out
