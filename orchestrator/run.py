@@ -13,16 +13,15 @@ from orchestrator.backend.ray_executor import RayExecutor
 from orchestrator.engine.failure_policy import POLICIES
 from orchestrator.engine.interrupt import Interruption, interruptible
 from orchestrator.phases.allocate import allocate
-from orchestrator.phases.calibrate import calibrate, tell_missing
-from orchestrator.phases.compress import compress
+from orchestrator.phases.calibrate import tell_missing
 from orchestrator.phases.context import RunContext, new_pool
 from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan
 from orchestrator.phases.finish import finish
 from orchestrator.phases.open_run import check_run, open_run
 from orchestrator.phases.outcome import outcome
-from orchestrator.phases.refit import refit
 from orchestrator.phases.repair import repair_result, skip_unneeded, verify_bytes
-from orchestrator.phases.stitch import stitch, stitched
+from orchestrator.phases.shrink import shrink
+from orchestrator.phases.stitch import stitched
 from orchestrator.phases.throughput import throughput
 from orchestrator.phases.verify import verify
 from orchestrator.prepare.prepared import Prepared, dense_subject
@@ -139,13 +138,14 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     """Return the context with its final widths, and the losses of both models."""
     context = run_earlier_steps(context)
     measuring = evaluation_plan(context.prepared)
+    losses: dict[str, Loss] = {}
+
+    def measure_and_allocate(calibrated: RunContext) -> RunContext:
+        losses["dense"] = evaluate(calibrated, measuring, dense_subject(calibrated.prepared))
+        return allocate(calibrated)
+
     skip_unneeded(context)
-    calibrate(context)
-    losses = {"dense": evaluate(context, measuring, dense_subject(context.prepared))}
-    context = allocate(context)
-    compress(context)
-    refit(context)
-    stitch(context)
+    context = shrink(context, choose_widths=measure_and_allocate)
     repair_result(context)
     finish_steps(context)
     losses["compressed"] = evaluate(context, measuring, stitched(context))

@@ -15,22 +15,20 @@ from actors.messages import UnitDone
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator.engine.dispatch import run_units
-from orchestrator.phases.allocate import allocate
-from orchestrator.phases.calibrate import calibrate, tell_missing
-from orchestrator.phases.compress import compress
+from orchestrator.phases.calibrate import tell_missing
 from orchestrator.phases.context import RunContext
 from orchestrator.phases.open_run import write_plan
 from orchestrator.phases.outcome import step_facts
-from orchestrator.phases.refit import refit
 from orchestrator.phases.repair import corrupt_files, repair_result, skip_unneeded
-from orchestrator.phases.stitch import code_hash, stitch, stitch_unit
+from orchestrator.phases.shrink import shrink
+from orchestrator.phases.stitch import code_hash, stitch_unit
 from orchestrator.prepare.prepared import Prepared, revisions
 from orchestrator.prepare.steps import StepInput, planned
 from orchestrator.rundir.layout import CALIBRATION_TOKENS, KEPT, SPENT
 from orchestrator.rundir.ledger import Ledger
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.model.form import model_form_from_json
-from planners.steps import is_identity, is_pure_rotation
+from planners.steps import is_pure_rotation
 from planners.units.units import Unit
 
 
@@ -102,7 +100,7 @@ def _next_context(done: RunContext, step: Prepared, context: RunContext) -> RunC
     source = StepInput(config=before.model_config, shape=before.plan.shape, start=before.start)
     reuse, turned = "", None
     number, name = len(done.steps), before.spec.name
-    if is_identity(before.start.form, form, before.spec):
+    if done.is_idle:
         reuse = before.statistics_uri or before.run.uri
         origin = Origin(how="reused", why=f"step {number}, {name}, removed nothing")
     else:
@@ -158,12 +156,8 @@ def _run_step(chain: Sequence[RunContext]) -> RunContext:
     _tell(context)
     _carry(context)
     tell_missing(context)
-    calibrate(context)
-    context = allocate(context)
-    if not is_identity(prepared.start.form, context.form, prepared.spec):
-        compress(context)
-        refit(context)
-        stitch(context)
+    context = shrink(context)
+    if not context.is_idle:
         repair_result(context)
         _record(context)
         for step in prepared.former:
@@ -183,7 +177,7 @@ def _ensure_model(chain: Sequence[RunContext]) -> None:
     if not chain:
         return
     context = chain[-1]
-    if is_identity(context.prepared.start.form, context.form, context.prepared.spec):
+    if context.is_idle:
         _ensure_model(chain[:-1])
     elif not _is_whole(context):
         _run_step(chain)
@@ -258,16 +252,14 @@ def _record(context: RunContext) -> None:
     unit, prepared = _unit(context), context.prepared
     if context.ledger.done(unit):
         return
-    is_idle = is_identity(prepared.start.form, context.form, prepared.spec)
-    is_last = prepared.config.steps
     found = (
-        step_facts(context)
-        if is_last or not is_idle
-        else {
+        {
             "parameters": context.parameters_after,
             "keep_fraction": context.parameters_after / prepared.plan.parameters_before,
             "idle": True,  # it removed nothing
         }
+        if context.is_idle
+        else step_facts(context)
     )
     values = {"form": to_json(context.form), "found": found}
     if context.makers:

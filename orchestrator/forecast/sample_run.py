@@ -27,13 +27,11 @@ from orchestrator.backend.executor import Resources
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.forecast.clocks import ProfileKey, device_name, kept_path
 from orchestrator.phases.allocate import measured
-from orchestrator.phases.calibrate import calibrate
-from orchestrator.phases.compress import compress
 from orchestrator.phases.context import RunContext, new_pool
 from orchestrator.phases.evaluate import evaluate, evaluation_plan
 from orchestrator.phases.open_run import open_run
-from orchestrator.phases.refit import refit
-from orchestrator.phases.stitch import stitch, stitched
+from orchestrator.phases.shrink import shrink
+from orchestrator.phases.stitch import stitched
 from orchestrator.phases.throughput import throughput
 from orchestrator.phases.verify import verify
 from orchestrator.prepare.prepare import prepare
@@ -318,12 +316,13 @@ def _go_through(context: RunContext, watch: _TimingExecutor) -> None:
     """Do all that a run does, in its order."""
     prepared = context.prepared
     plan = evaluation_plan(prepared)
-    calibrate(context)
-    evaluate(context, plan, dense_subject(prepared))
-    measured(context)
-    compress(context)
-    refit(context)
-    stitch(context)
+
+    def keep_widths(calibrated: RunContext) -> RunContext:
+        evaluate(calibrated, plan, dense_subject(prepared))
+        measured(calibrated)
+        return calibrated
+
+    shrink(context, choose_widths=keep_widths)
     watch.suffix = "_compressed"
     evaluate(context, plan, stitched(context))
     with contextlib.suppress(NumericsError):  # what random weights generate proves nothing

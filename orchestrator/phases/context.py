@@ -15,6 +15,7 @@ from orchestrator.rundir.layout import CALIBRATION_TOKENS
 from planners.canonical_json import fingerprint, to_json
 from planners.model.cost import model_parameters
 from planners.model.form import ModelForm
+from planners.steps import is_identity
 from planners.units.units import (
     Unit,
     carried_units,
@@ -86,6 +87,13 @@ class RunContext(WorkContext):
         """All units whose files or bases are in the result."""
         made = [unit for unit in self.made if unit.lasting and unit.kind != "draft"]
         return [*self.refitting[1], *made]
+
+    @property
+    def is_idle(self) -> bool:
+        """It is a step before others that removes nothing: what it leaves is its input."""
+        prepared = self.prepared
+        is_last = bool(prepared.config.steps) or not self.steps
+        return not is_last and is_identity(prepared.start.form, self.form, prepared.spec)
 
     def in_fresh_process(self, unit: Unit, method: str, request: object) -> UnitDone:
         """Return an evaluator's answer to a request, and tell the journal; record nothing."""

@@ -1,11 +1,9 @@
 """A result with a wrong byte is made whole before it is READY, by redoing only what that takes."""
 
 from orchestrator.phases.allocate import allocate, measuring
-from orchestrator.phases.calibrate import calibrate
-from orchestrator.phases.compress import compress
 from orchestrator.phases.context import RunContext
-from orchestrator.phases.refit import refit
-from orchestrator.phases.stitch import stitch, stitch_unit
+from orchestrator.phases.shrink import shrink
+from orchestrator.phases.stitch import stitch_unit
 from planners.errors import StorageError
 from planners.units.units import Unit
 
@@ -39,10 +37,7 @@ def repair_result(context: RunContext) -> None:
         if not corrupt_files(context):
             return
         skip_unneeded(context)
-        calibrate(context)
-        compress(context)
-        refit(context)
-        stitch(context)
+        shrink(context, choose_widths=lambda allocated: allocated)
     verify_bytes(context)
 
 
