@@ -17,7 +17,7 @@ from orchestrator.phases.calibrate import tell_missing
 from orchestrator.phases.context import RunContext, new_pool
 from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan
 from orchestrator.phases.finish import finish
-from orchestrator.phases.open_run import check_run, open_run
+from orchestrator.phases.open_run import check_run, write_run
 from orchestrator.phases.outcome import outcome
 from orchestrator.phases.repair import repair_result, skip_unneeded, verify_bytes
 from orchestrator.phases.shrink import shrink
@@ -56,6 +56,7 @@ def run(
         CompressionError: see `planners.errors`; what is done is kept.
     """
     config = prepared.config
+    prepared = replace(prepared, expected=dict(expected or {}))
     require_directory(prepared.run)
     with lease.held(prepared.run) as hold:
         known = check_run(prepared)
@@ -70,8 +71,9 @@ def run(
             dashboard=dashboard,
         ) as facts:
             approve(facts)
-            prepared = replace(prepared, expected=dict(expected or {}))
-            open_run(prepared)  # not before: a first try without a cluster leaves no mark
+            write_run(
+                prepared, known=known
+            )  # not before: a first try without a cluster leaves no mark
             with interruptible() as interruption, preemption.watchers(config.address) as watchers:
                 return run_on(
                     prepared,

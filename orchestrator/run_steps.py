@@ -14,7 +14,6 @@ from typing import Any
 from actors.messages import UnitDone
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
-from orchestrator.engine.dispatch import run_units
 from orchestrator.phases.calibrate import tell_missing
 from orchestrator.phases.context import RunContext
 from orchestrator.phases.open_run import write_plan
@@ -190,10 +189,7 @@ def _carry(context: RunContext) -> None:
     left = context.ledger.todo(context.sums)
     if left:
         with context.phase("calibrate", total=len(left)):
-            run_units(
-                context.pool, context.sums, context.job,
-                ledger=context.ledger, journal=context.journal,
-            )  # fmt: skip
+            context.do(context.sums)
 
 
 def _open(context: RunContext) -> None:

@@ -103,7 +103,7 @@ def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None
         found,
         title=prepared.title,
         out=prepared.config.out,
-        facts=prepared.facts(),
+        facts=prepared.facts,
         json_=json_,
     )
 

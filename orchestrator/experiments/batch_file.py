@@ -80,7 +80,7 @@ class Entry:
         """What runs that can share their statistics have in common; of several steps, nothing."""
         if self.prepared.former:
             return (self.name,)
-        facts = self.prepared.facts()
+        facts = self.prepared.facts
         return tuple(facts[key] for key in IDENTITY)
 
 

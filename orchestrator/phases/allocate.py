@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from orchestrator.engine.dispatch import run_units
 from orchestrator.phases.context import RunContext
 from planners.budget.candidates import NAME as CANDIDATES
 from planners.canonical_json import to_json
@@ -58,17 +57,14 @@ def measured(context: RunContext) -> list[Unit]:
     """Return the units whose records hold what was asked for, doing those that are not done."""
     units = measuring(context)
     if not units:
-        return context.sums
+        return list(context.sums)
     left = context.ledger.todo(units)
     if left:
         joining = _joining(context)
-        jobs = [(units[: len(context.sums)], context.job)]
-        for other in context.prepared.spec.candidates[1:]:
-            job = replace(context.job, method=other.spec.name, options=other.options)
-            jobs.append((joining[other.spec.name], job))
         with context.phase("allocate", total=len(left)):
-            for each, job in jobs:
-                run_units(context.pool, each, job, ledger=context.ledger, journal=context.journal)
+            context.do(units[: len(context.sums)])
+            for other in context.prepared.spec.candidates[1:]:
+                context.do(joining[other.spec.name], method=other.spec.name, options=other.options)
     return units
 
 

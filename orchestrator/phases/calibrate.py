@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from actors.messages import Assignment, Microbatch, StepDone, UnitDone, UnitTask
 from actors.storage.files import FileEntry
-from orchestrator.engine.dispatch import run_units, task_of
+from orchestrator.engine.dispatch import task_of
 from orchestrator.engine.partial_sums import Partials
 from orchestrator.engine.pipeline import Pass, PassPlan, Saving, run_side_by_side
 from orchestrator.phases.context import RunContext
@@ -225,7 +225,7 @@ def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
         return
     shards = [shard_units(lacking, shard, count) for shard in range(count)]
     units = [*(u for shard in shards for u in shard), *added_units(lacking, shards)]
-    run_units(context.pool, units, context.job, ledger=context.ledger, journal=context.journal)
+    context.do(units)
 
 
 def _stored_dtype(context: RunContext) -> str:

@@ -1,6 +1,5 @@
 """Compress: basis, layer, embedding and head units on whichever worker is free."""
 
-from orchestrator.engine.dispatch import run_units
 from orchestrator.phases.context import RunContext
 from planners.units.units import needed
 
@@ -9,11 +8,11 @@ def compress(context: RunContext) -> None:
     """Do the basis, layer, embedding and head units, all layers at once.
 
     Raises:
-        CompressionError: see `run_units`.
+        CompressionError: see `RunContext.do`.
     """
     lasting = [unit for unit in context.made if unit.lasting]
     if not context.ledger.todo(lasting):
         return
     left = needed(context.made, done=context.ledger.done)
     with context.phase("compress", total=len(left)):
-        run_units(context.pool, left, context.job, ledger=context.ledger, journal=context.journal)
+        context.do(left)

@@ -1,11 +1,13 @@
 """What every phase of a run is handed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from actors.messages import OF_A_LAYER, CompressionJob, TokenStream, UnitDone, WorkerSetup
 from orchestrator.backend.executor import Executor
+from orchestrator.engine.dispatch import run_units
 from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
 from orchestrator.engine.work_context import WorkContext
 from orchestrator.engine.worker_pool import Pool
@@ -25,9 +27,11 @@ from planners.units.units import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: its units are made once, and kept
 class RunContext(WorkContext):
     """A run under way, or one step of it: what is to be done, what is done, and who does it.
+
+    Its units follow from these fields: with other widths it is another context.
 
     Attributes:
         prepared: what is to be done.
@@ -43,18 +47,19 @@ class RunContext(WorkContext):
     turned: "RunContext | None" = None
     steps: tuple[Mapping[str, Any], ...] = ()
 
-    @property
-    def sums(self) -> list[Unit]:
+    @cached_property
+    def sums(self) -> tuple[Unit, ...]:
         """The statistics units, one a layer."""
         prepared = self.prepared
         if self.turned is not None:
             layers = [unit for unit in self.turned.made if unit.kind == "layer"]
-            return carried_units(prepared.identity, prepared.statistics, self.turned.sums, layers)
+            before = self.turned.sums
+            return tuple(carried_units(prepared.identity, prepared.statistics, before, layers))
         num_layers = prepared.plan.shape.num_layers
-        return statistics_units(prepared.identity, prepared.statistics, num_layers)
+        return tuple(statistics_units(prepared.identity, prepared.statistics, num_layers))
 
-    @property
-    def made(self) -> list[Unit]:
+    @cached_property
+    def made(self) -> tuple[Unit, ...]:
         """The stream, basis, layer, embedding and head units of the method."""
         prepared = self.prepared
         size = prepared.identity.microbatch_sequences
@@ -66,7 +71,7 @@ class RunContext(WorkContext):
             num_microbatches=-(-len(prepared.calibration) // size),
             makers=self.makers,
         )
-        return [self._with_own_options(unit) for unit in units]
+        return tuple(self._with_own_options(unit) for unit in units)
 
     def _with_own_options(self, unit: Unit) -> Unit:
         """Return a layer's unit as that of the options that it alone has."""
@@ -76,17 +81,18 @@ class RunContext(WorkContext):
         key = {"of": unit.fingerprint, "layer options": to_json(own)}
         return replace(unit, fingerprint=fingerprint(key))
 
-    @property
-    def refitting(self) -> tuple[list[Unit], list[Unit]]:
+    @cached_property
+    def refitting(self) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
         """The second pass and the layers that come of it; nothing where there is none."""
         drafts = [unit for unit in self.made if unit.kind == "draft"]
-        return refit_units(drafts) if drafts else ([], [])
+        chain, chosen = refit_units(drafts) if drafts else ((), ())
+        return tuple(chain), tuple(chosen)
 
-    @property
-    def units(self) -> list[Unit]:
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
         """All units whose files or bases are in the result."""
         made = [unit for unit in self.made if unit.lasting and unit.kind != "draft"]
-        return [*self.refitting[1], *made]
+        return (*self.refitting[1], *made)
 
     @property
     def is_idle(self) -> bool:
@@ -94,6 +100,20 @@ class RunContext(WorkContext):
         prepared = self.prepared
         is_last = bool(prepared.config.steps) or not self.steps
         return not is_last and is_identity(prepared.start.form, self.form, prepared.spec)
+
+    def do(self, units: Sequence[Unit], **other: Any) -> None:
+        """Do all units that have no record, each on whichever worker is free.
+
+        Args:
+            units: each behind its inputs.
+            other: fields of the job that are not the run's own, such as another method.
+
+        Raises:
+            CompressionError: a unit's own error, or a unit failed the same way too often.
+            KeyboardInterrupt: the user asked to stop; what was under way has its record.
+        """
+        job = replace(self.job(), **other)
+        run_units(self.pool, units, job, ledger=self.ledger, journal=self.journal)
 
     def in_fresh_process(self, unit: Unit, method: str, request: object) -> UnitDone:
         """Return an evaluator's answer to a request, and tell the journal; record nothing."""
@@ -111,9 +131,8 @@ class RunContext(WorkContext):
         """Distinct elements of the result."""
         return model_parameters(self.prepared.plan.shape, self.form)
 
-    @property
     def job(self) -> CompressionJob:
-        """What the compression units share."""
+        """Return what compression units share, with the files of the statistics as they are now."""
         prepared = self.prepared
         return CompressionJob(
             run_uri=self.run.uri,
@@ -131,7 +150,7 @@ class RunContext(WorkContext):
                 microbatch_sequences=prepared.identity.microbatch_sequences,
                 dtype=prepared.identity.compute_dtype,
             ),
-            former=None if self.turned is None else self.turned.job,
+            former=None if self.turned is None else self.turned.job(),
             makers=self.makers,
             candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},
             statistics_dtype=prepared.identity.statistics_dtype,

@@ -19,7 +19,7 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
     data = json_bytes(report)
     run.write(REPORT, data)
     run.write("report.html", render_page(report).encode())
-    facts = to_json(context.prepared.facts())
+    facts = to_json(context.prepared.facts)
     mark = {
         "identity": facts,
         "created": report["created"],

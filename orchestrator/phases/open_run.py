@@ -48,8 +48,16 @@ def open_run(prepared: Prepared) -> None:
         ConfigError: see `check_run`.
         StorageError: see `check_run`, or the directory cannot be written.
     """
+    write_run(prepared, known=check_run(prepared))
+
+
+def write_run(prepared: Prepared, *, known: bool) -> None:
+    """Write the recipe, plan, environment and tokens; ``known`` is what `check_run` says.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
     run = prepared.run
-    known = check_run(prepared)
     if not known:
         run.delete(READY)  # of a run whose plan was torn
     # First: from here on, whatever else lies here is of this run.
@@ -68,7 +76,7 @@ def write_plan(prepared: Prepared) -> None:
     """Write what a run is, what it does and what that was expected to take."""
     content: dict[str, Any] = {
         "title": prepared.title,
-        "identity": to_json(prepared.facts()),
+        "identity": to_json(prepared.facts),
         "model": dict(prepared.origin.contents),
         "plan": to_json(prepared.plan),
     }
@@ -110,7 +118,7 @@ def _refuse_what_is_no_run(run: Directory) -> None:
 
 def _is_this_run(prepared: Prepared) -> bool:
     """Return whether the directory holds this run, and not none yet."""
-    run, facts = prepared.run, to_json(prepared.facts())
+    run, facts = prepared.run, to_json(prepared.facts)
     if run.size("plan.json") is None:
         return False
     try:
@@ -158,7 +166,7 @@ def require_same(prepared: Prepared) -> None:
     first = prepared.origin  # of several steps the first alone begins with the model
     if not first.statistics_uri:
         return
-    run, facts = Directory(first.statistics_uri), first.facts()
+    run, facts = Directory(first.statistics_uri), first.facts
     plan = plan_of(run)
     theirs = plan["identity"]
     if "steps" in theirs:

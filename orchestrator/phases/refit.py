@@ -1,6 +1,7 @@
 """The second pass: dense and compressed layers side by side, and which layers are the result."""
 
-from orchestrator.engine.dispatch import run_units
+from collections.abc import Sequence
+
 from orchestrator.phases.context import RunContext
 from orchestrator.phases.evaluate import Loss
 from planners.units.units import Unit
@@ -10,7 +11,7 @@ def refit(context: RunContext) -> None:
     """Refit the drafted layers where the recipe says so, and make the better ones the result.
 
     Raises:
-        CompressionError: see `orchestrator.engine.dispatch.run_units`.
+        CompressionError: see `RunContext.do`.
     """
     chain, chosen = context.refitting
     _reopen(context, chain)
@@ -18,9 +19,7 @@ def refit(context: RunContext) -> None:
     num_left = len(context.ledger.todo(units))
     if num_left:
         with context.phase("refit", total=num_left):
-            run_units(
-                context.pool, units, context.job, ledger=context.ledger, journal=context.journal
-            )
+            context.do(units)
     if chain:
         for name in context.run.names("boundary"):
             if name.startswith("boundary/refit-"):
@@ -36,7 +35,7 @@ def refit_losses(context: RunContext) -> tuple[dict[str, Loss], bool]:
     return {n: Loss(nats=each, num_tokens=num_tokens) for n, each in nats.items()}, bool(used)
 
 
-def _reopen(context: RunContext, chain: list[Unit]) -> None:
+def _reopen(context: RunContext, chain: Sequence[Unit]) -> None:
     """Count units of the chain as not done whose boundary is gone though the next one needs it.
 
     A boundary lives no longer than the layer that reads it, so it is not among a record's files.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from planners.planning import Workload
 from planners.units.units import Identity
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: its facts are put together once, and kept
 class Prepared:
     """A run that is ready to start.
 
@@ -106,8 +107,9 @@ class Prepared:
         sizes = {"keep_fraction": target.keep_fraction, "slice": target.slice}
         return {"method": self.spec.name, **{k: v for k, v in sizes.items() if v is not None}}
 
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """Return what makes this run this run: another value of any is another run."""
+        """What makes this run this run: another value of any is another run."""
         target = self.config.target
         steps = {
             "steps": [

@@ -1,6 +1,6 @@
 """Which units are done: the records of a run, checked against its files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from actors.messages import UnitDone
@@ -71,11 +71,11 @@ class Ledger:
             return self.done(unit)
         return set(unit.taps) <= set(_taps(found))
 
-    def mark_unneeded(self, units: list[Unit]) -> None:
+    def mark_unneeded(self, units: Sequence[Unit]) -> None:
         """Count known units as done though their files are gone: nothing will read those."""
         self._spared = {unit.name for unit in units}
 
-    def corrupt_files(self, units: list[Unit]) -> list[str]:
+    def corrupt_files(self, units: Sequence[Unit]) -> list[str]:
         """Compare the bytes of units that are done with their records; return the wrong files.
 
         Their units count as not done from here on.
@@ -119,7 +119,7 @@ class Ledger:
             and record.fingerprint == unit.fingerprint
         ]
 
-    def todo(self, units: list[Unit]) -> list[Unit]:
+    def todo(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units that are not done, counting the others as resumed."""
         left = [unit for unit in units if not self.done(unit)]
         self.num_resumed += len(units) - len(left)

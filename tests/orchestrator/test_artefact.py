@@ -74,7 +74,7 @@ def test_ls_names_what_every_layer_holds(first):
 
 def test_show_says_what_the_sums_are_of(first, model):
     found = command("show", first)
-    facts = prepared_run(model, first, **UNIFORM).facts()
+    facts = prepared_run(model, first, **UNIFORM).facts
     assert {key: found[key] for key in statistics.IDENTITY} == {
         key: facts[key] for key in statistics.IDENTITY
     }

@@ -94,7 +94,7 @@ def test_a_run_of_one_method_alone_is_as_it_was(model, tmp_path):
     prepared_alone = prepared_run(model, tmp_path / "a", **{**RECIPE, "options": own})
     named = {**own, "candidates": "modegpt"}
     prepared_named = prepared_run(model, tmp_path / "a", **{**RECIPE, "options": named})
-    assert prepared_named.facts() == prepared_alone.facts()
+    assert prepared_named.facts == prepared_alone.facts
     assert "candidates" not in prepared_alone.options
     compress_local(model, tmp_path / "a", **{**RECIPE, "options": own})
     config = json.loads((tmp_path / "a/model/config.json").read_text())
