@@ -10,6 +10,7 @@ from torch import Tensor
 
 from actors.devices.transfer import to_device, to_host
 from actors.storage.files import FileEntry
+from planners.batching import TokenBatching
 from planners.method import Option
 from planners.model.form import ModelForm
 from planners.model.shape import ModelShape
@@ -197,23 +198,6 @@ class GenerateDone:
     held_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenStream:
-    """Calibration tokens for units that stream them through layers themselves.
-
-    Attributes:
-        tokens: file in the run directory that holds the token ids.
-        num_sequences: rows.
-        microbatch_sequences: rows that go through a layer in one call.
-        dtype: compute dtype.
-    """
-
-    tokens: str = ""
-    num_sequences: int = 0
-    microbatch_sequences: int = 1
-    dtype: str = "float32"
-
-
 OF_A_LAYER = ("layer", "draft")  # kinds of units that may have options of their own
 
 
@@ -231,7 +215,9 @@ class CompressionJob:
         layer_options: layer -> those that it has for itself.
         shape: of the input model.
         form: widths of the result; not final while damage is measured.
-        stream: the calibration tokens, where units stream them.
+        tokens: the file in the run directory that holds the calibration tokens, for units that
+            stream them.
+        batching: of these tokens.
         former: the step before, where its statistics are turned into those of this one.
         makers: of each layer, module -> the method that shrinks it, where several compete.
         candidates: method -> its options, of those beside the one that is named.
@@ -245,8 +231,9 @@ class CompressionJob:
     options: Mapping[str, Option]
     shape: ModelShape
     form: ModelForm
+    tokens: str
+    batching: TokenBatching
     sums: Mapping[int, tuple[tuple[str, FileEntry], ...]] = field(default_factory=dict)
-    stream: TokenStream = TokenStream()
     former: "CompressionJob | None" = None
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
     makers: tuple[Mapping[str, str], ...] = ()

@@ -21,12 +21,12 @@ from actors import methods
 from orchestrator.forecast.clocks import ProfileKey, kept_clock
 from orchestrator.forecast.sample_run import measure
 from orchestrator.recipe.method_options import resolve_options
+from planners.batching import TokenBatching
 from planners.catalogue import CONFIGS, shape_of
 from planners.method import Target
 from planners.planning import Workload, make_plan
 from planners.simulation.simulate import PassPhase, Phase, SimulatedRun, UnitsPhase, simulate
 from planners.simulation.timetable import CostModel, Job, timetable
-from planners.simulation.work import Data
 
 MODEL, LENGTH = "llama-2-70b", 2048
 WORKERS = (1, 2, 4, 8, 16, 32, 40, 64, 80, 128, 256, 512)
@@ -56,30 +56,23 @@ def job_of(case: Case, num_workers: int, shards: int = 1) -> Job:
     """Return the run of a case on so many workers."""
     spec, shape = methods.spec(case.method), shape_of(MODEL)
     options = resolve_options(spec, {})
-    tokens = case.microbatch_sequences * LENGTH
+    batching = TokenBatching(
+        sequences=case.sequences,
+        sequence_length=LENGTH,
+        microbatch_sequences=case.microbatch_sequences,
+        dtype="float32",
+        shards=shards,
+    )
     plan = make_plan(
         shape,
         spec,
         options,
         target=Target(keep_fraction=0.75),
-        work=Workload(
-            sequences=case.sequences,
-            sequence_length=LENGTH,
-            microbatch_sequences=case.microbatch_sequences,
-            compute_dtype="float32",
-            num_workers=num_workers,
-            worker_bytes=WORKER_BYTES,
-            shards=shards,
-        ),
+        work=Workload(batching=batching, num_workers=num_workers, worker_bytes=WORKER_BYTES),
     )
-    data = Data(
-        tokens=case.sequences * LENGTH,
-        sequence_length=LENGTH,
-        microbatch_tokens=tokens,
-        dtype="float32",
-        shards=shards,
+    return Job(
+        plan=plan, spec=spec, options=options, data=batching, evaluation_tokens=0, finish=False
     )
-    return Job(plan=plan, spec=spec, options=options, data=data, evaluation_tokens=0, finish=False)
 
 
 def clock_of(case: Case, *, budget_seconds: float) -> CostModel:

@@ -233,7 +233,7 @@ def _unit(context: RunContext) -> Unit:
         "schema": SCHEMA_VERSION,
         "kind": "step",
         "sums": [unit.fingerprint for unit in context.sums],
-        "identity": to_json(prepared.identity),
+        "identity": prepared.identity.key(),
         **prepared.asked(),
         "method revision": prepared.spec.revision,
         **({"candidates": found} if (found := revisions(prepared.spec)) else {}),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planners import refit
+from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.memory.fitting import Attempt, ways_to_fit
 from planners.memory.peaks import unit_bytes
@@ -30,30 +31,21 @@ class Workload:
     """How much data passes the model, in which pieces, on how many workers.
 
     Attributes:
-        sequences: of calibration.
-        sequence_length: tokens of each.
-        microbatch_sequences: sequences that go through a stage in one call.
-        compute_dtype: of the forward pass.
-        evaluation_dtype: of the pass that measures losses; ``compute_dtype`` where it is empty.
+        batching: of the calibration tokens.
+        evaluation_dtype: of the pass that measures losses; that of calibration where it is empty.
         statistics_dtype: of grams on disk.
         num_workers: workers at hand.
         worker_bytes: memory of each.
         extra_statistics: summed too, for others.
-        shards: parts of the calibration tokens that are summed by themselves, at most one a
-            microbatch.
         mapped: the sums are read as pages of local files, and on no device of their own.
     """
 
-    sequences: int
-    sequence_length: int
-    microbatch_sequences: int
-    compute_dtype: str
+    batching: TokenBatching
     num_workers: int
     worker_bytes: int
     evaluation_dtype: str = ""
     statistics_dtype: str = "float64"
     extra_statistics: frozenset[Statistic] = frozenset()
-    shards: int = 1
     mapped: bool = False
 
 
@@ -86,17 +78,12 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
     start = start or dense_start(shape)
     form = spec.form(shape, start, target, options)
     statistics = spec.statistics(options) | work.extra_statistics
-    tokens = work.sequences * work.sequence_length
+    batching, tokens = work.batching, work.batching.tokens
     load = _load(shape, spec, options, form=form, start=start, work=work)
     missing = load.shortfall(work.worker_bytes, num_layers=shape.num_layers)
     if missing > 0:
         attempt = Attempt(
-            spec=spec,
-            options=options,
-            microbatch_sequences=work.microbatch_sequences,
-            sequence_length=work.sequence_length,
-            compute_dtype=work.compute_dtype,
-            worker_bytes=work.worker_bytes,
+            spec=spec, options=options, batching=batching, worker_bytes=work.worker_bytes
         )
 
         def shortfall(tried: Attempt) -> int:
@@ -107,7 +94,7 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
             f"a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
             hint="what would fit, the cheapest first: " + "; ".join(ways),
         )
-    stages = chain_stages(work.num_workers, work.shards)
+    stages = chain_stages(work.num_workers, batching.shards)
     waves = place(shape, load, num_workers=stages, worker_bytes=work.worker_bytes)
     before, after = start.parameters_before, model_parameters(shape, form)
     width = BYTES_OF[shape.dtype]
@@ -117,17 +104,17 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
     # A chain of sites keeps the stream it reads and the one it writes.
     sequential = options.get("schedule") == "sequential"
     streams = 2 if sequential else int(len(waves) > 1)
-    boundaries = streams * tokens * shape.hidden * BYTES_OF[work.compute_dtype]
+    stream = tokens * shape.hidden * BYTES_OF[batching.dtype]
+    boundaries = streams * stream
     if sequential:  # a gram for each shard of a site
         boundaries += int(options["shards"]) * shape.hidden**2 * 8
-    if work.shards > 1:  # those of one wave lie there until they are added
+    if batching.shards > 1:  # those of one wave lie there until they are added
         held = max(wave[-1].last - wave[0].first for wave in waves)
         widest = max(sum(statistic_elements(shape, s, f) for s in statistics) for f in layers)
-        boundaries += work.shards * held * widest * 8
+        boundaries += batching.shards * held * widest * 8
     of_last = layer_statistics(statistics, shape.num_layers - 1, shape.num_layers)
     drafts = 0
     if options.get("refit"):
-        stream = tokens * shape.hidden * BYTES_OF[work.compute_dtype]
         drafts = refit.disk_bytes(after * width, stream_bytes=stream)
     bases = 0
     if spec.residual:
@@ -146,14 +133,14 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
         calibration_flops=forward_flops(
             shape,
             tokens=tokens,
-            sequence_length=work.sequence_length,
+            sequence_length=batching.sequence_length,
             form=start.form,
             last=linears_before(last_tap(of_last)),
         )
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
         disk_bytes=after * width + sums + boundaries + bases + drafts,
-        chains=min(work.shards, work.num_workers // max(map(len, waves))),
+        chains=min(batching.shards, work.num_workers // max(map(len, waves))),
     )
 
 
@@ -173,9 +160,9 @@ def _require_possible(
             f"slice: is {target.slice}, a fraction of the residual width, which {spec.name} keeps",
             hint="use --keep-fraction, the true fraction of the parameters",
         )
-    if options.get("refit") and work.sequences < refit.MIN_SEQUENCES:
+    if options.get("refit") and work.batching.sequences < refit.MIN_SEQUENCES:
         raise PlanError(
-            f"refit: {work.sequences} calibration sequence is too few; some are held out",
+            f"refit: {work.batching.sequences} calibration sequence is too few; some are held out",
             hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
         )
 
@@ -189,40 +176,30 @@ def _load(
     start: Start,
     work: Workload,
 ) -> Load:
-    tokens = work.microbatch_sequences * work.sequence_length
+    batching = work.batching
     unit = unit_bytes(
         shape,
         form,
         spec=spec,
         options=options,
-        tokens=(tokens, work.sequences * work.sequence_length),
-        sequence_length=work.sequence_length,
-        dtype=work.compute_dtype,
+        tokens=(batching.microbatch_tokens, batching.tokens),
+        sequence_length=batching.sequence_length,
+        dtype=batching.dtype,
         start=start.form,
         mapped=work.mapped,
     )
     load = load_of(
         shape,
         spec.statistics(options) | work.extra_statistics,
-        microbatch_tokens=tokens,
-        sequence_length=work.sequence_length,
-        compute_dtype=work.compute_dtype,
+        batching,
         unit=unit,
         start=start.form,
         result=form,
     )
-    exact = work.evaluation_dtype or work.compute_dtype
-    if BYTES_OF[exact] <= BYTES_OF[work.compute_dtype]:
+    exact = replace(batching, dtype=work.evaluation_dtype or batching.dtype)
+    if BYTES_OF[exact.dtype] <= BYTES_OF[batching.dtype]:
         return load
-    evaluation = load_of(
-        shape,
-        frozenset(),
-        microbatch_tokens=tokens,
-        sequence_length=work.sequence_length,
-        compute_dtype=exact,
-        start=start.form,
-        result=form,
-    )
+    evaluation = load_of(shape, frozenset(), exact, start=start.form, result=form)
     return replace(load, evaluation=evaluation)
 
 
@@ -236,11 +213,7 @@ def _shortfall(
     """
     if tried.spec.refuses(shape, tried.options):
         raise PlanError(f"{tried.spec.name} cannot take this model")
-    changed = replace(
-        work,
-        microbatch_sequences=tried.microbatch_sequences,
-        compute_dtype=tried.compute_dtype,
-    )
+    changed = replace(work, batching=tried.batching)
     form = tried.spec.form(shape, start, target, tried.options)
     load = _load(shape, tried.spec, tried.options, form=form, start=start, work=changed)
     return load.shortfall(tried.worker_bytes, num_layers=shape.num_layers)

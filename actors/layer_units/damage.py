@@ -121,7 +121,7 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     losses = None
     if job.options.get("damage") == "loss":
         # The probe is the first sequences of the calibration tokens.
-        tokens = tokens_from_parquet(run.read(job.stream.tokens))[: len(sums["probe"])]
+        tokens = tokens_from_parquet(run.read(job.tokens))[: len(sums["probe"])]
         ids = torch.from_numpy(tokens).to(device)
         losses = partial(downstream_losses, checkpoint, task.index, ids=ids, device=device)
     curves = damage_curves(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.messages import CompressionJob, Done, TokenStream, UnitTask
+from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.build import Skeleton
 from actors.modeling.halves import HalvedLayer
 from actors.numerics.least_squares import Refit, RestSums, empty_sums, refit
@@ -86,9 +86,9 @@ def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     """Embed the tokens: all streams are equal there."""
     del task
     checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
-    table = checkpoint.read(family.embedding).to(device, _dtype(job.stream))
-    ids = _ids(job.stream, run, device)
-    fitted, held = _cuts(job.stream)
+    table = checkpoint.read(family.embedding).to(device, _dtype(job))
+    ids = _ids(job, run, device)
+    fitted, held = _cuts(job)
 
     def streams() -> Iterator[Streams]:
         for rows in (*fitted, *held):
@@ -141,15 +141,15 @@ def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     """Measure all streams' losses on the held-out sequences, which say what is used."""
     boundary = _boundary(2 * task.index, job, run, device)
     checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
-    dtype = _dtype(job.stream)
+    dtype = _dtype(job)
     table = family.embedding if checkpoint.form.tied else family.head
     head = checkpoint.read(table).to(device, dtype)
     skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
     norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
-    ids = _ids(job.stream, run, device)
+    ids = _ids(job, run, device)
     nats = dict.fromkeys((DENSE, DRAFTED, REFITTED), 0.0)
     num_tokens = 0
-    for rows, streams in zip(_cuts(job.stream)[1], boundary.held(), strict=True):
+    for rows, streams in zip(_cuts(job)[1], boundary.held(), strict=True):
         count = 0
         for name, hidden in streams.items():
             each, count = next_token_nll(norm(hidden), head, ids[slice(*rows)], block=LOGIT_TOKENS)
@@ -183,7 +183,7 @@ class _Builder:
             form,
             self._checkpoint.config,
             shape=self._job.shape,
-            dtype=_dtype(self._job.stream),
+            dtype=_dtype(self._job),
             device=self._device,
         )
 
@@ -239,20 +239,20 @@ def _said(found: Refit) -> dict[str, object]:
 
 
 def _boundary(site: int, job: CompressionJob, run: Directory, device: str) -> _Boundary:
-    fitted, held = _cuts(job.stream)
+    fitted, held = _cuts(job)
     return _Boundary(run=run, site=site, num_fitted=len(fitted), num_held=len(held), device=device)
 
 
-def _cuts(stream: TokenStream) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    return cuts(stream.num_sequences, size=stream.microbatch_sequences)
+def _cuts(job: CompressionJob) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    return cuts(job.batching.sequences, size=job.batching.microbatch_sequences)
 
 
-def _ids(stream: TokenStream, run: Directory, device: str) -> Tensor:
-    return torch.from_numpy(tokens_from_parquet(run.read(stream.tokens))).to(device)
+def _ids(job: CompressionJob, run: Directory, device: str) -> Tensor:
+    return torch.from_numpy(tokens_from_parquet(run.read(job.tokens))).to(device)
 
 
-def _dtype(stream: TokenStream) -> torch.dtype:
-    found: torch.dtype = getattr(torch, stream.dtype)
+def _dtype(job: CompressionJob) -> torch.dtype:
+    found: torch.dtype = getattr(torch, job.batching.dtype)
     return found
 
 

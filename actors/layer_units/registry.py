@@ -30,7 +30,7 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
         return KINDS[task.kind](task, job, run, device)
     except NumericsError as error:
         said = NumericsError(f"{task.unit}: {error}", hint=error.hint)
-        raise found_behind(said, job.stream.dtype) from error
+        raise found_behind(said, job.batching.dtype) from error
 
 
 KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {

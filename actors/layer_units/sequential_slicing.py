@@ -67,11 +67,11 @@ class _Passing:
     ) -> None:
         self._site, self._job, self._run, self._device = site, job, run, device
         self._checkpoint = Checkpoint.of(job)
-        self._dtype = getattr(torch, job.stream.dtype)
+        self._dtype = getattr(torch, job.batching.dtype)
         if site <= 1:
             name = load_family(job.shape.family).embedding
             self._table = self._checkpoint.read(name).to(device, self._dtype)
-            self._ids = torch.from_numpy(tokens_from_parquet(run.read(job.stream.tokens)))
+            self._ids = torch.from_numpy(tokens_from_parquet(run.read(job.tokens)))
         if site > 0:
             (file,) = read_record(run, basis).files
             found = map_tensors(run, file)["vectors"].to(device)
@@ -90,7 +90,7 @@ class _Passing:
         return _through_half(self._half, full @ self._basis, self._site)
 
     def _embedded(self, index: int) -> Tensor:
-        size = self._job.stream.microbatch_sequences
+        size = self._job.batching.microbatch_sequences
         ids = self._ids[index * size : (index + 1) * size].to(self._device)
         return torch.nn.functional.embedding(ids, self._table)
 
@@ -125,8 +125,7 @@ def _through_half(half: HalvedLayer, cut: Tensor, site: int) -> Tensor:
 
 
 def _shards(job: CompressionJob) -> list[tuple[int, int]]:
-    count = -(-job.stream.num_sequences // job.stream.microbatch_sequences)
-    return shard_cuts(int(job.options["shards"]), count)
+    return shard_cuts(int(job.options["shards"]), job.batching.num_microbatches)
 
 
 def _stream_name(site: int, index: int) -> str:

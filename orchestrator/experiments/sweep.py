@@ -16,8 +16,7 @@ from orchestrator.phases.calibrate import calibrate
 from orchestrator.phases.context import RunContext, new_pool
 from orchestrator.phases.evaluate import evaluate, evaluation_plan
 from orchestrator.phases.open_run import open_run
-from orchestrator.prepare.evaluation_plan import exact_dtype
-from orchestrator.prepare.machine import GIB, sums_are_mapped
+from orchestrator.prepare.machine import workload_of
 from orchestrator.prepare.prepared import Prepared, dense_subject
 from orchestrator.recipe.config import RunConfig
 from orchestrator.recipe.method_options import resolve_options
@@ -29,7 +28,7 @@ from orchestrator.rundir.ledger import Ledger
 from planners.errors import ConfigError, PlanError
 from planners.memory.placement import shared_bytes
 from planners.method import Target
-from planners.planning import Workload, make_plan
+from planners.planning import make_plan
 from planners.spelling import did_you_mean
 
 PARETO = "pareto.json"
@@ -233,21 +232,10 @@ def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, A
     )
     if not 0 < fraction <= 1:
         raise PlanError(f"--keep-fraction {fraction}: must be above 0 and up to 1")
-    sequences, length = base.calibration.shape
-    plan = make_plan(
-        base.plan.shape, spec, options, target=Target(keep_fraction=fraction),
-        work=Workload(
-            sequences=sequences,
-            sequence_length=length,
-            microbatch_sequences=base.identity.microbatch_sequences,
-            shards=base.identity.shards,
-            compute_dtype=base.identity.compute_dtype,
-            evaluation_dtype=exact_dtype(config.device, base.plan.shape.dtype),
-            num_workers=config.workers,
-            worker_bytes=int((config.worker_gib or 0) * GIB),
-            mapped=sums_are_mapped(config),
-        ),
-    )  # fmt: skip
+    shape, batching = base.plan.shape, base.identity.batching
+    work = workload_of(config, batching, device=config.device, stored_dtype=shape.dtype)
+    target = Target(keep_fraction=fraction)
+    plan = make_plan(shape, spec, options, target=target, work=work)
     given = RunConfig(
         model=config.model,
         model_store=config.model_store,

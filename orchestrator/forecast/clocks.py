@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.storage.contents import cache_folder
+from planners.batching import TokenBatching
 from planners.canonical_json import fingerprint, to_json
 from planners.errors import PlanError
 from planners.method import Option, Target
@@ -18,7 +19,7 @@ from planners.simulation.timetable import (
     CostModel,
     Sample,
 )
-from planners.simulation.work import Data, Work
+from planners.simulation.work import Work
 
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
 
@@ -43,7 +44,7 @@ class ProfileKey:
     method: str
     options: Mapping[str, Option]
     target: Target
-    data: Data
+    data: TokenBatching
     device: str
     threads: int
 

@@ -17,12 +17,14 @@ from orchestrator.forecast.clocks import ProfileKey, estimated_clock, kept_clock
 from orchestrator.forecast.sample_run import measure
 from orchestrator.forecast.terms import Devices, Pricing
 from orchestrator.prepare.evaluation_plan import exact_dtype
+from orchestrator.prepare.machine import workload_of
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.prepare.steps import StepInput, planned
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.recipe.method_options import chosen_methods, resolve_options, resolve_steps
 from orchestrator.rundir.statistics import list_
+from planners.batching import batching_of
 from planners.calibration import few_tokens
 from planners.canonical_json import to_json
 from planners.catalogue import CONFIGS
@@ -32,7 +34,6 @@ from planners.method import MethodSpec, Option, Target
 from planners.model.cost import dense_start
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
-from planners.planning import Workload
 from planners.simulation.simulate import Risk, RunForecast, num_calls, outlook
 from planners.simulation.timetable import (
     KINDS_OF,
@@ -43,7 +44,6 @@ from planners.simulation.timetable import (
     timetable,
     transfer_bytes,
 )
-from planners.simulation.work import Data
 from planners.spelling import did_you_mean
 from planners.steps import require_disjoint
 
@@ -166,30 +166,16 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
     workers = devices.count if devices else config.workers
     memory = devices.bytes if devices else int((config.worker_gib or 1e6) * 2**30)
     device = devices.name if devices else "CPU"
-    microbatch = min(sequences, max(1, config.calibration.microbatch_tokens // length))
-    shards = min(config.calibration.shards, -(-sequences // microbatch))
-    compute_dtype = exact_dtype(device.lower(), dtype)
-    if config.calibration_dtype != "auto":
-        compute_dtype = config.calibration_dtype
-    work = Workload(
-        sequences=sequences,
-        sequence_length=length,
-        microbatch_sequences=microbatch,
-        compute_dtype=compute_dtype,
-        evaluation_dtype=exact_dtype(device.lower(), dtype),
-        statistics_dtype=config.statistics_dtype,
-        num_workers=workers,
-        worker_bytes=memory,
-        shards=shards,
-        mapped=device.upper() == "CPU" and "://" not in f"{config.out} {config.stats}",
+    asked = config.calibration_dtype
+    batching = batching_of(
+        sequences,
+        length,
+        microbatch_tokens=config.calibration.microbatch_tokens,
+        dtype=exact_dtype(device.lower(), dtype) if asked == "auto" else asked,
+        shards=config.calibration.shards,
     )
-    data = Data(
-        tokens=sequences * length,
-        sequence_length=length,
-        microbatch_tokens=microbatch * length,
-        dtype=compute_dtype,
-        shards=shards,
-    )
+    recipes = workload_of(config, batching, device=device.lower(), stored_dtype=dtype)
+    work = replace(recipes, num_workers=workers, worker_bytes=memory)
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
     source = StepInput(config=found, shape=shape, start=dense_start(shape))
     # What one machine alone works on it has downloaded before.
@@ -206,7 +192,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
                 plan=plan,
                 spec=step[0],
                 options=step[1],
-                data=data,
+                data=batching,
                 evaluation_tokens=evaluated,
                 start=source.start.form,
                 former=tuple(jobs),
@@ -233,14 +219,6 @@ def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False)
         ClusterError: it could not be measured.
     """
     config, chain = prepared.config, (*prepared.former, prepared)
-    length = int(prepared.calibration.shape[1])
-    data = Data(
-        tokens=prepared.plan.calibration_tokens,
-        sequence_length=length,
-        microbatch_tokens=prepared.identity.microbatch_sequences * length,
-        dtype=prepared.identity.compute_dtype,
-        shards=prepared.identity.shards,
-    )
     origin = prepared.origin
     reused = origin.spec.statistics(origin.options) if calibrated else _kept(origin)
     jobs: list[Job] = []
@@ -250,7 +228,7 @@ def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False)
                 plan=step.plan,
                 spec=step.spec,
                 options=step.options,
-                data=data,
+                data=prepared.identity.batching,
                 evaluation_tokens=int(prepared.evaluation.size),
                 start=step.start.form,
                 former=tuple(jobs),

@@ -39,6 +39,7 @@ from orchestrator.prepare.prepared import Prepared, dense_subject
 from orchestrator.recipe.reading import load_config
 from orchestrator.rundir.journal import Event, Journal
 from orchestrator.rundir.ledger import Ledger
+from planners.batching import TokenBatching
 from planners.canonical_json import to_json
 from planners.errors import ClusterError, NumericsError, PlanError
 from planners.method import Target
@@ -58,7 +59,7 @@ from planners.simulation.timetable import (
     unit_work,
     verify_work,
 )
-from planners.simulation.work import CALL, Data, Work, publish_work
+from planners.simulation.work import CALL, Work, publish_work
 from planners.units.units import Unit, shard_cuts
 
 BUDGET_SECONDS = 180.0  # that a sample may be expected to take
@@ -77,7 +78,7 @@ class _ProfileModel:
     setting: ProfileKey
     num_layers: int
     shape: ModelShape
-    data: Data
+    data: TokenBatching
     form: ModelForm
     note: str
 
@@ -163,9 +164,9 @@ def _specimen(
         shape=small,
         data=replace(
             data,
-            tokens=MICROBATCHES * sequences * length,
+            sequences=MICROBATCHES * sequences,
             sequence_length=length,
-            microbatch_tokens=sequences * length,
+            microbatch_sequences=sequences,
         ),
         form=replace(whole, layers=layers),
         note=note,
@@ -181,14 +182,7 @@ def _job(specimen: _ProfileModel) -> Job:
         spec,
         setting.options,
         target=Target(keep_fraction=1.0),
-        work=Workload(
-            sequences=data.tokens // data.sequence_length,
-            sequence_length=data.sequence_length,
-            microbatch_sequences=data.microbatch_tokens // data.sequence_length,
-            compute_dtype=data.dtype,
-            num_workers=1,
-            worker_bytes=NO_LIMIT,
-        ),
+        work=Workload(batching=data, num_workers=1, worker_bytes=NO_LIMIT),
     )
     after = model_parameters(shape, specimen.form)
     plan = replace(

@@ -29,7 +29,7 @@ def allocate(context: RunContext) -> RunContext:
             prepared.plan.shape, prepared.start, prepared.config.target, options, findings
         )
     except NumericsError as error:
-        raise found_behind(error, prepared.identity.compute_dtype) from error
+        raise found_behind(error, prepared.identity.batching.dtype) from error
     said = {
         "measured": spec.measures(options),
         "findings": _small(findings),

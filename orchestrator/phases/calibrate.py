@@ -18,12 +18,6 @@ from planners.units.shards import added_units, rounds, shard_units
 from planners.units.units import Unit, shard_cuts
 
 
-def cut(num_sequences: int, *, size: int) -> list[tuple[int, int]]:
-    """Return the microbatches as row ranges, in order; the last may be smaller."""
-    starts = range(0, num_sequences, size)
-    return [(start, min(start + size, num_sequences)) for start in starts]
-
-
 def boundary_name(stream: str, layer: int, index: int) -> str:
     """Return the file of the activations that enter a layer."""
     return f"boundary/{stream}-layer-{layer:05d}-mb-{index:05d}.safetensors"
@@ -87,7 +81,7 @@ def calibrate(context: RunContext) -> None:
     plan = context.prepared.plan
     todo = context.ledger.todo([unit for unit in context.sums if unit.taps])
     lacking = [_lacking(context, unit) for unit in todo]
-    rows = cut(len(context.prepared.calibration), size=_size(context))
+    rows = context.prepared.identity.batching.microbatches
     shards = _shards(context, lacking, len(rows))
     passing = _passing(context, shards)
     total = sum(_steps_left(wave, here) for wave, here in zip(plan.waves, passing, strict=True))
@@ -119,7 +113,7 @@ def _shards(context: RunContext, lacking: Sequence[Unit], num_microbatches: int)
     """Return all shards, with the units of each that lack a record."""
     num_layers = context.prepared.plan.shape.num_layers
     missing = _missing(lacking, context)
-    cuts = shard_cuts(context.prepared.identity.shards, num_microbatches)
+    cuts = shard_cuts(context.prepared.identity.batching.shards, num_microbatches)
     found = []
     for number, microbatches in enumerate(cuts):
         units = shard_units(lacking, number, len(cuts))
@@ -187,7 +181,7 @@ def _pass(
                 run_uri=context.run.uri,
                 checkpoint_uri=prepared.model_uri,
                 family=prepared.plan.shape.family,
-                dtype=prepared.identity.compute_dtype,
+                dtype=prepared.identity.batching.dtype,
                 statistics=_missing(shard.units, context),
                 model_store=prepared.config.model_store,
             )
@@ -220,7 +214,7 @@ def _pass(
 
 def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
     """Add the shards of these layers, where there are several; they are dropped behind it."""
-    count = context.prepared.identity.shards
+    count = context.prepared.identity.batching.shards
     if count == 1:
         return
     shards = [shard_units(lacking, shard, count) for shard in range(count)]
@@ -231,7 +225,7 @@ def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
 def _stored_dtype(context: RunContext) -> str:
     """Return how grams are written behind a pass: what is still to be added is not rounded."""
     identity = context.prepared.identity
-    return identity.statistics_dtype if identity.shards == 1 else "float64"
+    return identity.statistics_dtype if identity.batching.shards == 1 else "float64"
 
 
 def _steps_left(wave: Sequence[StagePlan], shards: Sequence[_Shard]) -> int:
@@ -250,7 +244,7 @@ def _steps_left(wave: Sequence[StagePlan], shards: Sequence[_Shard]) -> int:
 def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
     """Return the unit of the activations that enter a layer, for one microbatch."""
     key = {"schema": SCHEMA_VERSION, "kind": "boundary", "layer": layer, "index": index}
-    identity = fingerprint(context.prepared.identity)
+    identity = fingerprint(context.prepared.identity.key())
     return Unit(
         name=f"boundary-layer-{layer:05d}-mb-{index:05d}",
         kind="boundary",
@@ -287,10 +281,6 @@ def _has_passed(context: RunContext, shard: _Shard, layer: int) -> bool:
 def _forget_boundaries(context: RunContext, layer: int, count: int) -> None:
     for index in range(count):
         context.run.delete(boundary_name("calibration", layer, index))
-
-
-def _size(context: RunContext) -> int:
-    return context.prepared.identity.microbatch_sequences
 
 
 def _missing(units: Sequence[Unit], context: RunContext) -> frozenset[Statistic]:

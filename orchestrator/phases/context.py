@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from actors.messages import OF_A_LAYER, CompressionJob, TokenStream, UnitDone, WorkerSetup
+from actors.messages import OF_A_LAYER, CompressionJob, UnitDone, WorkerSetup
 from orchestrator.backend.executor import Executor
 from orchestrator.engine.dispatch import run_units
 from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
@@ -62,13 +62,12 @@ class RunContext(WorkContext):
     def made(self) -> tuple[Unit, ...]:
         """The stream, basis, layer, embedding and head units of the method."""
         prepared = self.prepared
-        size = prepared.identity.microbatch_sequences
         units = compression_units(
             self.sums,
             spec=prepared.spec,
             options=prepared.options,
             form=self.form,
-            num_microbatches=-(-len(prepared.calibration) // size),
+            num_microbatches=prepared.identity.batching.num_microbatches,
             makers=self.makers,
         )
         return tuple(self._with_own_options(unit) for unit in units)
@@ -144,12 +143,8 @@ class RunContext(WorkContext):
             layer_options=prepared.layer_options,
             shape=prepared.plan.shape,
             form=self.form,
-            stream=TokenStream(
-                tokens=CALIBRATION_TOKENS,
-                num_sequences=len(prepared.calibration),
-                microbatch_sequences=prepared.identity.microbatch_sequences,
-                dtype=prepared.identity.compute_dtype,
-            ),
+            tokens=CALIBRATION_TOKENS,
+            batching=prepared.identity.batching,
             former=None if self.turned is None else self.turned.job(),
             makers=self.makers,
             candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from actors.messages import Microbatch, StepDone, UnitDone, UnitTask
 from orchestrator.engine.pipeline import Pass, PassPlan, run_side_by_side
 from orchestrator.engine.work_context import WorkContext
-from orchestrator.phases.calibrate import assignments, boundary_name, cut
+from orchestrator.phases.calibrate import assignments, boundary_name
 from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.rundir.layout import EVALUATION_TOKENS
+from planners.batching import TokenBatching
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
 from planners.errors import NumericsError
 from planners.overflow import OTHER_WEIGHTS, overflowed
@@ -37,10 +38,13 @@ def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
         family=shape.family,
         waves=prepared.plan.waves,
         chains=prepared.plan.chains,
-        num_sequences=len(prepared.evaluation),
-        microbatch_sequences=identity.microbatch_sequences,
+        batching=TokenBatching(
+            sequences=len(prepared.evaluation),
+            sequence_length=prepared.evaluation.shape[1],
+            microbatch_sequences=identity.batching.microbatch_sequences,
+            dtype=exact_dtype(identity.device, shape.dtype),
+        ),
         tokens_hash=prepared.evaluation_hash,
-        dtype=exact_dtype(identity.device, shape.dtype),
         threads=identity.threads,
         device=identity.device,
     )
@@ -52,7 +56,7 @@ def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Lo
     Raises:
         NumericsError: a part has a loss that is not a number.
     """
-    rows = cut(plan.num_sequences, size=plan.microbatch_sequences)
+    rows = plan.batching.microbatches
     units = [_part(plan, subject, index, ab) for index, ab in enumerate(rows)]
     todo = {unit.name for unit in context.ledger.todo(units)}
     waves = plan.waves if todo else ()
@@ -105,7 +109,7 @@ def _evaluation_pass(
                              start=done.started, seconds=done.seconds,
                              tokens=done.num_tokens, peak_bytes=done.peak_bytes)  # fmt: skip
         if last and at == len(wave) - 1:
-            context.ledger.commit(unit, _part_done(unit, done, plan.dtype), attempt=1)
+            context.ledger.commit(unit, _part_done(unit, done, plan.batching.dtype), attempt=1)
 
     def on_published(task: UnitTask, done: UnitDone) -> None:
         raise AssertionError(f"{task.unit}: an evaluation publishes nothing, not {done}")
@@ -119,7 +123,7 @@ def _evaluation_pass(
                 run_uri=context.run.uri,
                 checkpoint_uri=subject.uri,
                 family=plan.family,
-                dtype=plan.dtype,
+                dtype=plan.batching.dtype,
                 model_store=subject.model_store,
             )
         ],
@@ -148,7 +152,7 @@ def _part(plan: EvaluationPlan, subject: Subject, index: int, rows: tuple[int, i
         "model": subject.identity,
         "tokens": plan.tokens_hash,
         "rows": list(rows),
-        "dtype": plan.dtype,
+        "dtype": plan.batching.dtype,
         "threads": plan.threads,
         "device": plan.device,
     }

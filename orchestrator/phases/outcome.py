@@ -146,8 +146,8 @@ def _few_tokens(context: RunContext) -> list[str]:
         few_tokens(
             step.plan.shape,
             step.spec.statistics(step.options),
-            tokens=step.work.sequences * step.work.sequence_length,
-            sequence_length=step.work.sequence_length,
+            tokens=step.work.batching.tokens,
+            sequence_length=step.work.batching.sequence_length,
             start=step.start.form,
         )
         for step in (*prepared.former, prepared)

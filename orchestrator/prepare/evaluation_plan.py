@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from planners.batching import TokenBatching
 from planners.plan import StagePlan
 
 
@@ -41,20 +42,16 @@ class EvaluationPlan:
         family: names its tensors.
         waves: stages and waves.
         chains: how many times the stages of a wave are held, each for a share of the parts.
-        num_sequences: rows of the evaluation tokens.
-        microbatch_sequences: rows of one part.
+        batching: of the evaluation tokens; a microbatch is a part.
         tokens_hash: of the evaluation tokens.
-        dtype: of the forward pass.
         threads: of one unit.
         device: class of device.
     """
 
     family: str
     waves: tuple[tuple[StagePlan, ...], ...]
-    num_sequences: int
-    microbatch_sequences: int
+    batching: TokenBatching
     tokens_hash: str
-    dtype: str
     threads: int
     device: str
     chains: int = 1

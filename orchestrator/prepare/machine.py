@@ -3,21 +3,37 @@
 import os
 from typing import Literal
 
-from actors.storage.files import Directory
-from orchestrator.recipe.config import (
-    RunConfig,
-)
+from orchestrator.prepare.evaluation_plan import exact_dtype
+from orchestrator.recipe.config import RunConfig
+from planners.batching import TokenBatching
 from planners.errors import ClusterError
+from planners.planning import Workload
 
 GIB = 2**30
 USABLE_DEVICE = 0.9  # of a device's memory: the rest is its context and the allocator's
 USABLE = 0.8  # share of a machine's memory that its workers may plan with
 
 
-def sums_are_mapped(config: RunConfig) -> bool:
-    """Return whether workers read sums as pages of local files: no store, and no device."""
-    places = [Directory(uri) for uri in (config.out, config.stats) if uri]
-    return config.device == "cpu" and all(place.is_local for place in places)
+def workload_of(
+    config: RunConfig, batching: TokenBatching, *, device: str, stored_dtype: str
+) -> Workload:
+    """Return what a recipe asks of its workers.
+
+    Args:
+        config: the recipe.
+        batching: of the calibration tokens.
+        device: where workers compute: ``cpu``, or any other.
+        stored_dtype: of the model.
+    """
+    stores = [u for u in (config.out, config.stats) if "://" in u and not u.startswith("file://")]
+    return Workload(
+        batching=batching,
+        evaluation_dtype=exact_dtype(device, stored_dtype),
+        statistics_dtype=config.statistics_dtype,
+        num_workers=config.workers,
+        worker_bytes=int((config.worker_gib or 0) * GIB),
+        mapped=device == "cpu" and not stores,
+    )
 
 
 def chosen_device(device: str, address: str) -> Literal["cpu", "cuda"]:

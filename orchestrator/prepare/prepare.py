@@ -13,15 +13,15 @@ from actors.storage.files import Directory
 from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.prepare.evaluation_plan import exact_dtype
-from orchestrator.prepare.machine import GIB, chosen_device, sums_are_mapped, usable_gib
+from orchestrator.prepare.machine import chosen_device, usable_gib, workload_of
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.prepare.steps import StepInput, chained, planned
 from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
 from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
+from planners.batching import batching_of
 from planners.errors import ModelError
 from planners.families.llama import DEFAULTS, windows
 from planners.model.cost import dense_start
-from planners.planning import Workload
 from planners.steps import require_disjoint
 from planners.units.units import Identity
 
@@ -75,21 +75,13 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     )
     calibration, evaluation = _tokens(config, source.uri, shape.vocab_size)
     config = with_tokens(config, facts, calibration=calibration.shape, evaluation=evaluation.shape)
-    sequences, length = calibration.shape
-    size = min(sequences, max(1, config.calibration.microbatch_tokens // length))
-    shards = min(config.calibration.shards, -(-sequences // size))
-    work = Workload(
-        sequences=sequences,
-        sequence_length=length,
-        microbatch_sequences=size,
-        shards=shards,
-        compute_dtype=config.calibration_dtype,
-        evaluation_dtype=exact_dtype(device, shape.dtype),
-        statistics_dtype=config.statistics_dtype,
-        num_workers=config.workers,
-        worker_bytes=int((config.worker_gib or 0) * GIB),
-        mapped=sums_are_mapped(config),
+    batching = batching_of(
+        *calibration.shape,
+        microbatch_tokens=config.calibration.microbatch_tokens,
+        dtype=config.calibration_dtype,
+        shards=config.calibration.shards,
     )
+    work = workload_of(config, batching, device=device, stored_dtype=shape.dtype)
     start = dense_start(shape)
     steps = list(zip(specs, options, strict=True))
     dense = StepInput(config=checkpoint.config, shape=shape, start=start)
@@ -108,12 +100,10 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         identity=Identity(
             model_revision=revision,
             calibration_hash=tokens_hash(calibration),
-            microbatch_sequences=size,
-            compute_dtype=config.calibration_dtype,
+            batching=batching,
             threads=config.threads,
             device=config.device,
             statistics_dtype=config.statistics_dtype,
-            shards=shards,
         ),
         calibration=calibration,
         evaluation=evaluation,

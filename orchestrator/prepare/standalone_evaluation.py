@@ -12,6 +12,7 @@ from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_
 from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
 from orchestrator.prepare.prepare import WINDOW, longest_sequence
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, check_length
+from planners.batching import batching_of
 from planners.memory.placement import load_of, place
 
 
@@ -63,27 +64,21 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     )
     if longest_key == WINDOW:  # layers attend to all before; further than trained is only worse
         check_length(ids.shape[1], longest, longest_key, where="evaluation: has sequences of")
-    size = min(len(ids), max(1, given.calibration.microbatch_tokens // ids.shape[1]))
-    dtype = exact_dtype(device, shape.dtype)
-    worker_gib = given.worker_gib or usable_gib(device, given.workers)
-    load = load_of(
-        shape,
-        frozenset(),
-        microbatch_tokens=size * ids.shape[1],
-        sequence_length=ids.shape[1],
-        compute_dtype=dtype,
-        start=checkpoint.form,
+    batching = batching_of(
+        *ids.shape,
+        microbatch_tokens=given.calibration.microbatch_tokens,
+        dtype=exact_dtype(device, shape.dtype),
     )
+    worker_gib = given.worker_gib or usable_gib(device, given.workers)
+    load = load_of(shape, frozenset(), batching, start=checkpoint.form)
     return PreparedEvaluation(
         # Its record is kept nowhere, so it needs no identity, and the weights no reading for one.
         subject=Subject(name="model", uri=source.uri, identity="", model_store=store),
         plan=EvaluationPlan(
             family=shape.family,
             waves=place(shape, load, num_workers=given.workers, worker_bytes=int(worker_gib * GIB)),
-            num_sequences=len(ids),
-            microbatch_sequences=size,
+            batching=batching,
             tokens_hash=tokens_hash(ids),
-            dtype=dtype,
             threads=given.threads,
             device=device,
         ),

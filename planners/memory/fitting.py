@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.method import MethodSpec, Option
 
@@ -17,17 +18,13 @@ class Attempt:
     Attributes:
         spec: of the method.
         options: of the method.
-        microbatch_sequences: that go through a stage in one call.
-        sequence_length: tokens of each.
-        compute_dtype: of the pass.
+        batching: of the calibration tokens.
         worker_bytes: memory of a worker.
     """
 
     spec: MethodSpec
     options: Mapping[str, Option]
-    microbatch_sequences: int
-    sequence_length: int
-    compute_dtype: str
+    batching: TokenBatching
     worker_bytes: int
 
 
@@ -62,28 +59,28 @@ def _candidates(
     attempt: Attempt, others: Sequence[tuple[MethodSpec, Mapping[str, Option]]]
 ) -> Iterator[tuple[str, Attempt]]:
     """Yield (words, attempt), the cheapest first: what keeps the result, then what changes it."""
-    size = attempt.microbatch_sequences
+    batching = attempt.batching
+    size = batching.microbatch_sequences
     while size > 1:
         size = (size + 1) // 2
-        fewer = replace(attempt, microbatch_sequences=size)
-        calls = -(-attempt.microbatch_sequences // size)
-        tokens = size * attempt.sequence_length
-        yield f"--microbatch-tokens {tokens}: {calls} times as many calls", fewer
-        if attempt.compute_dtype == "float32":
-            half = replace(fewer, compute_dtype="bfloat16")
+        fewer = replace(batching, microbatch_sequences=size)
+        calls = -(-batching.microbatch_sequences // size)
+        words = f"--microbatch-tokens {fewer.microbatch_tokens}"
+        yield f"{words}: {calls} times as many calls", replace(attempt, batching=fewer)
+        if batching.dtype == "float32":
             yield (
-                f"--microbatch-tokens {tokens} --calibration-dtype bfloat16: statistics of a pass "
+                f"{words} --calibration-dtype bfloat16: statistics of a pass "
                 "with 8 bits of precision",
-                half,
+                replace(attempt, batching=replace(fewer, dtype="bfloat16")),
             )
-    if attempt.compute_dtype == "float32":
+    if batching.dtype == "float32":
         yield (
             "--calibration-dtype bfloat16: statistics of a pass with 8 bits of precision",
-            replace(attempt, compute_dtype="bfloat16"),
+            replace(attempt, batching=replace(batching, dtype="bfloat16")),
         )
     yield from _options(attempt)
-    smallest = replace(attempt, microbatch_sequences=1)
-    tokens = attempt.sequence_length
+    smallest = replace(attempt, batching=replace(batching, microbatch_sequences=1))
+    tokens = batching.sequence_length
     for spec, options in others:
         words = f"--method {spec.name}: another method, another result"
         yield words, replace(attempt, spec=spec, options=options)

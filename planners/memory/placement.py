@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.memory.peaks import LIBRARIES, forward_bytes, load_bytes, loss_bytes, table_bytes
 from planners.model.cost import (
@@ -69,13 +70,11 @@ class Load:
         return sum(self.stage(1, tables=tables).values()) - worker_bytes
 
 
-def load_of(  # noqa: PLR0913 all that decides what a worker holds
+def load_of(
     shape: ModelShape,
     statistics: frozenset[Statistic],
+    batching: TokenBatching,
     *,
-    microbatch_tokens: int,
-    sequence_length: int,
-    compute_dtype: str,
     unit: int = 0,
     start: ModelForm | None = None,
     result: ModelForm | None = None,
@@ -85,15 +84,14 @@ def load_of(  # noqa: PLR0913 all that decides what a worker holds
     Args:
         shape: of the model.
         statistics: that are summed of each layer.
-        microbatch_tokens: that pass a stage in one call.
-        sequence_length: tokens of one sequence.
-        compute_dtype: of the pass.
+        batching: of the tokens that pass.
         unit: the peak of the largest unit of compression, where there is any.
         start: widths of the model that passes; those of one that nothing touched if None. Where it
             is given the dense model passes the same stages too, to be evaluated.
         result: widths of the result, which passes them to be evaluated.
     """
-    width, tokens = BYTES_OF[compute_dtype], microbatch_tokens
+    dtype, tokens = batching.dtype, batching.microbatch_tokens
+    width = BYTES_OF[dtype]
     start = start or dense_model_form(shape)
     widest = widest_layer(start)
     sums = sum(statistic_elements(shape, s, widest) for s in statistics)
@@ -106,22 +104,22 @@ def load_of(  # noqa: PLR0913 all that decides what a worker holds
             shape,
             observed,
             tokens=tokens,
-            sequence_length=sequence_length,
-            dtype=compute_dtype,
+            sequence_length=batching.sequence_length,
+            dtype=dtype,
             form=form,
         )
 
     passing = max(passed(widest, statistics), *(passed(form, frozenset()) for form in forms))
-    losing = loss_bytes(shape, tokens=tokens, dtype=compute_dtype)
+    losing = loss_bytes(shape, tokens=tokens, dtype=dtype)
     # Shortcuts of a former step may make a layer larger than the dense one.
     largest = max((dense_form(shape), *start.layers), key=lambda f: layer_parameters(shape, f))
-    loading = load_bytes(shape, dtype=compute_dtype, form=largest)
+    loading = load_bytes(shape, dtype=dtype, form=largest)
     return Load(
         layer=layer_parameters(shape, largest) * width,
         statistics=sums * 8,
         microbatch=tokens * shape.hidden * width,
         workspace=max(passing, losing, loading),
-        table=table_bytes(shape, dtype=compute_dtype),
+        table=table_bytes(shape, dtype=dtype),
         unit=unit,
         libraries=LIBRARIES,
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from planners.batching import TokenBatching
 from planners.canonical_json import to_json
 from planners.method import MethodSpec, Option
 from planners.model.cost import BYTES_OF, dense_model_form, linears_before
@@ -14,7 +15,7 @@ from planners.plan import RunPlan, StagePlan
 from planners.simulation import work
 from planners.simulation.download import FROM_HUB, stage_bytes, unit_bytes
 from planners.simulation.simulate import PassPhase, Phase, SoloPhase, UnitsPhase
-from planners.simulation.work import Data, Work
+from planners.simulation.work import PROBE_TOKENS, Work
 from planners.units.shards import rounds
 from planners.units.units import (
     Identity,
@@ -112,7 +113,7 @@ class Job:
     plan: RunPlan
     spec: MethodSpec
     options: Mapping[str, Option]
-    data: Data
+    data: TokenBatching
     evaluation_tokens: int
     finish: bool = True
     start: ModelForm | None = None
@@ -159,7 +160,7 @@ class Job:
     @property
     def num_microbatches(self) -> int:
         """Of the calibration tokens."""
-        return -(-self.data.tokens // self.data.microbatch_tokens)
+        return self.data.num_microbatches
 
 
 # Which kinds of tasks a phase is made of; the spread of a phase is that of the widest.
@@ -385,8 +386,7 @@ def throughput_work(job: Job) -> Work:
 
 def _sums(job: Job) -> list[Unit]:
     identity = Identity(
-        model_revision="", calibration_hash="", microbatch_sequences=1,
-        compute_dtype=job.data.dtype, threads=1, device="",
+        model_revision="", calibration_hash="", batching=job.data, threads=1, device="",
     )  # fmt: skip
     return statistics_units(identity, job.statistics, job.shape.num_layers)
 
@@ -396,7 +396,7 @@ def _carried(job: Job) -> list[Unit]:
     return [replace(u, kind="carried", name=f"carried-{u.index}", inputs=()) for u in _sums(job)]
 
 
-def _sizes(tokens: int, data: Data) -> list[float]:
+def _sizes(tokens: int, data: TokenBatching) -> list[float]:
     """Return the microbatches of so many tokens, as shares of a whole one."""
     whole, rest = divmod(tokens, data.microbatch_tokens)
     return [1.0] * whole + ([rest / data.microbatch_tokens] if rest else [])
@@ -510,15 +510,14 @@ def _shards(job: Job) -> list[tuple[int, int]]:
 
 def _stream(job: Job, site: int, shard: int) -> Work:
     first, last = _shards(job)[shard]
-    size = job.data.microbatch_tokens
-    tokens = min(last * size, job.data.tokens) - first * size
+    passed = job.data.microbatches[first:last]
     before = max(site - 1, 0)
     return work.stream_work(
         job.shape,
         job.form.layers[before // 2],
         site,
         _site_dim(job, before),
-        replace(job.data, tokens=tokens),
+        replace(job.data, sequences=passed[-1][1] - passed[0][0]),
     )
 
 
@@ -556,8 +555,8 @@ def _damage(job: Job, index: int) -> Work:
     ladders = job.spec.ladders(job.shape, start, job.options).values()
     # Half of a module is where in its grid a cut is on average.
     forms = [ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2]) for ladder in ladders]
-    data = replace(job.data, tokens=min(job.data.tokens, int(job.options["probe_tokens"])))
-    return work.damage_work(job.shape, forms, data, start)
+    tokens = min(PROBE_TOKENS, job.data.tokens, int(job.options["probe_tokens"]))
+    return work.damage_work(job.shape, forms, job.data, start, tokens=tokens)
 
 
 def _basis(job: Job, site: int) -> Work:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from planners import refit
+from planners.batching import TokenBatching
 from planners.model.cost import (
     BYTES_OF,
     layer_parameters,
@@ -74,32 +75,8 @@ KINDS = tuple(field.name for field in fields(Work))
 CALL = Work(calls=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """What passes a model.
-
-    Attributes:
-        tokens: of calibration.
-        sequence_length: tokens of a sequence.
-        microbatch_tokens: tokens of one call.
-        dtype: of the pass.
-        shards: parts of the tokens that are summed by themselves.
-    """
-
-    tokens: int
-    sequence_length: int
-    microbatch_tokens: int
-    dtype: str
-    shards: int = 1
-
-    @property
-    def probe_tokens(self) -> int:
-        """Tokens on which damage is measured, at the most."""
-        return min(PROBE_TOKENS, self.tokens)
-
-
 def half_forward(
-    shape: ModelShape, form: LayerForm, linears: Iterable[str], *, tokens: int, data: Data
+    shape: ModelShape, form: LayerForm, linears: Iterable[str], *, tokens: int, data: TokenBatching
 ) -> Work:
     """Return one half of a layer's forward pass: the linears named, attention with q's."""
     names = tuple(linears)
@@ -116,7 +93,7 @@ def half_forward(
     return Work(matmul=flops, touched=touched)
 
 
-def layer_forward(shape: ModelShape, form: LayerForm, *, tokens: int, data: Data) -> Work:
+def layer_forward(shape: ModelShape, form: LayerForm, *, tokens: int, data: TokenBatching) -> Work:
     """Return the forward pass of one layer."""
     return half_forward(shape, form, LINEARS, tokens=tokens, data=data)
 
@@ -241,7 +218,12 @@ def shrink_work(
 
 
 def damage_work(
-    shape: ModelShape, forms: Iterable[LayerForm], data: Data, start: LayerForm | None = None
+    shape: ModelShape,
+    forms: Iterable[LayerForm],
+    data: TokenBatching,
+    start: LayerForm | None = None,
+    *,
+    tokens: int,
 ) -> Work:
     """Return cutting each module of one layer to each of a grid, and what that does to tokens.
 
@@ -250,8 +232,9 @@ def damage_work(
         forms: one a module, that module alone cut.
         data: what passed the model.
         start: the layer uncut; a dense one if None.
+        tokens: on which damage is measured.
     """
-    tokens, dense = data.probe_tokens, start or dense_form(shape)
+    dense = start or dense_form(shape)
     forward = layer_forward(shape, dense, tokens=tokens, data=data)
     # The output for reference, with its first half twice: once for what is between.
     total = CALL + forward + half_forward(shape, dense, ATTENTION, tokens=tokens, data=data)
@@ -268,13 +251,13 @@ def damage_work(
     return total
 
 
-def refit_start_work(shape: ModelShape, data: Data) -> Work:
+def refit_start_work(shape: ModelShape, data: TokenBatching) -> Work:
     """Return looking the tokens up, once for each stream."""
     return CALL + table_load_work(shape, shape.hidden) + _streams(shape, data, writes=1, reads=0)
 
 
 def refit_layer_work(
-    shape: ModelShape, form: LayerForm, data: Data, start: LayerForm | None = None
+    shape: ModelShape, form: LayerForm, data: TokenBatching, start: LayerForm | None = None
 ) -> Work:
     """Return refitting both halves of one layer behind the layers refitted before."""
     dense = start or dense_form(shape)
@@ -298,7 +281,7 @@ def refit_layer_work(
     return total
 
 
-def refit_losses_work(shape: ModelShape, data: Data) -> Work:
+def refit_losses_work(shape: ModelShape, data: TokenBatching) -> Work:
     """Return the losses of three models on what is held out."""
     held = data.tokens // refit.HELD_OUT
     loss = loss_work(shape, shape.hidden, tokens=held).times(3)
@@ -311,7 +294,9 @@ def chosen_work(shape: ModelShape, form: LayerForm) -> Work:
     return CALL + Work(read=count, written=count)
 
 
-def stream_work(shape: ModelShape, form: LayerForm, site: int, keep_dim: int, data: Data) -> Work:
+def stream_work(
+    shape: ModelShape, form: LayerForm, site: int, keep_dim: int, data: TokenBatching
+) -> Work:
     """Return passing tokens on to a site behind a prefix that is cut already, with their gram.
 
     Args:
@@ -390,6 +375,6 @@ def _gram_bytes(shape: ModelShape, statistics: Iterable[Statistic], form: LayerF
     return 8 * sum(statistic_elements(shape, s, form) for s in statistics)
 
 
-def _streams(shape: ModelShape, data: Data, *, writes: int, reads: int) -> Work:
+def _streams(shape: ModelShape, data: TokenBatching, *, writes: int, reads: int) -> Work:
     size = refit.STREAMS * data.tokens * shape.hidden * BYTES_OF[data.dtype]
     return Work(read=reads * size, written=writes * size)

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from planners import refit
+from planners.batching import TokenBatching
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
 from planners.model.form import ModelForm
@@ -44,29 +45,41 @@ class Identity:
     Attributes:
         model_revision: content hash of the input checkpoint.
         calibration_hash: sha256 of the calibration tokens.
-        microbatch_sequences: sequences a microbatch; products are formed a microbatch at a time.
-        compute_dtype: dtype of the calibration forward.
+        batching: of the calibration tokens.
         threads: threads of one unit.
         device: device class, ``cpu`` or the name of the accelerator.
         statistics_dtype: of the grams as they are stored between the pass and the methods.
-        shards: parts of the calibration tokens that are summed by themselves and then added.
     """
 
     model_revision: str
     calibration_hash: str
-    microbatch_sequences: int
-    compute_dtype: str
+    batching: TokenBatching
     threads: int
     device: str
     statistics_dtype: str = "float64"
-    shards: int = 1
+
+    def key(self) -> dict[str, Any]:
+        """Return what fingerprints are made of; other names would make every record another's.
+
+        How many tokens there are is in their hash.
+        """
+        return {
+            "model_revision": self.model_revision,
+            "calibration_hash": self.calibration_hash,
+            "microbatch_sequences": self.batching.microbatch_sequences,
+            "compute_dtype": self.batching.dtype,
+            "threads": self.threads,
+            "device": self.device,
+            "statistics_dtype": self.statistics_dtype,
+            "shards": self.batching.shards,
+        }
 
 
 def statistics_units(
     identity: Identity, statistics: frozenset[Statistic], num_layers: int
 ) -> list[Unit]:
     """Return one unit a layer; what a layer's sums are does not depend on any method."""
-    common = {"schema": SCHEMA_VERSION, "kind": "statistics", **to_json(identity)}
+    common = {"schema": SCHEMA_VERSION, "kind": "statistics", **identity.key()}
     units = []
     for layer in range(num_layers):
         taps = tuple(str(s) for s in layer_statistics(statistics, layer, num_layers))
@@ -89,7 +102,7 @@ def carried_units(
         sums: statistics units of the step.
         layers: its layer units; their inputs are the bases.
     """
-    common = {"schema": SCHEMA_VERSION, **to_json(identity)}
+    common = {"schema": SCHEMA_VERSION, **identity.key()}
     units = []
     for total, layer in zip(sums, layers, strict=True):
         taps = tuple(str(s) for s in layer_statistics(statistics, layer.index, len(layers)))

@@ -13,7 +13,6 @@ from actors.messages import (
     Assignment,
     CompressionJob,
     Microbatch,
-    TokenStream,
     UnitTask,
     WorkerSetup,
 )
@@ -22,6 +21,7 @@ from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.main import main
 from orchestrator.engine.reproduce import CALL, SETUP, PassCall, UnitCall
+from planners.batching import TokenBatching
 from planners.errors import CompressionError
 from planners.model.taps import Statistic
 from tests.builders import compress_local, layer_file, save_model
@@ -58,7 +58,7 @@ def jobs(draw, depth=1):
         options=OPTIONS,
         shape=st.just(shape),
         form=model_forms(shape),
-        stream=every(TokenStream),
+        batching=every(TokenBatching),
         former=former,
         layer_options=st.dictionaries(COUNTS, OPTIONS, max_size=3),
         makers=MAKERS,

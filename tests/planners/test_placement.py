@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.memory.placement import Load, load_of, place
 from planners.model.cost import layer_parameters, statistic_elements
@@ -76,9 +77,10 @@ def test_a_worker_too_small_for_one_layer_is_told_by_how_many_bytes(num_layers, 
 def test_a_layer_takes_its_weights_and_its_sums(dtype, tokens):
     shape = shape_of(3)
     statistics = frozenset({Statistic("resid_attn", "gram"), Statistic("resid_mlp", "gram")})
-    load = load_of(
-        shape, statistics, microbatch_tokens=tokens, sequence_length=1, compute_dtype=dtype
+    batching = TokenBatching(
+        sequences=tokens, sequence_length=1, microbatch_sequences=tokens, dtype=dtype
     )
+    load = load_of(shape, statistics, batching)
     width = {"float32": 4, "bfloat16": 2}[dtype]
     assert load.layer == width * layer_parameters(shape, dense_form(shape))
     assert load.statistics == 8 * sum(statistic_elements(shape, s) for s in statistics)

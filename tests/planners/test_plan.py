@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planners.batching import TokenBatching
 from planners.canonical_json import fingerprint, to_json
 from planners.memory.placement import load_of, place
 from planners.model.cost import dense_model_form, dense_parameters, model_parameters
@@ -20,6 +21,7 @@ SHAPE = ModelShape(
     family="llama", model_type="qwen2", num_layers=3, hidden=16, intermediate=24, num_heads=4,
     num_kv_heads=2, head_dim=4, vocab_size=50, tied=True, qkv_bias=True,
 )  # fmt: skip
+BATCHING = TokenBatching(sequences=2, sequence_length=4, microbatch_sequences=2, dtype="float32")
 READER = """
 import json, sys
 from planners.canonical_json import fingerprint
@@ -32,9 +34,7 @@ assert "torch" not in sys.modules
 def plan_of(shape, **changes):
     form = dense_model_form(shape)
     layers = (replace(form.layers[0], ranks={"up_proj": 3, "q_proj": 2}), *form.layers[1:])
-    load = load_of(
-        shape, frozenset(), microbatch_tokens=8, sequence_length=4, compute_dtype="float32"
-    )
+    load = load_of(shape, frozenset(), BATCHING)
     plan = RunPlan(
         shape=shape,
         form=replace(form, layers=layers),
@@ -55,9 +55,7 @@ def plan_of(shape, **changes):
 def run_plans(draw):
     shape = draw(shapes())
     form = draw(model_forms(shape))
-    load = load_of(
-        shape, frozenset(), microbatch_tokens=8, sequence_length=4, compute_dtype="float32"
-    )
+    load = load_of(shape, frozenset(), BATCHING)
     workers = draw(st.integers(1, 3))
     memory = sum(load.stage(1, tables=2).values()) + draw(st.integers(0, 3)) * load.layer
     return RunPlan(

@@ -6,6 +6,7 @@ import pytest
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
+from planners.batching import TokenBatching
 from planners.memory.peaks import unit_bytes
 from planners.method import Target
 from planners.model.cost import dense_model_form, layer_parameters
@@ -19,7 +20,9 @@ SHAPE = ModelShape(
     num_kv_heads=8, head_dim=32, vocab_size=100, tied=False, dtype="bfloat16",
 )  # fmt: skip
 WORK = Workload(
-    sequences=4, sequence_length=16, microbatch_sequences=2, compute_dtype="bfloat16",
+    batching=TokenBatching(
+        sequences=4, sequence_length=16, microbatch_sequences=2, dtype="bfloat16"
+    ),
     num_workers=1, worker_bytes=2**40,
 )  # fmt: skip
 WIDE = {"hidden_size": 192, "intermediate_size": 512}  # so that headers are little beside tensors
@@ -50,12 +53,12 @@ def test_sums_that_are_pages_of_files_take_no_memory_in_a_unit(method):
 
 def test_outputs_that_wait_for_the_layers_behind_are_planned_one_a_level():
     spec, whole, peaks = methods.spec("modegpt"), dense_model_form(SHAPE), []
-    tokens, width = WORK.sequences * WORK.sequence_length, 2
+    tokens, width = WORK.batching.tokens, 2
     for damage in ("layer", "loss"):
         options = resolve_options(spec, {"allocation": "marginal", "damage": damage})
         found = unit_bytes(
             SHAPE, whole, spec=spec, options=options, tokens=(tokens, tokens),
-            sequence_length=WORK.sequence_length, dtype="bfloat16",
+            sequence_length=WORK.batching.sequence_length, dtype="bfloat16",
         )  # fmt: skip
         peaks.append(found)
     ladders = spec.ladders(SHAPE, dense_form(SHAPE), options).values()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
+from planners.batching import TokenBatching
 from planners.method import Target
 from planners.model.cost import dense_start
 from planners.model.shape import ModelShape
@@ -17,9 +18,21 @@ from planners.units.units import Identity, compression_units, needed, spent, sta
 
 SPEC = methods.spec("slicegpt")
 IDENTITY = Identity(
-    model_revision="model", calibration_hash="data", microbatch_sequences=4,
-    compute_dtype="float32", threads=1, device="cpu",
+    model_revision="model", calibration_hash="data", threads=1, device="cpu",
+    batching=TokenBatching(
+        sequences=20, sequence_length=8, microbatch_sequences=4, dtype="float32"
+    ),
 )  # fmt: skip
+# How many tokens there are is in their hash.
+IDENTITY_FIELDS = {*Identity.__slots__, "microbatch_sequences", "dtype", "shards"} - {"batching"}
+
+
+def another_identity(field):
+    """Return one that differs in a field, of its own or of its batching."""
+    whole = IDENTITY if field in Identity.__slots__ else IDENTITY.batching
+    old = getattr(whole, field)
+    changed = replace(whole, **{field: old + 1 if isinstance(old, int) else "other"})
+    return changed if whole is IDENTITY else replace(IDENTITY, batching=changed)
 
 
 def shape_of(num_layers):
@@ -130,20 +143,22 @@ def test_a_stream_is_spent_when_its_gram_is_summed_and_it_has_passed_on():
     assert spent(site, units, done=lambda unit: unit in (site, read)) == []
 
 
-@pytest.mark.parametrize("field", list(Identity.__slots__))
+def test_fingerprints_of_runs_that_were_begun_earlier_are_found_again():
+    assert statistics_units(IDENTITY, SPEC.statistics(resolve_options(SPEC, {})), 1)[
+        0
+    ].fingerprint == ("0edeef23363467f3c019612951c98115a6cc3c80aec7de5f3f12984b847e7413")
+
+
+@pytest.mark.parametrize("field", sorted(IDENTITY_FIELDS))
 def test_sequential_units_are_others_where_the_input_differs(field):
-    old = getattr(IDENTITY, field)
-    other = replace(IDENTITY, **{field: old + 1 if isinstance(old, int) else "other"})
     one = fingerprints(units_of(schedule="sequential"))
-    two = fingerprints(units_of(schedule="sequential", identity=other))
+    two = fingerprints(units_of(schedule="sequential", identity=another_identity(field)))
     assert not set(one.values()) & set(two.values())
 
 
-@pytest.mark.parametrize("field", list(Identity.__slots__))
+@pytest.mark.parametrize("field", sorted(IDENTITY_FIELDS))
 def test_all_units_are_others_where_the_input_differs(field):
-    old = getattr(IDENTITY, field)
-    other = replace(IDENTITY, **{field: old + 1 if isinstance(old, int) else "other"})
-    one, two = fingerprints(units_of()), fingerprints(units_of(identity=other))
+    one, two = fingerprints(units_of()), fingerprints(units_of(identity=another_identity(field)))
     assert one.keys() == two.keys()
     assert not set(one.values()) & set(two.values())
 
