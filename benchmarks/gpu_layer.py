@@ -17,7 +17,7 @@ import torch
 from result_file import Goal, Result, load_average, report, table
 from shaped import config_of
 
-from actors.modeling.build import Skeleton
+from actors.modeling.outer import OuterModel
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.packed import zeros
@@ -122,21 +122,21 @@ def _rates(
 ) -> tuple[float, float, int]:
     """Return seconds of a layer with grams, of the same products bare, and their operations."""
     family = load_family("llama")
-    skeleton = Skeleton(config, dtype=dtype, device="cuda")
+    outer = OuterModel(config, family, dtype=dtype, device="cuda")
     named = family.layer_tensors(shape, 0)
     prefix = family.layer.format(i=0) + "."
     weights = {
         name.removeprefix(prefix): torch.randn(dims, device="cuda", dtype=dtype) * 0.02
         for name, dims in named.values()
     }
-    layer = skeleton.layer(0, weights)
+    layer = outer.layer(0, weights)
     held = LayerStatistics(_statistics(), shape, family, device="cuda")
     hidden = torch.randn(tokens // SEQUENCE, SEQUENCE, shape.hidden, device="cuda", dtype=dtype)
-    angles = skeleton.angles(hidden)
+    arguments = outer.layer_arguments(hidden)
 
     def ours() -> None:
         held.attach(layer)
-        after = layer(hidden, attention_mask=None, position_embeddings=angles)
+        after = layer(hidden, **arguments)
         held.detach()
         held.update_residual(hidden, after)
 

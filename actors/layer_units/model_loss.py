@@ -1,15 +1,13 @@
-"""From the output of one layer to the model's loss: what is behind it is read a layer at a time."""
+"""From the output of one layer to the model's loss: later layers are read one at a time."""
 
 from collections.abc import Sequence
 
 from jaxtyping import Int
 from torch import Tensor
 
-from actors.modeling.build import Skeleton
-from actors.numerics.loss import next_token_nll
+from actors.modeling.outer import OuterModel
 from actors.storage.checkpoint import Checkpoint
 from planners.families import load as load_family
-from planners.memory.peaks import LOGIT_TOKENS
 
 
 def downstream_losses(
@@ -34,22 +32,17 @@ def downstream_losses(
     Raises:
         ModelError: a weight is missing or not finite.
     """
-    shape, config = checkpoint.shape, checkpoint.config
-    family, dtype = load_family(shape.family), streams[0].dtype
+    shape, dtype = checkpoint.shape, streams[0].dtype
+    family = load_family(shape.family)
+    outer = OuterModel(checkpoint.config, family, dtype=dtype, device=device)
     passing = list(streams)
+    arguments = outer.layer_arguments(passing[0])
     for index in range(layer + 1, shape.num_layers):
-        skeleton = Skeleton(config, dtype=dtype, device=device)
         prefix = family.layer.format(i=index) + "."
-        module = skeleton.layer(index, checkpoint.read_prefix(prefix))
-        angles = skeleton.angles(passing[0])
+        module = outer.layer(index, checkpoint.read_prefix(prefix))
         for number, hidden in enumerate(passing):
-            passing[number] = module(hidden, attention_mask=None, position_embeddings=angles)
-    skeleton = Skeleton(config, dtype=dtype, device=device)
-    norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
-    table = family.head if family.head in checkpoint.locations else family.embedding
-    head = checkpoint.read(table).to(device, dtype)
-    found = []
-    for hidden in passing:
-        nats, num_predicted = next_token_nll(norm(hidden), head, ids, block=LOGIT_TOKENS)
-        found.append(nats / num_predicted)
-    return found
+            passing[number] = module(hidden, **arguments)
+        del module  # before the next one is read
+    outer.read_head(checkpoint)
+    summed = [outer.loss(hidden, ids) for hidden in passing]
+    return [nats / num_predicted for nats, num_predicted in summed]

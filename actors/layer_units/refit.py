@@ -17,16 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from actors.messages import CompressionJob, Done, UnitTask
-from actors.modeling.build import Skeleton
 from actors.modeling.halves import HalvedLayer
+from actors.modeling.outer import OuterModel
 from actors.numerics.least_squares import Refit, RestSums, empty_sums, refit
-from actors.numerics.loss import next_token_nll
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import described, read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
-from planners.memory.peaks import LOGIT_TOKENS
 from planners.model.form import LayerForm
 from planners.refit import DAMPINGS, cuts
 
@@ -85,14 +83,15 @@ class _Boundary:
 def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Embed the tokens: all streams are equal there."""
     del task
-    checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
-    table = checkpoint.read(family.embedding).to(device, _dtype(job))
+    checkpoint = Checkpoint.of(job)
+    outer = _outer(checkpoint, job, device)
+    outer.read_embedding(checkpoint)
     ids = _ids(job, run, device)
     fitted, held = _cuts(job)
 
     def streams() -> Iterator[Streams]:
         for rows in (*fitted, *held):
-            hidden = nn.functional.embedding(ids[slice(*rows)], table)
+            hidden = outer.embed(ids[slice(*rows)])
             names = (DENSE, REFITTED) if rows in fitted else (DENSE, REFITTED, DRAFTED)
             yield dict.fromkeys(names, hidden)
 
@@ -140,19 +139,16 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Measure all streams' losses on the held-out sequences, which say what is used."""
     boundary = _boundary(2 * task.index, job, run, device)
-    checkpoint, family = Checkpoint.of(job), load_family(job.shape.family)
-    dtype = _dtype(job)
-    table = family.embedding if checkpoint.form.tied else family.head
-    head = checkpoint.read(table).to(device, dtype)
-    skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
-    norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
+    checkpoint = Checkpoint.of(job)
+    outer = _outer(checkpoint, job, device)
+    outer.read_head(checkpoint)
     ids = _ids(job, run, device)
     nats = dict.fromkeys((DENSE, DRAFTED, REFITTED), 0.0)
     num_tokens = 0
     for rows, streams in zip(_cuts(job)[1], boundary.held(), strict=True):
         count = 0
         for name, hidden in streams.items():
-            each, count = next_token_nll(norm(hidden), head, ids[slice(*rows)], block=LOGIT_TOKENS)
+            each, count = outer.loss(hidden, ids[slice(*rows)])
             nats[name] += each
         num_tokens += count
     values = {
@@ -241,6 +237,11 @@ def _said(found: Refit) -> dict[str, object]:
 def _boundary(site: int, job: CompressionJob, run: Directory, device: str) -> _Boundary:
     fitted, held = _cuts(job)
     return _Boundary(run=run, site=site, num_fitted=len(fitted), num_held=len(held), device=device)
+
+
+def _outer(checkpoint: Checkpoint, job: CompressionJob, device: str) -> OuterModel:
+    family = load_family(job.shape.family)
+    return OuterModel(checkpoint.config, family, dtype=_dtype(job), device=device)
 
 
 def _cuts(job: CompressionJob) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

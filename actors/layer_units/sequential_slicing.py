@@ -22,6 +22,7 @@ from torch import Tensor
 from actors import methods
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
+from actors.modeling.outer import OuterModel
 from actors.statistics.observe import ADD
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
@@ -69,8 +70,10 @@ class _Passing:
         self._checkpoint = Checkpoint.of(job)
         self._dtype = getattr(torch, job.batching.dtype)
         if site <= 1:
-            name = load_family(job.shape.family).embedding
-            self._table = self._checkpoint.read(name).to(device, self._dtype)
+            family = load_family(job.shape.family)
+            config = self._checkpoint.config
+            self._outer = OuterModel(config, family, dtype=self._dtype, device=device)
+            self._outer.read_embedding(self._checkpoint)
             self._ids = torch.from_numpy(tokens_from_parquet(run.read(job.tokens)))
         if site > 0:
             (file,) = read_record(run, basis).files
@@ -91,8 +94,7 @@ class _Passing:
 
     def _embedded(self, index: int) -> Tensor:
         size = self._job.batching.microbatch_sequences
-        ids = self._ids[index * size : (index + 1) * size].to(self._device)
-        return torch.nn.functional.embedding(ids, self._table)
+        return self._outer.embed(self._ids[index * size : (index + 1) * size])
 
     def _built(self, basis: Tensor) -> HalvedLayer:
         """Return the layer that leads to this site, cut where that half reads and nowhere else."""

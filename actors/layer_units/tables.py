@@ -48,7 +48,7 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
     files: tuple[FileEntry, ...] = ()
     values: dict[str, object] = {}
     if not job.form.tied:
-        source = family.embedding if checkpoint.form.tied else family.head
+        source = family.head_among(checkpoint.locations)
 
         def turn(rows: Tensor) -> Tensor:
             if not bases:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.modeling.build import Skeleton
 from actors.modeling.modeling_compressed import CompressedConfig
+from actors.modeling.outer import OuterModel
 from planners.canonical_json import to_json
+from planners.families import load as load_family
 from planners.model.form import LayerForm
 from planners.model.shape import ModelShape
 
@@ -32,16 +33,14 @@ class HalvedLayer:
     ) -> None:
         """Build the layer of these tensors, which are named as below the layer."""
         alone = {**one_layer_config(config, shape), "layer_forms": [to_json(form)]}
-        self._skeleton = Skeleton(alone, dtype=dtype, device=device)
-        self.module: nn.Module = self._skeleton.layer(0, tensors)
+        self._outer = OuterModel(alone, load_family(shape.family), dtype=dtype, device=device)
+        self.module: nn.Module = self._outer.layer(0, tensors)
 
     def attention(self, hidden: Tensor) -> Tensor:
         """Return what attention adds to the residual stream."""
         layer: Any = self.module
-        angles = self._skeleton.angles(hidden)
-        attended: Tensor = layer.self_attn(
-            layer.input_layernorm(hidden), position_embeddings=angles
-        )[0]
+        arguments = self._outer.layer_arguments(hidden)
+        attended: Tensor = layer.self_attn(layer.input_layernorm(hidden), **arguments)[0]
         return attended
 
     def mlp(self, middle: Tensor) -> Tensor:

@@ -58,11 +58,11 @@ def check_classes(checkpoint: Checkpoint) -> None:
         ModelError: the config is not one that they can be built from, or a tensor does not fit, or
             holds what no such tensor can.
     """
-    from actors.modeling.build import Skeleton  # seconds, for transformers
+    from actors.modeling.outer import empty_model  # seconds, for transformers
 
     where = checkpoint.directory.path("config.json")
     try:
-        Skeleton(checkpoint.config, dtype=torch.float32, device="cpu")
+        empty_model(checkpoint.config)
         compressed = checkpoint.config["model_type"] == COMPRESSED
         expected = _compressed_shapes(checkpoint) if compressed else {}
     except _REFUSALS as error:

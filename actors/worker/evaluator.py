@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.devices.memory import PeakMemory
 from actors.messages import ThroughputRequest, UnitDone, VerifyRequest
-from actors.modeling.build import Skeleton
+from actors.modeling.outer import OuterModel
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.copies import local_copy
 from actors.storage.tensors import NAME_OF, tensor_bytes
@@ -183,19 +183,16 @@ def _stagewise_logits(
 ) -> Tensor:
     """Return the logits of a checkpoint by passing its layers one at a time, as a stage does."""
     family = load_family(family_name)
-    embedding = checkpoint.read(family.embedding).to(device)
-    skeleton = Skeleton(checkpoint.config, dtype=embedding.dtype, device=device)
-    hidden = torch.nn.functional.embedding(batch, embedding)
-    angles = skeleton.angles(hidden)
+    dtype = getattr(torch, checkpoint.dtype)
+    outer = OuterModel(checkpoint.config, family, dtype=dtype, device=device)
+    outer.read_embedding(checkpoint)
+    hidden = outer.embed(batch)
+    arguments = outer.layer_arguments(hidden)
     for index in range(checkpoint.config["num_hidden_layers"]):
         tensors = checkpoint.read_prefix(family.layer.format(i=index) + ".")
-        layer = skeleton.layer(index, tensors)
-        hidden = layer(hidden, attention_mask=None, position_embeddings=angles)
-    norm = skeleton.final_norm(checkpoint.read_prefix(family.final_norm.removesuffix("weight")))
-    tied = family.head not in checkpoint.locations
-    head = embedding if tied else checkpoint.read(family.head).to(device)
-    logits: Tensor = norm(hidden) @ head.T
-    return logits
+        hidden = outer.layer(index, tensors)(hidden, **arguments)
+    outer.read_head(checkpoint)
+    return outer.logits(hidden)
 
 
 def _close(name: str, found: Tensor, expected: Tensor) -> Check:

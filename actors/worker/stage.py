@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from actors.devices.memory import PeakMemory, give_back
-from actors.devices.transfer import to_device
 from actors.layer_units.registry import do_unit
 from actors.messages import (
     Assignment,
@@ -27,8 +26,7 @@ from actors.messages import (
     pack,
     unpack,
 )
-from actors.modeling.build import Skeleton
-from actors.numerics.loss import next_token_nll
+from actors.modeling.outer import OuterModel
 from actors.statistics.observe import ForwardDoneError, LayerStatistics
 from actors.statistics.sums import write_sums
 from actors.storage.checkpoint import Checkpoint
@@ -38,7 +36,6 @@ from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
-from planners.memory.peaks import LOGIT_TOKENS
 from planners.model.taps import layer_statistics
 
 PARTIAL = "partial"  # the folder of partial sums in a run
@@ -71,14 +68,11 @@ class Stage:
         self._setup = setup
         self._peak = PeakMemory(setup.device)
         self._layers: dict[int, nn.Module] = {}
-        self._skeleton: Skeleton | None = None
+        self._outer: OuterModel | None = None
         self._statistics: dict[int, LayerStatistics] = {}
         self._tokens: dict[str, Tensor] = {}
         self._next: dict[int, int] = {}  # layer -> first microbatch that it has not summed
         self._saved: dict[int, int] = {}  # layer -> that of its newest partial sums
-        self._embedding: Tensor | None = None
-        self._head: Tensor | None = None
-        self._norm: nn.Module | None = None
         self._generated: Generated | None = None
 
     def __repr__(self) -> str:
@@ -100,18 +94,17 @@ class Stage:
         started = time.monotonic()
         self.drop()
         checkpoint = Checkpoint.of(assignment)
-        dtype = getattr(torch, assignment.dtype)
         device = self._setup.device
         self._assignment = assignment
         self._run = Directory(assignment.run_uri)
         self._tokens = {}
-        skeleton = Skeleton(checkpoint.config, dtype=dtype, device=device)
-        self._skeleton = skeleton
-        family = load_family(assignment.family)
+        family, dtype = load_family(assignment.family), getattr(torch, assignment.dtype)
+        outer = OuterModel(checkpoint.config, family, dtype=dtype, device=device)
+        self._outer = outer
         for index in range(assignment.first, assignment.last):
             prefix = family.layer.format(i=index) + "."
             tensors = prefetched(checkpoint.stream_prefix(prefix))
-            self._layers[index] = skeleton.layer(index, tensors)
+            self._layers[index] = outer.layer(index, tensors)
             if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
                 form = checkpoint.form.layers[index]
@@ -122,13 +115,9 @@ class Stage:
         for partial in summing.partials if summing is not None else ():
             self._resume_sums(partial)
         if assignment.embedding:
-            self._embedding = to_device(checkpoint.read(family.embedding), device, dtype)
+            outer.read_embedding(checkpoint)
         if assignment.head:
-            tied = family.head not in checkpoint.locations
-            name = family.embedding if tied else family.head
-            self._head = to_device(checkpoint.read(name), device, dtype)
-            prefix = family.final_norm.removesuffix("weight")
-            self._norm = skeleton.final_norm(checkpoint.read_prefix(prefix))
+            outer.read_head(checkpoint)
         give_back()
         seconds = time.monotonic() - started
         return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
@@ -136,8 +125,7 @@ class Stage:
     def drop(self) -> None:
         """Forget layers and statistics."""
         self._layers, self._statistics = {}, {}
-        self._skeleton = None  # it has the modules that were filled, and with them the weights
-        self._embedding = self._head = self._norm = None
+        self._outer = None
         self._next, self._saved = {}, {}
         self._generated = None
         give_back()
@@ -159,7 +147,7 @@ class Stage:
         )
         nats, num_predicted = 0.0, 0
         if microbatch.loss and self._assignment.head:
-            nats, num_predicted = self._loss(hidden, self._ids(microbatch))
+            nats, num_predicted = self._loaded.loss(hidden, self._ids(microbatch))
         boundary = None
         if microbatch.write_boundary:
             boundary = write_tensors(self._run, microbatch.write_boundary, {"hidden": hidden})
@@ -187,7 +175,7 @@ class Stage:
         Returns:
             What the next stage takes; the last stage returns the likeliest next ids, (batch, 1).
         """
-        assert self._skeleton is not None  # it was loaded
+        outer = self._loaded
         if start == 0:
             self._generated = Generated(
                 peak=PeakMemory(self._setup.device), weight_bytes=self._weight_bytes()
@@ -195,25 +183,24 @@ class Stage:
         generated = self._generated
         assert generated is not None  # a prompt comes first
         hidden = unpack(packed, device=self._setup.device)
-        if self._embedding is not None:
-            hidden = torch.nn.functional.embedding(hidden, self._embedding)
-        angles = self._skeleton.angles(hidden, start=start)
+        if self._assignment.embedding:
+            hidden = outer.embed(hidden, start=start)
+        arguments = outer.layer_arguments(hidden, start=start)
         for layer in self._layers.values():
-            hidden = layer(
-                hidden,
-                attention_mask=None,
-                position_embeddings=angles,
-                past_key_values=generated.cache,
-            )
-        if self._head is not None and self._norm is not None:
-            hidden = (self._norm(hidden[:, -1:]) @ self._head.T).argmax(-1)
+            hidden = layer(hidden, past_key_values=generated.cache, **arguments)
+        if self._assignment.head:
+            hidden = outer.logits(hidden[:, -1:]).argmax(-1)
         handed_on = pack(hidden)
         return GenerateDone(held_bytes=generated.weight_bytes + generated.peak.bytes()), handed_on
 
+    @property
+    def _loaded(self) -> OuterModel:
+        assert self._outer is not None  # a pass loads its layers first
+        return self._outer
+
     def _weight_bytes(self) -> int:
-        modules = [*self._layers.values(), *([] if self._norm is None else [self._norm])]
-        tensors = [t for t in (self._embedding, self._head) if t is not None]
-        tensors += [t for module in modules for t in module.parameters()]
+        layers = self._layers.values()
+        tensors = self._loaded.tensors() + [t for layer in layers for t in layer.parameters()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self) -> SaveDone:
@@ -299,9 +286,8 @@ class Stage:
 
     def _input(self, microbatch: Microbatch, packed: Packed | None) -> Tensor:
         device = self._setup.device
-        if self._embedding is not None:
-            ids = self._ids(microbatch).to(device)
-            return torch.nn.functional.embedding(ids, self._embedding)
+        if self._assignment.embedding:
+            return self._loaded.embed(self._ids(microbatch))
         if packed is not None:
             return unpack(packed, device=device)
         return read_tensors(self._run, microbatch.read_boundary)["hidden"].to(device)
@@ -314,8 +300,7 @@ class Stage:
 
     def _through(self, hidden: Tensor, *, observed: set[int], ends: bool) -> Tensor:
         """Return what leaves the last layer, or what enters it where nobody reads what leaves."""
-        assert self._skeleton is not None  # a pass loads its layers first
-        angles = self._skeleton.angles(hidden)
+        arguments = self._loaded.layer_arguments(hidden)
         for index, layer in self._layers.items():
             sums = self._statistics[index] if index in observed else None
             last = ends and index == self._assignment.last - 1
@@ -324,7 +309,7 @@ class Stage:
             if sums is not None:
                 sums.attach(layer, ends=last)
             try:
-                after = layer(hidden, attention_mask=None, position_embeddings=angles)
+                after = layer(hidden, **arguments)
             except ForwardDoneError:
                 after = None
             if sums is not None:
@@ -333,7 +318,3 @@ class Stage:
                 self._next[index] += 1
             hidden = hidden if after is None else after
         return hidden
-
-    def _loss(self, hidden: Tensor, ids: Tensor) -> tuple[float, int]:
-        assert self._norm is not None and self._head is not None  # the assignment has the head  # noqa: PT018
-        return next_token_nll(self._norm(hidden), self._head, ids, block=LOGIT_TOKENS)

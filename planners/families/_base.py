@@ -1,6 +1,6 @@
 """What a model family is: names and integers, not code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,10 @@ class Family:
             if name == below or name.startswith(f"{below}."):
                 return part + name[len(below) :]
         return name
+
+    def head_among(self, names: Container[str]) -> str:
+        """Return the tensor of the head among those of a checkpoint: the embedding's if tied."""
+        return self.head if self.head in names else self.embedding
 
     def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return role -> (tensor name, shape) of the tensors outside the layers."""

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from actors.modeling.build import Skeleton
+from actors.modeling.outer import OuterModel
 from actors.numerics.packed import unpacked
 from actors.statistics.observe import LayerStatistics
 from actors.storage.checkpoint import Checkpoint
@@ -114,20 +114,20 @@ def observed(folder, statistics, *, cut=2, dtype=torch.float32):
     """Return what one layer sums over microbatches of ``cut`` sequences."""
     checkpoint = Checkpoint(str(folder))
     family = families.load("llama")
-    skeleton = Skeleton(checkpoint.config, dtype=dtype, device="cpu")
+    outer = OuterModel(checkpoint.config, family, dtype=dtype, device="cpu")
+    outer.read_embedding(checkpoint)
     layers = [
-        skeleton.layer(i, checkpoint.read_prefix(family.layer.format(i=i) + "."))
+        outer.layer(i, checkpoint.read_prefix(family.layer.format(i=i) + "."))
         for i in range(LAYER + 1)
     ]
     held = LayerStatistics(statistics, checkpoint.shape, family, device="cpu")
-    table = checkpoint.read(family.embedding).to(dtype)
     for ids in token_ids().split(cut):
-        hidden = torch.nn.functional.embedding(ids, table)
-        angles = skeleton.angles(hidden)
+        hidden = outer.embed(ids)
+        arguments = outer.layer_arguments(hidden)
         for index, layer in enumerate(layers):
             if index == LAYER:
                 held.attach(layer)
-            after = layer(hidden, attention_mask=None, position_embeddings=angles)
+            after = layer(hidden, **arguments)
             if index == LAYER:
                 held.detach()
                 held.update_residual(hidden, after)
@@ -173,13 +173,13 @@ def test_every_token_is_counted_once(together):
 def test_nothing_is_summed_after_detaching(model):
     checkpoint = Checkpoint(str(model))
     family = families.load("llama")
-    skeleton = Skeleton(checkpoint.config, dtype=torch.float32, device="cpu")
-    layer = skeleton.layer(0, checkpoint.read_prefix(family.layer.format(i=0) + "."))
+    outer = OuterModel(checkpoint.config, family, dtype=torch.float32, device="cpu")
+    layer = outer.layer(0, checkpoint.read_prefix(family.layer.format(i=0) + "."))
     held = LayerStatistics(STATISTICS, checkpoint.shape, family, device="cpu")
     held.attach(layer)
     held.detach()
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    layer(hidden, attention_mask=None, position_embeddings=skeleton.angles(hidden))
+    layer(hidden, **outer.layer_arguments(hidden))
     assert not any(total.any() for total in held.sums.values())
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import silu
 from actors import methods
 from actors.methods.modegpt import value_maps
 from actors.methods.svdllm import TAP_OF, low_rank
-from actors.modeling.build import Skeleton
 from actors.modeling.modeling_compressed import CompressedConfig
+from actors.modeling.outer import OuterModel
 from actors.numerics.nystrom import nystrom
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget.widths import form_of, full_widths
@@ -184,10 +184,9 @@ def run(shape, form, tensors, hidden):
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
         "pad_token_id": None, "layer_forms": [to_json(form)],
     }  # fmt: skip
-    skeleton = Skeleton(config, dtype=torch.float64, device="cpu")
-    angles = skeleton.angles(hidden)
+    outer = OuterModel(config, load_family("llama"), dtype=torch.float64, device="cpu")
     with torch.inference_mode():
-        return skeleton.layer(0, named)(hidden, position_embeddings=angles, attention_mask=None)
+        return outer.layer(0, named)(hidden, **outer.layer_arguments(hidden))
 
 
 # Each method, from its own spec to the tensors of a layer.
