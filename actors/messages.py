@@ -116,7 +116,7 @@ class ResumeSums:
 
     Attributes:
         layers: those that sum; the others pass microbatches on.
-        partials: sums to go on with; a layer without one begins at the first microbatch.
+        partials: sums to resume from; a layer without one begins at the first microbatch.
     """
 
     layers: frozenset[int]
@@ -218,8 +218,8 @@ class CompressionJob:
         tokens: the file in the run directory that holds the calibration tokens, for units that
             stream them.
         batching: of these tokens.
-        former: the step before, where its statistics are turned into those of this one.
-        makers: of each layer, module -> the method that shrinks it, where several compete.
+        former: the step before, where its statistics are rotated into those of this one.
+        makers: of each layer, module -> the method that shrinks it, where methods are mixed.
         candidates: method -> its options, of those beside the one that is named.
         statistics_dtype: of grams as they are stored.
         contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).

@@ -1,4 +1,4 @@
-"""How much memory this process used at its peak: of its own, or of its device."""
+"""The peak memory of this process, or of its device; freed memory is returned to the system."""
 
 import ctypes
 import threading
@@ -26,8 +26,8 @@ def anonymous_bytes() -> int:
     return 0
 
 
-def give_back() -> None:
-    """Return freed memory to the system: allocators keep it, and a plan would be wrong by it."""
+def release_freed_memory() -> None:
+    """Return freed memory to the system: allocators keep it, which no planned peak counts."""
     pa.default_memory_pool().release_unused()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
     if trim is not None:
@@ -35,21 +35,21 @@ def give_back() -> None:
 
 
 def _device_bytes() -> int:
-    """Return the most memory of the device that was in use since somebody last began to watch."""
+    """Return the peak memory of the device since a `PeakMemory` last began."""
     return int(torch.cuda.max_memory_allocated())
 
 
 class PeakMemory:
-    """Samples anonymous memory in a thread and keeps the most it saw above where it began.
+    """Samples anonymous memory in a thread and keeps the peak above where it began.
 
-    Where the work is done on a device, it is the device's memory.
+    On a GPU it is the memory of the device that torch has allocated.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self._used = anonymous_bytes
         if device == "cuda":
             self._used = _device_bytes
-            torch.cuda.reset_peak_memory_stats()  # others who watch have sampled it before
+            torch.cuda.reset_peak_memory_stats()  # an earlier PeakMemory has its samples
         self._baseline = self._used()
         self._peak = self._baseline
         watching = threading.Thread(
@@ -64,7 +64,7 @@ class PeakMemory:
 
 
 def _watch(watched: weakref.ref[PeakMemory]) -> None:
-    """Sample for as long as anyone may ask: a thread that outlives its owner is a leak."""
+    """Sample until the `PeakMemory` is collected: a thread that outlives its owner is a leak."""
     while (memory := watched()) is not None:
         memory.bytes()
         del memory

@@ -1,7 +1,7 @@
-"""Tensors on their way to a device and back: through pinned memory, which a device copies itself.
+"""Copy tensors to a device and back through pinned memory.
 
-From pinned memory a copy runs beside whatever the host does next, which is to read the tensor that
-comes after; torch keeps the memory until the copy is done. On a CPU nothing is copied.
+A copy from pinned memory runs while the host reads the next tensor; torch keeps the memory until
+the copy is done. On a CPU nothing is copied.
 """
 
 import torch
@@ -11,7 +11,7 @@ LARGEST_PINNED = 2**30  # torch keeps pinned memory; a gram of the FFN is read o
 
 
 def to_device(tensor: Tensor, device: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor on a device, in a dtype that is reached there: what travels is as stored."""
+    """Return a tensor on a device, converted there, so that it is copied as stored."""
     if device == "cuda" and tensor.device.type == "cpu" and tensor.nbytes <= LARGEST_PINNED:
         tensor = tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device=device, dtype=dtype or tensor.dtype)

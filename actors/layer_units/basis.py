@@ -1,4 +1,4 @@
-"""The basis of a site from its Gram matrix."""
+"""Units that find the basis of a site of the residual stream from its Gram matrix."""
 
 from torch import Tensor
 
@@ -7,15 +7,13 @@ from actors.layer_units import sequential_slicing
 from actors.layer_units.layer import read_statistics
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.storage.files import Directory
-from actors.storage.tensors import (
-    write_tensors,
-)
+from actors.storage.tensors import write_tensors
 
-SPECTRUM_SAMPLES = 256  # eigenvalues of a site that travel into its record
+SPECTRUM_SAMPLES = 256  # most eigenvalues of a site that its record holds
 
 
 def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Factor the statistics of one site of the residual stream, or of all sites into one basis."""
+    """Factor the gram of one site, or those of all sites into one shared basis (index -1)."""
     last = 2 * job.shape.num_layers
     sites = range(last + 1) if task.index < 0 else [task.index]
     grams = [gram for site in sites if (gram := _site_gram(site, job)) is not None]
@@ -23,7 +21,7 @@ def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
 
 
 def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Factor one site of the residual stream behind a prefix that is sliced already."""
+    """Factor the gram of one site, as observed after layers that are already sliced."""
     gram = sequential_slicing.site_gram(task.index, job=job, run=run, device=device)
     return _factored([gram], task, job, run)
 
@@ -51,9 +49,10 @@ def _site_dims(job: CompressionJob) -> list[int]:
 
 
 def _site_gram(site: int, job: CompressionJob) -> Tensor | None:
-    """Return the gram of a site, which its own layer keeps; the last layer keeps the head's.
+    """Return the gram of a site, from the statistics of the layer that reads it.
 
-    None of the last site where the method does not ask for it.
+    The last site, which the head reads, is with the last layer; None where the method does not
+    observe it.
     """
     owner = min(site // 2, job.shape.num_layers - 1)
     tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]

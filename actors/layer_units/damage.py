@@ -1,10 +1,10 @@
-"""What a cut costs, measured on its layer alone: the probe's dense inputs go through both layers.
+"""The sensitivity of one layer: the damage that each cut of each of its modules does.
 
-The damage of a cut is the mean over tokens of ``|y' - y|^2 / |y|^2``, y the residual stream that
-leaves the layer as the step found it and y' the one that leaves the layer with one module cut. Only
-the cut module and what follows it in the layer is recomputed. With ``damage=loss`` it is how much
-the loss of the step's input model rises where this one layer is cut: every y' goes through all
-layers behind, as the step found them.
+The probe's activations go through the layer as it is in the step's input model, and through the
+layer with one module cut. The damage of a cut is the mean over tokens of ``|y' - y|^2 / |y|^2``, y
+and y' the residual streams that leave the two layers. Only the cut module and what follows it in
+the layer is recomputed. With ``damage=loss`` it is the rise of the input model's loss where this
+one layer is cut: every y' goes through all later layers of that model.
 """
 
 import math
@@ -46,7 +46,8 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
 ) -> Curves:
     """Return module -> [[size, damage], ...] for one layer, the largest size first.
 
-    A size is that of the method's ladder, a width or a sum of ranks; what is whole does no damage.
+    A size is one of the method's ladder, a width or a sum of ranks; the largest, the uncut module,
+    has damage 0.
 
     Args:
         weights: role -> tensor of the layer.
@@ -55,7 +56,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
         job: method, options and shape.
         index: of the layer.
         device: where to compute.
-        losses: outputs of the layer -> the model's loss with each; damage is the rise of it. None:
+        losses: outputs of the layer -> the model's loss with each, whose rise is the damage. None:
             damage is the relative error of the layer's output.
 
     Raises:
@@ -81,7 +82,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
             after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
             if losses is not None:
-                cuts.append((module, size, after))  # they pass the layers behind together
+                cuts.append((module, size, after))  # they pass the later layers together
                 continue
             lost = (after.float() - output.float()).square().sum(-1) / energy
             curves[module].append(_level(module, size, float(lost.double().mean())))
@@ -114,7 +115,7 @@ def _halved(
 
 
 def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Measure what the cuts of a grid cost one layer; the curves travel, no file is written."""
+    """Measure the damage of all cuts of one layer; the curves are values, no file is written."""
     checkpoint = Checkpoint.of(job)
     weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
     sums = on_device(device, read_statistics(job, task.index).items())

@@ -1,4 +1,4 @@
-"""The unit that compresses one layer from its weights and statistics."""
+"""Units that make one layer of the result, and what all units of a layer read."""
 
 from collections.abc import Iterable
 
@@ -12,18 +12,13 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.prefetch import prefetched
 from actors.storage.records import read_record
-from actors.storage.tensors import (
-    described,
-    map_tensors,
-    read_tensors,
-    write_tensors,
-)
+from actors.storage.tensors import described, map_tensors, read_tensors, write_tensors
 from planners.families import load as load_family
 from planners.model.weight_files import weight_files
 
 
 def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Write one compressed layer."""
+    """Compress one layer; write it into the result, or as a draft that is refitted later."""
     checkpoint = Checkpoint.of(job)
     form = job.form.layers[task.index]
     weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
@@ -53,8 +48,8 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     return (entry,), {**values, "tensors": {k: described(t) for k, t in named.items()}}
 
 
-def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Make a layer part of the result: refitted if that is the better model, else as drafted."""
+def choose_refit(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Copy a layer into the result: as refitted if that model's loss is lower, else as drafted."""
     del device
     draft, refitted, losses = (read_record(run, name).values for name in task.inputs)
     folder, tensors = "draft", draft["tensors"]
@@ -63,12 +58,12 @@ def chosen(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     named = read_tensors(run, f"{folder}/layer-{task.index:05d}.safetensors")
     name = f"model/{weight_files(job.form)[task.unit]}"
     entry = write_tensors(run, name, named, metadata={"format": "pt"})
-    said = {"used": losses["used"], "linears": refitted["linears"]}
-    return (entry,), {**draft, "tensors": tensors, "refit": said}
+    refit = {"used": losses["used"], "linears": refitted["linears"]}
+    return (entry,), {**draft, "tensors": tensors, "refit": refit}
 
 
-def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Compute what truncation to the ranks of the job's form loses of each linear of a layer."""
+def truncation_losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Return the truncation error of each linear of a layer at the ranks of the job's form."""
     del run  # the job names the files of its statistics
     checkpoint = Checkpoint.of(job)
     weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
@@ -85,10 +80,10 @@ def on_device(device: str, named: Iterable[tuple[str, Tensor]]) -> dict[str, Ten
 
 
 def read_statistics(job: CompressionJob, index: int) -> dict[str, Tensor]:
-    """Return the sums of one layer: those of the run, and those of the artefact it reuses.
+    """Return the sums of one layer: those of this run and of a run whose statistics it reuses.
 
-    Grams are packed; on a local disk they are the pages of its files and take no memory until they
-    are unpacked where they are factored.
+    Grams are packed. Files on a local disk are mapped: they take no memory until a gram is unpacked
+    to be factored.
 
     Raises:
         StorageError: a file is not as it was written.

@@ -1,4 +1,4 @@
-"""One layer whose modules are shrunk by several methods, each those that it was chosen for."""
+"""Compress one layer by several methods, each of them the modules that it was chosen for."""
 
 from collections.abc import Mapping
 
@@ -19,24 +19,24 @@ def compress(
     start: LayerForm,
     form: LayerForm,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Return the tensors of one layer, and what each method says of its parts.
+    """Return the tensors of one layer, and the values of each method for its modules.
 
-    Every method reads the dense weights of its own modules and the dense statistics, as it does
-    where it is alone; so their order is of no consequence.
+    Every method reads the uncompressed weights of its own modules and statistics of the
+    uncompressed model, as it does alone; so the order of the methods does not matter.
 
     Args:
         weights: role -> tensor of the layer.
         sums: statistic name -> sum.
-        job: its makers say which method shrinks which module.
+        job: its ``makers`` name the method of each module.
         index: of the layer.
-        start: widths of the layer before.
-        form: those to reach.
+        start: form of the layer in the input model.
+        form: of the layer in the result.
 
     Raises:
         NumericsError: statistics gave no usable numbers.
     """
     makers, new = job.makers[index], dict(weights)
-    said: dict[str, dict[str, object]] = {"errors": {}, "rungs": {}}
+    found: dict[str, dict[str, object]] = {"errors": {}, "rungs": {}}
     done: set[str] = set()
     for name, options in {job.method: job.options, **job.candidates}.items():
         own = {module for module, maker in makers.items() if maker == name}
@@ -46,6 +46,6 @@ def compress(
         new, values = methods.load(name).compress(
             new, sums, shape=job.shape, form=of_modules(start, form, done), options=options
         )
-        for key, found in said.items():
-            found.update(values[key])
-    return new, {**said, "makers": dict(makers)}
+        for key, values_of_modules in found.items():
+            values_of_modules.update(values[key])
+    return new, {**found, "makers": dict(makers)}

@@ -1,12 +1,12 @@
-"""Refit: o_proj and down_proj of compressed layers, on the compressed layers before them.
+"""Refit o_proj and down_proj of compressed layers by least squares, one layer after the other.
 
-Two streams pass the model layer by layer, X through the step's input model, which is the dense one
-unless other steps came before, and Y through the compressed one. A linear that
-writes into the residual stream is refitted so that Y, after it, comes as near to X as it can: first
-o_proj, then, behind the refitted attention, down_proj. All microbatches pass a half-layer before
-the next, and the sums over them are all that a solve needs. The last sequences take no part in the
-sums; they choose the damping, and at the end say whether the refitted model is the better one.
-There a third stream passes the layers as they were drafted.
+Two residual streams pass the model layer by layer: X through the step's input model, which is the
+dense one unless other steps came before, and Y through the compressed one. A linear that writes
+into the residual stream is refitted so that Y, after it, comes as near to X as it can: first
+o_proj, then down_proj after the refitted attention. All microbatches pass a half-layer before the
+next half, and the sums over them are all that a solve needs. The last sequences are held out of the
+sums: they choose the damping, and at the end decide whether the refitted model is used. For that a
+third stream passes the layers as they were drafted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +29,10 @@ from planners.model.form import LayerForm
 from planners.refit import DAMPINGS, cuts
 
 DENSE, REFITTED, DRAFTED = "dense", "refitted", "drafted"
-# What each half-layer ends with; what it adds to the residual stream, and what it does to the rest.
+# The linear that ends a half-layer -> what the half adds to the residual stream, and its shortcut.
 HALVES: Mapping[str, tuple[Callable[[HalvedLayer, Tensor], Tensor], ...]] = {
     "o_proj": (HalvedLayer.attention, HalvedLayer.shortcut_attention),
-    "down_proj": (HalvedLayer.mlp, HalvedLayer.past_mlp),
+    "down_proj": (HalvedLayer.mlp, HalvedLayer.shortcut_mlp),
 }
 Streams = dict[str, Tensor]
 
@@ -99,16 +99,16 @@ def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
 
 
 def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Refit one layer, and pass the streams on through it."""
+    """Refit one layer, and pass the streams through it."""
     index = task.index
     sites = [_boundary(site, job, run, device) for site in range(2 * index - 2, 2 * index + 3)]
     for spent in sites[:2] if index else ():
-        spent.drop()  # that the one before left its output is on record by now
+        spent.drop()  # the record of the layer before names its output by now
     family = load_family(job.shape.family)
     prefix = family.layer.format(i=index) + "."
     draft = read_tensors(run, f"draft/layer-{index:05d}.safetensors")
     drafted = {name.removeprefix(prefix): tensor for name, tensor in draft.items()}
-    tensors, left = dict(drafted), []
+    tensors, boundary = dict(drafted), []
     build = _Builder(job, index, device)
     layers = {DENSE: build.dense(prefix), DRAFTED: build.compressed(drafted)}
     found: dict[str, Refit] = {}
@@ -124,20 +124,20 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
         )
         tensors[name] = found[half].weight.cpu()
         layers[REFITTED] = build.compressed(tensors)
-        left = after.write(_passed(half, layers, here.all()))
+        boundary = after.write(_streams_after(half, layers, here.all()))
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     file = f"refit/layer-{index:05d}.safetensors"
     entry = write_tensors(run, file, named, metadata={"format": "pt"})
     values: dict[str, object] = {
-        "linears": {half: _said(one) for half, one in found.items()},
+        "linears": {half: _record(one) for half, one in found.items()},
         "tensors": {name: described(tensor) for name, tensor in named.items()},
-        "boundary": left,
+        "boundary": boundary,
     }
     return (entry,), values
 
 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Measure all streams' losses on the held-out sequences, which say what is used."""
+    """Measure the loss of each stream on the held-out sequences: the better of two is used."""
     boundary = _boundary(2 * task.index, job, run, device)
     checkpoint = Checkpoint.of(job)
     outer = _outer(checkpoint, job, device)
@@ -160,7 +160,7 @@ def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 
 class _Builder:
-    """Builds one layer of a model, as the step found it and as it leaves it."""
+    """Builds one layer of the step's input model and of its result."""
 
     def __init__(self, job: CompressionJob, index: int, device: str) -> None:
         self._job, self._index, self._device = job, index, device
@@ -187,7 +187,7 @@ class _Builder:
 def _sums(
     half: str, layers: Mapping[str, HalvedLayer], weight_name: str, microbatches: Iterator[Streams]
 ) -> RestSums:
-    """Return the sums over microbatches of what is left between the streams after a half-layer."""
+    """Return the sums over microbatches of how the streams differ after a half-layer."""
     inputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -199,10 +199,10 @@ def _sums(
     sums = empty_sums(weight.shape[1], weight.shape[0], device=str(weight.device))
     handle = linear.register_forward_pre_hook(keep)
     for streams in microbatches:
-        add, carry = HALVES[half]
+        add, shortcut = HALVES[half]
         x, y = streams[DENSE], streams[REFITTED]
         added, got = add(layers[DENSE], x), add(layers[REFITTED], y)
-        x, y = carry(layers[DENSE], x), carry(layers[REFITTED], y)
+        x, y = shortcut(layers[DENSE], x), shortcut(layers[REFITTED], y)
         # Differences first: what is equal cancels exactly, whatever the size of the stream.
         rest = (x.float() - y.float()) + (added.float() - got.float())
         sums.add(inputs.pop().flatten(0, -2), rest.flatten(0, -2))
@@ -210,13 +210,13 @@ def _sums(
     return sums
 
 
-def _passed(
+def _streams_after(
     half: str, layers: Mapping[str, HalvedLayer], microbatches: Iterator[Streams]
 ) -> Iterator[Streams]:
     """Yield the streams after a half-layer."""
-    add, carry = HALVES[half]
+    add, shortcut = HALVES[half]
     for streams in microbatches:
-        yield {n: carry(layers[n], x) + add(layers[n], x) for n, x in streams.items()}
+        yield {n: shortcut(layers[n], x) + add(layers[n], x) for n, x in streams.items()}
 
 
 def _weight_name(linear: str, tensors: Mapping[str, Tensor]) -> str:
@@ -225,7 +225,7 @@ def _weight_name(linear: str, tensors: Mapping[str, Tensor]) -> str:
     return second if second in tensors else f"{linear}.weight"
 
 
-def _said(found: Refit) -> dict[str, object]:
+def _record(found: Refit) -> dict[str, object]:
     return {
         "damping": found.damping,
         "rest_before": found.before,

@@ -1,4 +1,4 @@
-"""The units of compression: each reads files, computes, and writes files. Nothing else is kept."""
+"""Kind of unit -> the function that does it: it reads files, computes and writes files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 from actors.layer_units import refit, sequential_slicing
 from actors.layer_units.basis import basis, basis_sequential
 from actors.layer_units.damage import damage
-from actors.layer_units.layer import chosen, layer, losses
-from actors.layer_units.rotated_statistics import carried
+from actors.layer_units.layer import choose_refit, layer, truncation_losses
+from actors.layer_units.rotated_statistics import rotate_statistics
 from actors.layer_units.tables import embedding, head
 from actors.messages import OF_A_LAYER, CompressionJob, Done, UnitTask
 from actors.statistics.sums import add_shards
@@ -17,7 +17,7 @@ from planners.overflow import found_behind
 
 
 def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str) -> Done:
-    """Do one unit and return its files and the small numbers it found.
+    """Do one unit; return its files and the values of its record.
 
     Raises:
         NumericsError: statistics gave no usable numbers.
@@ -39,11 +39,11 @@ KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] 
     "basis_shared": basis,
     "basis_sequential": basis_sequential,
     "damage": damage,
-    "losses": losses,
-    "carried": carried,
+    "losses": truncation_losses,
+    "carried": rotate_statistics,
     "layer": layer,
     "draft": layer,
-    "chosen": chosen,
+    "chosen": choose_refit,
     **refit.KINDS,
     **sequential_slicing.KINDS,
     "embedding": embedding,

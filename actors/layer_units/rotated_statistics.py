@@ -1,4 +1,4 @@
-"""Statistics after a pure rotation, from those before it."""
+"""The unit that rotates the statistics of the step before, in place of a calibration pass."""
 
 from actors.layer_units.layer import on_device, read_bases, read_statistics
 from actors.messages import CompressionJob, Done, UnitTask
@@ -6,15 +6,13 @@ from actors.statistics.rotate import rotated_sums
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_record
-from actors.storage.tensors import (
-    write_tensors,
-)
+from actors.storage.tensors import write_tensors
 
 
-def carried(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Turn the statistics of the step before, which only turned the residual stream, into ours."""
+def rotate_statistics(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write the statistics of one layer, from those before a step that was a pure rotation."""
     former = job.former
-    assert former is not None  # the driver plans such a unit behind a step only
+    assert former is not None  # the driver plans such a unit after a step only
     where = Directory(former.run_uri)
     statistics, *bases = task.inputs
     sums = on_device(device, read_statistics(former, task.index).items())

@@ -1,15 +1,15 @@
-"""Site after site: each basis is found in the residual stream of what is sliced already.
+"""Sequential slicing: the basis of a site is found after all layers before it have been sliced.
 
 With ``schedule=sequential`` the residual stream of a site is kept at full width, in the model's own
 axes, in files of one microbatch each. The tokens are cut into shards. A stream unit reads its shard
 at the site before, cuts it to the axes that were kept there, and passes it through the half layer
-between the two sites in the form in which that half ships, except that it writes full width. What
-comes out is the shard's stream of this site: its gram is added to those of the other shards, in
+between the two sites as that half is in the result, except that it writes full width. What comes
+out is the shard's stream of this site: its gram is added to those of the other shards, in
 their order, and gives the site's axes; its files feed the same shard at the next site. So shards
-pass a site side by side, and layers whose three bases are there are compressed meanwhile; a site
+pass a site side by side, and layers whose three bases are known are compressed meanwhile; a site
 cannot begin before the axes of the one before are known, which need all tokens.
 
-Cutting what an uncut half wrote, ``(x Q_a^T + f(x Q_a)) Q_b``, is what the shipped half computes,
+Cutting what an uncut half wrote, ``(x Q_a^T + f(x Q_a)) Q_b``, is what the result's half computes,
 ``x Q_a^T Q_b + f(x Q_a) Q_b``, so every token passes every half layer once.
 """
 
@@ -34,16 +34,16 @@ from planners.units.units import shard_cuts
 
 
 def stream(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Pass one shard on to a site; leave its stream there, and its gram."""
+    """Pass one shard from the site before to a site; write its stream and its gram there."""
     cuts = _shards(job)
     site, shard = divmod(task.index, len(cuts))
     files: list[FileEntry] = []
     dim = job.shape.hidden
     total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     add = ADD[methods.load(job.method).site_kind(job.options)]
-    passing = _Passing(site, task.inputs[0] if site else "", job, run, device)
+    at_site = _SiteStream(site, task.inputs[0] if site else "", job, run, device)
     for index in range(*cuts[shard]):
-        hidden = passing.microbatch(index)
+        hidden = at_site.microbatch(index)
         add(hidden, total=total)
         if 0 < site < job.shape.num_sites - 1:  # embeddings are looked up again
             files.append(write_tensors(run, _stream_name(site, index), {"hidden": hidden}))
@@ -52,7 +52,7 @@ def stream(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
 
 
 def site_gram(site: int, *, job: CompressionJob, run: Directory, device: str) -> Tensor:
-    """Return the gram of a site behind the sliced prefix: those of its shards, summed in order."""
+    """Return the gram of a site after the sliced layers: those of its shards, summed in order."""
     dim = job.shape.hidden
     total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     for shard in range(len(_shards(job))):
@@ -60,8 +60,8 @@ def site_gram(site: int, *, job: CompressionJob, run: Directory, device: str) ->
     return total
 
 
-class _Passing:
-    """The way of microbatches from the site before to a site."""
+class _SiteStream:
+    """The residual stream of a site, computed from that of the site before."""
 
     def __init__(
         self, site: int, basis: str, job: CompressionJob, run: Directory, device: str
@@ -78,7 +78,7 @@ class _Passing:
         if site > 0:
             (file,) = read_record(run, basis).files
             found = map_tensors(run, file)["vectors"].to(device)
-            self._half = self._built(found)
+            self._half = self._half_layer(found)
             self._basis = found.to(self._dtype)
 
     def microbatch(self, index: int) -> Tensor:
@@ -96,7 +96,7 @@ class _Passing:
         size = self._job.batching.microbatch_sequences
         return self._outer.embed(self._ids[index * size : (index + 1) * size])
 
-    def _built(self, basis: Tensor) -> HalvedLayer:
+    def _half_layer(self, basis: Tensor) -> HalvedLayer:
         """Return the layer that leads to this site, cut where that half reads and nowhere else."""
         shape = self._job.shape
         layer, is_mlp = divmod(self._site - 1, 2)

@@ -1,4 +1,4 @@
-"""One compressed layer alone, run in halves: attention, then MLP."""
+"""One layer of any form, run by halves: attention, then MLP."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -52,14 +52,14 @@ class HalvedLayer:
     def shortcut_attention(self, hidden: Tensor) -> Tensor:
         """Return the residual stream in the axes that attention writes; itself without shortcut."""
         layer: Any = self.module
-        carried: Tensor = layer.attn_shortcut(hidden)
-        return carried
+        stream: Tensor = layer.attn_shortcut(hidden)
+        return stream
 
-    def past_mlp(self, middle: Tensor) -> Tensor:
+    def shortcut_mlp(self, middle: Tensor) -> Tensor:
         """Return the residual stream in the axes that the MLP writes; itself without shortcut."""
         layer: Any = self.module
-        carried: Tensor = layer.mlp_shortcut(middle)
-        return carried
+        stream: Tensor = layer.mlp_shortcut(middle)
+        return stream
 
     def residual_mid(self, hidden: Tensor) -> Tensor:
         """Return the residual stream between attention and MLP."""
@@ -67,7 +67,7 @@ class HalvedLayer:
 
     def after_mlp(self, middle: Tensor) -> Tensor:
         """Return the residual stream that leaves."""
-        return self.past_mlp(middle) + self.mlp(middle)
+        return self.shortcut_mlp(middle) + self.mlp(middle)
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return the residual stream that leaves, from the one that enters."""
@@ -75,7 +75,7 @@ class HalvedLayer:
 
 
 def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Return a compressed model's config of one layer with nothing around it worth memory."""
+    """Return the config of a compressed model of one layer and a vocabulary of one token."""
     kept = {
         k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")
     }

@@ -1,1 +1,1 @@
-"""What is accumulated from activations: by hooks, in files, rotated to another basis."""
+"""Statistics of activations: accumulated by hooks, written to files, rotated to another basis."""

@@ -32,7 +32,7 @@ Adder = Callable[[Tensor], None]
 
 
 class ForwardDoneError(Exception):
-    """A layer's forward pass has come by all that is observed of it, and is needed for no more."""
+    """Ends a layer's forward pass after its last tap, where the output is not needed."""
 
 
 class LayerStatistics:
@@ -77,8 +77,8 @@ class LayerStatistics:
     def attach(self, layer: nn.Module, *, ends: bool = False) -> None:
         """Observe a layer's forward passes until `detach`.
 
-        ``ends`` says that nobody needs what the layer puts out: its forward pass raises
-        `ForwardDoneError` behind the last tap, unless that is the output.
+        ``ends`` says that the layer's output is not needed: its forward pass raises
+        `ForwardDoneError` after the last tap, unless that is the output.
         """
         self._layer = layer
         for tap in dict.fromkeys(statistic.tap for statistic in self._statistics):
@@ -107,7 +107,7 @@ class LayerStatistics:
     def update_residual(self, before: Tensor, after: Tensor | None) -> None:
         """Count a microbatch, and add what is seen between a layer's input and output.
 
-        No output is given where the forward pass has ended before it.
+        ``after`` is None where the forward pass ended early.
         """
         self._keep_probe(before)
         self.num_tokens += before.shape[0] * before.shape[1]
@@ -127,7 +127,7 @@ class LayerStatistics:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` returned, to the last bit."""
+        """Resume from what `tensors` returned, bit for bit."""
         for name, total in self.sums.items():
             total.copy_(tensors[name])
         self.num_tokens = int(tensors["num_tokens"][0])

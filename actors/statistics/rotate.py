@@ -1,8 +1,9 @@
-"""Statistics behind a step that only turned the residual stream: turned, not measured again.
+"""Rotate the statistics of a model into those after a step that only rotated its residual stream.
 
-With orthogonal bases Q of full width, ``RMSNorm(x Q) Q^T = RMSNorm(x)``. So behind such a step the
+With orthogonal bases Q of full width, ``RMSNorm(x Q) Q^T = RMSNorm(x)``. After such a step the
 stream at a site is ``x Q``, and what the blocks read is ``(h / s) Q``, h what they read before and
-s the scale of the norm, which now is in the weights. What is seen inside the blocks is the same.
+s the scale of the norm, which is now folded into the weights. Activations inside the blocks do not
+change. So no calibration pass is needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from actors.numerics.packed import Symmetric, congruence, packed
 
-# Tap -> which of the layer's three bases turns it, and the norm whose scale it has lost.
-TURNED: Mapping[str, tuple[int, str]] = {
+# Tap -> which of the layer's three bases rotates it, and the norm whose scale is folded away.
+ROTATED_TAPS: Mapping[str, tuple[int, str]] = {
     "resid_attn": (0, ""),
     "attn_in": (0, "attn_norm"),
     "resid_mlp": (1, ""),
@@ -29,13 +30,13 @@ def rotated_sums(
     *,
     scales: Mapping[str, Float[Tensor, " hidden"]],
 ) -> dict[str, Tensor]:
-    """Return the sums that the turned layer would give on the same tokens, up to rounding.
+    """Return the sums that the rotated layer would give on the same tokens, up to rounding.
 
     Args:
         sums: as `actors.statistics.observe` stores them: ``TAP.KIND``, ``TAP.sum``, ``num_tokens``,
             ``probe``; grams packed, and of any dtype, which they keep.
         bases: of the site that attention reads, of the site that the MLP reads, and of the site
-            behind the layer; float64, orthogonal, of full width.
+            after the layer; float64, orthogonal, of full width.
         scales: norm -> its scale, without a zero.
     """
     new = {}
@@ -43,23 +44,23 @@ def rotated_sums(
         tap, _, kind = name.partition(".")
         if name == "probe":
             new[name] = (total.to(torch.float64) @ bases[0]).to(total.dtype)
-        elif tap in TURNED and kind in TURN:
-            position, norm = TURNED[tap]
+        elif tap in ROTATED_TAPS and kind in ROTATE:
+            position, norm = ROTATED_TAPS[tap]
             map_ = bases[position]
             if norm:
                 map_ = map_ / scales[norm].to(torch.float64)[:, None]
-            new[name] = TURN[kind](total, map_).to(total.dtype)
+            new[name] = ROTATE[kind](total, map_).to(total.dtype)
         else:
             new[name] = total
     return new
 
 
-def _turned_gram(total: Symmetric, map_: Tensor) -> Tensor:
+def _rotated_gram(total: Symmetric, map_: Tensor) -> Tensor:
     return packed(congruence(map_.T, total))
 
 
-TURN: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gram": _turned_gram,
-    "normed_gram": _turned_gram,
+ROTATE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gram": _rotated_gram,
+    "normed_gram": _rotated_gram,
     "sum": lambda total, map_: total.to(torch.float64) @ map_,
 }

@@ -1,4 +1,4 @@
-"""The sums of a layer as files: written, and added where they are of several shards."""
+"""Write the sums of a layer to a file; add those of several shards."""
 
 from collections.abc import Mapping
 

@@ -1,1 +1,1 @@
-"""What runs in a worker: a stage of layers, and the process that checks results."""
+"""What runs in a worker process: a stage of layers, and the evaluator of results."""

@@ -1,4 +1,4 @@
-"""What a user's own process would find: loads a checkpoint as they would, checks and times it."""
+"""The worker that loads a finished checkpoint as its users will, verifies it and times it."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at."""
+    """One check of a result."""
 
     name: str
     passed: bool
@@ -38,7 +38,7 @@ class Check:
 
 
 class Evaluator:
-    """A fresh process that knows a result only by its directory."""
+    """Runs in a fresh process, which knows a result only by its directory."""
 
     def __init__(self, threads: int, device: str) -> None:
         """Take the threads and the device; nothing is loaded yet."""
@@ -48,7 +48,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def verify(self, unit: str, request: VerifyRequest) -> UnitDone:
-        """Look at a checkpoint as its users will; the values are the checks, passed or not."""
+        """Verify a checkpoint; the values are the checks, passed or not."""
         started, begun = time.time(), time.monotonic()
         checks = (
             _whole_checks(request, self._device) if request.whole else _stagewise_checks(request)
@@ -67,11 +67,11 @@ class Evaluator:
             models, peaks = {}, {}
             for name, uri in request.uris.items():
                 models[name] = _loaded(stack.enter_context(local_copy(uri)), self._device)
-                _timed(models[name], request)  # so that nobody pays for the libraries' first call
+                _timed(models[name], request)  # warm-up: the libraries' first call takes longer
             for name, model in models.items():
                 peak = PeakMemory(self._device)
                 _timed(model, request)
-                # Weights are mapped from their files: they count in full, and what is made beside.
+                # Weights are mapped from files, which the peak does not count.
                 peaks[name] = _weight_bytes(model) + peak.bytes()
             rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for _ in range(request.rounds):

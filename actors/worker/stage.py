@@ -1,4 +1,4 @@
-"""The worker of one stage: a contiguous run of layers on one device."""
+"""The worker that holds one stage, a contiguous run of layers, on one device."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from actors.devices.memory import PeakMemory, give_back
+from actors.devices.memory import PeakMemory, release_freed_memory
 from actors.layer_units.registry import do_unit
 from actors.messages import (
     Assignment,
@@ -43,7 +43,7 @@ PARTIAL = "partial"  # the folder of partial sums in a run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What a stage keeps of sequences that are being generated.
+    """What a stage keeps while sequences are generated.
 
     Attributes:
         cache: keys and values of its layers, under their numbers in the model.
@@ -59,7 +59,7 @@ class Generated:
 class Stage:
     """Holds layers, passes microbatches through them, and does units of work.
 
-    A plain class: it becomes a Ray actor where it is spawned and nowhere else.
+    A plain class; the executor makes a Ray actor of it.
     """
 
     def __init__(self, setup: WorkerSetup) -> None:
@@ -118,7 +118,7 @@ class Stage:
             outer.read_embedding(checkpoint)
         if assignment.head:
             outer.read_head(checkpoint)
-        give_back()
+        release_freed_memory()
         seconds = time.monotonic() - started
         return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
 
@@ -128,22 +128,22 @@ class Stage:
         self._outer = None
         self._next, self._saved = {}, {}
         self._generated = None
-        give_back()
+        release_freed_memory()
 
     @torch.inference_mode()
     def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
         """Pass one microbatch through the layers; return what happened and the output.
 
-        A layer adds a microbatch only when it is its turn. One that was added before is passed on
-        without being added again, so a repeated call changes nothing.
+        A layer adds microbatches to its sums in order, each once. One that was added before only
+        passes through, so a repeated call changes nothing.
         """
         started = time.time()
         begun = time.monotonic()
         hidden = self._input(microbatch, packed)
-        turn = {i for i, index in self._next.items() if index == microbatch.index}
+        due = {i for i, index in self._next.items() if index == microbatch.index}
         wanted = microbatch.hand_over or microbatch.loss or microbatch.write_boundary
         hidden = self._through(
-            hidden, observed=turn if microbatch.observe else set(), ends=not wanted
+            hidden, observed=due if microbatch.observe else set(), ends=not wanted
         )
         nats, num_predicted = 0.0, 0
         if microbatch.loss and self._assignment.head:
@@ -170,7 +170,7 @@ class Stage:
 
         Args:
             packed: what the stage before returned; for the first stage token ids, (batch, tokens).
-            start: position of the first of them; 0 begins anew.
+            start: position of the first of them; 0 begins new sequences.
 
         Returns:
             What the next stage takes; the last stage returns the likeliest next ids, (batch, 1).
@@ -206,8 +206,8 @@ class Stage:
     def save(self) -> SaveDone:
         """Write the sums so far of the layers that have summed since they were last written.
 
-        The incarnation is in the names: what a worker that was given up still writes is beside what
-        counts, never in its place.
+        The incarnation is in the names, so a worker that was given up cannot overwrite the files of
+        its successor.
         """
         started, begun = time.time(), time.monotonic()
         partials = []
@@ -248,9 +248,10 @@ class Stage:
 
     @torch.inference_mode()
     def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
-        """Do one unit of compression: files in, files out; layers that were held are let go.
+        """Do one unit of compression, which reads and writes files.
 
-        A unit's factorisation has the memory of the device to itself; a pass loads its layers.
+        Layers that were held are dropped first: a factorisation needs the memory of the device. A
+        later pass loads its layers again.
 
         Raises:
             NumericsError: the statistics gave no usable numbers.
@@ -259,7 +260,7 @@ class Stage:
         started, begun = time.time(), time.monotonic()
         if self._layers:
             self.drop()
-        give_back()  # what the unit before has freed
+        release_freed_memory()  # of the unit before
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,
@@ -274,7 +275,7 @@ class Stage:
         )
 
     def _resume_sums(self, partial: PartialSums) -> None:
-        """Take the sums of a layer from a file; one that changed since counts as none."""
+        """Take the sums of a layer from a file; a missing or changed file leaves them empty."""
         try:
             if self._run.sha256(partial.file.path) != partial.file.sha256:
                 return
@@ -299,7 +300,7 @@ class Stage:
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
     def _through(self, hidden: Tensor, *, observed: set[int], ends: bool) -> Tensor:
-        """Return what leaves the last layer, or what enters it where nobody reads what leaves."""
+        """Return the last layer's output; its input where ``ends`` says that no one reads it."""
         arguments = self._loaded.layer_arguments(hidden)
         for index, layer in self._layers.items():
             sums = self._statistics[index] if index in observed else None

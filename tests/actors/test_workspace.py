@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from actors.devices import memory
-from actors.devices.memory import PeakMemory, anonymous_bytes, give_back
+from actors.devices.memory import PeakMemory, anonymous_bytes, release_freed_memory
 from actors.methods.svdllm import METHOD, low_rank
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import eigh_descending
@@ -50,7 +50,7 @@ def watched(work):
     """Return the most memory that some work takes, its result included."""
     memory.SAMPLE_SECONDS = 0.001  # some moments are short here; this process is ours alone
     gc.collect()
-    give_back()
+    release_freed_memory()
     peak = PeakMemory()
     kept = work()
     found = peak.bytes()
@@ -58,7 +58,7 @@ def watched(work):
     return found
 
 
-def give_back_at_once():
+def release_at_once():
     """Have glibc return what is freed, as it does with the sizes of a large model.
 
     It keeps blocks of up to 32 MiB for later, which would be half of what is measured here.
@@ -72,7 +72,7 @@ def give_back_at_once():
 def alone() -> Iterator[Callable[..., int]]:
     """Return a function that measures some work in a process that does nothing else."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=give_back_at_once) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=release_at_once) as pool:
         yield lambda work, *args: pool.submit(work, *args).result()
 
 
