@@ -71,7 +71,7 @@ class OuterModel:
 
         Args:
             config: of the model, dense or compressed.
-            family: names its tensors, and its modules.
+            family: names its tensors.
             dtype: to compute in; tensors are converted as they are read.
             device: where to compute.
         """
@@ -90,9 +90,9 @@ class OuterModel:
             tensors: named as below the layer. Of pairs that are read one at a time, one at a time
                 is in memory in the dtype it came in.
         """
-        name = self._family.layer.format(i=index)
-        module: nn.Module = self._model.get_submodule(name)
-        self._model.set_submodule(name, nn.Identity())  # else its weights would live as long as it
+        layers = self._model.model.layers
+        module: nn.Module = layers[index]
+        layers[index] = nn.Identity()  # else its weights would live as long as the model
         return self._filled(module, tensors)
 
     def read_embedding(self, weights: Weights) -> None:
@@ -115,10 +115,8 @@ class OuterModel:
         else:
             self._head = self._table(weights, name)
         # Of a norm whose scale was folded into the head no tensor is stored.
-        norm = self._family.final_norm.removesuffix(".weight")
-        self._norm = self._filled(
-            self._model.get_submodule(norm), weights.stream_prefix(f"{norm}.")
-        )
+        prefix = self._family.final_norm.removesuffix("weight")
+        self._norm = self._filled(self._model.model.norm, weights.stream_prefix(prefix))
 
     def tensors(self) -> list[Tensor]:
         """Return the weights that have been read; the table of a tied model once."""
