@@ -58,6 +58,7 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         model = (
             CompressedForCausalLM(known) if compressed else AutoModelForCausalLM.from_config(known)
         )
+    model.model.rotary_emb = type(model.model.rotary_emb)(known)  # its frequencies are computed
     return model.eval()
 
 
@@ -77,7 +78,7 @@ class OuterModel:
         """
         self._family, self._dtype, self._device = family, dtype, device
         self._model = empty_model(config)
-        self._rotary = type(self._model.model.rotary_emb)(self._model.config).to(device)
+        self._rotary = self._model.model.rotary_emb.to(device)
         self._embedding: Tensor | None = None  # (vocabulary, width)
         self._head: Tensor | None = None  # (vocabulary, width)
         self._norm: nn.Module | None = None
