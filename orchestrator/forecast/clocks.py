@@ -1,12 +1,15 @@
 """Measured or estimated speeds of a device, kept for the next forecast."""
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from actors.storage.contents import cache_folder
 from planners.batching import TokenBatching
@@ -17,11 +20,10 @@ from planners.model.shape import ModelShape
 from planners.simulation.devices import rates_of
 from planners.simulation.timetable import (
     CostModel,
-    Sample,
 )
-from planners.simulation.work import Work
 
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
+CLOCK = TypeAdapter(CostModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +85,19 @@ def kept_clock(setting: ProfileKey) -> CostModel | None:
     """Return the clock of an earlier measurement of this setting on this machine, if there is."""
     try:
         found = json.loads(kept_path(setting).read_text(encoding="utf-8"))
-        samples = {
-            kind: Sample(seconds=s["seconds"], spread=s["spread"], work=Work(**s["work"]))
-            for kind, s in found["samples"].items()
-        }
-        rest = {k: v for k, v in found.items() if k not in ("samples", "rates", "key")}
-        rest["notes"] = tuple(rest["notes"])
-        return CostModel(rates=Work(**found["rates"]), samples=samples, **rest)
+        return CLOCK.validate_python(found["clock"])
     except (OSError, ValueError, LookupError, TypeError):
         return None  # none, torn, or of an older version: it is measured again or estimated
+
+
+def keep_clock(setting: ProfileKey, clock: CostModel) -> None:
+    """Keep what was measured of a setting on this machine for later plans."""
+    kept = {"clock": CLOCK.dump_python(clock, mode="json"), "key": setting.key}
+    path = kept_path(setting)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}.tmp")
+    new.write_text(json.dumps(kept, indent=1, sort_keys=True), encoding="utf-8")
+    new.replace(path)
 
 
 def estimated_clock(setting: ProfileKey, device: str) -> CostModel:

@@ -6,7 +6,6 @@ too much memory, a smaller one is timed and the rest follows from the operations
 """
 
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
 from orchestrator.backend.executor import Resources
 from orchestrator.backend.local import LocalExecutor
-from orchestrator.forecast.clocks import ProfileKey, device_name, kept_path
+from orchestrator.forecast.clocks import ProfileKey, device_name, keep_clock
 from orchestrator.phases.allocate import measured
 from orchestrator.phases.context import RunContext, new_pool
 from orchestrator.phases.evaluate import evaluate, evaluation_plan
@@ -40,7 +39,6 @@ from orchestrator.recipe.reading import load_config
 from orchestrator.rundir.journal import Event, Journal
 from orchestrator.rundir.ledger import Ledger
 from planners.batching import TokenBatching
-from planners.canonical_json import to_json
 from planners.errors import ClusterError, NumericsError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_start, model_parameters
@@ -93,12 +91,7 @@ def measure(setting: ProfileKey, *, budget_seconds: float = BUDGET_SECONDS) -> C
         found = _in_process_of_its_own(specimen, seconds=PATIENCE * budget_seconds)
         if found is None:
             continue
-        kept = {**to_json(found), "key": setting.key}
-        path = kept_path(setting)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}.tmp")
-        new.write_text(json.dumps(kept, indent=1, sort_keys=True), encoding="utf-8")
-        new.replace(path)
+        keep_clock(setting, found)
         return found
     raise ClusterError(
         "no sample of this model could be timed on this machine in the time given",
