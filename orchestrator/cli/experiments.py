@@ -248,7 +248,7 @@ def sweep(
 
 def export(run_uri: str, point: str, terms: Pricing, *, yes: bool, json_: bool) -> None:
     """Finish one point of a sweep and print its report."""
-    prepared = exported(prepare(recipe_of(Directory(run_uri))), point)
+    prepared = exported(Directory(run_uri), point)
     is_done = finished_report(prepared.run) is not None
 
     def started(prepared: Prepared) -> RunHooks:

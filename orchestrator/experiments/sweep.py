@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from actors import methods
@@ -15,11 +15,9 @@ from orchestrator.phases.allocate import measured
 from orchestrator.phases.calibrate import calibrate
 from orchestrator.phases.context import RunContext, new_pool
 from orchestrator.phases.evaluate import evaluate, evaluation_plan
-from orchestrator.phases.open_run import open_run
-from orchestrator.prepare.machine import workload_of
+from orchestrator.phases.open_run import check_run, open_run, recipe_of
+from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared, dense_subject
-from orchestrator.recipe.config import RunConfig
-from orchestrator.recipe.method_options import resolve_options
 from orchestrator.report import render_pareto
 from orchestrator.run import compress_and_evaluate
 from orchestrator.rundir import lease
@@ -27,8 +25,6 @@ from orchestrator.rundir.journal import Journal, Listener
 from orchestrator.rundir.ledger import Ledger
 from planners.errors import ConfigError, PlanError
 from planners.memory.placement import shared_bytes
-from planners.method import Target
-from planners.planning import make_plan
 from planners.spelling import did_you_mean
 
 PARETO = "pareto.json"
@@ -78,18 +74,15 @@ def points_of(
             f"{base.run.uri}: is a run of several steps; a sweep takes a run of one method",
             hint="compress-cluster run the first method alone, and sweep that",
         )
-    unused = set(options)
-    points = []
-    for name in names:
-        spec = methods.spec(name)
-        known = {option.name for option in spec.options}
-        unused -= known
-        own = resolve_options(spec, {k: v for k, v in options.items() if k in known})
-        methods.chosen(name, own)  # before any of them is planned
-        points += [_point(base, name, fraction, own) for fraction in fractions]
+    known = {name: {option.name for option in methods.spec(name).options} for name in names}
+    unused = set(options).difference(*known.values())
     if unused:
         raise ConfigError(f"options.{min(unused)}: none of {', '.join(names)} has such an option")
-    return points
+    return [
+        _point(base, name, fraction, {k: v for k, v in options.items() if k in known[name]})
+        for name in names
+        for fraction in fractions
+    ]
 
 
 def sweep(base: Prepared, points: Sequence[Prepared], *, listener: Listener) -> dict[str, Any]:
@@ -115,13 +108,13 @@ def sweep_on(
     wanted = frozenset(s for point in points for s in point.statistics)
     base = replace(base, extra_statistics=wanted)
     open_run(base)
+    for point in points:
+        check_run(point)
     journal = Journal(base.run, listener)
     pool = new_pool(base, executor, journal)
     try:
-        context = RunContext(
-            prepared=base, form=base.plan.form, run=base.run, ledger=Ledger(base.run),
-            journal=journal, pool=pool,
-        )  # fmt: skip
+        # The points read this directory alone, so it gets whatever the run took from another.
+        context = _context(replace(base, statistics_uri=""), pool, journal)
         calibrate(context)
         for point in {point.spec.name: point for point in points}.values():
             # Curves do not depend on the size that is asked for: found once, here.
@@ -139,7 +132,7 @@ def sweep_on(
     document = {
         "model": base.config.model,
         "dense": {"perplexity": dense.perplexity, "parameters": base.plan.parameters_before},
-        "points": [_plain(point) for point in with_front(found)],
+        "points": [asdict(point) for point in with_front(found)],
     }
     base.run.write(PARETO, json.dumps(document, indent=1, sort_keys=True).encode())
     base.run.write(PAGE, render_pareto(document).encode())
@@ -161,34 +154,40 @@ def with_front(points: Sequence[Point]) -> list[Point]:
     return marked
 
 
-def exported(base: Prepared, point: str) -> Prepared:
+def exported(run: Directory, point: str) -> Prepared:
     """Return the run that verifies one point of a sweep, times it and marks it READY.
 
     Raises:
         ConfigError: the sweep has no such point.
     """
-    if base.run.size(PARETO) is None:
-        raise ConfigError(f"{base.run.uri}: has no sweep", hint="compress-cluster sweep RUN first")
-    found = json.loads(base.run.read(PARETO))["points"]
-    chosen = [p for p in found if p["name"] == point]
-    if not chosen:
-        known = [p["name"] for p in found]
+    if run.size(PARETO) is None:
+        raise ConfigError(f"{run.uri}: has no sweep", hint="compress-cluster sweep RUN first")
+    known = [p["name"] for p in json.loads(run.read(PARETO))["points"]]
+    if point not in known:
         raise ConfigError(
             f"--point {point}: there is no such point{did_you_mean(point, known)}",
             hint=f"there are: {', '.join(known)}",
         )
-    return _point(base, chosen[0]["method"], chosen[0]["asked"], chosen[0]["options"])
+    config = recipe_of(Directory(run.below(f"points/{point}")))
+    return prepare(config.model_copy(update={"stats": run.uri}))
+
+
+def _context(prepared: Prepared, pool: Pool, journal: Journal) -> RunContext:
+    reuse = Directory(prepared.statistics_uri) if prepared.statistics_uri else None
+    return RunContext(
+        prepared=prepared, form=prepared.plan.form, run=prepared.run,
+        ledger=Ledger(prepared.run, reuse=reuse), journal=journal, pool=pool,
+    )  # fmt: skip
 
 
 def _measure(prepared: Prepared, pool: Pool, listener: Listener) -> Point:
     open_run(prepared)
     journal = Journal(prepared.run, listener)
-    context = RunContext(
-        prepared=prepared, form=prepared.plan.form, run=prepared.run,
-        ledger=Ledger(prepared.run, reuse=Directory(prepared.statistics_uri)),
-        journal=journal, pool=pool,
-    )  # fmt: skip
-    context, losses = compress_and_evaluate(context)
+    context = _context(prepared, pool, journal)
+    try:
+        context, losses = compress_and_evaluate(context)
+    finally:
+        journal.flush()
     after = context.parameters_after
     ends = [e for e in journal.events if e["kind"] == "phase ends"]
     return Point(
@@ -217,40 +216,25 @@ def _predicted(context: RunContext) -> float:
     return sum(errors) / len(errors) if errors else 0.0
 
 
-def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, Any]) -> Prepared:
-    spec = methods.chosen(method, options)
-    config = base.config.model_copy(
-        update={
-            "method": method,
-            "options": dict(options),
-            "keep_fraction": fraction,
-            "slice": None,
-            "out": base.run.below(f"points/{_name(method, fraction)}"),
-            "stats": base.config.out,
-            "keep_statistics": False,
-        }
-    )
+def _point(base: Prepared, method: str, fraction: float, options: Mapping[str, str]) -> Prepared:
+    """Return the run of one method at one size, on the statistics of the base."""
     if not 0 < fraction <= 1:
         raise PlanError(f"--keep-fraction {fraction}: must be above 0 and up to 1")
-    shape, batching = base.plan.shape, base.identity.batching
-    work = workload_of(config, batching, device=config.device, stored_dtype=shape.dtype)
-    target = Target(keep_fraction=fraction)
-    plan = make_plan(shape, spec, options, target=target, work=work)
-    given = RunConfig(
-        model=config.model,
-        model_store=config.model_store,
-        method=method,
-        keep_fraction=fraction,
+    return prepare(
+        base.config.model_copy(
+            update={
+                "method": method,
+                "options": dict(options),
+                "layer_options": {},
+                "keep_fraction": fraction,
+                "slice": None,
+                "out": base.run.below(f"points/{_name(method, fraction)}"),
+                "stats": base.config.out,
+                "keep_statistics": False,
+            }
+        )
     )
-    return replace(
-        base, config=config, given=given, spec=spec, options=dict(options), plan=plan,
-        statistics_uri=base.config.out, extra_statistics=frozenset(),
-    )  # fmt: skip
 
 
 def _name(method: str, fraction: float) -> str:
     return f"{method}-{fraction:g}"
-
-
-def _plain(point: Point) -> dict[str, Any]:
-    return {name: getattr(point, name) for name in point.__slots__}

@@ -1,15 +1,20 @@
 """The page of a sweep: self-contained, says what pareto.json says, marks the front."""
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from actors.storage.files import Directory
 from orchestrator.backend.local import LocalExecutor
-from orchestrator.experiments.sweep import Point, _plain, points_of, sweep_on, with_front
+from orchestrator.experiments.sweep import Point, exported, points_of, sweep_on, with_front
+from orchestrator.phases.open_run import check_run, open_run
 from orchestrator.report import render_pareto
-from tests.builders import prepared_run, save_model
+from orchestrator.rundir.journal import read_events
+from planners.errors import ConfigError
+from tests.builders import VOCABULARY, prepared_run, save_model
 
 
 def document(*points, dense=5.0):
@@ -24,7 +29,7 @@ def document(*points, dense=5.0):
     return {
         "model": "some/<model>",
         "dense": {"perplexity": dense, "parameters": 1000},
-        "points": [_plain(point) for point in with_front(made)],
+        "points": [asdict(point) for point in with_front(made)],
     }
 
 
@@ -71,11 +76,71 @@ def test_the_front_is_what_none_beats_in_size_and_perplexity():
     assert points == {"a-0.9": True, "b-0.9": False, "a-0.7": True, "b-0.6": True}
 
 
-def test_a_sweep_writes_its_page(tmp_path):
+METHODS = ["slicegpt", "modegpt", "svdllm"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Do a sweep of three methods at two sizes; return its base, its points and what it wrote."""
+    folder = tmp_path_factory.mktemp("swept")
+    base = prepared_run(
+        save_model(folder / "model"), folder / "run", method="slicegpt", keep_fraction=0.9
+    )
+    points = points_of(base, METHODS, [0.9, 0.8], {"allocation": "uniform"})
+    return base, points, sweep_on(base, points, LocalExecutor(), listener=lambda _: None)
+
+
+def test_a_sweep_writes_its_page(swept):
+    base, _, found = swept
+    assert base.run.read("pareto.html").decode() == render_pareto(found)
+    assert {p["name"] for p in found["points"]} == {
+        f"{name}-{size}" for name in METHODS for size in (0.9, 0.8)
+    }
+    assert all(1 < p["perplexity"] < 9 * VOCABULARY for p in found["points"])
+
+
+def test_a_sweep_calibrates_once_and_measures_the_dense_model_once(swept):
+    base, points, _ = swept
+
+    def passes(run):
+        """Return what a run passed microbatches for."""
+        return {
+            "evaluation-compressed" if "compressed" in e["unit"] else f"{e['kind']} dense"
+            for e in read_events(run)
+            if e["kind"] in ("calibrate", "evaluate")
+        }
+
+    assert passes(base.run) == {"calibrate dense", "evaluate dense"}
+    for point in points:
+        assert passes(point.run) == {"evaluation-compressed"}
+
+
+def test_a_point_is_exported_from_its_own_recipe(swept):
+    base, points, _ = swept
+    again = exported(base.run, "svdllm-0.8")
+    assert again.facts() == points[-1].facts()
+    assert check_run(again)
+    with pytest.raises(ConfigError, match=r"there is no such point; did you mean svdllm-0\.8"):
+        exported(base.run, "svdlm-0.8")
+    with pytest.raises(ConfigError, match="has no sweep"):
+        exported(points[0].run, "svdllm-0.8")
+
+
+def test_a_point_that_cannot_be_done_is_refused_before_anything_is_calibrated(tmp_path):
     model = save_model(tmp_path / "model")
     base = prepared_run(model, tmp_path / "run", method="slicegpt", keep_fraction=0.9)
-    points = points_of(base, ["slicegpt", "modegpt", "svdllm"], [0.8], {"allocation": "uniform"})
-    found = sweep_on(base, points, LocalExecutor(), listener=lambda _: None)
-    page = (tmp_path / "run" / "pareto.html").read_text()
-    assert page == render_pareto(found)
-    assert {p["method"] for p in found["points"]} == {"slicegpt", "modegpt", "svdllm"}
+    open_run(base)
+    (point,) = points_of(base, ["slicegpt"], [0.8], {})
+    open_run(prepared_run(model, point.config.out, method="svdllm", keep_fraction=0.7))
+    with pytest.raises(ConfigError, match=r"points/slicegpt-0\.8 holds another run"):
+        sweep_on(base, [point], LocalExecutor(), listener=lambda _: None)
+    assert not read_events(Directory(base.config.out))
+
+
+def test_a_sweep_after_layers_were_redone_makes_points_without_their_options(tmp_path):
+    base = prepared_run(
+        save_model(tmp_path / "model"), tmp_path / "run", method="modegpt", keep_fraction=0.9,
+        layer_options={1: {"ridge": 0.5}},
+    )  # fmt: skip
+    points = points_of(base, ["modegpt", "svdllm"], [0.8], {})
+    assert [point.layer_options for point in points] == [{}, {}]
