@@ -12,13 +12,24 @@ Option = str | int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionSpec:
-    """One option of a method: a name, a default, and what else is possible."""
+    """One option of a method: a name, a default, and what else is possible.
+
+    Attributes:
+        name: of the option.
+        default: where it is not given; values have its type.
+        choices: all possible values; empty where any of the type is.
+        minimum: smallest possible number.
+        help: as ``--help`` prints it.
+        per_layer: one layer may have another value than the others: it decides nothing but the
+            bytes of that layer, no widths, statistics or other units.
+    """
 
     name: str
     default: Option
     choices: tuple[Option, ...] = ()
     minimum: float | None = None
     help: str = ""
+    per_layer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -374,6 +374,7 @@ SPEC = MethodSpec(
             default=1e-3,
             minimum=0,
             help="relative to the mean of the gram's diagonal",
+            per_layer=True,
         ),
         OptionSpec(
             name="temperature", default=0.2, minimum=1e-6, help="of the softmax over influence"

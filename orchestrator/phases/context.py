@@ -74,7 +74,7 @@ class RunContext(WorkContext):
 
     def _with_own_options(self, unit: Unit) -> Unit:
         """Return a layer's unit as that of the options that it alone has."""
-        own = self.prepared.layer_options.get(unit.index)
+        own = self.prepared.config.layer_options.get(unit.index)
         if not own or unit.kind not in OF_A_LAYER:
             return unit
         key = {"of": unit.fingerprint, "layer options": to_json(own)}
@@ -140,7 +140,7 @@ class RunContext(WorkContext):
             sums={unit.index: self.ledger.files(unit) for unit in self.sums},
             method=prepared.spec.name,
             options=prepared.options,
-            layer_options=prepared.layer_options,
+            layer_options=prepared.config.layer_options,
             shape=prepared.plan.shape,
             form=self.form,
             tokens=CALIBRATION_TOKENS,

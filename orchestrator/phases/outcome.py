@@ -267,12 +267,11 @@ def _all_cuts(context: RunContext) -> list[dict[str, Any]]:
 def _steps(context: RunContext) -> list[dict[str, Any]]:
     prepared = context.prepared
     if not context.steps:
-        own = prepared.layer_options.items()
         return [
             {
                 "name": prepared.spec.name,
                 "options": dict(prepared.options),
-                "layer_options": {str(layer): dict(options) for layer, options in own},
+                "layer_options": to_json(prepared.config.layer_options),
                 "modules": list(prepared.spec.modules),
             }
         ]

@@ -112,7 +112,6 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         statistics_uri=config.stats,
         start=start,
         work=work,
-        layer_options=layer_options,
     )
     return chained(first, steps, checkpoint)
 

@@ -49,7 +49,6 @@ class Prepared:
             their work will tell, such as the content hash of this one's input, is not known yet.
         carries: the next step's statistics follow from this one's, and are not measured again.
         expected: what the run was to take, for the report to compare.
-        layer_options: layer -> options of the method for that layer alone.
     """
 
     config: RunConfig
@@ -74,7 +73,6 @@ class Prepared:
     former: tuple["Prepared", ...] = ()
     carries: bool = False
     expected: Mapping[str, Any] = field(default_factory=dict)
-    layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
 
     @property
     def run(self) -> Directory:
@@ -127,7 +125,7 @@ class Prepared:
             "method revision": self.spec.revision,
             "options": dict(self.options),
             # None, not empty: runs from before there were any have none either.
-            "layer options": {str(k): dict(v) for k, v in self.layer_options.items()} or None,
+            "layer options": self.config.layer_options or None,
             "candidate revisions": revisions(self.spec) or None,
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,

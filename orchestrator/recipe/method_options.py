@@ -11,13 +11,6 @@ from planners.errors import ConfigError
 from planners.method import MethodSpec, Option, OptionSpec
 from planners.spelling import did_you_mean
 
-# Options of a method that decide widths, statistics or what other units do.
-OF_ALL_LAYERS = frozenset({
-    "allocation", "modules", "round_to", "temperature", "grid", "probe_tokens", "servable",
-    "candidates",
-    "rotation", "pca_on", "slice_head", "schedule", "refit",
-})  # fmt: skip
-
 
 class HasOptions(Protocol):
     """A method as far as its options go: its whole spec, or what stands in its source."""
@@ -102,16 +95,16 @@ def resolve_layer_options(
     Raises:
         ConfigError: the method has no such option, or no layer can have it alone.
     """
+    own = [option.name for option in spec.options if option.per_layer]
     found: dict[int, dict[str, Option]] = {}
     for layer, options in given.items():
         complete = resolve_options(spec, options)
-        for name in options:
-            if name in OF_ALL_LAYERS:
-                own = [option.name for option in spec.options if option.name not in OF_ALL_LAYERS]
-                raise ConfigError(
-                    f"layer_options.{layer}.{name}: all layers of a run share it",
-                    hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
-                )
+        shared = [name for name in options if name not in own]
+        if shared:
+            raise ConfigError(
+                f"layer_options.{layer}.{shared[0]}: all layers of a run share it",
+                hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
+            )
         found[layer] = {name: complete[name] for name in options}
     return found
 

@@ -143,4 +143,4 @@ def test_a_sweep_after_layers_were_redone_makes_points_without_their_options(tmp
         layer_options={1: {"ridge": 0.5}},
     )  # fmt: skip
     points = points_of(base, ["modegpt", "svdllm"], [0.8], {})
-    assert [point.layer_options for point in points] == [{}, {}]
+    assert [point.config.layer_options for point in points] == [{}, {}]
