@@ -35,6 +35,7 @@ from planners.errors import ClusterError, CompressionError
 
 WIDEST = 1000  # columns of a terminal
 MAX_FORECASTS = 50  # runs; each takes up to a second
+Shown = tuple[str, Text, Mapping[str, Text]]  # name of a result, its state, what is known of it
 COLOURS = {"READY": "green", "failed": "red", "waiting": "yellow"}
 
 
@@ -139,10 +140,10 @@ def _print(found: Batch, rows: Sequence[Row], *, json_: bool) -> None:
         print(json.dumps(document))  # noqa: T201 the one document
         return
     stdout.print(found.out, style="bold", soft_wrap=True)
-    facts = [_facts(found, row) for row in rows]
-    table = _table(rows, facts)
-    needed = Measurement.get(stdout, stdout.options.update_width(WIDEST), table).maximum
-    stdout.print(table if needed <= stdout.width else _list(rows, facts))
+    states = [Text(row.state, style=COLOURS[row.state]) for row in rows]
+    stdout.print(_shown(("run", "state"), [
+        (row.name, state, _facts(found, row)) for row, state in zip(rows, states, strict=True)
+    ]))  # fmt: skip
     for row in rows:
         if row.error:
             stdout.print(f"{row.name}: {row.error}", soft_wrap=True)
@@ -156,37 +157,42 @@ def _facts(found: Batch, row: Row) -> dict[str, Text]:
     seconds = (found.expected.get(row.name) or {}).get("seconds")
     facts = {"planned": Text(seconds_text(seconds["p50"]))} if seconds else {}
     if row.state == "READY":
-        ratio = quotient(row.perplexity, row.dense_perplexity)
-        facts = {
-            "kept": Text(percent(row.keep_fraction)),
-            "perplexity": Text(decimal(row.perplexity)),
-            "over dense": Text(change(ratio)),
-            "quality": Text(row.quality, style=TONES[row.tone]),
-            "took": Text(seconds_text(row.seconds)),
-        }
+        read = Text(row.quality, style=TONES[row.tone])
+        facts = _measured(row.keep_fraction, row.perplexity, row.dense_perplexity, read)
+        facts["took"] = Text(seconds_text(row.seconds))
     return facts | ({"calibration": Text(row.calibration)} if row.calibration else {})
 
 
-def _table(rows: Sequence[Row], facts: Sequence[Mapping[str, Text]]) -> Table:
-    columns = list(dict.fromkeys(name for each in facts for name in each))
+def _measured(kept: float, perplexity: float, dense: float, quality: Text) -> dict[str, Text]:
+    return {
+        "kept": Text(percent(kept)),
+        "perplexity": Text(decimal(perplexity)),
+        "over dense": Text(change(quotient(perplexity, dense))),
+        "quality": quality,
+    }
+
+
+def _shown(heads: tuple[str, str], rows: Sequence[Shown]) -> Table:
+    """Return a table of results; on a terminal too narrow for it, each above what is known."""
+    columns = list(dict.fromkeys(name for *_, facts in rows for name in facts))
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    for name in ("run", "state", *columns):
-        left = name in ("run", "state", "quality", "calibration")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for row, known in zip(rows, facts, strict=True):
-        state = Text(row.state, style=COLOURS[row.state])
-        table.add_row(row.name, state, *(known.get(name, Text()) for name in columns))
-    return table
+    for name in (*heads, *columns):
+        left = name in (*heads, "quality", "calibration")
+        # A quality is words, which may take two lines.
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "quality")
+    for name, state, facts in rows:
+        table.add_row(name, state, *(facts.get(column, Text()) for column in columns))
+    needed = Measurement.get(stdout, stdout.options.update_width(WIDEST), table).minimum
+    return table if needed <= stdout.width else _list(rows)
 
 
-def _list(rows: Sequence[Row], facts: Sequence[Mapping[str, Text]]) -> Table:
-    """Return the same for a terminal on which the table would break: what is known below a name."""
+def _list(rows: Sequence[Shown]) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for row, known in zip(rows, facts, strict=True):
-        table.add_row(Text(row.state, style=COLOURS[row.state]), row.name)
-        said = [Text.assemble((f"{name} ", "dim"), text) for name, text in known.items()]
+    for name, state, facts in rows:
+        table.add_row(state, name)
+        said = [Text.assemble((f"{column} ", "dim"), text) for column, text in facts.items()]
         if said:
             table.add_row("", Text(", ").join(said))
     return table
@@ -221,26 +227,24 @@ def sweep(
     if json_:
         print(json.dumps(found))  # noqa: T201 the one document
         return
+    print_sweep(run_uri, found)
+
+
+def print_sweep(run_uri: str, found: Mapping[str, Any]) -> None:
+    """Print the points of a sweep, as ``pareto.json`` holds them, and where the page is."""
     dense = found["dense"]["perplexity"]
-    title = f"{found['model']}: dense perplexity {decimal(dense)}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("point", "kept", "predicted error", "perplexity", "over dense", "quality", ""):
-        table.add_column(column, justify="left" if column in ("point", "quality", "") else "right")
+    stdout.print(f"{found['model']}: dense perplexity {decimal(dense)}", soft_wrap=True)
+    rows = []
     for point in found["points"]:
+        kept, perplexity = point["keep_fraction"], point["perplexity"]
         read = judged(
-            dense, point["perplexity"], kept=point["keep_fraction"],
+            dense, perplexity, kept=kept,
             parameters=found["dense"]["parameters"], names=[point["method"]],
         )  # fmt: skip
-        table.add_row(
-            point["name"],
-            percent(point["keep_fraction"]),
-            percent(point["predicted_error"]),
-            decimal(point["perplexity"]),
-            change(quotient(point["perplexity"], dense)),
-            Text(read.word, style=TONES[read.tone]),
-            "front" if point["on_front"] else "",
-        )
-    stdout.print(table)
+        facts = _measured(kept, perplexity, dense, Text(read.word, style=TONES[read.tone]))
+        facts["predicted error"] = Text(percent(point["predicted_error"]))
+        rows.append((point["name"], Text("front" if point["on_front"] else ""), facts))
+    stdout.print(_shown(("point", ""), rows))
     stdout.print(
         f"{run_uri}/{PAGE}; compress-cluster export {run_uri} --point NAME", soft_wrap=True
     )

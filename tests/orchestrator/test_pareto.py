@@ -1,14 +1,17 @@
 """The page of a sweep: self-contained, says what pareto.json says, marks the front."""
 
+import io
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from actors.storage.files import Directory
 from orchestrator.backend.local import LocalExecutor
+from orchestrator.cli.experiments import print_sweep
 from orchestrator.experiments.sweep import Point, exported, points_of, sweep_on, with_front
 from orchestrator.phases.open_run import check_run, open_run
 from orchestrator.report import render_pareto
@@ -74,6 +77,21 @@ def test_the_page_loads_nothing_and_names_every_point(sweep):
 def test_the_front_is_what_none_beats_in_size_and_perplexity():
     points = {p["name"]: p["on_front"] for p in SWEEPS["several"]["points"]}
     assert points == {"a-0.9": True, "b-0.9": False, "a-0.7": True, "b-0.6": True}
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_a_sweep_is_printed_with_whole_names_and_its_front_marked(monkeypatch, width):
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    monkeypatch.setattr("orchestrator.cli.experiments.stdout", console)
+    print_sweep("runs/x", SWEEPS["several"])
+    said = console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
+    for point in SWEEPS["several"]["points"]:
+        (line,) = [line for line in said.splitlines() if point["name"] in line.split()]
+        assert ("front" in line.split()) == point["on_front"]
+    for words in ("90.0 %", "7.000", "+40.0 %", "predicted error"):
+        assert words in said
+    assert all(len(line.rstrip()) <= width for line in said.splitlines()[1:-1])
+    assert "runs/x/pareto.html" in said
 
 
 METHODS = ["slicegpt", "modegpt", "svdllm"]
