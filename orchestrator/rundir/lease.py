@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import socket
 import threading
 import time
@@ -21,9 +22,7 @@ MAX_TEXT = 255  # characters of a host's name
 MAX_SINCE = 4e9  # seconds since the epoch; the year 2096
 HEARTBEAT_SECONDS = 4.0
 EXPIRY_SECONDS = 16.0
-# After writing: as long as two drivers that started at once may need until both have written.
-# Each then reads the same file, so exactly one finds its own name in it.
-SETTLE_SECONDS = {True: 0.5, False: 2.0}  # by whether the directory is local
+BACK_OFF = 4.0  # at most so many times as long as the try took that met another driver
 
 
 class Hold:
@@ -69,10 +68,12 @@ def held(run: Directory) -> Iterator[Hold]:
         "since": time.time(),
         "beat": 0,
     }
-    _wait_for_holder(run)
-    begun = time.monotonic()
-    _write(run, me)
-    _settle(run, me, seconds=SETTLE_SECONDS[run.is_local] + time.monotonic() - begun)
+    gone = _wait_for_holder(run)
+    with _alone(run, str(me["nonce"])):
+        now = holder(run)
+        if now is not None and now != gone:
+            raise _held(run, now)
+        _write(run, me)
     stop = threading.Event()
     beating = threading.Thread(target=_beat, args=(run, me, stop), daemon=True, name="lease")
     beating.start()
@@ -114,21 +115,21 @@ def is_dead(lease: dict[str, Any]) -> bool:
     return here and _process_start(lease["pid"]) != lease.get("started")
 
 
-def _wait_for_holder(run: Directory) -> None:
+def _wait_for_holder(run: Directory) -> dict[str, Any] | None:
+    """Return the lease of a holder that is gone, or None where there is none."""
     first = holder(run)
     if first is None or is_dead(first):
-        return
+        return first
     if first["host"] != socket.gethostname():
         deadline = time.monotonic() + EXPIRY_SECONDS
         while time.monotonic() < deadline:
             time.sleep(HEARTBEAT_SECONDS / 4)
             now = holder(run)
             if now is None:
-                return
+                return None
             if (now["nonce"], now["beat"]) != (first["nonce"], first["beat"]):
-                break
-        else:
-            return
+                raise _held(run, now)
+        return first
     raise _held(run, first)
 
 
@@ -140,19 +141,33 @@ def _held(run: Directory, lease: dict[str, Any]) -> StorageError:
     )
 
 
-def _settle(run: Directory, me: dict[str, Any], *, seconds: float) -> None:
-    """Wait until a driver that started in the same instant has written too; the last one stays.
+@contextlib.contextmanager
+def _alone(run: Directory, nonce: str) -> Iterator[None]:
+    """Keep other drivers out while this one looks who holds the run and writes its own name.
 
-    Stores offer no conditional write, so nobody can be stopped from writing. But whoever wrote last
-    is read by all, and the others leave.
-
-    Raises:
-        StorageError: another driver was faster.
+    `pyarrow.fs` offers no conditional write. So each driver first leaves a file that says that it
+    comes, and looks for those of others after. Of two at least one finds the other's, in whatever
+    order and however slowly they are written, and whoever finds one steps back for a while.
     """
-    time.sleep(seconds)
-    now = holder(run)
-    if now is not None and now["nonce"] != me["nonce"]:
-        raise _held(run, now)
+    mine = f"{NAME}.{nonce}"
+    since: dict[str, float] = {}  # other drivers' files, and when they were first seen
+    try:
+        while True:
+            begun = time.monotonic()
+            run.write(mine, b"")
+            now = time.monotonic()
+            found = [n for n in run.entries() if n.startswith(f"{NAME}.") and n != mine]
+            since = {n: since.get(n, now) for n in found if not n.endswith(".tmp")}
+            if not since:
+                break
+            run.delete(mine)
+            for name in since:
+                if now - since[name] > EXPIRY_SECONDS:  # its driver died on the way
+                    run.delete(name)
+            time.sleep(random.uniform(0, BACK_OFF) * (time.monotonic() - begun))
+        yield
+    finally:
+        run.delete(mine)
 
 
 def _beat(run: Directory, me: dict[str, Any], stop: threading.Event) -> None:

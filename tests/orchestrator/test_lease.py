@@ -1,5 +1,6 @@
 """One driver for one run directory."""
 
+import contextlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from orchestrator.run import run, run_on
 from orchestrator.rundir import lease
 from planners.errors import StorageError
 from tests.builders import prepared_run, save_model
+from tests.stores import Fault
 
 HOLDER = """
 import sys, time
@@ -145,6 +147,19 @@ def test_a_holder_on_another_host_whose_heart_beats_is_left_alone(directory):
 
 
 @pytest.mark.usefixtures("short_expiry")
+def test_of_two_that_wait_for_a_silent_holder_the_later_is_told_of_the_one_that_took_over(
+    directory,
+):
+    directory.write(lease.NAME, json.dumps(lease_of(host="silent")).encode())
+    theirs = json.dumps(lease_of(host="elsewhere", nonce="new")).encode()
+    taken = threading.Timer(0.1, directory.write, (lease.NAME, theirs))
+    taken.start()
+    with pytest.raises(StorageError, match="on elsewhere since"), lease.held(directory):
+        pass
+    taken.join()
+
+
+@pytest.mark.usefixtures("short_expiry")
 def test_the_heart_of_a_holder_beats(directory):
     with lease.held(directory):
         first = lease.holder(directory)["beat"]
@@ -164,46 +179,113 @@ def test_a_driver_that_was_taken_for_dead_leaves_the_lease_to_its_successor(dire
     assert lease.holder(directory) == successor
 
 
+# Drives many runs at once, each from an instant of its own, and writes a line for each.
 RACER = """
-import sys, time
+import json, sys, threading, time
 from actors.storage.files import Directory
 from orchestrator.rundir import lease
 from planners.errors import StorageError
-directory = Directory(sys.argv[1])
+
+lease.LOOK_SECONDS = 0.0
+all_have_tried = threading.Event()
+
+def drive(directory, begin):
+    time.sleep(max(begin - time.monotonic(), 0))
+    try:
+        with lease.held(directory) as hold:
+            tell(directory, "holds")
+            all_have_tried.wait()
+            hold.require()
+            tell(directory, "still holds")
+    except StorageError as error:
+        tell(directory, f"{error.exit_code} {error}")
+
+def tell(directory, words):
+    sys.stdout.write(json.dumps([directory.uri, words]) + "\\n")  # at once: threads write here
+    sys.stdout.flush()
+
+runs = [Directory(uri) for uri in sys.argv[1:]]
 print("ready", flush=True)
+begins = json.loads(sys.stdin.readline())
+for each in zip(runs, begins):
+    threading.Thread(target=drive, args=each).start()
 sys.stdin.readline()
-try:
-    with lease.held(directory) as hold:
-        print("held", flush=True)
-        time.sleep(4)
-        hold.require()
-        print("still held", flush=True)
-except StorageError as error:
-    print(error.exit_code, error, flush=True)
+all_have_tried.set()
 """
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_of_drivers_that_start_at_the_same_instant_exactly_one_goes_on(directory, s3, where):
-    uri = directory.uri if where == "local" else s3("run")
+@contextlib.contextmanager
+def racers(uris, *, number):
+    """Start processes that drive runs; each is ready when it is told the instants to begin at."""
     environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACER, uri],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )
-        for _ in range(3)
-    ]  # fmt: skip
-    for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    said = [racer.communicate(timeout=60)[0] for racer in racers]
-    assert sum("still held" in each for each in said) == 1
-    assert (
-        sum("6 " in each and ("is held by" in each or "taken over" in each) for each in said) == 2
-    )
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    command = [sys.executable, "-c", RACER, *uris]
+    with contextlib.ExitStack() as started:
+        found = [started.enter_context(subprocess.Popen(command, **how)) for _ in range(number)]
+        for racer in found:
+            started.callback(racer.kill)
+            assert racer.stdout.readline() == "ready\n"
+        yield found
+
+
+def require_one_holder_each(uris, processes, begins):
+    """Let processes drive runs from the instants given for each; see who holds each run."""
+    for racer, instants in zip(processes, begins, strict=True):
+        print(json.dumps(instants), file=racer.stdin, flush=True)
+    said = [dict(json.loads(racer.stdout.readline()) for _ in uris) for racer in processes]
+    for racer in processes:
+        print(file=racer.stdin, flush=True)
+    after = [dict(map(json.loads, racer.stdout)) for racer in processes]
+    for uri in uris:
+        winners = [n for n, each in enumerate(said) if each[uri] == "holds"]
+        assert len(winners) == 1, [each[uri] for each in said]
+        (winner,) = winners
+        assert after[winner][uri] == "still holds"
+        who = f"process {processes[winner].pid} on {socket.gethostname()} since "
+        others = [each[uri] for n, each in enumerate(said) if n != winner]
+        assert all(other.startswith(f"6 {uri} is held by {who}") for other in others), others
+
+
+@pytest.mark.parametrize(
+    ("where", "drivers", "tries"),
+    [
+        ("local", 3, 8),
+        ("s3", 3, 8),
+        pytest.param("local", 2, 100, marks=pytest.mark.nightly),
+        pytest.param("s3", 2, 100, marks=pytest.mark.nightly),
+    ],
+)
+def test_of_drivers_that_race_exactly_one_holds_and_the_others_say_who(
+    tmp_path, s3, where, drivers, tries
+):
+    uris = [str(tmp_path / str(n)) if where == "local" else s3(str(n)) for n in range(tries)]
+    for uri in uris[::2]:  # here they race to take over from a dead driver
+        Directory(uri).write(lease.NAME, json.dumps(lease_of()).encode())
+    # From the same instant to so far apart that the later ones find a holder.
+    apart = (0.01 if where == "local" else 0.1) / tries
+    with racers(uris, number=drivers) as processes:
+        now = time.monotonic() + 0.2
+        begins = [
+            [now + n * (0.05 + late * apart) for n in range(tries)] for late in range(drivers)
+        ]
+        require_one_holder_each(uris, processes, begins)
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["word that it comes", "lease"])
+def test_a_driver_that_is_slow_to_write_and_a_fast_one_do_not_both_hold(faulty, after):
+    faulty.faults = [Fault("slow", "PUT", path=lease.NAME, after=after, times=1, seconds=3)]
+    uri = faulty.uri("run")
+    with racers([uri], number=2) as processes:
+        now = time.monotonic()
+        require_one_holder_each([uri], processes, [[now], [now + 1]])
+
+
+@pytest.mark.usefixtures("short_expiry")
+def test_a_driver_that_died_while_it_came_is_not_waited_for_long(directory):
+    directory.write(f"{lease.NAME}.theirs", b"")
+    with lease.held(directory):
+        assert directory.names() == [lease.NAME]
+    assert directory.names() == []
 
 
 def test_a_driver_that_lost_its_lease_records_nothing_more(tmp_path, monkeypatch):
