@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from actors.storage.files import Directory
 from planners.errors import StorageError
 
 NAME = "lease.json"
+COMING = re.compile(re.escape(NAME) + r"\.[0-9a-f]{32}")  # of a driver that comes: its nonce
 LOOK_SECONDS = 0.5  # a lease that was looked at is good for so long
 MAX_BYTES = 10_000
 MAX_TEXT = 255  # characters of a host's name
@@ -156,8 +158,8 @@ def _alone(run: Directory, nonce: str) -> Iterator[None]:
             begun = time.monotonic()
             run.write(mine, b"")
             now = time.monotonic()
-            found = [n for n in run.entries() if n.startswith(f"{NAME}.") and n != mine]
-            since = {n: since.get(n, now) for n in found if not n.endswith(".tmp")}
+            found = [n for n in run.entries() if COMING.fullmatch(n) and n != mine]
+            since = {name: since.get(name, now) for name in found}
             if not since:
                 break
             run.delete(mine)

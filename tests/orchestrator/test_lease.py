@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from uuid import uuid4
 
 import pytest
 
@@ -282,7 +283,7 @@ def test_a_driver_that_is_slow_to_write_and_a_fast_one_do_not_both_hold(faulty, 
 
 @pytest.mark.usefixtures("short_expiry")
 def test_a_driver_that_died_while_it_came_is_not_waited_for_long(directory):
-    directory.write(f"{lease.NAME}.theirs", b"")
+    directory.write(f"{lease.NAME}.{uuid4().hex}", b"")
     with lease.held(directory):
         assert directory.names() == [lease.NAME]
     assert directory.names() == []
