@@ -8,7 +8,7 @@ from actors.messages import CompressionJob, UnitDone, UnitTask
 from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.engine.failure_policy import FAILURES, Action, Place
 from orchestrator.engine.reproduce import Reproducer, UnitCall
-from orchestrator.engine.stalls import Watch
+from orchestrator.engine.stalls import PendingCalls
 from orchestrator.engine.supervisor import Call
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.rundir.journal import Journal
@@ -55,7 +55,7 @@ class _Dispatch:
         self._frontier = Frontier(units, is_done=ledger.done)
         self._running: dict[Any, tuple[int, Unit]] = {}
         self._failed_on: dict[str, set[int]] = {}  # unit -> slots whose workers failed it
-        self._watch = Watch(pool)
+        self._pending = PendingCalls(pool)
 
     def run(self) -> None:
         """Return when all units have a record."""
@@ -67,7 +67,7 @@ class _Dispatch:
             for ticket in self._pool.ready(list(self._running)):
                 if ticket in self._running:  # else its slot was given up in this very round
                     self._take(ticket)
-            self._move_from_nodes_that_go()
+            self._leave_draining_nodes()
             self._handle_stalled()
 
     def _feed(self) -> None:
@@ -91,11 +91,11 @@ class _Dispatch:
     def _start(self, slot: int, unit: Unit) -> None:
         ticket = self._pool.call(slot, "work", task_of(unit), self._job, label=unit.name)
         self._running[ticket] = (slot, unit)
-        self._watch.begins(slot, ticket, unit.kind, unit.name)
+        self._pending.begins(slot, ticket, unit.kind, unit.name)
 
     def _take(self, ticket: Any) -> None:
         slot, unit = self._running.pop(ticket)
-        self._watch.answered(slot, ticket)
+        self._pending.answered(slot, ticket)
         try:
             done = self._pool.executor.result(ticket)
         except FAILURES as error:
@@ -105,7 +105,7 @@ class _Dispatch:
 
     def _finish(self, unit: Unit, done: UnitDone) -> None:
         self._frontier.finish(unit)
-        self._pool.saw([done])
+        self._pool.record_peaks([done])
         met = self._pool.supervisor.finish(unit.name)
         if met:
             done = replace(done, values={**done.values, "retried_after": met})
@@ -151,19 +151,19 @@ class _Dispatch:
 
     def _leave(self, slot: int) -> None:
         self._running = {t: at for t, at in self._running.items() if at[0] != slot}
-        self._watch.forget(slot)
+        self._pending.forget(slot)
         for slots in self._failed_on.values():
             slots.discard(slot)  # its next worker has failed nothing
 
     def _slots_of(self, unit: Unit) -> list[int]:
         return [slot for slot, running in self._running.values() if running is unit]
 
-    def _move_from_nodes_that_go(self) -> None:
+    def _leave_draining_nodes(self) -> None:
         """Let what fits end where it is; have the rest done elsewhere at once."""
         busy = dict(self._running.values())
         for slot in range(self._pool.num_workers):
             left = self._pool.seconds_left(slot)
-            if left is None or (slot in busy and self._watch.fits(slot, left)):
+            if left is None or (slot in busy and self._pending.fits(slot, left)):
                 continue
             self._leave(slot)
             self._pool.leave_node(slot)
@@ -173,10 +173,10 @@ class _Dispatch:
     def _handle_stalled(self) -> None:
         """Have a unit whose worker is silent done by an idle one too; give up who stays silent."""
         for slot, unit in list(self._running.values()):
-            if self._watch.stalled(slot):
+            if self._pending.stalled(slot):
                 lost = WorkerLost(FailureClass.STALLED, f"{unit.name} did not answer")
                 self._fail(slot, unit, lost)
-            elif self._watch.late(slot) and len(self._slots_of(unit)) == 1:
+            elif self._pending.late(slot) and len(self._slots_of(unit)) == 1:
                 for idle in self._idle()[:1]:
                     self._start(idle, unit)
 

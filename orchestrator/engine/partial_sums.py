@@ -54,7 +54,7 @@ class Partials:
         """Record what a live worker has saved; what it replaces is removed."""
         for partial in done.partials:
             old = {p.file.path for p in self.found([partial.layer])} - {partial.file.path}
-            told = UnitDone(
+            saved = UnitDone(
                 unit=self._units[partial.layer].name,
                 worker=worker,
                 incarnation=done.incarnation,
@@ -64,7 +64,7 @@ class Partials:
                 started=done.started,
                 seconds=done.seconds,
             )
-            self._ledger.commit(self._units[partial.layer], told, attempt=1)
+            self._ledger.commit(self._units[partial.layer], saved, attempt=1)
             for name in old:
                 self._run.delete(name)
 

@@ -16,7 +16,7 @@ from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.engine.failure_policy import FAILURES, Action, Place
 from orchestrator.engine.partial_sums import BYTES_PER_SECOND, Partials, interval
 from orchestrator.engine.reproduce import PassCall, Reproducer
-from orchestrator.engine.stalls import Watch
+from orchestrator.engine.stalls import PendingCalls
 from orchestrator.engine.supervisor import Call
 from orchestrator.engine.worker_pool import Pool
 from planners.units.flow import Flow, accept, submissions
@@ -101,7 +101,7 @@ class Pass:
         self._on_step, self._on_published = on_step, on_published
         self._stages = [_StageState(to_publish=list(units)) for units in plan.publish]
         self._slots = range(first_slot, first_slot + len(self._stages))
-        self._watch = Watch(pool)
+        self._pending = PendingCalls(pool)
         self._reported: set[tuple[int, int]] = set()
         self._failed_calls: set[str] = set()
 
@@ -132,7 +132,7 @@ class Pass:
     def _call(self, at: int, kind: str, method: str, *args: Any, label: str, **how: Any) -> Any:
         answers = self._pool.call(self._slots[at], method, *args, label=label, **how)
         ticket = answers[0] if isinstance(answers, tuple) else answers
-        self._watch.begins(self._slots[at], ticket, f"{self._plan.kind} {kind}", label)
+        self._pending.begins(self._slots[at], ticket, f"{self._plan.kind} {kind}", label)
         return answers
 
     def _load(self, at: int) -> None:
@@ -202,7 +202,7 @@ class Pass:
 
     def _fits(self, at: int, left: float) -> bool:
         """Return whether what a stage does now is likely to end before its node does."""
-        return self._watch.fits(self._slots[at], left)
+        return self._pending.fits(self._slots[at], left)
 
     def _submit(self, at: int, index: int) -> None:
         stage = self._stages[at]
@@ -232,7 +232,7 @@ class Pass:
         at = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
         if at is None:  # nor of a worker that was given up in this very round
             return
-        self._watch.answered(self._slots[at], ticket)
+        self._pending.answered(self._slots[at], ticket)
         try:
             answer = self._pool.executor.result(ticket)
         except FAILURES as error:
@@ -250,11 +250,11 @@ class Pass:
             stage.saving = None
             self._accept_save(at, answer)
         elif ticket in stage.publishing:
-            self._pool.saw([answer])
+            self._pool.record_peaks([answer])
             self._on_published(stage.publishing.pop(ticket), answer)
         else:
             index = accept(self._stages, at, ticket)
-            self._pool.saw([answer])
+            self._pool.record_peaks([answer])
             if (at, index) not in self._reported:
                 self._reported.add((at, index))
                 self._on_step(at, self._plan.microbatches[index], answer)
@@ -262,7 +262,7 @@ class Pass:
     def _accept_save(self, at: int, answer: Any) -> None:
         saving, stage = self._plan.saving, self._stages[at]
         assert saving is not None  # it was asked for
-        self._pool.saw([answer])
+        self._pool.record_peaks([answer])
         saving.partials.accept(answer, worker=self._pool.setup(self._slots[at]).name)
         stage.save_seconds = answer.seconds
         stage.saved = min((p.next for p in answer.partials), default=stage.done)
@@ -270,10 +270,10 @@ class Pass:
     def give_up_stalled(self) -> None:
         """Replace the workers that have been silent for too long."""
         for at in range(len(self._stages)):
-            if self._watch.stalled(self._slots[at]):
-                label = self._watch.label(self._slots[at])
+            if self._pending.stalled(self._slots[at]):
+                label = self._pending.label(self._slots[at])
                 lost = WorkerLost(FailureClass.STALLED, f"{label} did not answer")
-                self._fail(at, self._watch.ticket(self._slots[at]), lost)
+                self._fail(at, self._pending.ticket(self._slots[at]), lost)
 
     def _fail(self, at: int, ticket: Any, error: Exception) -> None:
         """Go on with another worker, or with an input that is computed again.
@@ -314,7 +314,7 @@ class Pass:
     def _restart(self, at: int) -> None:
         """Have the new worker of a stage go on from what is saved."""
         stage = self._stages[at]
-        self._watch.forget(self._slots[at])
+        self._pending.forget(self._slots[at])
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
         stage.publishing, stage.saving = {}, None
         if stage.to_publish:  # sums went with the worker; what is published or told stays done

@@ -15,10 +15,10 @@ class _Call:
     kind: str
     label: str
     since: float
-    told: bool = False
+    reported: bool = False
 
 
-class Watch:
+class PendingCalls:
     """The calls on each slot, in order; a worker does the first of them."""
 
     def __init__(self, pool: Pool) -> None:
@@ -67,9 +67,9 @@ class Watch:
         call = self._first(slot)
         if call is None or not self._silent(call) > self._pool.deadlines.limit(call.kind):
             return False
-        if not call.told:
-            call.told = True
-            self._pool.tell_stalled(slot, call.label, seconds=self._silent(call))
+        if not call.reported:
+            call.reported = True
+            self._pool.report_stalled(slot, call.label, seconds=self._silent(call))
         return True
 
     def stalled(self, slot: int) -> bool:
@@ -83,7 +83,7 @@ class Watch:
         calls = self._calls.get(slot)
         if not calls:
             return None
-        if not self._pool.is_there(slot):
+        if not self._pool.is_running(slot):
             calls[0].since = time.monotonic()  # nobody is at it yet
             return None
         return calls[0]

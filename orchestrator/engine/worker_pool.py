@@ -24,20 +24,20 @@ from planners.errors import ClusterError, CompressionError
 
 POLL_SECONDS = 0.5
 PLACE_SECONDS = 600.0  # for a machine that can hold a worker; what autoscalers take, twice
-SAY_SECONDS = 10.0  # after which a person wants to know what is waited for
+ANNOUNCE_SECONDS = 10.0  # after which a person wants to know what is waited for
 DRAIN_SECONDS = 1.0  # between two questions for nodes that will go
 
 
 @dataclass(slots=True)
 class _Slot:
-    """Who is in a slot: ``where`` is None until its process runs; then ``settling`` is."""
+    """Who is in a slot: ``where`` is None until its process runs; then ``locating`` is."""
 
     setup: WorkerSetup
     handle: Any
-    settling: Any
+    locating: Any
     since: float
     where: ActorLocation | None = None
-    said: bool = False
+    announced: bool = False
 
 
 class Pool:
@@ -66,7 +66,7 @@ class Pool:
         self.peak_bytes = 0
         self._pattern, self._journal = setup, journal
         self._place_seconds = place_seconds
-        self._going: dict[int, float] = {}  # slot -> when its node will be gone
+        self._draining: dict[int, float] = {}  # slot -> when its node will be gone
         self._asked_at, self._wants = 0.0, False
         gpus = 1.0 if setup.device == "cuda" else 0.0
         self._resources = Resources(num_cpus=setup.threads, num_gpus=gpus)
@@ -81,7 +81,7 @@ class Pool:
     def open_slots(self) -> list[int]:
         """The slots whose worker is there, on a node that will stay."""
         return [
-            n for n, s in enumerate(self._slots) if s.where is not None and n not in self._going
+            n for n, s in enumerate(self._slots) if s.where is not None and n not in self._draining
         ]
 
     def incarnation(self, slot: int) -> str:
@@ -106,21 +106,21 @@ class Pool:
         Raises:
             ClusterError: no machine could hold a worker for too long.
         """
-        settling = {slot.settling: slot for slot in self._slots if slot.where is None}
-        answered = self.executor.ready([*settling, *tickets], seconds=POLL_SECONDS)
+        locating = {slot.locating: slot for slot in self._slots if slot.where is None}
+        answered = self.executor.ready([*locating, *tickets], seconds=POLL_SECONDS)
         for ticket in answered:
-            if ticket in settling:
-                self._settle(settling[ticket])
+            if ticket in locating:
+                self._arrive(locating[ticket])
         self._wait_for_places(list(needed))
         if self.interruption.requested and not self._stopping:
             self._stopping = True
             self._journal.emit("stopping", detail="what is under way is saved first")
         self._check_draining()
-        return [ticket for ticket in answered if ticket not in settling]
+        return [ticket for ticket in answered if ticket not in locating]
 
     def seconds_left(self, slot: int) -> float | None:
         """Return how long the node of a slot is still there, or None where it stays."""
-        gone = self._going.get(slot)
+        gone = self._draining.get(slot)
         return None if gone is None else gone - time.monotonic()
 
     def replace(self, slot: int, error: Exception) -> None:
@@ -146,10 +146,10 @@ class Pool:
         if where is not None and not listens:
             self.executor.kill_process(where)
         self.executor.kill(self._slots[slot].handle)
-        self._going.pop(slot, None)
+        self._draining.pop(slot, None)
         self._slots[slot] = self._filled(slot)
 
-    def is_there(self, slot: int) -> bool:
+    def is_running(self, slot: int) -> bool:
         """Return whether the process of a slot runs; before that, no call on it can be late."""
         return self._slots[slot].where is not None
 
@@ -157,14 +157,14 @@ class Pool:
         """Return who is in a slot, with its threads and device."""
         return self._slots[slot].setup
 
-    def tell_stalled(self, slot: int, label: str, *, seconds: float) -> None:
+    def report_stalled(self, slot: int, label: str, *, seconds: float) -> None:
         """Tell that a call does not answer, and what its process is doing."""
         where = self._slots[slot].where
         stack = self.executor.stack(where) if where is not None else ""
         detail = f"silent for {seconds:.0f} s\n{stack}"
         self._journal.emit("silent", unit=label, worker=self.setup(slot).name, detail=detail)
 
-    def saw(self, answers: Sequence[Any]) -> None:
+    def record_peaks(self, answers: Sequence[Any]) -> None:
         """Keep the highest memory peak that workers report."""
         self.peak_bytes = max([self.peak_bytes, *(a.peak_bytes for a in answers)])
 
@@ -188,12 +188,12 @@ class Pool:
         handle = self.executor.spawn(Stage, setup, resources=self._resources, name=name)
         return _Slot(setup, handle, self.executor.locate(handle), time.monotonic())
 
-    def _settle(self, slot: _Slot) -> None:
+    def _arrive(self, slot: _Slot) -> None:
         try:
-            slot.where = self.executor.result(slot.settling)
+            slot.where = self.executor.result(slot.locating)
         except (WorkerLost, CompressionError):
             slot.where = ActorLocation()  # lost before it said a word: its first call will tell
-        if slot.said:
+        if slot.announced:
             waited = time.monotonic() - slot.since
             self._journal.emit("placed", worker=slot.setup.name, seconds=waited)
 
@@ -201,19 +201,21 @@ class Pool:
         """Say what is waited for, and give up what has been waited for too long."""
         now = time.monotonic()
         late = [
-            n for n, s in enumerate(self._slots) if s.where is None and now - s.since > SAY_SECONDS
+            n
+            for n, s in enumerate(self._slots)
+            if s.where is None and now - s.since > ANNOUNCE_SECONDS
         ]
         for number in late:
             slot = self._slots[number]
-            if not slot.said:
-                slot.said = True
+            if not slot.announced:
+                slot.announced = True
                 self._ask_for_room()
                 self._journal.emit("waiting", worker=slot.setup.name, detail=self._shortage())
         essential = [n for n in late if n in needed] if needed else late
-        hopeless = [n for n in essential if now - self._slots[n].since > self._place_seconds]
-        if hopeless and (needed or len(hopeless) == len(self._slots)):
+        unplaced = [n for n in essential if now - self._slots[n].since > self._place_seconds]
+        if unplaced and (needed or len(unplaced) == len(self._slots)):
             raise ClusterError(
-                f"no machine could hold {self._slots[hopeless[0]].setup.name} for "
+                f"no machine could hold {self._slots[unplaced[0]].setup.name} for "
                 f"{self._place_seconds:.0f} s: {self._shortage()}",
                 hint=f"what is done is kept; add a machine, or use fewer --workers; {RESUME_HINT}",
             )
@@ -228,16 +230,16 @@ class Pool:
         self._asked_at = now
         draining = self.executor.draining()
         for number, slot in enumerate(self._slots):
-            if slot.where is None or slot.where.node not in draining or number in self._going:
+            if slot.where is None or slot.where.node not in draining or number in self._draining:
                 continue
             left = draining[slot.where.node]
-            self._going[number] = now + left
+            self._draining[number] = now + left
             self._journal.emit("notice", worker=slot.setup.name, seconds=min(left, 1e9),
                                detail=f"its node goes in {left:.0f} s")  # fmt: skip
             self._ask_for_room()
 
     def _ask_for_room(self) -> None:
         """Ask for room for all workers, and for one more for each that has to move."""
-        bundles = [self._resources.bundle] * (len(self._slots) + len(self._going))
+        bundles = [self._resources.bundle] * (len(self._slots) + len(self._draining))
         self.executor.request_resources(bundles)
         self._wants = True

@@ -152,7 +152,7 @@ def test_the_watch_of_a_cluster_file_drains_its_node_on_sigterm(nodes):
 def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orchestrator.engine.worker_pool.SAY_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.engine.worker_pool.ANNOUNCE_SECONDS", 1.0)
     events = []
     with pytest.raises(ClusterError, match=r"no machine could hold worker-\d for 6 s") as caught:
         compress_local(
@@ -166,7 +166,7 @@ def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
 
 
 def test_capacity_that_comes_back_is_used(held_core, model, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.engine.worker_pool.SAY_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.engine.worker_pool.ANNOUNCE_SECONDS", 1.0)
     disturbance = Disturbance("waiting", 1, held_core.give_back)
     compress_local(model, tmp_path, executor=RayExecutor(), listener=disturbance, workers=3)
     assert "placed" in disturbance.kinds()
