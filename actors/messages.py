@@ -198,9 +198,6 @@ class GenerateDone:
     held_bytes: int
 
 
-OF_A_LAYER = ("layer", "draft")  # kinds of units that may have options of their own
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionJob:
     """What all compression units of a run share.

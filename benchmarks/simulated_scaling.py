@@ -26,7 +26,8 @@ from planners.catalogue import CONFIGS, shape_of
 from planners.method import Target
 from planners.planning import Workload, make_plan
 from planners.simulation.simulate import PassPhase, Phase, SimulatedRun, UnitsPhase, simulate
-from planners.simulation.timetable import CostModel, Job, timetable
+from planners.simulation.timetable import CostModel, timetable
+from planners.units.job import Job
 
 MODEL, LENGTH = "llama-2-70b", 2048
 WORKERS = (1, 2, 4, 8, 16, 32, 40, 64, 80, 128, 256, 512)

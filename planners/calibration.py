@@ -1,6 +1,7 @@
-"""Are there enough calibration tokens for what is solved with their Gram matrices?"""
+"""The calibration tokens: their shards, and whether there are enough for each Gram matrix."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from planners.model.cost import dense_start, tap_dim
 from planners.model.form import LayerForm, ModelForm
@@ -8,6 +9,17 @@ from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 GRAMS = ("gram", "normed_gram")
+
+
+def shard_cuts(count: int, num_microbatches: int) -> list[tuple[int, int]]:
+    """Return the shards of the calibration tokens as ranges of microbatches; none is empty.
+
+    They follow from the recipe, never from the workers at hand: each is summed by itself, and sums
+    of other parts round in other ways.
+    """
+    count = max(1, min(count, num_microbatches))
+    edges = [i * num_microbatches // count for i in range(count + 1)]
+    return list(pairwise(edges))
 
 
 def few_tokens(

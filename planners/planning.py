@@ -7,7 +7,7 @@ from planners import refit
 from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.memory.fitting import Attempt, ways_to_fit
-from planners.memory.peaks import unit_bytes
+from planners.memory.peaks import Shrinking
 from planners.memory.placement import Load, load_of, place
 from planners.method import MethodSpec, Option, Target
 from planners.model.cost import (
@@ -23,6 +23,7 @@ from planners.model.form import ModelForm, Start
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.plan import RunPlan
+from planners.units.kinds import unit_bytes
 from planners.units.shards import chain_stages
 
 
@@ -177,9 +178,9 @@ def _load(
     work: Workload,
 ) -> Load:
     batching = work.batching
-    unit = unit_bytes(
-        shape,
-        form,
+    step = Shrinking(
+        shape=shape,
+        form=form,
         spec=spec,
         options=options,
         tokens=(batching.microbatch_tokens, batching.tokens),
@@ -192,7 +193,7 @@ def _load(
         shape,
         spec.statistics(options) | work.extra_statistics,
         batching,
-        unit=unit,
+        unit=unit_bytes(step),
         start=start.form,
         result=form,
     )

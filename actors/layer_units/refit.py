@@ -255,10 +255,3 @@ def _ids(job: CompressionJob, run: Directory, device: str) -> Tensor:
 def _dtype(job: CompressionJob) -> torch.dtype:
     found: torch.dtype = getattr(torch, job.batching.dtype)
     return found
-
-
-KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
-    "refit_start": start,
-    "refit_layer": layer,
-    "refit_losses": losses,
-}

@@ -1,6 +1,6 @@
 """Kind of unit -> the function that does it: it reads files, computes and writes files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from actors.layer_units import refit, sequential_slicing
@@ -9,11 +9,12 @@ from actors.layer_units.damage import damage
 from actors.layer_units.layer import choose_refit, layer, truncation_losses
 from actors.layer_units.rotated_statistics import rotate_statistics
 from actors.layer_units.tables import embedding, head
-from actors.messages import OF_A_LAYER, CompressionJob, Done, UnitTask
+from actors.messages import CompressionJob, Done, UnitTask
 from actors.statistics.sums import add_shards
 from actors.storage.files import Directory
 from planners.errors import NumericsError
 from planners.overflow import found_behind
+from planners.units.kinds import KINDS
 
 
 def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str) -> Done:
@@ -24,16 +25,17 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
         ModelError: a weight is missing or not finite.
     """
     own = job.layer_options.get(task.index)
-    if own and task.kind in OF_A_LAYER:
+    if own and KINDS[task.kind].own_options:
         job = replace(job, options={**job.options, **own})
     try:
-        return KINDS[task.kind](task, job, run, device)
+        return FUNCTIONS[task.kind](task, job, run, device)
     except NumericsError as error:
         said = NumericsError(f"{task.unit}: {error}", hint=error.hint)
         raise found_behind(said, job.batching.dtype) from error
 
 
-KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
+# One a kind of unit that a worker does by itself; `planners.units.kinds` says all else of it.
+FUNCTIONS: dict[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
     "statistics": add_shards,
     "basis": basis,
     "basis_shared": basis,
@@ -44,8 +46,10 @@ KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] 
     "layer": layer,
     "draft": layer,
     "chosen": choose_refit,
-    **refit.KINDS,
-    **sequential_slicing.KINDS,
+    "refit_start": refit.start,
+    "refit_layer": refit.layer,
+    "refit_losses": refit.losses,
+    "stream": sequential_slicing.stream,
     "embedding": embedding,
     "head": head,
 }

@@ -13,7 +13,6 @@ Cutting what an uncut half wrote, ``(x Q_a^T + f(x Q_a)) Q_b``, is what the resu
 ``x Q_a^T Q_b + f(x Q_a) Q_b``, so every token passes every half layer once.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -29,8 +28,8 @@ from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
 from actors.storage.tensors import map_tensors, read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
+from planners.calibration import shard_cuts
 from planners.families import load as load_family
-from planners.units.units import shard_cuts
 
 
 def stream(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
@@ -136,8 +135,3 @@ def _stream_name(site: int, index: int) -> str:
 
 def _gram_name(site: int, shard: int) -> str:
     return f"boundary/sequential-gram-{site:05d}-shard-{shard:05d}.safetensors"
-
-
-KINDS: Mapping[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
-    "stream": stream,
-}

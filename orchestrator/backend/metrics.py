@@ -8,6 +8,7 @@ from typing import Any
 from ray.util import metrics
 
 from orchestrator.backend.executor import FailureClass
+from planners.units.kinds import DONE, KINDS
 
 LOSSES: tuple[str, ...] = (  # kinds of events that cost a worker
     FailureClass.PREEMPTED,
@@ -126,6 +127,6 @@ class Meters:
             self._written.inc(event["written_bytes"])
         if event["peak_bytes"]:
             self._memory.set(event["peak_bytes"], tags={"worker": event["worker"]})
-        if kind in ("layer", "chosen"):
+        if kind in KINDS and KINDS[kind].state == DONE:
             self._counts["layers"] += 1
             self._layers.set(self._counts["layers"])

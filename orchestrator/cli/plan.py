@@ -14,12 +14,12 @@ from planners.plan import RunPlan, StagePlan
 from planners.simulation.download import FROM_HUB
 from planners.simulation.simulate import Quantiles
 from planners.simulation.timetable import (
-    Job,
     download_bytes,
     input_bytes,
     phase_work,
     transfer_bytes,
 )
+from planners.units.job import Job
 from planners.units.shards import even_shards
 
 SHOWN = 3  # waves of which the layers are named

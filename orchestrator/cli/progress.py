@@ -17,7 +17,7 @@ from rich.text import Text
 
 from orchestrator.engine.failure_policy import RECOVERY_TEXT
 from orchestrator.rundir.journal import Event
-from planners.units.kinds import FIRST_WORDS, LAYERS, UNITS_OF
+from planners.units.kinds import PHASES, kinds_of, layer_of
 
 LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
 
@@ -29,7 +29,8 @@ class ProgressScreen:
         self._console = console
         self._num_workers = num_workers
         self._phase, self._name = "", ""
-        self._total, self._done, self._tokens, self._layers = 0, 0, 0, 0
+        self._total, self._done, self._tokens = 0, 0, 0
+        self._layers: set[int] = set()
         self._begun, self._last_line = time.monotonic(), 0.0
         self._task: TaskID | None = None
         self._progress = Progress(
@@ -63,7 +64,7 @@ class ProgressScreen:
             self._begin(event)
         elif kind == "phase ends":
             self._end(event)
-        elif kind in UNITS_OF.get(self._phase, ()):
+        elif kind in kinds_of(self._phase):
             self._advance(event)
         elif kind == "statistics missing":
             self._console.print(f"calibrating what is not there: {event['detail']}")
@@ -79,15 +80,16 @@ class ProgressScreen:
             self._progress.remove_task(self._task)  # that of the start
         self._phase = self._name = event["unit"]
         self._total = event["tokens"]
-        self._done, self._tokens, self._layers, self._begun = 0, 0, 0, time.monotonic()
-        words = FIRST_WORDS.get(self._phase, "")
+        self._done, self._tokens, self._layers, self._begun = 0, 0, set(), time.monotonic()
+        words = PHASES[self._phase].first_words if self._phase in PHASES else ""
         self._task = self._progress.add_task(self._phase, total=self._total, rate=words)
 
     def _advance(self, event: Event) -> None:
         self._done += 1
         self._tokens += event["tokens"]
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        self._layers += int(event["kind"] in LAYERS)
+        layer = layer_of(event["unit"])
+        self._layers |= set() if layer is None else {layer}
         if self._phase == "evaluate":
             self._name = f"evaluate {event['unit'].split('-')[1]}"  # evaluation-dense-part-00000
         rate = self._rate(seconds)
@@ -108,8 +110,8 @@ class ProgressScreen:
         if self._tokens:
             said.append(f"{self._tokens / seconds:,.0f} tok/s")
         if self._layers:
-            said.append(f"{self._layers} layer" + ("s" if self._layers > 1 else ""))
-        if self._phase not in ("stitch", "verify", "throughput"):
+            said.append(f"{len(self._layers)} layer" + ("s" if len(self._layers) > 1 else ""))
+        if self._phase not in PHASES or PHASES[self._phase].by_workers:
             said.append(f"{self._num_workers} worker" + ("s" if self._num_workers > 1 else ""))
         return " · ".join(said)
 

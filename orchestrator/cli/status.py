@@ -5,6 +5,7 @@ import shlex
 import time
 from collections import Counter
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any
 
 from rich.table import Table
@@ -20,6 +21,7 @@ from orchestrator.rundir import lease
 from orchestrator.rundir.finished import finished_report
 from orchestrator.rundir.layout import JOB, READY, REPORT
 from planners.errors import StorageError
+from planners.units.kinds import layer_of
 
 
 def report(run_uri: str, *, json_: bool) -> None:
@@ -37,7 +39,8 @@ def status(run_uri: str, *, json_: bool) -> None:
     if run_.size("plan.json") is None and job is None:
         raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
     num_layers = _num_layers(run_)
-    done, steps = _units_done(run_), _steps_done(run_)
+    units, steps = read_records(run_), _steps_done(run_)
+    done = Counter(map(_without_number, units))
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
     verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
@@ -59,12 +62,12 @@ def status(run_uri: str, *, json_: bool) -> None:
         return
     stdout.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
     _print_quality_and_job(read, job)
+    of_layers = {_without_number(unit) for unit in units if layer_of(unit) is not None}
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("units")
     table.add_column("done", justify="right")
     for kind, count in sorted(done.items()):
-        is_each = kind.partition("-")[0] in ("damage", "layer", "statistics")
-        of = f" of {num_layers}" if num_layers and is_each else ""
+        of = f" of {num_layers}" if num_layers and kind in of_layers else ""
         table.add_row(kind, f"{count}{of}")
     _print_steps(steps)
     stdout.print(table if done else "no unit of work is done")
@@ -118,10 +121,6 @@ def _print_steps(steps: list[dict[str, Any]]) -> None:
         stdout.print(f"step {number}, {step['method']}: {said}")
 
 
-def _units_done(run_: Directory) -> Counter[str]:
-    return Counter(name.rpartition("-")[0] or name for name in _unit_kinds(run_))
-
-
 def _steps_done(run_: Directory) -> list[dict[str, Any]]:
     """Return method and units done of every step, where a run has several."""
     try:
@@ -132,16 +131,18 @@ def _steps_done(run_: Directory) -> list[dict[str, Any]]:
     folders = [run_.below(f"steps/{n}-{name}") for n, name in enumerate(names[:-1], start=1)]
     found = [*map(Directory, folders), run_]
     return [
-        {"method": name, "done": dict(sorted(_units_done(each).items()))}
+        {
+            "method": name,
+            "done": dict(sorted(Counter(map(_without_number, read_records(each))).items())),
+        }
         for name, each in zip(names, found, strict=False)
     ]
 
 
-def _unit_kinds(run_: Directory) -> list[str]:
-    return [
-        name.replace("-layer", "").replace("-site", "").replace("-part", "")
-        for name in read_records(run_)
-    ]
+def _without_number(unit: str) -> str:
+    """Return the name of a unit up to what its number counts: ``evaluation-dense``, ``basis``."""
+    words = list(takewhile(lambda word: not word.isdigit(), unit.split("-")))
+    return "-".join(words[:-1] or words)
 
 
 def print_report(found: dict[str, Any], *, json_: bool) -> None:

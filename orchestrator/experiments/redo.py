@@ -12,8 +12,7 @@ from orchestrator.rundir import lease
 from orchestrator.rundir.journal import Listener
 from orchestrator.rundir.layout import READY
 from planners.errors import ConfigError
-
-UNITS = ("layer", "draft-layer", "refit-layer")  # what one layer of a result comes from
+from planners.units.kinds import KINDS
 
 
 def with_overrides(config: RunConfig, layers: list[int], options: Mapping[str, str]) -> RunConfig:
@@ -72,9 +71,9 @@ def withdraw(new: Prepared, layers: list[int]) -> None:
     with lease.held(directory):
         directory.delete(READY)
         write_plan(new)
-        for layer in layers:
-            for unit in UNITS:
-                directory.delete(f"records/{unit}-{layer:05d}.json")
+        made = [k for k in KINDS.values() if k.of == "layer" and k.phase in ("compress", "refit")]
+        for unit in {kind.unit(layer) for kind in made for layer in layers}:
+            directory.delete(f"records/{unit}.json")
 
 
 def layers_of(text: str) -> list[int]:

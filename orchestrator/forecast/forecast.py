@@ -36,9 +36,7 @@ from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
 from planners.simulation.simulate import Risk, RunForecast, num_calls, outlook
 from planners.simulation.timetable import (
-    KINDS_OF,
     CostModel,
-    Job,
     download_bytes,
     phase_work,
     timetable,
@@ -46,6 +44,8 @@ from planners.simulation.timetable import (
 )
 from planners.spelling import did_you_mean
 from planners.steps import require_disjoint
+from planners.units.job import Job
+from planners.units.kinds import PHASES, kinds_of
 
 SEQUENCES = 128  # of calibration, where the recipe does not say
 DRAWS, FEWEST = 100, 20  # simulated runs that a quantile is taken from; fewer of a large cluster
@@ -310,7 +310,7 @@ def _looked_ahead(
         *former, last = known
         clock = _said_of_all(known)
         risk = Risk(
-            spread={name: clock.spread_of(*kinds) for name, kinds in KINDS_OF.items()}
+            spread={name: clock.spread_of(*kinds_of(name, many=True)) for name in PHASES}
             | {"": clock.spread},
             worker_spread=WORKER_SPREAD,
             losses_per_hour=terms.preemptions_per_hour,

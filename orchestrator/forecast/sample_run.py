@@ -39,6 +39,7 @@ from orchestrator.recipe.reading import load_config
 from orchestrator.rundir.journal import Event, Journal
 from orchestrator.rundir.ledger import Ledger
 from planners.batching import TokenBatching
+from planners.calibration import shard_cuts
 from planners.errors import ClusterError, NumericsError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_start, model_parameters
@@ -48,7 +49,6 @@ from planners.planning import Workload, make_plan
 from planners.simulation.devices import rates_of
 from planners.simulation.timetable import (
     CostModel,
-    Job,
     Sample,
     phase_work,
     stage_load_work,
@@ -57,14 +57,15 @@ from planners.simulation.timetable import (
     unit_work,
     verify_work,
 )
-from planners.simulation.work import CALL, Work, publish_work
-from planners.units.units import Unit, shard_cuts
+from planners.units.job import Job
+from planners.units.kinds import PHASES
+from planners.units.units import Unit
+from planners.units.work import CALL, Work, publish_work
 
 BUDGET_SECONDS = 180.0  # that a sample may be expected to take
 PATIENCE = 4  # times the budget until it is given up
 MEMORY_SHARE = 0.6  # of what is free, that a sample may be planned with
 MICROBATCHES, EVALUATED = 4, 3  # of a sample
-CALIBRATED_PHASES = ("calibrate", "allocate", "compress", "refit", "evaluate")
 MIN_SPREAD, MIN_SAMPLES = 0.02, 3
 NO_LIMIT = 2**60
 
@@ -281,7 +282,7 @@ def _timed(specimen: _ProfileModel) -> CostModel:
         _go_through(replace(context, form=specimen.form), watch)
     calls = [s for kind, found in watch.seconds.items() if kind not in ("verify", "throughput")
              for s in found]  # fmt: skip
-    waited = sum(watch.phases[name] for name in CALIBRATED_PHASES) - sum(calls)
+    waited = sum(watch.phases[p.name] for p in PHASES.values() if p.by_workers) - sum(calls)
     watch.seconds["stitch"] = [watch.phases["stitch"]]
     device = device_name(specimen.setting.device)
     threads = specimen.setting.threads

@@ -10,12 +10,13 @@ from orchestrator.engine.partial_sums import Partials
 from orchestrator.engine.pipeline import Pass, PassPlan, Saving, run_side_by_side
 from orchestrator.phases.context import RunContext
 from orchestrator.rundir.layout import CALIBRATION_TOKENS
+from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
 from planners.errors import NumericsError
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import StagePlan
 from planners.units.shards import added_units, rounds, shard_units
-from planners.units.units import Unit, shard_cuts
+from planners.units.units import Unit
 
 
 def boundary_name(stream: str, layer: int, index: int) -> str:

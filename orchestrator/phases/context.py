@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from actors.messages import OF_A_LAYER, CompressionJob, UnitDone, WorkerSetup
+from actors.messages import CompressionJob, UnitDone, WorkerSetup
 from orchestrator.backend.executor import Executor
 from orchestrator.engine.dispatch import run_units
 from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
@@ -18,6 +18,7 @@ from planners.canonical_json import fingerprint, to_json
 from planners.model.cost import model_parameters
 from planners.model.form import ModelForm
 from planners.steps import is_identity
+from planners.units.kinds import KINDS
 from planners.units.units import (
     Unit,
     carried_units,
@@ -75,7 +76,7 @@ class RunContext(WorkContext):
     def _with_own_options(self, unit: Unit) -> Unit:
         """Return a layer's unit as that of the options that it alone has."""
         own = self.prepared.config.layer_options.get(unit.index)
-        if not own or unit.kind not in OF_A_LAYER:
+        if not own or not KINDS[unit.kind].own_options:
             return unit
         key = {"of": unit.fingerprint, "layer options": to_json(own)}
         return replace(unit, fingerprint=fingerprint(key))

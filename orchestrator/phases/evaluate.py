@@ -11,10 +11,11 @@ from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.rundir.layout import EVALUATION_TOKENS
 from planners.batching import TokenBatching
+from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
 from planners.errors import NumericsError
 from planners.overflow import OTHER_WEIGHTS, overflowed
-from planners.units.units import Unit, shard_cuts
+from planners.units.units import Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

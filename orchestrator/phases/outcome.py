@@ -23,17 +23,8 @@ from planners.canonical_json import to_json
 from planners.model.cost import layer_parameters
 from planners.model.form import dense_form
 from planners.model.modules import kept_of
+from planners.units.kinds import DONE, KINDS, PHASES
 
-PHASES = (
-    "calibrate",
-    "allocate",
-    "compress",
-    "refit",
-    "stitch",
-    "verify",
-    "evaluate",
-    "throughput",
-)
 SHOWN = (*POLICIES, "gave up", "notice", "waiting", "placed", "silent")
 
 
@@ -185,11 +176,11 @@ def _sites(context: RunContext) -> list[dict[str, Any]]:
     sites = []
     last = context.prepared.plan.shape.num_sites - 1
     for unit in context.units:
-        if unit.kind in ("basis", "basis_sequential"):
+        if KINDS[unit.kind].of == "site":
             where = "head" if unit.index == last else ("attention", "mlp")[unit.index % 2]
             values = context.ledger.record(unit).values
             sites.append({"site": unit.index, "layer": unit.index // 2, "where": where, **values})
-        elif unit.kind == "basis_shared":
+        elif KINDS[unit.kind].of == "sites":
             values = context.ledger.record(unit).values
             sites.append({"site": 0, "layer": 0, "where": "all sites", **values})
     return sites
@@ -200,7 +191,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
     before = layer_parameters(dense, dense_form(dense))
     cuts, layers = _all_cuts(context), []
     for unit in context.units:
-        if unit.kind not in ("layer", "chosen"):
+        if KINDS[unit.kind].state != DONE:
             continue
         form = context.form.layers[unit.index]
         values = context.ledger.record(unit).values
@@ -293,7 +284,7 @@ def _errors(context: RunContext) -> list[dict[str, Any]]:
         for errors, own in zip(found, step.get("errors", ()), strict=False):
             errors.update(own)
     for unit in context.units:
-        if unit.kind in ("layer", "chosen"):
+        if KINDS[unit.kind].state == DONE:
             own = context.ledger.record(unit).values.get("errors", {})
             assert isinstance(own, Mapping)  # written by our own units
             found[unit.index].update(own)

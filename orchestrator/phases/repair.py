@@ -5,6 +5,7 @@ from orchestrator.phases.context import RunContext
 from orchestrator.phases.shrink import shrink
 from orchestrator.phases.stitch import stitch_unit
 from planners.errors import StorageError
+from planners.units.kinds import KINDS, MODEL, STATISTICS
 from planners.units.units import Unit
 
 REPAIRS = 2  # a disk that spoils the same files again and again is to be replaced
@@ -81,14 +82,12 @@ def _needed(made: list[Unit], context: RunContext) -> set[str]:
     """Return the units that are not done and lead to a file of the result, or to its report."""
     by_name = {unit.name: unit for unit in made}
     needed: set[str] = set()
-    kinds = {"layer", "embedding", "head"}
-    if context.prepared.config.keep_statistics:
-        kinds |= {"statistics", "carried"}
+    wanted = {MODEL, STATISTICS} if context.prepared.config.keep_statistics else {MODEL}
     # A basis nobody reads any more has numbers for the report: without its record they are lost.
     left = [
         unit
         for unit in made
-        if unit.kind in kinds or (unit.lasting and not context.ledger.is_known(unit))
+        if KINDS[unit.kind].leaves in wanted or (unit.lasting and not context.ledger.is_known(unit))
     ]
     while left:
         unit = left.pop()

@@ -20,16 +20,8 @@ from orchestrator.rundir.journal import Event
 from orchestrator.rundir.layout import READY
 from planners.errors import StorageError
 from planners.simulation.simulate import Quantiles
-from planners.units.kinds import UNITS_OF
+from planners.units.kinds import STATES, WAITING, kind_of, kinds_of, layer_of
 
-WAITING, SUMMED, MEASURED, DONE = "waiting", "statistics", "measured", "done"
-STATES = (WAITING, SUMMED, MEASURED, DONE)
-LAYER_UNITS = {  # how far a layer is when its unit of this kind has a record
-    "statistics-layer": SUMMED,
-    "damage-layer": MEASURED,
-    "draft-layer": MEASURED,
-    "layer": DONE,
-}
 LAST_EVENTS = 6
 SILENT_SECONDS = 30.0  # a heartbeat of a driver elsewhere that stands still for so long is none
 
@@ -192,11 +184,10 @@ class Watcher:
 def _layers(run: Directory, num_layers: int) -> list[str]:
     states = [WAITING] * num_layers
     for name in run.names("records"):
-        kind, _, number = name.removeprefix("records/").removesuffix(".json").rpartition("-")
-        state = LAYER_UNITS.get(kind)
-        if state and number.isdigit() and int(number) < num_layers:
-            index = int(number)
-            states[index] = max(states[index], state, key=STATES.index)
+        unit = name.removeprefix("records/").removesuffix(".json")
+        kind, layer = kind_of(unit), layer_of(unit)
+        if kind is not None and layer is not None and layer < num_layers:
+            states[layer] = max(states[layer], kind.state, key=STATES.index)
     return states
 
 
@@ -211,7 +202,7 @@ def _phase(
     name = begin["unit"]
     if any(e["kind"] == "phase ends" and e["unit"] == name for e in after):
         return None
-    steps = [e for e in after if e["kind"] in UNITS_OF.get(name, ())]
+    steps = [e for e in after if e["kind"] in kinds_of(name)]
     seconds = max(now - begin["at"], 1e-6)
     done, total = len(steps), begin["tokens"]
     return Phase(
@@ -256,8 +247,8 @@ def _workers(events: Sequence[Event]) -> list[Worker]:
 
 def _did(event: Event) -> str:
     """Return what an event says was done; most units say their kind themselves."""
-    said = event["unit"].startswith(event["kind"][:5])
-    return str(event["unit"] if said else f"{event['kind']} {event['unit']}")
+    unit = str(event["unit"])
+    return unit if kind_of(unit) is not None else f"{event['kind']} {unit}"
 
 
 def _number(name: str) -> tuple[int, str]:

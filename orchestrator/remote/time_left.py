@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planners.simulation.simulate import Quantiles
+from planners.units.kinds import PHASES, behind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,9 @@ def time_left(
     A phase takes what is left of it at its own rate so far; one that has not begun takes what was
     expected of it, times the pace: what those that ended took for what was expected of them. As a
     phase may have had little to do, after a resume or with statistics that were there, a quarter
-    of the run at the expected pace is counted with them. The evaluation comes twice, of the dense
-    model and of the compressed one, each half of what was expected. The spread is the expected one.
+    of the run at the expected pace is counted with them. A phase that a run comes by twice, as the
+    evaluation of both models, takes half of what was expected each time. The spread is the expected
+    one.
 
     Args:
         expected: phase -> quantiles of its seconds.
@@ -67,7 +69,8 @@ def time_left(
     if not expected:
         return None
     now = "" if phase is None else phase.name
-    known = [name for name in expected if name in ended and name not in (now, "evaluate")]
+    twice = {phase.name for phase in PHASES.values() if phase.times > 1}
+    known = [name for name in expected if name in ended and name not in {now, *twice}]
     weight = sum(each["p50"] for each in expected.values()) / 4
     planned = sum(expected[name]["p50"] for name in known) + weight
     pace = (sum(ended[name] for name in known) + weight) / planned if planned else 1.0
@@ -76,11 +79,10 @@ def time_left(
         if name in known or not each["p50"]:
             continue
         middle = each["p50"] * pace
-        if name == "evaluate" and name in ended:
-            over = bool({now, *ended} & {"verify", "throughput"})
-            middle *= 0.0 if over else 0.5
+        if name in twice and name in ended:
+            middle *= 0.0 if {now, *ended} & set(behind(name)) else 0.5
         if phase is not None and name == now and phase.seconds_left is not None:
-            again = middle / 2 if name == "evaluate" and name not in ended else 0.0
+            again = middle / 2 if name in twice and name not in ended else 0.0
             middle = phase.seconds_left + again
         for quantile in left:
             left[quantile] += middle * each[quantile] / each["p50"]

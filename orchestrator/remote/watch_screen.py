@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.engine.failure_policy import TROUBLE
-from orchestrator.remote.snapshot import DONE, MEASURED, STATES, SUMMED, WAITING, Snapshot
+from orchestrator.remote.snapshot import Snapshot
 from orchestrator.remote.time_left import Phase
 from orchestrator.report.numbers import bytes_text, seconds_text
 from orchestrator.report.over_plan import over_plan
 from orchestrator.report.terminal import TONES
 from orchestrator.rundir.journal import Event
-from planners.units.kinds import FIRST_WORDS
+from planners.units.kinds import DONE, MEASURED, PHASES, STATES, SUMMED, WAITING
 
 CELLS = {  # a letter too: colour alone tells some people nothing
     WAITING: ("·", "bright_black"),
@@ -102,7 +102,7 @@ def _progress(phase: Phase, now: float, width: int) -> RenderableType:
     if not phase.done and phase.planned:
         said += f", planned {seconds_text(phase.planned)}"
     table.add_row(Text(phase.name, style="bold"), bar, Text(said))
-    words = "" if phase.done else FIRST_WORDS.get(phase.name, "")
+    words = "" if phase.done or phase.name not in PHASES else PHASES[phase.name].first_words
     return Group(table, Text(words, style="dim")) if words else table
 
 

@@ -16,10 +16,8 @@ from orchestrator.report.document import layers as read_layers
 from orchestrator.report.document import sites as read_sites
 from orchestrator.report.document import spans as read_spans
 from orchestrator.report.svg import Plot
+from planners.units.kinds import PHASES
 
-_PHASES = (
-    "calibrate", "allocate", "compress", "refit", "stitch", "evaluate", "verify", "throughput",
-)  # fmt: skip
 _PLAN_ROWS = (
     ("Disk for the run", "disk_bytes", numbers.bytes_text),
     ("Calibration", "calibration_flops", numbers.flops_text),
@@ -139,8 +137,8 @@ def _drawn(*plots: Plot | None) -> list[Plot]:
 
 def _phases(report: Document) -> list[Bar]:
     seconds = section(report, "seconds")
-    rest = sorted(key for key in seconds if key not in (*_PHASES, "total"))
-    known = {key: numbers.number(seconds.get(key)) for key in (*_PHASES, *rest)}
+    rest = sorted(key for key in seconds if key not in (*PHASES, "total"))
+    known = {key: numbers.number(seconds.get(key)) for key in (*PHASES, *rest)}
     total = numbers.number(seconds.get("total"))
     longest = max((value for value in known.values() if value), default=1.0)
     return [

@@ -23,7 +23,7 @@ KEPT = "#010104"
 CUT = "#010105"
 BEFORE = "#010106"
 SURFACE = "#010107"
-KIND_COLOURS = tuple(f"#0102{i:02x}" for i in range(10))
+KIND_COLOURS = tuple(f"#0102{i:02x}" for i in range(11))
 
 WIDE_INCHES = 9.0
 NARROW_INCHES = 3.3

@@ -9,22 +9,12 @@ from matplotlib.axes import Axes
 from orchestrator.report.document import Event, Span, natural
 from orchestrator.report.numbers import counted, percent, seconds_text
 from orchestrator.report.svg import INK, KIND_COLOURS, MUTED, Plot, Sheet, Words, draw, label
+from planners.units.kinds import KINDS
 
 MAX_WORKERS = 48
 MAX_BARS = 1500
 
-_KINDS = (
-    ("calibrate",),
-    ("statistics", "shard"),
-    ("basis", "basis_shared", "basis_sequential", "stream"),
-    ("layer", "draft", "refit_start", "refit_layer", "refit_losses", "chosen"),
-    ("embedding", "head"),
-    ("stitch",),
-    ("verify",),
-    ("evaluate", "evaluation"),
-    ("throughput",),
-)
-_OTHER = len(KIND_COLOURS) - 1
+_OTHER = 9  # the colour of what is no kind of unit
 _ROW = 0.7
 _FEW_WORKERS = 16
 _PIXEL = 1.0 / 800.0
@@ -135,7 +125,7 @@ def busy_fraction(spans: Sequence[Span]) -> float:
 
 def slot_of(kind: str) -> int:
     """Return which colour a kind of work has."""
-    return next((slot for slot, names in enumerate(_KINDS) if kind in names), _OTHER)
+    return KINDS[kind].colour if kind in KINDS else _OTHER
 
 
 def _unit(total: float) -> tuple[str, float]:

@@ -11,6 +11,7 @@ from actors.storage.files import Directory
 from actors.storage.records import Record, read_records
 from orchestrator.rundir.finished import finished_report
 from planners.errors import StorageError
+from planners.units.kinds import DONE, kind_of, layer_of
 
 DATA = ("model revision", "tokenizer files", "calibration data", "evaluation data")
 PLACES = ("out",)  # of a recipe: two runs never share them
@@ -69,9 +70,10 @@ def _layers(report: Mapping[str, Any], records: Mapping[str, Record]) -> dict[st
         return _flat({**kept, **sites})
     found = {}
     for name, record in sorted(records.items()):
-        if name.startswith("layer-"):
+        kind = kind_of(name)
+        if kind is not None and kind.state == DONE:
             said = {k: record.values[k] for k in ("error", "errors") if k in record.values}
-            found[f"layer {int(name.removeprefix('layer-'))}"] = said
+            found[f"layer {layer_of(name)}"] = said
     return _flat(found)
 
 

@@ -13,10 +13,8 @@ from actors.storage.records import (
     read_records,
     write_record,
 )
+from planners.units.kinds import kind_of
 from planners.units.units import Unit
-
-# What another run found out about the same model and data; its results are its own.
-REUSABLE = ("statistics-", "damage-", "evaluation-dense-")
 
 
 class Ledger:
@@ -51,7 +49,7 @@ class Ledger:
         found = {}
         if reuse is not None:
             found = _intact(reuse, read_records(reuse), hashes=verify_hashes)
-        self._reused = {n: record for n, record in found.items() if n.startswith(REUSABLE)}
+        self._reused = {n: record for n, record in found.items() if _is_reusable(n)}
         self.num_resumed = 0
 
     def of_step(self, run: Directory, *, reuse: Directory | None = None) -> "Ledger":
@@ -170,6 +168,12 @@ class Ledger:
 
 def _intact(run: Directory, found: dict[str, Record], *, hashes: bool) -> dict[str, Record]:
     return {n: record for n, record in found.items() if is_intact(run, record, hashes=hashes)}
+
+
+def _is_reusable(unit: str) -> bool:
+    """Return whether a unit found out about the model and data alone; results are a run's own."""
+    kind = kind_of(unit)
+    return kind is not None and kind.reusable
 
 
 def _taps(record: Record) -> list[str]:

@@ -9,6 +9,7 @@ from actors.storage.sums import check_sums
 from actors.storage.tokens import tokens_from_parquet
 from orchestrator.rundir.layout import CALIBRATION_TOKENS
 from planners.errors import ModelError, StorageError
+from planners.units.kinds import KINDS, kind_of, layer_of
 
 # What makes the sums what they are; a method, its options and its target do not.
 MODEL = "model revision"
@@ -22,7 +23,6 @@ IDENTITY = (
     "threads",
     "device",
 )
-UNIT = "statistics-layer-"
 SHORT = 12  # digits of a hash that tell it from others
 
 
@@ -34,7 +34,7 @@ def list_(run: Directory) -> list[dict[str, Any]]:
     """
     return [
         {
-            "layer": int(record.unit.removeprefix(UNIT)),
+            "layer": layer_of(record.unit),
             "taps": record.values.get("taps", []),
             "num_tokens": record.values.get("num_tokens", 0),
             "files": [file.path for file in record.files],
@@ -72,7 +72,7 @@ def verify(run: Directory) -> dict[str, Any]:
         StorageError: a file is missing or another than its record says, or a sum cannot be one;
             the message names it.
     """
-    records = [r for name, r in sorted(read_records(run).items()) if name.startswith(UNIT)]
+    records = _records(run)
     if not any(run.size(file.path) is not None for record in records for file in record.files):
         _kept(run)  # says that there are none
     num_files = num_bytes = 0
@@ -92,9 +92,13 @@ def verify(run: Directory) -> dict[str, Any]:
             "bytes": num_bytes}  # fmt: skip
 
 
+def _records(run: Directory) -> list[Record]:
+    found = sorted(read_records(run).items())
+    return [record for name, record in found if kind_of(name) is KINDS["statistics"]]
+
+
 def _kept(run: Directory) -> list[Record]:
-    records = [r for name, r in sorted(read_records(run).items()) if name.startswith(UNIT)]
-    kept = [record for record in records if is_intact(run, record, hashes=False)]
+    kept = [record for record in _records(run) if is_intact(run, record, hashes=False)]
     if not kept:
         plan_of(run)
         raise StorageError(

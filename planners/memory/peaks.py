@@ -5,6 +5,8 @@ was measured. A unit of compression holds no layers of the pass: they were dropp
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from planners import refit
 from planners.memory.workspace import PANEL, eigh_bytes, low_rank_bytes, nystrom_bytes
@@ -92,21 +94,11 @@ def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) 
     return layer_parameters(shape, form or dense_form(shape)) * stored
 
 
-def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
-    shape: ModelShape,
-    form: ModelForm,
-    *,
-    spec: MethodSpec,
-    options: Mapping[str, Option],
-    tokens: tuple[int, int],
-    sequence_length: int,
-    dtype: str,
-    start: ModelForm | None = None,
-    mapped: bool = False,
-) -> int:
-    """Return the peak of the largest unit of compression.
+@dataclass(frozen=True, kw_only=True)
+class Shrinking:
+    """All that decides what the units of one method hold.
 
-    Args:
+    Attributes:
         shape: of the model.
         form: of the result.
         spec: of the method.
@@ -117,46 +109,120 @@ def unit_bytes(  # noqa: PLR0913 all that decides what a unit does
         start: widths of the input model; those of one that nothing touched if None.
         mapped: the sums are pages of files and take no memory of their own.
     """
-    statistics = spec.statistics(options)
-    held = frozenset() if mapped else statistics
-    peaks = [_table_unit(shape, residual=spec.residual)]
-    if spec.residual:
-        peaks.append(_basis(shape, options))
-    inputs = start.layers if start is not None else (dense_form(shape),) * shape.num_layers
-    known: list[tuple[LayerForm, LayerForm]] = []  # layers alike are counted once
-    for before, layer in zip(inputs, form.layers, strict=True):
-        if (before, layer) in known:
-            continue
-        known.append((before, layer))
-        cells = layer_parameters(shape, before) * BYTES_OF[dtype]
-        length = sequence_length
-        passing = max(
+
+    shape: ModelShape
+    form: ModelForm
+    spec: MethodSpec
+    options: Mapping[str, Option]
+    tokens: tuple[int, int]
+    sequence_length: int
+    dtype: str
+    start: ModelForm | None = None
+    mapped: bool = False
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What the method needs to know of each layer."""
+        return self.spec.statistics(self.options)
+
+    @property
+    def held(self) -> frozenset[Statistic]:
+        """Those that take memory in a unit that reads them."""
+        return frozenset() if self.mapped else self.statistics
+
+    @cached_property
+    def layers(self) -> list[tuple[LayerForm, LayerForm]]:
+        """Each layer before and after; layers alike are there once."""
+        shape = self.shape
+        before = self.start.layers if self.start else (dense_form(shape),) * shape.num_layers
+        found: list[tuple[LayerForm, LayerForm]] = []
+        for pair in zip(before, self.form.layers, strict=True):
+            if pair not in found:
+                found.append(pair)
+        return found
+
+    def cells(self, layer: LayerForm) -> int:
+        """Return the bytes of a layer in the dtype of the pass."""
+        return layer_parameters(self.shape, layer) * BYTES_OF[self.dtype]
+
+    def passing(self, *layers: LayerForm) -> int:
+        """Return what the forward pass of the widest of these layers needs."""
+        return max(
             forward_bytes(
-                shape, frozenset(), tokens=tokens[0], sequence_length=length, dtype=dtype, form=each
+                self.shape,
+                frozenset(),
+                tokens=self.tokens[0],
+                sequence_length=self.sequence_length,
+                dtype=self.dtype,
+                form=each,
             )
-            for each in (before, layer)
+            for each in layers
         )
-        if spec.residual:
-            shared = options.get("rotation") == "shared"
-            peaks.append(_turned_layer(shape, before, layer, shared=shared))
-            if options.get("schedule") == "sequential":
-                peaks.append(2 * cells + passing + 4 * shape.hidden**2 * DOUBLE)
-        else:
-            peaks.append(_shrunk_layer(shape, before, layer, held))
-        if spec.measures(options) == "damage":
-            makers = spec.candidates or (Candidate(spec=spec, options=options),)
-            outputs = max(_outputs(shape, before, each) for each in makers)
-            peaks += [
-                _damage(
-                    shape, before, cut, (statistics, held),
-                    outputs=outputs, tokens=tokens[1], sequence_length=length, dtype=dtype,
-                )
-                for cut in (layer, *_cuts(shape, before, makers))
-            ]  # fmt: skip
-        if options.get("refit"):
-            streams = 3 * tokens[0] * shape.hidden * BYTES_OF[dtype]
-            peaks.append(refit.workspace_bytes(shape, layer_bytes=cells) + passing + streams)
-    return max(peaks)
+
+
+def nothing(step: Shrinking) -> int:
+    """Return 0, for a unit that holds no more than the others of its phase."""
+    del step
+    return 0
+
+
+def table_unit(step: Shrinking) -> int:
+    """Return what writing the embedding or the head holds."""
+    shape = step.shape
+    rows = min(ROWS, shape.vocab_size) * shape.hidden
+    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * SINGLE if step.spec.residual else 0))
+
+
+def basis_unit(step: Shrinking) -> int:
+    """Return what finding the axes of one site, or of all, holds."""
+    if not step.spec.residual:
+        return 0
+    shape = step.shape
+    square = shape.hidden**2 * DOUBLE
+    if step.options.get("rotation") == "shared":
+        return (3 * shape.num_sites + 1) * square  # all grams, scaled, and side by side
+    return eigh_bytes(shape.hidden) + square
+
+
+def stream_unit(step: Shrinking) -> int:
+    """Return what passing tokens on to a site behind a prefix that is cut holds."""
+    if not step.spec.residual or step.options.get("schedule") != "sequential":
+        return 0
+    gram = 4 * step.shape.hidden**2 * DOUBLE
+    return max(2 * step.cells(b) + step.passing(b, layer) + gram for b, layer in step.layers)
+
+
+def layer_unit(step: Shrinking) -> int:
+    """Return what shrinking one layer holds."""
+    if step.spec.residual:
+        shared = step.options.get("rotation") == "shared"
+        return max(_turned_layer(step.shape, *pair, shared=shared) for pair in step.layers)
+    return max(_shrunk_layer(step.shape, *pair, step.held) for pair in step.layers)
+
+
+def damage_unit(step: Shrinking) -> int:
+    """Return what measuring the cuts of one layer holds."""
+    if step.spec.measures(step.options) != "damage":
+        return 0
+    makers = step.spec.candidates or (Candidate(spec=step.spec, options=step.options),)
+    return max(
+        _damage(step, before, cut, outputs=max(_outputs(step.shape, before, m) for m in makers))
+        for before, layer in step.layers
+        for cut in (layer, *_cuts(step.shape, before, makers))
+    )
+
+
+def refit_unit(step: Shrinking) -> int:
+    """Return what refitting one layer holds."""
+    if not step.options.get("refit"):
+        return 0
+    streams = 3 * step.tokens[0] * step.shape.hidden * BYTES_OF[step.dtype]
+    return max(
+        refit.workspace_bytes(step.shape, layer_bytes=step.cells(before))
+        + step.passing(before, layer)
+        + streams
+        for before, layer in step.layers
+    )
 
 
 def _cuts(
@@ -178,18 +244,6 @@ def _outputs(shape: ModelShape, layer: LayerForm, method: Candidate) -> int:
         return 0
     ladders = method.spec.ladders(shape, layer, method.options).values()
     return 1 + sum(len(ladder.levels) for ladder in ladders)
-
-
-def _table_unit(shape: ModelShape, *, residual: bool) -> int:
-    rows = min(ROWS, shape.vocab_size) * shape.hidden
-    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * SINGLE if residual else 0))
-
-
-def _basis(shape: ModelShape, options: Mapping[str, Option]) -> int:
-    square = shape.hidden**2 * DOUBLE
-    if options.get("rotation") == "shared":
-        return (3 * shape.num_sites + 1) * square  # all grams, scaled, and side by side
-    return eigh_bytes(shape.hidden) + square
 
 
 def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shared: bool) -> int:
@@ -230,35 +284,25 @@ def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
     return max(peaks)
 
 
-def _damage(  # noqa: PLR0913 all that decides what is measured
-    shape: ModelShape,
-    start: LayerForm,
-    form: LayerForm,
-    statistics: tuple[frozenset[Statistic], frozenset[Statistic]],
-    *,
-    outputs: int,
-    tokens: int,
-    sequence_length: int,
-    dtype: str,
-) -> int:
+def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int) -> int:
     """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way.
 
-    ``statistics`` are all that there are, and those that take memory; ``outputs`` are those of the
-    layer that are kept until all of them pass the layers behind.
+    ``outputs`` are those of the layer that are kept until all of them pass the layers behind.
     """
+    shape, dtype = step.shape, step.dtype
     width = BYTES_OF[dtype]
     cells = layer_parameters(shape, start)
-    kinds = [s.kind for s in statistics[0]]
+    kinds = [s.kind for s in step.statistics]
     probes = [int(kind.removeprefix("probe")) for kind in kinds if kind.startswith("probe")]
-    probe = min(max(probes, default=0), tokens)
+    probe = min(max(probes, default=0), step.tokens[1])
     held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
-    sums = sum(statistic_elements(shape, s, start) for s in statistics[1]) * DOUBLE
+    sums = sum(statistic_elements(shape, s, start) for s in step.held) * DOUBLE
     probe_bytes = max(
         forward_bytes(
             shape,
             frozenset(),
             tokens=probe,
-            sequence_length=sequence_length,
+            sequence_length=step.sequence_length,
             dtype=dtype,
             form=each,
         )

@@ -7,7 +7,7 @@ where a sheet says a rate with sparsity, half of it.
 
 from dataclasses import dataclass
 
-from planners.simulation.work import Work
+from planners.units.work import Work
 
 # Shares of a published peak that the layers' products, and float64 products, reach in practice.
 MATMUL_SHARE, FLOAT64_SHARE = 0.55, 0.5

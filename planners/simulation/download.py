@@ -7,13 +7,12 @@ from planners.model.cost import BYTES_OF, layer_parameters
 from planners.model.form import dense_form
 from planners.model.shape import ModelShape
 from planners.plan import StagePlan
+from planners.units.kinds import KINDS
 from planners.units.units import Unit
 
 # Bytes a second of one worker: assumed. It depends on the machine's network, the region and the
 # hour; a machine with 10 Gbit/s has been promised five times that.
 FROM_HUB = 0.25e9
-OF_A_LAYER = frozenset({"layer", "draft", "damage", "losses", "stream", "refit_layer"})
-OF_A_TABLE = frozenset({"embedding", "head", "refit_start", "refit_losses"})
 
 
 def layer_bytes(shape: ModelShape) -> int:
@@ -40,9 +39,10 @@ def unit_bytes(shape: ModelShape, unit: Unit, *, to_the_end: bool = False) -> in
         unit: the unit.
         to_the_end: damage is measured on the model's loss, which takes all layers behind.
     """
-    if unit.kind in OF_A_TABLE:
+    reads = KINDS[unit.kind].reads
+    if reads == "table":
         return 0 if unit.kind == "head" and shape.tied else table_bytes(shape)
-    if unit.kind not in OF_A_LAYER:
+    if reads != "layer":
         return 0
     behind = 0
     if unit.kind == "damage" and to_the_end:

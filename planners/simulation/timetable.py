@@ -1,21 +1,22 @@
 """A plan and how long things take -> the phases that `planners.simulation.simulate` simulates."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planners.batching import TokenBatching
+from planners.calibration import shard_cuts
 from planners.canonical_json import to_json
-from planners.method import MethodSpec, Option
-from planners.model.cost import BYTES_OF, dense_model_form, linears_before
-from planners.model.form import LayerForm, ModelForm, dense_form
-from planners.model.shape import LINEARS, ModelShape
-from planners.model.taps import Statistic, last_tap, layer_statistics
-from planners.plan import RunPlan, StagePlan
-from planners.simulation import work
+from planners.model.cost import BYTES_OF, linears_before
+from planners.model.form import LayerForm, dense_form
+from planners.model.shape import LINEARS
+from planners.model.taps import last_tap, layer_statistics
+from planners.plan import StagePlan
 from planners.simulation.download import FROM_HUB, stage_bytes, unit_bytes
 from planners.simulation.simulate import PassPhase, Phase, SoloPhase, UnitsPhase
-from planners.simulation.work import PROBE_TOKENS, Work
+from planners.units import work
+from planners.units.job import Job
+from planners.units.kinds import KINDS
 from planners.units.shards import rounds
 from planners.units.units import (
     Identity,
@@ -24,9 +25,9 @@ from planners.units.units import (
     damage_units,
     losses_units,
     refit_units,
-    shard_cuts,
     statistics_units,
 )
+from planners.units.work import Work
 
 LINK = 1.0e9  # bytes a second from worker to worker, where nobody says
 PROMPT = 4 * 128  # tokens of one prefill of the timing at the end
@@ -92,87 +93,6 @@ class CostModel:
         return max(found, default=self.spread)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A run as far as its time goes.
-
-    Attributes:
-        plan: its shapes, widths and waves.
-        spec: of the method.
-        options: of the method.
-        data: of calibration.
-        evaluation_tokens: that each of both models is measured on.
-        finish: verify and time the result, too.
-        start: widths of the input model, where steps came before; None is the model itself.
-        former: the steps before, where several methods are applied in turn.
-        carried: its statistics are those of the step before, turned.
-        reused: statistics that another run has kept.
-        from_hub: its input is read from the Hub, by whoever needs a part of it.
-    """
-
-    plan: RunPlan
-    spec: MethodSpec
-    options: Mapping[str, Option]
-    data: TokenBatching
-    evaluation_tokens: int
-    finish: bool = True
-    start: ModelForm | None = None
-    former: tuple["Job", ...] = ()
-    carried: bool = False
-    reused: frozenset[Statistic] = frozenset()
-    from_hub: bool = False
-
-    @property
-    def origin(self) -> "Job":
-        """The first step, whose input the run begins with."""
-        return self.former[0] if self.former else self
-
-    @property
-    def input(self) -> ModelForm:
-        """Of what the step begins with."""
-        return self.start or dense_model_form(self.shape)
-
-    @property
-    def statistics(self) -> frozenset[Statistic]:
-        """What the method needs to know of each layer."""
-        return self.spec.statistics(self.options)
-
-    @property
-    def summed(self) -> frozenset[Statistic]:
-        """Those statistics that this run sums itself."""
-        return self.statistics - self.reused
-
-    @property
-    def dense(self) -> ModelShape:
-        """Of the model that the run begins with."""
-        return self.origin.shape
-
-    @property
-    def shape(self) -> ModelShape:
-        """Of the model."""
-        return self.plan.shape
-
-    @property
-    def form(self) -> ModelForm:
-        """Of the result."""
-        return self.plan.form
-
-    @property
-    def num_microbatches(self) -> int:
-        """Of the calibration tokens."""
-        return self.data.num_microbatches
-
-
-# Which kinds of tasks a phase is made of; the spread of a phase is that of the widest.
-KINDS_OF = {
-    "calibrate": ("calibrate", "carried"),
-    "evaluate": ("evaluate", "evaluate_compressed"),
-    "allocate": ("damage", "losses"),
-    "compress": ("basis", "basis_shared", "basis_sequential", "stream", "layer", "draft"),
-    "refit": ("refit_layer",),
-}
-
-
 def timetable(job: Job, clock: CostModel, *, former: Sequence[CostModel] = ()) -> list[Phase]:
     """Return the phases of a run in their order.
 
@@ -202,7 +122,7 @@ def _calibrations(job: Job, clock: CostModel) -> list[Phase]:
     if not job.summed:
         return []
     if job.carried:
-        return [_units("calibrate", _carried(job), job, clock)]
+        return [_units(_carried(job), job, clock)]
     phases: list[Phase] = []
     for wave in job.plan.waves:
         phases += _calibrate(job, clock, wave)
@@ -218,7 +138,7 @@ def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
         units = damage_units(
             sums, method=job.spec.name, revision=job.spec.revision, options=job.options
         )
-        phases.append(_units("allocate", units, job, clock))
+        phases.append(_units(units, job, clock))
         for other in job.spec.candidates[1:]:
             units = damage_units(
                 sums,
@@ -227,7 +147,7 @@ def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
                 options=other.options,
                 by=other.spec.name,
             )
-            phases.append(_units("allocate", units, job, clock))
+            phases.append(_units(units, job, clock))
     elif measures == "losses":
         units = losses_units(
             sums,
@@ -236,7 +156,7 @@ def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
             modules=job.spec.shrinks(job.options),
             form=job.form,
         )
-        phases.append(_units("allocate", units, job, clock))
+        phases.append(_units(units, job, clock))
     made = compression_units(
         sums,
         spec=job.spec,
@@ -244,11 +164,11 @@ def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
         form=job.form,
         num_microbatches=job.num_microbatches,
     )
-    phases.append(_units("compress", made, job, clock))
+    phases.append(_units(made, job, clock))
     drafts = [unit for unit in made if unit.kind == "draft"]
     if drafts:
         chain, chosen = refit_units(drafts)
-        phases.append(_units("refit", [*chain, *chosen], job, clock))
+        phases.append(_units([*chain, *chosen], job, clock))
     phases.append(SoloPhase(name="stitch", seconds=clock.seconds("stitch", work.CALL)))
     return phases
 
@@ -358,7 +278,10 @@ def unit_work(job: Job, unit: Unit) -> Work:
     for other in job.spec.candidates[1:]:
         if unit.kind == "damage" and unit.name.startswith(f"damage-{other.spec.name}-"):
             job = replace(job, spec=other.spec, options=other.options)
-    return _UNIT_WORK[unit.kind](job, unit.index)
+    work_of = KINDS[unit.kind].work
+    if work_of is None:
+        raise KeyError(f"nobody has said what {unit.kind!r} asks of a machine")
+    return work_of(job, unit.index)
 
 
 def verify_work(job: Job) -> Work:
@@ -393,7 +316,7 @@ def _sums(job: Job) -> list[Unit]:
 
 def _carried(job: Job) -> list[Unit]:
     """Return one unit a layer that turns its sums; what it reads is there."""
-    return [replace(u, kind="carried", name=f"carried-{u.index}", inputs=()) for u in _sums(job)]
+    return [replace(u, kind="carried", inputs=()) for u in _sums(job)]
 
 
 def _sizes(tokens: int, data: TokenBatching) -> list[float]:
@@ -434,7 +357,7 @@ def _calibrate(job: Job, clock: CostModel, wave: Sequence[StagePlan]) -> list[Ph
     if len(cuts) == 1:
         return passes
     held = [u for u in _sums(job) if wave[0].first <= u.index < wave[-1].last]
-    return [*passes, _units("calibrate", held, job, clock)]
+    return [*passes, _units(held, job, clock)]
 
 
 def _evaluate(
@@ -480,7 +403,7 @@ def _handover(job: Job, clock: CostModel) -> float:
     return size / clock.link
 
 
-def _units(name: str, units: Sequence[Unit], job: Job, clock: CostModel) -> UnitsPhase:
+def _units(units: Sequence[Unit], job: Job, clock: CostModel) -> UnitsPhase:
     # Alike units take alike time; of a chain of thousands each is asked for once.
     known: dict[Any, float] = {}
     seconds = {}
@@ -491,107 +414,14 @@ def _units(name: str, units: Sequence[Unit], job: Job, clock: CostModel) -> Unit
             seconds_here = clock.seconds(unit.kind, unit_work(job, unit))
             known[key] = seconds_here + clock.download_seconds(size)
         seconds[unit.name] = known[key]
-    return UnitsPhase(name=name, units=units, seconds=seconds)
+    return UnitsPhase(name=KINDS[units[0].kind].phase, units=units, seconds=seconds)
 
 
 def _is_special(job: Job, unit: Unit) -> bool:
-    if unit.kind in ("basis_sequential", "stream"):
+    if not KINDS[unit.kind].alike:
         return True
     return any(len(set(map(_plain, form.layers))) > 1 for form in (job.form, job.input))
 
 
 def _plain(form: Any) -> str:
     return str(to_json(form))
-
-
-def _shards(job: Job) -> list[tuple[int, int]]:
-    return shard_cuts(int(job.options["shards"]), job.num_microbatches)
-
-
-def _stream(job: Job, site: int, shard: int) -> Work:
-    first, last = _shards(job)[shard]
-    passed = job.data.microbatches[first:last]
-    before = max(site - 1, 0)
-    return work.stream_work(
-        job.shape,
-        job.form.layers[before // 2],
-        site,
-        _site_dim(job, before),
-        replace(job.data, sequences=passed[-1][1] - passed[0][0]),
-    )
-
-
-def _layer(job: Job, index: int) -> Work:
-    wanted = layer_statistics(job.statistics, index, job.shape.num_layers)
-    return work.layer_work(
-        job.shape,
-        job.form.layers[index],
-        wanted,
-        residual=job.spec.residual,
-        start=job.input.layers[index],
-    )
-
-
-def _adding(job: Job, index: int) -> Work:
-    wanted = layer_statistics(job.summed, index, job.shape.num_layers)
-    form = job.input.layers[index]
-    return work.adding_work(job.shape, wanted, form, shards=job.data.shards)
-
-
-def _losses(job: Job, index: int) -> Work:
-    wanted = layer_statistics(job.statistics, index, job.shape.num_layers)
-    return work.losses_work(job.shape, job.form.layers[index], wanted)
-
-
-def _site_dim(job: Job, site: int) -> int:
-    layer = job.form.layers[min(site // 2, job.shape.num_layers - 1)]
-    if site == 2 * job.shape.num_layers:
-        return layer.residual_out
-    return layer.residual_mid if site % 2 else layer.residual_in
-
-
-def _damage(job: Job, index: int) -> Work:
-    start = job.input.layers[index]
-    ladders = job.spec.ladders(job.shape, start, job.options).values()
-    # Half of a module is where in its grid a cut is on average.
-    forms = [ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2]) for ladder in ladders]
-    tokens = min(PROBE_TOKENS, job.data.tokens, int(job.options["probe_tokens"]))
-    return work.damage_work(job.shape, forms, job.data, start, tokens=tokens)
-
-
-def _basis(job: Job, site: int) -> Work:
-    if site == 2 * job.shape.num_layers and "resid_out" not in {s.tap for s in job.statistics}:
-        return work.CALL  # kept whole: there is nothing to decompose
-    return work.basis_work(job.shape, _site_dim(job, site))
-
-
-_UNIT_WORK: Mapping[str, Callable[[Job, int], Work]] = {
-    "statistics": _adding,
-    "basis": _basis,
-    "basis_shared": lambda job, _: work.basis_work(
-        job.shape, job.form.embedding_dim, sites=job.shape.num_sites
-    ),
-    "basis_sequential": lambda job, site: work.basis_work(
-        job.shape, _site_dim(job, site), sites=len(_shards(job))
-    ),
-    "stream": lambda job, index: _stream(job, *divmod(index, len(_shards(job)))),
-    "layer": _layer,
-    "draft": _layer,
-    "damage": _damage,
-    "losses": _losses,
-    "carried": lambda job, index: work.carried_work(
-        job.shape, layer_statistics(job.statistics, index, job.shape.num_layers)
-    ),
-    "refit_start": lambda job, _: work.refit_start_work(job.shape, job.data),
-    "refit_layer": lambda job, index: work.refit_layer_work(
-        job.shape, job.form.layers[index], job.data, job.input.layers[index]
-    ),
-    "refit_losses": lambda job, _: work.refit_losses_work(job.shape, job.data),
-    "chosen": lambda job, index: work.chosen_work(job.shape, job.form.layers[index]),
-    "embedding": lambda job, _: work.table_work(
-        job.shape, job.form.embedding_dim, residual=job.spec.residual
-    ),
-    "head": lambda job, _: work.table_work(
-        job.shape, 0 if job.form.tied else job.form.head_dim, residual=job.spec.residual
-    ),
-}

@@ -1,31 +1,256 @@
-"""Kinds of units, and the phases that do them."""
+"""The kinds of units and the phases that do them: one row each, and nobody else lists them.
 
-UNITS_OF = {
-    "calibrate": ("calibrate", "carried"),
-    "evaluate": ("evaluate",),
-    "allocate": ("damage", "losses"),
-    "compress": (
-        "basis",
-        "basis_shared",
-        "basis_sequential",
-        "stream",
-        "layer",
-        "draft",
-        "embedding",
-        "head",
-    ),
-    "refit": ("refit_start", "refit_layer", "refit_losses", "chosen"),
-    "stitch": ("stitch",),
-    "verify": ("verify",),
-    "throughput": ("throughput",),
+A unit of work is named after what it is of: ``damage-layer-00003``, ``basis-site-00006``. A kind
+that a worker does by itself has a function in `actors.layer_units.registry`, under the same name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planners.memory import peaks
+from planners.memory.peaks import Shrinking
+from planners.units import job as works
+from planners.units.job import Job
+from planners.units.work import Work
+
+# How far a layer is, once its unit has a record.
+WAITING, SUMMED, MEASURED, DONE = "waiting", "statistics", "measured", "done"
+STATES = (WAITING, SUMMED, MEASURED, DONE)
+
+MODEL, STATISTICS = "model", "statistics"  # what of a run's result the files of a unit are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A part of a run that a person is told of.
+
+    Attributes:
+        name: as events, forecasts and reports have it.
+        first_words: what is done until its first unit is.
+        by_workers: the workers of the run do it; else the driver, or a process of its own.
+        times: how often a run comes by it.
+    """
+
+    name: str
+    first_words: str = ""
+    by_workers: bool = True
+    times: int = 1
+
+
+# In the order in which they end.
+PHASES = {
+    phase.name: phase
+    for phase in (
+        Phase(name="calibrate", first_words="loading layers"),
+        Phase(name="allocate"),
+        Phase(name="compress"),
+        Phase(name="refit"),
+        Phase(name="stitch", by_workers=False),
+        Phase(name="evaluate", times=2),  # the input model, and the result
+        Phase(
+            name="verify",
+            by_workers=False,
+            first_words="a fresh process loads the result, compares, generates",
+        ),
+        Phase(
+            name="throughput",
+            by_workers=False,
+            first_words="a fresh process times both models in turn",
+        ),
+    )
 }
 
 
-LAYERS = ("layer", "draft", "chosen", "damage", "losses", "carried")  # units that are a layer each
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitKind:
+    """One kind of unit.
+
+    Attributes:
+        name: as units, events and clocks have it.
+        stem: of the names of its units, without numbers; two kinds of which a run has one or the
+            other may share one.
+        phase: that does it.
+        of: what one unit is of: ``layer``, ``site``, all ``sites``, ``microbatch``, or ``model``.
+        counts: it is one step of the progress of its phase.
+        by_worker: a worker does it by itself, by a function of the registry.
+        state: how far its layer is, once it is done.
+        leaves: ``model`` or ``statistics``, where its files are a part of the result.
+        reusable: another run of the same model and data may take it.
+        own_options: a layer may have options of its own there.
+        reads: of the weights of the input, ``layer`` or ``table``; empty if none.
+        alike: where layers are alike, all its units take alike time.
+        colour: in the report, the number of one of `orchestrator.report.svg.KIND_COLOURS`.
+        work: (job, index) -> what one unit asks of a machine; None where a pass does it.
+        peak_bytes: what the largest holds at its peak; 0 where a run has none.
+    """
+
+    name: str
+    stem: str
+    phase: str
+    of: str = "layer"
+    counts: bool = True
+    by_worker: bool = True
+    state: str = WAITING
+    leaves: str = ""
+    reusable: bool = False
+    own_options: bool = False
+    reads: str = ""
+    alike: bool = True
+    colour: int
+    work: Callable[[Job, int], Work] | None = None
+    peak_bytes: Callable[[Shrinking], int] = peaks.nothing
+
+    def unit(self, index: int, *, by: str = "") -> str:
+        """Return the name of one unit; ``by`` is the method that it asks, of several."""
+        first, _, last = self.stem.partition("-")
+        stem = f"{first}-{by}-{last}" if by else self.stem
+        return f"{stem}-{index:05d}" if self.of in ("layer", "site") else stem
 
 
-FIRST_WORDS = {  # until the first unit of a phase is done
-    "calibrate": "loading layers",
-    "verify": "a fresh process loads the result, compares, generates",
-    "throughput": "a fresh process times both models in turn",
-}
+KINDS = {
+    kind.name: kind
+    for kind in (
+        # Whole microbatches in a stage, and the sums that it publishes behind them.
+        UnitKind(
+            name="calibrate", stem="microbatch", phase="calibrate", of="microbatch",
+            by_worker=False, colour=0,
+        ),
+        UnitKind(
+            name="shard", stem="shard-layer", phase="calibrate", by_worker=False, counts=False,
+            colour=1,
+        ),
+        UnitKind(
+            name="statistics", stem="statistics-layer", phase="calibrate", counts=False,
+            state=SUMMED, leaves=STATISTICS, reusable=True, colour=1, work=works.adding,
+        ),
+        UnitKind(
+            name="partial", stem="partial-layer", phase="calibrate", by_worker=False, counts=False,
+            colour=1,
+        ),
+        UnitKind(
+            name="boundary", stem="boundary-layer-mb", phase="calibrate", of="microbatch",
+            by_worker=False, counts=False, colour=0,
+        ),
+        # Planned before it is known whether a step will rotate sums or sum anew.
+        UnitKind(
+            name="carried", stem="carried-layer", phase="calibrate", state=SUMMED,
+            leaves=STATISTICS, colour=1, work=works.carrying,
+        ),
+        UnitKind(
+            name="damage", stem="damage-layer", phase="allocate", state=MEASURED, reusable=True,
+            reads="layer", colour=10, work=works.measuring, peak_bytes=peaks.damage_unit,
+        ),
+        UnitKind(
+            name="losses", stem="losses-layer", phase="allocate", state=MEASURED, reads="layer",
+            colour=10, work=works.truncating, peak_bytes=peaks.layer_unit,
+        ),
+        UnitKind(
+            name="basis", stem="basis-site", phase="compress", of="site", colour=2,
+            work=works.decomposing, peak_bytes=peaks.basis_unit,
+        ),
+        UnitKind(
+            name="basis_shared", stem="basis-shared", phase="compress", of="sites", colour=2,
+            work=works.decomposing_all, peak_bytes=peaks.basis_unit,
+        ),
+        UnitKind(
+            name="basis_sequential", stem="basis-site", phase="compress", of="site", alike=False,
+            colour=2, work=works.decomposing_streamed, peak_bytes=peaks.basis_unit,
+        ),
+        UnitKind(
+            name="stream", stem="stream-site-shard", phase="compress", of="site", alike=False,
+            reads="layer", colour=2, work=works.streaming, peak_bytes=peaks.stream_unit,
+        ),
+        UnitKind(
+            name="layer", stem="layer", phase="compress", state=DONE, leaves=MODEL,
+            own_options=True, reads="layer", colour=3, work=works.shrinking,
+            peak_bytes=peaks.layer_unit,
+        ),
+        UnitKind(
+            name="draft", stem="draft-layer", phase="compress", state=MEASURED, own_options=True,
+            reads="layer", colour=3, work=works.shrinking, peak_bytes=peaks.layer_unit,
+        ),
+        UnitKind(
+            name="embedding", stem="embedding", phase="compress", of="model", leaves=MODEL,
+            reads="table", colour=4, work=works.embedding, peak_bytes=peaks.table_unit,
+        ),
+        UnitKind(
+            name="head", stem="head", phase="compress", of="model", leaves=MODEL, reads="table",
+            colour=4, work=works.head, peak_bytes=peaks.table_unit,
+        ),
+        UnitKind(
+            name="refit_start", stem="refit-start", phase="refit", of="model", reads="table",
+            colour=3, work=works.refit_start,
+        ),
+        UnitKind(
+            name="refit_layer", stem="refit-layer", phase="refit", state=MEASURED, reads="layer",
+            colour=3, work=works.refitting, peak_bytes=peaks.refit_unit,
+        ),
+        UnitKind(
+            name="refit_losses", stem="refit-losses", phase="refit", of="model", reads="table",
+            colour=3, work=works.refit_losses,
+        ),
+        UnitKind(
+            name="chosen", stem="layer", phase="refit", state=DONE, leaves=MODEL, colour=3,
+            work=works.choosing,
+        ),
+        UnitKind(
+            name="stitch", stem="stitch", phase="stitch", of="model", by_worker=False, leaves=MODEL,
+            colour=5,
+        ),
+        UnitKind(
+            name="evaluate", stem="evaluation-dense-part", phase="evaluate", of="microbatch",
+            by_worker=False, reusable=True, colour=7,
+        ),
+        UnitKind(
+            name="evaluate_compressed", stem="evaluation-part", phase="evaluate", of="microbatch",
+            by_worker=False, colour=7,
+        ),
+        UnitKind(
+            name="verify", stem="verify", phase="verify", of="model", by_worker=False, colour=6,
+        ),
+        UnitKind(
+            name="throughput", stem="throughput", phase="throughput", of="model", by_worker=False,
+            colour=8,
+        ),
+    )
+}  # fmt: skip
+
+
+def kind_of(unit: str) -> UnitKind | None:
+    """Return the kind of the unit of that name, the first where several share it; None if none.
+
+    A name may say between its first word and its last who did the unit, or of what model it is.
+    """
+    words = [word for word in unit.split("-") if not word.isdigit()]
+    ends = [words[0], words[-1]] if len(words) > 1 else []
+    for parts in (words, ends):
+        found = [kind for kind in KINDS.values() if kind.stem.split("-") == parts]
+        if found:
+            return found[0]
+    return None
+
+
+def layer_of(unit: str) -> int | None:
+    """Return the layer that a unit of that name is of; None where it is of none."""
+    kind, number = kind_of(unit), unit.rpartition("-")[2]
+    return int(number) if kind is not None and kind.of == "layer" and number.isdigit() else None
+
+
+def kinds_of(phase: str, *, many: bool = False) -> tuple[str, ...]:
+    """Return the kinds whose units are the steps of a phase; if asked, those with many units."""
+    return tuple(
+        kind.name
+        for kind in KINDS.values()
+        if kind.phase == phase and kind.counts and not (many and kind.of == "model")
+    )
+
+
+def behind(phase: str) -> tuple[str, ...]:
+    """Return the phases that begin once a phase is over for good."""
+    names = tuple(PHASES)
+    return names[names.index(phase) + 1 :]
+
+
+def unit_bytes(step: Shrinking) -> int:
+    """Return the peak of the largest unit of compression."""
+    return max(peak(step) for peak in {kind.peak_bytes for kind in KINDS.values()})

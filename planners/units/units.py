@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from planners import refit
 from planners.batching import TokenBatching
+from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
 from planners.model.form import ModelForm
 from planners.model.taps import Statistic, layer_statistics
+from planners.units.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,7 @@ def statistics_units(
     units = []
     for layer in range(num_layers):
         taps = tuple(str(s) for s in layer_statistics(statistics, layer, num_layers))
-        unit = _unit("statistics", layer, "statistics-layer-{:05d}", (), {**common, "layer": layer})
+        unit = _unit("statistics", layer, (), {**common, "layer": layer})
         units.append(replace(unit, taps=taps))
     return units
 
@@ -106,7 +107,7 @@ def carried_units(
     units = []
     for total, layer in zip(sums, layers, strict=True):
         taps = tuple(str(s) for s in layer_statistics(statistics, layer.index, len(layers)))
-        unit = _unit("carried", layer.index, "carried-layer-{:05d}", (total, layer), common)
+        unit = _unit("carried", layer.index, (total, layer), common)
         units.append(replace(unit, inputs=(total.name, *layer.inputs), taps=taps))
     return units
 
@@ -173,7 +174,7 @@ def compression_units(
         return (bases[site if len(bases) > 1 else 0],) if bases else ()
 
     refitted = bool(options.get("refit"))
-    kind, name = ("draft", "draft-layer-{:05d}") if refitted else ("layer", "layer-{:05d}")
+    kind = "draft" if refitted else "layer"
     for layer in range(num_layers):
         inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
         parts = tuple(inputs.values()) or (sums[layer],)
@@ -181,12 +182,12 @@ def compression_units(
         if makers:
             key["makers"] = dict(makers[layer])
             key["revisions"] = {c.spec.name: c.spec.revision for c in spec.candidates}
-        units.append(_unit(kind, layer, name, parts, key))
+        units.append(_unit(kind, layer, parts, key))
     edges = {"embedding": (form.embedding_dim, 0), "head": (form.head_dim, 2 * num_layers)}
     for kind, (dim, site) in edges.items():
         parts = basis(site) or (sums[0],)
         key = {**common, "dim": dim, "tied": form.tied, "native": form.native}
-        units.append(_unit(kind, -1, kind, parts, key))
+        units.append(_unit(kind, -1, parts, key))
     return units
 
 
@@ -212,8 +213,7 @@ def damage_units(
         "revision": revision,
         "options": to_json({k: v for k, v in options.items() if k not in OF_NO_DAMAGE}),
     }
-    name = f"damage-{by}-layer-{{:05d}}" if by else "damage-layer-{:05d}"
-    return [_unit("damage", u.index, name, (u,), key) for u in sums]
+    return [_unit("damage", u.index, (u,), key, by=by) for u in sums]
 
 
 def losses_units(
@@ -232,7 +232,7 @@ def losses_units(
         "modules": list(modules),
     }
     return [
-        _unit("losses", u.index, "losses-layer-{:05d}", (u,),
+        _unit("losses", u.index, (u,),
               {**key, "ranks": to_json(form.layers[u.index].ranks)})
         for u in sums
     ]  # fmt: skip
@@ -251,13 +251,12 @@ def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
         "dampings": to_json(refit.DAMPINGS),
     }
     # The sums of a draft carry the identity of the tokens, as all that follows from them does.
-    chain = [_unit("refit_start", -1, "refit-start", drafts[:1], key)]
+    chain = [_unit("refit_start", -1, drafts[:1], key)]
     for draft in drafts:
-        inputs = (chain[-1], draft)
-        chain.append(_unit("refit_layer", draft.index, "refit-layer-{:05d}", inputs, key))
-    chain.append(_unit("refit_losses", len(drafts), "refit-losses", chain[-1:], key))
+        chain.append(_unit("refit_layer", draft.index, (chain[-1], draft), key))
+    chain.append(_unit("refit_losses", len(drafts), chain[-1:], key))
     chosen = [
-        _unit("chosen", u.index, "layer-{:05d}", (u, refitted, chain[-1]), key)
+        _unit("chosen", u.index, (u, refitted, chain[-1]), key)
         for u, refitted in zip(drafts, chain[1:-1], strict=True)
     ]
     return chain, chosen
@@ -268,28 +267,17 @@ def _basis_units(
 ) -> list[Unit]:
     if common["options"].get("rotation") == "shared":
         key = {**common, "dim": form.embedding_dim}
-        return [_unit("basis_shared", -1, "basis-shared", tuple(sums), key)]
+        return [_unit("basis_shared", -1, tuple(sums), key)]
     dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
     dims.append(form.layers[-1].residual_out)
     if common["options"].get("schedule") == "sequential":
         shards = len(shard_cuts(int(common["options"]["shards"]), num_microbatches))
         return _chain(sums[0], common, dims, shards)
     return [
-        _unit("basis", s, "basis-site-{:05d}", (sums[min(s // 2, len(sums) - 1)],),
+        _unit("basis", s, (sums[min(s // 2, len(sums) - 1)],),
               {**common, "site": s, "dim": dim})
         for s, dim in enumerate(dims)
     ]  # fmt: skip
-
-
-def shard_cuts(count: int, num_microbatches: int) -> list[tuple[int, int]]:
-    """Return the shards of the calibration tokens as ranges of microbatches; none is empty.
-
-    They follow from the recipe, never from the workers at hand: each is summed by itself, and sums
-    of other parts round in other ways.
-    """
-    count = max(1, min(count, num_microbatches))
-    edges = [i * num_microbatches // count for i in range(count + 1)]
-    return list(pairwise(edges))
 
 
 def _chain(
@@ -308,21 +296,21 @@ def _chain(
             inputs = (before[0], before[1 + shard]) if before else ()
             key = {**common, "site": site, "shard": [shard, num_shards]}
             key["tokens"] = tokens.fingerprint
+            unit = _unit("stream", site * num_shards + shard, inputs, key)
             name = f"stream-site-{site:05d}-shard-{shard:05d}"
-            unit = _unit("stream", site * num_shards + shard, name, inputs, key)
-            here.append(replace(unit, lasting=False))
+            here.append(replace(unit, name=name, lasting=False))
         key = {**common, "site": site, "dim": dim}
-        basis = _unit("basis_sequential", site, "basis-site-{:05d}", here, key)
+        basis = _unit("basis_sequential", site, here, key)
         units += [*here, basis]
         before = [basis, *here]
     return units
 
 
 def _unit(
-    kind: str, index: int, pattern: str, inputs: Sequence[Unit], key: Mapping[str, Any]
+    kind: str, index: int, inputs: Sequence[Unit], key: Mapping[str, Any], *, by: str = ""
 ) -> Unit:
     return Unit(
-        name=pattern.format(index),
+        name=KINDS[kind].unit(index, by=by),
         kind=kind,
         index=index,
         inputs=tuple(u.name for u in inputs),

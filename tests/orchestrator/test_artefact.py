@@ -21,7 +21,7 @@ from orchestrator.run import run_on
 from orchestrator.rundir import statistics
 from planners.errors import ConfigError, StorageError
 from planners.simulation.timetable import CostModel, timetable, transfer_bytes
-from planners.simulation.work import KINDS, Work
+from planners.units.work import KINDS, Work
 from tests.builders import (
     LENGTH,
     DeadDriverError,

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from orchestrator.report import numbers, render_page, render_terminal, spectra, summary, timeline
 from orchestrator.report.document import Span, sites
+from planners.units.kinds import KINDS
 
 PLOTS = {"energy", "spectra", "parameters", "widths", "errors", "timeline"}
 MAX_PAGE_BYTES = 1_500_000
@@ -488,3 +489,11 @@ def test_too_few_calibration_tokens_are_said_beside_the_result():
     said = "56 calibration tokens are fewer than the width of the Gram matrix at attn_in 64"
     assert summary.statistics_note({"statistics": {"few_tokens": [said]}}) == f"Warning: {said}."
     assert summary.statistics_note({"statistics": {"few_tokens": []}}) == ""
+
+
+def test_every_kind_of_unit_is_drawn_in_a_colour_that_is_not_that_of_what_is_no_unit():
+    slots = {name: timeline.slot_of(name) for name in KINDS}
+    unknown = timeline.slot_of("what no run does")
+    assert unknown not in slots.values()
+    assert slots["carried"] == slots["statistics"]
+    assert slots["losses"] == slots["damage"] not in {slots[name] for name in ("layer", "basis")}

@@ -7,12 +7,13 @@ import pytest
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
 from planners.batching import TokenBatching
-from planners.memory.peaks import unit_bytes
+from planners.memory.peaks import Shrinking
 from planners.method import Target
 from planners.model.cost import dense_model_form, layer_parameters
 from planners.model.form import dense_form
 from planners.model.shape import ModelShape
 from planners.planning import Workload, make_plan
+from planners.units.kinds import unit_bytes
 from tests.builders import compress_local, prepared_run, save_model
 
 SHAPE = ModelShape(
@@ -56,11 +57,11 @@ def test_outputs_that_wait_for_the_layers_behind_are_planned_one_a_level():
     tokens, width = WORK.batching.tokens, 2
     for damage in ("layer", "loss"):
         options = resolve_options(spec, {"allocation": "marginal", "damage": damage})
-        found = unit_bytes(
-            SHAPE, whole, spec=spec, options=options, tokens=(tokens, tokens),
+        step = Shrinking(
+            shape=SHAPE, form=whole, spec=spec, options=options, tokens=(tokens, tokens),
             sequence_length=WORK.batching.sequence_length, dtype="bfloat16",
         )  # fmt: skip
-        peaks.append(found)
+        peaks.append(unit_bytes(step))
     ladders = spec.ladders(SHAPE, dense_form(SHAPE), options).values()
     outputs = 1 + sum(len(ladder.levels) for ladder in ladders)
     wait = outputs * tokens * SHAPE.hidden * width

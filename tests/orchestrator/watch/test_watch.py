@@ -10,11 +10,12 @@ from rich.console import Console
 from actors.storage.files import Directory
 from actors.storage.records import Record, write_record
 from orchestrator.cli.main import main
-from orchestrator.remote.snapshot import DONE, MEASURED, SUMMED, WAITING, Watcher
+from orchestrator.remote.snapshot import Watcher
 from orchestrator.remote.time_left import Phase, time_left
 from orchestrator.remote.watch_screen import lines, screen
 from orchestrator.rundir import lease
 from orchestrator.rundir.journal import Journal
+from planners.units.kinds import DONE, MEASURED, SUMMED, WAITING
 from tests.builders import compress_local, run_local, save_model
 
 NOTICE = "node 4f1c8a was taken away by the spot market after a notice of 120 s"
@@ -104,6 +105,25 @@ def test_the_screen_shows_layers_workers_phase_money_and_losses_in_its_width(tmp
     assert snapshot.troubles == {"preempted": 1}
     assert [w.lost for w in snapshot.workers] == [0, 0, 0, 1, 0, 0, 0, 0]
     assert snapshot.worker_hours == pytest.approx(4000 * 8 / 3600, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("unit", "state"),
+    [
+        ("carried-layer-00001", SUMMED),
+        ("damage-svdllm-layer-00001", MEASURED),
+        ("losses-layer-00001", MEASURED),
+        ("refit-layer-00001", MEASURED),
+        ("shard-00002-layer-00001", WAITING),
+        ("evaluation-dense-part-00001", WAITING),
+    ],
+)
+def test_a_layer_is_as_far_as_any_of_its_units_says(tmp_path, unit, state):
+    run = begun(tmp_path, num_layers=0)
+    plan = {"plan": {"shape": {"num_layers": 2}}}
+    run.write("plan.json", json.dumps(plan).encode())
+    write_record(run, Record(unit=unit, fingerprint="f"))
+    assert Watcher(run.uri).snapshot().layers == [WAITING, state]
 
 
 @pytest.mark.parametrize("name", ["verify", "throughput"])

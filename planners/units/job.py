@@ -1,0 +1,200 @@
+"""A run as far as its time goes, and what each kind of its units asks of a machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from planners.batching import TokenBatching
+from planners.calibration import shard_cuts
+from planners.method import MethodSpec, Option
+from planners.model.cost import dense_model_form
+from planners.model.form import ModelForm
+from planners.model.shape import ModelShape
+from planners.model.taps import Statistic, layer_statistics
+from planners.plan import RunPlan
+from planners.units import work
+from planners.units.work import Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run as far as its time goes.
+
+    Attributes:
+        plan: its shapes, widths and waves.
+        spec: of the method.
+        options: of the method.
+        data: of calibration.
+        evaluation_tokens: that each of both models is measured on.
+        finish: verify and time the result, too.
+        start: widths of the input model, where steps came before; None is the model itself.
+        former: the steps before, where several methods are applied in turn.
+        carried: its statistics are those of the step before, turned.
+        reused: statistics that another run has kept.
+        from_hub: its input is read from the Hub, by whoever needs a part of it.
+    """
+
+    plan: RunPlan
+    spec: MethodSpec
+    options: Mapping[str, Option]
+    data: TokenBatching
+    evaluation_tokens: int
+    finish: bool = True
+    start: ModelForm | None = None
+    former: tuple["Job", ...] = ()
+    carried: bool = False
+    reused: frozenset[Statistic] = frozenset()
+    from_hub: bool = False
+
+    @property
+    def origin(self) -> "Job":
+        """The first step, whose input the run begins with."""
+        return self.former[0] if self.former else self
+
+    @property
+    def input(self) -> ModelForm:
+        """Of what the step begins with."""
+        return self.start or dense_model_form(self.shape)
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What the method needs to know of each layer."""
+        return self.spec.statistics(self.options)
+
+    @property
+    def summed(self) -> frozenset[Statistic]:
+        """Those statistics that this run sums itself."""
+        return self.statistics - self.reused
+
+    @property
+    def dense(self) -> ModelShape:
+        """Of the model that the run begins with."""
+        return self.origin.shape
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model."""
+        return self.plan.shape
+
+    @property
+    def form(self) -> ModelForm:
+        """Of the result."""
+        return self.plan.form
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of the calibration tokens."""
+        return self.data.num_microbatches
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """Of the tokens, in microbatches, where a method streams them from site to site."""
+        return shard_cuts(int(self.options["shards"]), self.num_microbatches)
+
+    def statistics_of(self, index: int) -> list[Statistic]:
+        """Return what the method needs to know of one layer."""
+        return layer_statistics(self.statistics, index, self.shape.num_layers)
+
+    def site_dim(self, site: int) -> int:
+        """Return the width of a site in the result."""
+        layer = self.form.layers[min(site // 2, self.shape.num_layers - 1)]
+        if site == 2 * self.shape.num_layers:
+            return layer.residual_out
+        return layer.residual_mid if site % 2 else layer.residual_in
+
+
+def adding(job: Job, index: int) -> Work:
+    """Return adding the sums of all shards of a layer."""
+    wanted = layer_statistics(job.summed, index, job.shape.num_layers)
+    form = job.input.layers[index]
+    return work.adding_work(job.shape, wanted, form, shards=job.data.shards)
+
+
+def carrying(job: Job, index: int) -> Work:
+    """Return rotating the sums of a layer."""
+    return work.carried_work(job.shape, job.statistics_of(index))
+
+
+def measuring(job: Job, index: int) -> Work:
+    """Return measuring what cuts of a layer do to its output."""
+    start = job.input.layers[index]
+    ladders = job.spec.ladders(job.shape, start, job.options).values()
+    # Half of a module is where in its grid a cut is on average.
+    forms = [ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2]) for ladder in ladders]
+    tokens = min(work.PROBE_TOKENS, job.data.tokens, int(job.options["probe_tokens"]))
+    return work.damage_work(job.shape, forms, job.data, start, tokens=tokens)
+
+
+def truncating(job: Job, index: int) -> Work:
+    """Return measuring what truncation of a layer's linears loses."""
+    return work.losses_work(job.shape, job.form.layers[index], job.statistics_of(index))
+
+
+def decomposing(job: Job, site: int) -> Work:
+    """Return the axes of one site."""
+    if site == 2 * job.shape.num_layers and "resid_out" not in {s.tap for s in job.statistics}:
+        return work.CALL  # kept whole: there is nothing to decompose
+    return work.basis_work(job.shape, job.site_dim(site))
+
+
+def decomposing_all(job: Job, _: int) -> Work:
+    """Return the axes that all sites share."""
+    return work.basis_work(job.shape, job.form.embedding_dim, sites=job.shape.num_sites)
+
+
+def decomposing_streamed(job: Job, site: int) -> Work:
+    """Return the axes of one site behind a prefix that is cut already."""
+    return work.basis_work(job.shape, job.site_dim(site), sites=len(job.shards))
+
+
+def streaming(job: Job, index: int) -> Work:
+    """Return passing one shard on to a site."""
+    site, shard = divmod(index, len(job.shards))
+    first, last = job.shards[shard]
+    passed = job.data.microbatches[first:last]
+    data = replace(job.data, sequences=passed[-1][1] - passed[0][0])
+    before = max(site - 1, 0)
+    form = job.form.layers[before // 2]
+    return work.stream_work(job.shape, form, site, job.site_dim(before), data)
+
+
+def shrinking(job: Job, index: int) -> Work:
+    """Return reading, shrinking and writing a layer."""
+    return work.layer_work(
+        job.shape,
+        job.form.layers[index],
+        job.statistics_of(index),
+        residual=job.spec.residual,
+        start=job.input.layers[index],
+    )
+
+
+def embedding(job: Job, _: int) -> Work:
+    """Return writing the embedding."""
+    return work.table_work(job.shape, job.form.embedding_dim, residual=job.spec.residual)
+
+
+def head(job: Job, _: int) -> Work:
+    """Return writing the head, of which a tied one has no columns."""
+    width = 0 if job.form.tied else job.form.head_dim
+    return work.table_work(job.shape, width, residual=job.spec.residual)
+
+
+def refit_start(job: Job, _: int) -> Work:
+    """Return looking the tokens up for the second pass."""
+    return work.refit_start_work(job.shape, job.data)
+
+
+def refitting(job: Job, index: int) -> Work:
+    """Return refitting one layer."""
+    form, start = job.form.layers[index], job.input.layers[index]
+    return work.refit_layer_work(job.shape, form, job.data, start)
+
+
+def refit_losses(job: Job, _: int) -> Work:
+    """Return the losses of the drafted and of the refitted model."""
+    return work.refit_losses_work(job.shape, job.data)
+
+
+def choosing(job: Job, index: int) -> Work:
+    """Return copying one layer into the result."""
+    return work.chosen_work(job.shape, job.form.layers[index])
