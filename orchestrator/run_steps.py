@@ -23,7 +23,7 @@ from orchestrator.phases.shrink import shrink
 from orchestrator.phases.stitch import code_hash, stitch_unit
 from orchestrator.prepare.prepared import Prepared, revisions
 from orchestrator.prepare.steps import StepInput, planned
-from orchestrator.rundir.layout import CALIBRATION_TOKENS, KEPT, SPENT
+from orchestrator.rundir.layout import CALIBRATION_TOKENS, passed_files
 from orchestrator.rundir.ledger import Ledger
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.model.form import model_form_from_json
@@ -298,6 +298,5 @@ def _ledger(step: Prepared, context: RunContext) -> Ledger:
 
 def _drop(step: Prepared) -> None:
     """Remove what a step has left and nobody needs any more; its records stay."""
-    folders = SPENT if step.config.keep_statistics else (*SPENT, *KEPT)
-    for name in [name for folder in folders for name in step.run.names(folder)]:
+    for name in passed_files(step.run, keep_statistics=step.config.keep_statistics):
         step.run.delete(name)

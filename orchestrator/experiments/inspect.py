@@ -16,7 +16,7 @@ from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.throughput import Workers, fits_one, through_stages
 from orchestrator.rundir.finished import finished_report
 from orchestrator.rundir.journal import Event, Journal
-from orchestrator.rundir.layout import DROPPED, READY, REPORT
+from orchestrator.rundir.layout import HALF_WRITTEN, MAY_BE_GONE, READY, REPORT
 from planners.errors import StorageError
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
@@ -134,7 +134,7 @@ def check_files(run: Directory) -> dict[str, Any]:
     checked = 0
     for record in records.values():
         for file in record.files:
-            if ready and file.path.startswith(DROPPED) and run.size(file.path) is None:
+            if ready and file.path.startswith(MAY_BE_GONE) and run.size(file.path) is None:
                 continue
             if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
                 raise StorageError(
@@ -142,7 +142,11 @@ def check_files(run: Directory) -> dict[str, Any]:
                 )
             checked += 1
     vouched = {file.path for record in records.values() for file in record.files}
-    strange = [name for name in run.names("model") if name not in vouched and not _left(name)]
+    strange = [
+        name
+        for name in run.names("model")
+        if name not in vouched and not name.endswith(HALF_WRITTEN)
+    ]
     if strange:
         raise StorageError(f"{run.path(strange[0])}: no record vouches for it", hint=REDO)
     if ready and finished_report(run) is None:
@@ -151,11 +155,6 @@ def check_files(run: Directory) -> dict[str, Any]:
             hint=REDO,
         )
     return {"name": "every file as recorded", "passed": True, "detail": f"{checked} files"}
-
-
-def _left(name: str) -> bool:
-    """Return whether a file is what a killed worker left half-written."""
-    return name.endswith(".tmp")
 
 
 def _tensors_of(records: Mapping[str, Record]) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from actors.storage.files import Directory
 from actors.storage.records import sealed
 from orchestrator.phases.context import RunContext
 from orchestrator.report import render_page
 from orchestrator.rundir.finished import sha256
-from orchestrator.rundir.layout import READY, REPORT, STITCH
+from orchestrator.rundir.layout import READY, REPORT, RESULT, STITCH, spent_files
 from planners.canonical_json import json_bytes, to_json
 from planners.units.units import Unit
 
@@ -29,22 +28,9 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
     }
     run.write(READY, sealed(mark))
     # Last: a driver that dies before READY finds everything that its successor needs.
-    for name in _spent(run, keep_statistics=context.prepared.config.keep_statistics):
+    for name in spent_files(run, keep_statistics=context.prepared.config.keep_statistics):
         run.delete(name)
 
 
 def _in_result(context: RunContext, unit: Unit) -> bool:
-    return any(file.path.startswith("model/") for file in context.ledger.record(unit).files)
-
-
-def _spent(run: Directory, *, keep_statistics: bool) -> list[str]:
-    """Return the files that served only the work, and what killed workers left half-written."""
-    passing = [
-        name
-        for folder in ("boundary", "draft", "partial", "refit", "shards")
-        for name in run.names(folder)
-    ]
-    sums = [*run.names("stats"), *run.names("basis")]
-    written = [*sums, *run.names("model"), *run.names("records")]
-    halves = {name for name in written if name.endswith(".tmp")}
-    return sorted({*passing, *halves, *(() if keep_statistics else sums)})
+    return any(file.path.startswith(RESULT) for file in context.ledger.record(unit).files)

@@ -17,6 +17,7 @@ from orchestrator.phases.refit import refit_losses
 from orchestrator.recipe.config import recipe_values
 from orchestrator.report.quality import quality
 from orchestrator.rundir.journal import read_events
+from orchestrator.rundir.layout import RESULT
 from orchestrator.rundir.versions import environment
 from planners.calibration import few_tokens
 from planners.canonical_json import to_json
@@ -169,7 +170,7 @@ def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:
 
 def _written_bytes(context: RunContext) -> int:
     files = [file for unit in context.units for file in context.ledger.record(unit).files]
-    return sum(file.bytes for file in files if file.path.startswith("model/"))
+    return sum(file.bytes for file in files if file.path.startswith(RESULT))
 
 
 def _sites(context: RunContext) -> list[dict[str, Any]]:

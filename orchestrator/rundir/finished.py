@@ -6,7 +6,7 @@ from typing import Any
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records, torn_records, unsealed
-from orchestrator.rundir.layout import READY, REPORT
+from orchestrator.rundir.layout import READY, REPORT, RESULT
 
 
 def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] | None:
@@ -45,7 +45,7 @@ def _result_is_whole(run: Directory, units: object, *, hashes: bool) -> bool:
     return all(
         run.size(f.path) == f.bytes and (not hashes or run.sha256(f.path) == f.sha256)
         for f in files
-        if f.path.startswith("model/")
+        if f.path.startswith(RESULT)
     )
 
 
