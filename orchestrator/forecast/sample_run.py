@@ -22,7 +22,6 @@ from typing import Any
 from actors import methods
 from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
-from orchestrator.backend.executor import Resources
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.forecast.clocks import ProfileKey, device_name, keep_clock
 from orchestrator.phases.allocate import measured
@@ -103,9 +102,7 @@ def measure(setting: ProfileKey, *, budget_seconds: float = BUDGET_SECONDS) -> C
 def _specimens(setting: ProfileKey, budget_seconds: float) -> Iterator[_ProfileModel]:
     """Yield what fits memory and time, the nearest to the truth first."""
     memory = _free_bytes(setting.device) * MEMORY_SHARE
-    rates = rates_of("CPU" if setting.device == "cpu" else "H100", setting.data.dtype,
-                     threads=setting.threads)  # fmt: skip
-    assert rates is not None  # both are known
+    rates = _rates(setting)
     for scale in (1, 2, 4, 8, 16):
         for num_layers, tokens_share in ((2, 1), (1, 1), (1, 4)):
             specimen = _specimen(setting, scale, num_layers, tokens_share)
@@ -191,6 +188,13 @@ def _job(specimen: _ProfileModel) -> Job:
     )
 
 
+def _rates(setting: ProfileKey) -> Work:
+    name = "CPU" if setting.device == "cpu" else "H100"
+    rates = rates_of(name, setting.data.dtype, threads=setting.threads)
+    assert rates is not None  # both are known
+    return rates
+
+
 def _free_bytes(device: str) -> float:
     if device == "cuda":
         import torch
@@ -241,10 +245,6 @@ class _TimingExecutor(LocalExecutor):
         self.phases: dict[str, float] = defaultdict(float)
         self.suffix = ""
 
-    def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
-        """Return the object, made here."""
-        return super().spawn(actor_class, *args, resources=resources, name=name)
-
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
         """Return finished tickets."""
         begun = time.monotonic()
@@ -284,13 +284,10 @@ def _timed(specimen: _ProfileModel) -> CostModel:
              for s in found]  # fmt: skip
     waited = sum(watch.phases[p.name] for p in PHASES.values() if p.by_workers) - sum(calls)
     watch.seconds["stitch"] = [watch.phases["stitch"]]
-    device = device_name(specimen.setting.device)
-    threads = specimen.setting.threads
-    rates = rates_of("CPU" if specimen.setting.device == "cpu" else "H100", job.data.dtype,
-                     threads=threads)  # fmt: skip
-    assert rates is not None  # both are known
+    setting = specimen.setting
+    device, threads = device_name(setting.device), setting.threads
     return CostModel(
-        rates=rates,
+        rates=_rates(setting),
         samples={
             kind: _sample(seconds, _task(job, kind)) for kind, seconds in watch.seconds.items()
         },
