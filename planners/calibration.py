@@ -1,14 +1,12 @@
 """The calibration tokens: their shards, and whether there are enough for each Gram matrix."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 
 from planners.model.cost import dense_start, tap_dim
-from planners.model.form import LayerForm, ModelForm
+from planners.model.form import ModelForm
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
-
-GRAMS = ("gram", "normed_gram")
 
 
 def shard_cuts(count: int, num_microbatches: int) -> list[tuple[int, int]]:
@@ -43,9 +41,10 @@ def few_tokens(
         start: the model whose activations are observed; None is the one that nothing touched.
     """
     layers = (start or dense_start(shape).form).layers
-    widths = {
-        s.tap: _widest(shape, s, layers) for s in statistics if s.kind in (*GRAMS, "head_gram")
-    }
+    widths: dict[str, int] = {}  # of several matrices at a tap the widest counts
+    for s in statistics:
+        each = (s.row.columns(tap_dim(shape, s.tap, layer), layer) for layer in layers)
+        widths[s.tap] = max(widths.get(s.tap, 0), *each)
     narrow = {tap: width for tap, width in sorted(widths.items()) if width > tokens}
     if not narrow:
         return ""
@@ -56,9 +55,3 @@ def few_tokens(
         f"expect a poor result; --calibration-sequences {enough} is the least, and several times "
         "that is better"
     )
-
-
-def _widest(shape: ModelShape, statistic: Statistic, layers: Sequence[LayerForm]) -> int:
-    if statistic.kind == "head_gram":
-        return max(layer.vo_head_dim for layer in layers)
-    return max(tap_dim(shape, statistic.tap, layer) for layer in layers)

@@ -22,7 +22,7 @@ from actors import methods
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer import OuterModel
-from actors.statistics.observe import ADD
+from actors.statistics.kinds import FUNCTIONS
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
@@ -39,7 +39,8 @@ def stream(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> 
     files: list[FileEntry] = []
     dim = job.shape.hidden
     total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-    add = ADD[methods.load(job.method).site_kind(job.options)]
+    add = FUNCTIONS[methods.load(job.method).site_kind(job.options)].add
+    assert add is not None  # a site is a tap
     at_site = _SiteStream(site, task.inputs[0] if site else "", job, run, device)
     for index in range(*cuts[shard]):
         hidden = at_site.microbatch(index)

@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from actors.numerics.gram import accumulate, rms_normed
-from actors.numerics.packed import zeros
+from actors.statistics.kinds import FUNCTIONS
 from planners.families._base import Family
 from planners.model.cost import tap_dim
 from planners.model.form import LayerForm, dense_form
@@ -27,7 +26,6 @@ INPUT_OF = {
 OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
 
 COSINE = "resid_out.cosine"
-WITH_MEAN = ("gram", "head_gram")  # kinds of which the sum of x is kept too
 Adder = Callable[[Tensor], None]
 
 
@@ -65,12 +63,12 @@ class LayerStatistics:
         self._probe: list[Tensor] = []
         self._probe_tokens = 0
         for statistic in self._statistics:
-            if statistic.kind.startswith("probe"):
-                self._probe_tokens = int(statistic.kind.removeprefix("probe"))
+            if statistic.probe_tokens:
+                self._probe_tokens = statistic.probe_tokens
                 continue
-            self.sums[str(statistic)] = self._room(statistic)
-            if statistic.kind in WITH_MEAN:
-                dim = tap_dim(shape, statistic.tap, self._form)
+            dim = tap_dim(shape, statistic.tap, self._form)
+            self.sums[str(statistic)] = self._zeros(*statistic.row.dims(dim, self._form, 0))
+            if statistic.row.with_mean:
                 self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -148,25 +146,15 @@ class LayerStatistics:
     def _name(self, role: str) -> str:
         return self._family.linears.get(role) or self._family.norms[role]
 
-    def _room(self, statistic: Statistic) -> Tensor:
-        dim, form = tap_dim(self._shape, statistic.tap, self._form), self._form
-        if statistic.kind in ("gram", "normed_gram"):
-            return zeros(dim, device=self._device)
-        if statistic.kind == "head_gram":
-            return self._zeros(dim // form.vo_head_dim, form.vo_head_dim, form.vo_head_dim)
-        if statistic.kind == "pair_energy":
-            return self._zeros(dim // form.qk_head_dim, form.qk_head_dim // 2)
-        return self._zeros(1)
-
     def _zeros(self, *dims: int) -> Tensor:
         return torch.zeros(dims, dtype=torch.float64, device=self._device)
 
     def _adders(self, tap: str) -> list[Adder]:
         """Return what is done with the activations of a tap; their sum is added once for all."""
         adders: list[Adder] = [
-            partial(ADD[statistic.kind], total=self.sums[str(statistic)])
+            partial(add, total=self.sums[str(statistic)])
             for statistic in self._statistics
-            if statistic.tap == tap and statistic.kind in ADD
+            if statistic.tap == tap and (add := FUNCTIONS[statistic.row.name].add) is not None
         ]
         if f"{tap}.sum" in self.sums:
             adders.append(partial(_add_sum, total=self.sums[f"{tap}.sum"]))
@@ -204,9 +192,9 @@ def added(parts: Iterable[Mapping[str, Tensor]], taps: Collection[str]) -> dict[
     Returns:
         As one pass over all the tokens returns them, but for how sums round.
     """
-    split = [(tap, kind) for tap, _, kind in (name.rpartition(".") for name in taps)]
-    means = {f"{tap}.sum" for tap, kind in split if kind in WITH_MEAN}
-    probe_tokens = sum(int(k.removeprefix("probe")) for _, k in split if k.startswith("probe"))
+    statistics = [Statistic(*name.split(".")) for name in taps]
+    means = {f"{each.tap}.sum" for each in statistics if each.row.with_mean}
+    probe_tokens = sum(each.probe_tokens for each in statistics)
     total: dict[str, Tensor] = {}
     probes: list[Tensor] = []
     for part in parts:
@@ -244,31 +232,3 @@ def _feed_output(
 
 def _add_sum(x: Tensor, *, total: Tensor) -> None:
     total.add_(x.flatten(0, -2).sum(dim=0, dtype=torch.float32))
-
-
-def _add_gram(x: Tensor, *, total: Tensor) -> None:
-    accumulate(total, x.flatten(0, -2))  # (tokens, dim)
-
-
-def _add_normed_gram(x: Tensor, *, total: Tensor) -> None:
-    accumulate(total, rms_normed(x.flatten(0, -2)))
-
-
-def _add_head_grams(x: Tensor, *, total: Tensor) -> None:
-    heads, head_dim = total.shape[0], total.shape[1]
-    per_head = x.flatten(0, -2).to(torch.float32).reshape(-1, heads, head_dim).transpose(0, 1)
-    total.add_(per_head.transpose(1, 2) @ per_head)  # (heads, head_dim, head_dim)
-
-
-def _add_pair_energy(x: Tensor, *, total: Tensor) -> None:
-    heads, pairs = total.shape
-    energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, 2, pairs)
-    total.add_(energy.sum(dim=1))  # channels i and i + head_dim / 2 turn together
-
-
-ADD = {
-    "gram": _add_gram,
-    "normed_gram": _add_normed_gram,
-    "head_gram": _add_head_grams,
-    "pair_energy": _add_pair_energy,
-}

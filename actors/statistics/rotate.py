@@ -6,13 +6,13 @@ s the scale of the norm, which is now folded into the weights. Activations insid
 change. So no calibration pass is needed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actors.numerics.packed import Symmetric, congruence, packed
+from actors.statistics.kinds import FUNCTIONS, rotated_rows
 
 # Tap -> which of the layer's three bases rotates it, and the norm whose scale is folded away.
 ROTATED_TAPS: Mapping[str, tuple[int, str]] = {
@@ -41,26 +41,14 @@ def rotated_sums(
     """
     new = {}
     for name, total in sums.items():
-        tap, _, kind = name.partition(".")
-        if name == "probe":
-            new[name] = (total.to(torch.float64) @ bases[0]).to(total.dtype)
-        elif tap in ROTATED_TAPS and kind in ROTATE:
+        tap, _, kind = ("resid_attn.probe" if name == "probe" else name).partition(".")
+        rotate = rotated_rows if kind == "sum" else FUNCTIONS[kind].rotate if kind else None
+        if rotate is not None and tap in ROTATED_TAPS:
             position, norm = ROTATED_TAPS[tap]
             map_ = bases[position]
             if norm:
                 map_ = map_ / scales[norm].to(torch.float64)[:, None]
-            new[name] = ROTATE[kind](total, map_).to(total.dtype)
+            new[name] = rotate(total, map_).to(total.dtype)
         else:
             new[name] = total
     return new
-
-
-def _rotated_gram(total: Symmetric, map_: Tensor) -> Tensor:
-    return packed(congruence(map_.T, total))
-
-
-ROTATE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gram": _rotated_gram,
-    "normed_gram": _rotated_gram,
-    "sum": lambda total, map_: total.to(torch.float64) @ map_,
-}

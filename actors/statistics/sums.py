@@ -10,6 +10,7 @@ from actors.statistics.observe import added, summary
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import read_record
 from actors.storage.tensors import map_tensors, write_tensors
+from planners.model.statistic_kinds import KINDS
 
 
 def write_sums(
@@ -26,8 +27,8 @@ def write_sums(
     name = f"stats/layer-{task.index:05d}" if task.kind == "statistics" else f"shards/{task.unit}"
     stored = {
         key: getattr(torch, dtype)
-        for key, tensor in tensors.items()
-        if key.endswith("gram") and tensor.ndim == 1  # packed: these are what is large
+        for key in tensors
+        if (kind := key.rpartition(".")[2]) in KINDS and KINDS[kind].packed  # what is large
     }
     return write_tensors(run, f"{name}{task.suffix}.safetensors", tensors, stored=stored)
 

@@ -50,11 +50,11 @@ def forward_bytes(
     )
     for statistic in statistics:
         dim = tap_dim(shape, statistic.tap, layer)
-        if statistic.kind not in ("gram", "normed_gram"):
+        if not statistic.row.packed:
             continue
         # The product of a block of rows in float32 exists beside the float64 sums; a narrower
         # input, or one that is normed, has a float32 copy too.
-        copies = int(width < SINGLE) + int(statistic.kind == "normed_gram")
+        copies = int(width < SINGLE) + int(statistic.row.normed)
         kept = tokens * (3 * hidden + dim) * width
         product = min(dim, BLOCK_ROWS) * dim
         peak = max(peak, kept + (product + tokens * dim * copies) * SINGLE)
@@ -292,9 +292,7 @@ def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int)
     shape, dtype = step.shape, step.dtype
     width = BYTES_OF[dtype]
     cells = layer_parameters(shape, start)
-    kinds = [s.kind for s in step.statistics]
-    probes = [int(kind.removeprefix("probe")) for kind in kinds if kind.startswith("probe")]
-    probe = min(max(probes, default=0), step.tokens[1])
+    probe = min(max((s.probe_tokens for s in step.statistics), default=0), step.tokens[1])
     held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
     sums = sum(statistic_elements(shape, s, start) for s in step.held) * DOUBLE
     probe_bytes = max(

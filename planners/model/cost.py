@@ -119,15 +119,7 @@ def statistic_elements(
     """
     layer = form or dense_form(shape)
     dim = tap_dim(shape, statistic.tap, layer)
-    if statistic.kind == "gram":
-        return packed_elements(dim) + dim  # with the sum of x
-    if statistic.kind == "normed_gram":
-        return packed_elements(dim)
-    if statistic.kind == "head_gram":
-        return dim * layer.vo_head_dim + dim
-    if statistic.kind.startswith("probe"):
-        return int(statistic.kind.removeprefix("probe")) * dim  # at most float64
-    return dim // 2 if statistic.kind == "pair_energy" else 1
+    return statistic.row.elements(dim, layer, statistic.probe_tokens)
 
 
 def linears_before(tap: str) -> tuple[str, ...]:
@@ -171,10 +163,8 @@ def gram_flops(
     for layer in (form or dense_model_form(shape)).layers:
         for statistic in statistics:
             dim = tap_dim(shape, statistic.tap, layer)
-            if statistic.kind in ("gram", "normed_gram"):
-                per_token += packed_elements(dim)
-            elif statistic.kind == "head_gram":
-                per_token += dim * layer.vo_head_dim
+            whole = dim * statistic.row.columns(dim, layer)
+            per_token += packed_elements(dim) if statistic.row.packed else whole
     return 2 * tokens * per_token
 
 

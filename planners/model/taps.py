@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from planners.model.statistic_kinds import StatisticKind, parsed
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Statistic:
@@ -10,8 +12,7 @@ class Statistic:
 
     Attributes:
         tap: the point in a layer, e.g. ``resid_attn``.
-        kind: ``gram`` (x^T x), ``normed_gram`` (of x / rms(x)), ``head_gram`` (one gram a head),
-            ``pair_energy`` (sum of squares of each rope pair of each head), ``cosine``.
+        kind: one of `planners.model.statistic_kinds`, such as ``gram`` or ``probe8192``.
     """
 
     tap: str
@@ -21,13 +22,23 @@ class Statistic:
         """Return the name under which it is stored."""
         return f"{self.tap}.{self.kind}"
 
+    @property
+    def row(self) -> StatisticKind:
+        """What is known of its kind."""
+        return parsed(self.kind)[0]
+
+    @property
+    def probe_tokens(self) -> int:
+        """How many tokens' activations it keeps; 0 where it is a sum."""
+        return parsed(self.kind)[1]
+
 
 def layer_statistics(
     statistics: frozenset[Statistic], layer: int, num_layers: int
 ) -> list[Statistic]:
     """Return what one layer accumulates; only the last observes what leaves it."""
     last = layer == num_layers - 1
-    return sorted(s for s in statistics if s.tap != "resid_out" or s.kind == "cosine" or last)
+    return sorted(s for s in statistics if s.tap != "resid_out" or s.row.of_change or last)
 
 
 # Taps in the order in which a layer's forward pass comes by them.

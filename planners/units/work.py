@@ -111,10 +111,7 @@ def layer_statistics_work(
     for statistic in statistics:
         dim = tap_dim(shape, statistic.tap, layer)
         elements = statistic_elements(shape, statistic, layer)
-        if statistic.kind in ("gram", "normed_gram"):
-            total += Work(gram=2 * tokens * dim * dim)
-        elif statistic.kind == "head_gram":
-            total += Work(gram=2 * tokens * dim * layer.vo_head_dim)
+        total += Work(gram=2 * tokens * dim * statistic.row.columns(dim, layer))
         # The product in float32, and the sum that it is added to.
         total += Work(touched=tokens * dim * 8 + elements * 20)
     return total
@@ -158,8 +155,7 @@ def carried_work(shape: ModelShape, statistics: Iterable[Statistic]) -> Work:
     """Return turning the sums of one layer behind a step that kept every axis."""
     wanted = tuple(statistics)
     size = _gram_bytes(shape, wanted, None)
-    grams = [s for s in wanted if s.kind in ("gram", "normed_gram")]
-    turned = [s for s in grams if tap_dim(shape, s.tap) == shape.hidden]
+    turned = [s for s in wanted if s.row.packed and tap_dim(shape, s.tap) == shape.hidden]
     products = 4 * shape.hidden**3 * len(turned)
     return CALL + Work(float64=products, read=size, written=size, touched=3 * size)
 

@@ -7,10 +7,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from actors.modeling.outer import OuterModel
 from actors.numerics.packed import unpacked
-from actors.statistics.observe import LayerStatistics
+from actors.statistics.kinds import FUNCTIONS, Functions
+from actors.statistics.observe import LayerStatistics, added
 from actors.storage.checkpoint import Checkpoint
 from planners import families
+from planners.model.cost import statistic_elements
+from planners.model.statistic_kinds import KINDS, StatisticKind
 from planners.model.taps import Statistic
+from planners.units.work import layer_statistics_work
 from tests.builders import LENGTH, VOCABULARY, save_model
 
 LAYER = 1  # not the first and not the last
@@ -188,3 +192,38 @@ def test_half_precision_activations_are_summed_in_double(model, expected):
     found = observed(model, [statistic], dtype=torch.bfloat16)
     exact = expected_sum(expected, statistic)
     assert_close(unpacked(found.sums[str(statistic)]), exact, tolerance=0.05)
+
+
+def test_every_kind_of_statistic_has_its_functions():
+    assert KINDS.keys() == FUNCTIONS.keys()
+
+
+def test_a_new_kind_of_statistic_is_a_row_and_its_functions(model, monkeypatch):
+    def add_magnitudes(x, *, total):
+        total += x.abs().flatten(0, -2).sum(dim=0, dtype=torch.float64)
+
+    row = StatisticKind(name="magnitude", dims=lambda dim, _layer, _number: (dim,))
+    functions = Functions(add=add_magnitudes)
+    monkeypatch.setitem(KINDS, "magnitude", row)
+    monkeypatch.setitem(FUNCTIONS, "magnitude", functions)
+    statistic = Statistic("mlp_in", "magnitude")
+    held = observed(model, [statistic])
+    expected = reference_activations(model)["mlp_in"].abs().sum(dim=0)
+    assert_close(held.sums[str(statistic)], expected)
+    shape = Checkpoint(str(model)).shape
+    assert statistic_elements(shape, statistic) == len(expected) == shape.hidden
+    parts = [observed(model, [statistic]).tensors() for _ in range(2)]
+    assert torch.equal(
+        added(parts, [str(statistic)])[str(statistic)], 2 * held.sums[str(statistic)]
+    )
+    layer = layer_statistics_work(shape, [statistic], tokens=8)
+    assert layer.gram == 0
+    assert layer.touched > 0
+
+
+def test_the_number_of_a_kind_is_read_in_one_place():
+    probe = Statistic("resid_attn", "probe8192")
+    assert (probe.row.name, probe.probe_tokens) == ("probe", 8192)
+    assert Statistic("resid_attn", "gram").probe_tokens == 0
+    with pytest.raises(KeyError, match="grim"):
+        _ = Statistic("resid_attn", "grim").row

@@ -33,6 +33,11 @@ def test_what_is_no_matrix_asks_for_no_tokens():
     assert said(1, {Statistic("q_rope", kind) for kind in kinds}) == ""
 
 
+def test_what_is_no_matrix_hides_no_matrix_at_its_tap():
+    for kinds in (("gram", "probe128"), ("probe128", "gram")):
+        assert "attn_in 64:" in said(63, [Statistic("attn_in", kind) for kind in kinds])
+
+
 def test_a_gram_of_each_head_is_as_wide_as_a_head():
     assert said(16, {Statistic("v", "head_gram")}) == ""
     assert "v 16:" in said(15, {Statistic("v", "head_gram")})
