@@ -273,10 +273,12 @@ def reproduce(file: str) -> None:
     """
     import traceback
 
-    from orchestrator.engine import reproduce as engine
+    from orchestrator.engine.reproduce import read_reproducer
+    from orchestrator.engine.reproduce import reproduce as do_again
 
+    call, setup = read_reproducer(file)
     try:
-        engine.reproduce(file)
+        do_again(call, setup)
     except CompressionError as error:
         traceback.print_exception(error)
         sys.exit(error.exit_code)

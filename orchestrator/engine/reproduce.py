@@ -109,20 +109,31 @@ def write_reproducer(
     return command
 
 
-def reproduce(location: str) -> None:
+def read_reproducer(location: str) -> tuple[UnitCall | PassCall, WorkerSetup]:
+    """Return what failed and the worker that did it, from a reproducer.
+
+    Raises:
+        StorageError: there is no such file, or it is not a reproducer.
+    """
+    folder, _, name = location.rpartition("/")
+    text = Directory(folder or ".").read(name)
+    try:
+        document = json.loads(text)
+        return CALL.validate_python(document["call"]), SETUP.validate_python(document["worker"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = str(error).partition("\n")[0]
+        raise StorageError(
+            f"{location}: is not a reproducer: {problem}",
+            hint="a run that fails writes one to RUN/failures/UNIT.json",
+        ) from error
+
+
+def reproduce(call: UnitCall | PassCall, setup: WorkerSetup) -> None:
     """Do the work of a reproducer once more, in this process; return if it does not fail.
 
     Raises:
         Exception: what the work raised.
-        StorageError: there is no such file, or it is not a reproducer.
     """
-    folder, _, name = location.rpartition("/")
-    try:
-        document = json.loads(Directory(folder or ".").read(name))
-        call = CALL.validate_python(document["call"])
-        setup = SETUP.validate_python(document["worker"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{location}: is not a reproducer: {error}") from error
     torch.set_num_threads(setup.threads)
     with tempfile.TemporaryDirectory(prefix="compress-cluster-reproduce-") as scratch:
         if isinstance(call, UnitCall):

@@ -22,7 +22,7 @@ from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.main import main
 from orchestrator.engine.reproduce import CALL, SETUP, PassCall, UnitCall
 from planners.batching import TokenBatching
-from planners.errors import CompressionError
+from planners.errors import CompressionError, StorageError
 from planners.model.taps import Statistic
 from tests.builders import compress_local, layer_file, save_model
 from tests.strategies import model_forms, shapes
@@ -151,3 +151,19 @@ def test_a_unit_that_reads_the_step_before_is_done_again(model, tmp_path, capsys
     reproducer = failing(model, tmp_path, "carried-layer-00001", steps=steps, keep_statistics=True)
     main(["reproduce", str(reproducer)])
     assert "it did not fail here" in capsys.readouterr().out
+
+
+NO_FAILURES = (None, "", "[]", "{", '{"call": 1, "worker": {}}', "\x00", "[" * 10**5)
+
+
+@pytest.mark.parametrize("text", NO_FAILURES, ids=lambda text: str(text)[:9])
+def test_a_file_that_holds_no_failure_is_refused_in_a_line(text, tmp_path, capsys):
+    file = tmp_path / "layer-00001.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as left:
+        main(["reproduce", str(file)])
+    assert left.value.code == StorageError.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith("StorageError: ")
+    assert "Traceback" not in said
