@@ -1,30 +1,13 @@
 """Node types: the head stays and does no work, the workers are spot and go away when idle."""
 
-import json
-import re
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from typing import Any
 
 from orchestrator.backend.capacity import mapping
-from orchestrator.lint.cluster_file import ClusterFile, Finding, Key, Level
-from planners.spelling import nearest
+from orchestrator.lint.cluster_file import ClusterFile, Finding, Key
 
 MAX_IDLE_MINUTES = 30
 CLOUDS = ("aws", "gcp")
-LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.\-/]{0,61}[A-Za-z0-9])?")
-GCP_KEYS = (
-    "machineType", "disks", "scheduling", "guestAccelerators", "metadata", "serviceAccounts",
-    "labels", "networkInterfaces", "tags", "minCpuPlatform", "sourceMachineImage",
-    "canIpForward", "shieldedInstanceConfig", "reservationAffinity", "advancedMachineFeatures",
-    "confidentialInstanceConfig", "deletionProtection", "description", "displayDevice",
-    "hostname", "privateIpv6GoogleAccess", "networkPerformanceConfig", "resourcePolicies",
-    "params",
-)  # fmt: skip
-GCP_SCHEDULING = (
-    "preemptible", "onHostMaintenance", "automaticRestart", "provisioningModel",
-    "instanceTerminationAction", "nodeAffinities", "minNodeCpus", "maxRunDuration",
-)  # fmt: skip
 
 
 def node_findings(file: ClusterFile) -> Iterator[Finding]:
@@ -34,17 +17,9 @@ def node_findings(file: ClusterFile) -> Iterator[Finding]:
         return
     yield from _limits(file)
     yield from _notices(file)
-    if file.head not in file.node_types:
-        known = ", ".join(file.node_types)
-        yield file.finding(
-            "error", ("head_node_type",), f"{file.head or 'nothing'!r} is no node type",
-            f"name one of available_node_types: {known}",
-        )  # fmt: skip
     for name, node in file.node_types.items():
         key: Key = ("available_node_types", name)
         config = mapping(node.get("node_config"))
-        yield from _unknown_settings(file, key, config)
-        yield from _labels(file, key, node)
         if name == file.head:
             yield from _head(file, key, node)
         else:
@@ -142,33 +117,6 @@ def _worker(file: ClusterFile, key: Key, node: Mapping[str, Any]) -> Iterator[Fi
         )  # fmt: skip
 
 
-def _labels(file: ClusterFile, key: Key, node: Mapping[str, Any]) -> Iterator[Finding]:
-    labels = mapping(node.get("labels"))
-    for name, value in labels.items():
-        if not LABEL.fullmatch(str(name)) or not LABEL.fullmatch(str(value)):
-            yield file.finding(
-                "error", (*key, "labels", str(name)),
-                f"{name!r}: {value!r} is no label; Ray takes it and matches nothing",
-                "letters, digits, - _ . and no blank",
-            )  # fmt: skip
-    spot = is_spot(mapping(node.get("node_config")))
-    market = labels.get("market")
-    right = "spot" if spot else "on-demand"
-    if market != right:
-        level: Level = "warning" if market is None else "error"
-        yield file.finding(
-            level, (*key, "labels", "market"),
-            f"says {market!r} of a machine that is {right}",
-            f"labels: {{market: {right}}}",
-        )  # fmt: skip
-    has_gpu = mapping(node.get("resources")).get("GPU", 0)
-    if isinstance(has_gpu, int | float) and has_gpu > 0 and "gpu" not in labels:
-        yield file.finding(
-            "warning", (*key, "labels", "gpu"), "does not say which GPU this is",
-            "labels: {gpu: l40s}; a result has the same bits on one class of device only",
-        )  # fmt: skip
-
-
 def _aws(file: ClusterFile, key: Key, config: Mapping[str, Any]) -> Iterator[Finding]:
     at = (*key, "node_config")
     if mapping(config.get("MetadataOptions")).get("HttpTokens") != "required":
@@ -197,45 +145,3 @@ def _aws(file: ClusterFile, key: Key, config: Mapping[str, Any]) -> Iterator[Fin
             "a machine that is stopped, not ended, keeps its disk and its bill",
             "InstanceInterruptionBehavior: terminate",
         )  # fmt: skip
-
-
-def _unknown_settings(file: ClusterFile, key: Key, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield settings of a machine that its cloud does not know; Ray passes them on unread."""
-    at = (*key, "node_config")
-    if file.provider.get("type") == "aws":
-        shapes = json.loads(
-            resources.files("orchestrator.lint").joinpath("ec2.json").read_text(encoding="utf-8")
-        )
-        known = {**shapes["RunInstancesRequest"], "SubnetIds": ""}  # Ray's own, a choice of subnets
-        yield from _against(file, at, config, {**shapes, "RunInstancesRequest": known})
-        return
-    yield from (_unknown(file, (*at, n), GCP_KEYS) for n in config if n not in GCP_KEYS)
-    scheduling = config.get("scheduling")
-    for setting in scheduling if isinstance(scheduling, list) else [scheduling]:
-        wrong = [n for n in mapping(setting) if n not in GCP_SCHEDULING]
-        yield from (_unknown(file, (*at, "scheduling", n), GCP_SCHEDULING) for n in wrong)
-
-
-def _against(
-    file: ClusterFile,
-    key: Key,
-    value: object,
-    shapes: Mapping[str, Mapping[str, str]],
-    shape: str = "RunInstancesRequest",
-) -> Iterator[Finding]:
-    if isinstance(value, list):
-        for index, each in enumerate(value):
-            yield from _against(file, (*key, index), each, shapes, shape)
-        return
-    for name, inner in mapping(value).items():
-        if name not in shapes[shape]:
-            yield _unknown(file, (*key, name), shapes[shape])
-        elif shapes[shape][name]:
-            yield from _against(file, (*key, name), inner, shapes, shapes[shape][name])
-
-
-def _unknown(file: ClusterFile, key: Key, known: Any) -> Finding:
-    near = nearest(str(key[-1]), known)
-    fix = f"did you mean {near}?" if near else f"known here: {', '.join(known)}"
-    why = "the cloud has no such setting; Ray does not look, and the first machine fails"
-    return file.finding("error", key, why, fix)
