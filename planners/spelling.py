@@ -1,4 +1,4 @@
-"""A word that was mistyped, and the one that was meant."""
+"""Words as a recipe and the command line have them, and the known one nearest to a typo."""
 
 import difflib
 from collections.abc import Iterable
@@ -23,3 +23,8 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return ``; did you mean X?`` for the end of a message, or nothing where no word is near."""
     found = nearest(word, known)
     return f"; did you mean {found}?" if found else ""
+
+
+def typed(value: object) -> str:
+    """Return a value as it is typed: ``true`` and not ``True``."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

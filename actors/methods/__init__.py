@@ -5,14 +5,15 @@
 that methods share.
 """
 
+import ast
 import pkgutil
 from collections.abc import Mapping
-from importlib import import_module
+from importlib import import_module, resources
 from typing import Any
 
 from planners.budget import candidates
 from planners.errors import ConfigError
-from planners.method import MethodSpec, Option
+from planners.method import MethodSpec, Option, OptionSpec
 from planners.spelling import did_you_mean
 
 
@@ -49,6 +50,34 @@ def spec(name: str) -> MethodSpec:
     return found
 
 
+def declared_options(name: str) -> tuple[OptionSpec, ...]:
+    """Return the options of a method as its source declares them, without importing it.
+
+    Importing a method takes seconds, for torch; help and completion are there at once. In
+    ``SPEC = MethodSpec(options=(...))`` stand an ``OptionSpec`` of literals, or the name of one
+    that is imported from planners.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    require(name)
+    source = resources.files(__name__).joinpath(f"{name}.py").read_text(encoding="utf-8")
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {
+        alias.asname or alias.name: (node.module or "", alias.name)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "MethodSpec"]
+    (options,) = [k.value for call in calls for k in call.keywords if k.arg == "options"]
+    return tuple(
+        _declared(node, imported)
+        for node in ast.iter_child_nodes(options)
+        if isinstance(node, ast.expr)
+    )
+
+
 def chosen(name: str, options: Mapping[str, Option]) -> MethodSpec:
     """Return what the planners may know of a method together with those that its options name.
 
@@ -72,6 +101,14 @@ def load(name: str) -> Any:
         ConfigError: there is no such method.
     """
     return _module(name).METHOD
+
+
+def _declared(node: ast.expr, imported: Mapping[str, tuple[str, str]]) -> OptionSpec:
+    if isinstance(node, ast.Call):
+        return OptionSpec(**{str(k.arg): ast.literal_eval(k.value) for k in node.keywords})
+    module, attribute = imported[ast.unparse(node)]
+    found: OptionSpec = getattr(import_module(module), attribute)
+    return found
 
 
 def _module(name: str) -> Any:

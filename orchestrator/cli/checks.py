@@ -1,100 +1,96 @@
-"""Prints what was found wrong: a table for people, JSON for machines, an exit code for scripts."""
+"""Checks before anything costs anything: of this machine, a text, a cluster file."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+import click
 from rich.text import Text
 
-from orchestrator.cli.output import stdout
-from orchestrator.lint.cluster_file import Finding
-from orchestrator.recipe import presets as shipped
+from orchestrator.cli import completion
+from orchestrator.cli.options import as_json
+from orchestrator.cli.output import emit, stdout
 from planners.errors import ClusterError, ConfigError, DataError
+
+if TYPE_CHECKING:  # each check imports what takes long
+    from orchestrator.lint.cluster_file import Finding
+    from orchestrator.lint.machine import Check
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
-def cluster_file(path: str, *, json_: bool) -> None:
-    """Print the findings of a cluster file.
+@click.group()
+def cluster() -> None:
+    """Look at a cluster file before a machine is rented."""
 
-    Raises:
-        ConfigError: it has errors, or cannot be read.
-    """
-    from orchestrator.lint.cluster import lint  # imports Ray's launcher
 
-    found = lint(path)
-    if json_:
-        print(json.dumps({"file": path, "findings": [asdict(f) for f in found]}))  # noqa: T201 the one document
-    else:
-        for finding in found:
-            _print_finding(path, finding)
+@cluster.command("lint")
+@click.argument("file", metavar="FILE", shell_complete=completion.files)
+@as_json
+def cluster_lint(file: str, json_: bool) -> None:
+    """Say what is wrong in a cluster file of Ray or SkyPilot that their own check does not see.
+
+    \b
+    compress-cluster cluster lint cluster.yaml
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator.lint.cluster import lint
+
+    found = lint(file)
+    document = {"file": file, "findings": [asdict(f) for f in found]}
+    emit(document, lambda: _print_findings(file, found), json_=json_)
     errors = sum(finding.level == "error" for finding in found)
-    if not json_:
-        stdout.print(_counts(found) if found else f"{path}: nothing found")
     if errors and not json_:
-        raise ConfigError(f"{path}: {errors} error" + ("s" if errors > 1 else ""))
+        raise ConfigError(f"{file}: {errors} error" + ("s" if errors > 1 else ""))
     if errors:
         raise SystemExit(ConfigError.exit_code)
 
 
-def recipes(*, json_: bool) -> None:
-    """Print the recipes that come with the package."""
-    found = shipped.available()
-    if json_:
-        print(json.dumps({"recipes": found}))  # noqa: T201 the one document
-        return
-    table = Table.grid(padding=(0, 2))
-    for name, purpose in found.items():
-        table.add_row(Text(name, style="bold"), purpose)
-    stdout.print(table)
-    stdout.print(
-        Text("compress-cluster run MODEL -r NAME takes one; recipes show NAME prints it", "dim")
-    )
+@click.command()
+@click.option("--out", default="runs", show_default=True, help="Where runs are to go.")
+@click.option("--offline", is_flag=True, help="Ask nobody.")
+@as_json
+def doctor(out: str, offline: bool, json_: bool) -> None:
+    """Look at this machine, and say what to put right before a run finds out.
 
+    \b
+    compress-cluster doctor --out s3://BUCKET/runs
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator.lint.machine import examine
 
-def machine(out: str, *, offline: bool, json_: bool) -> None:
-    """Print what is wrong with this machine.
-
-    Raises:
-        SystemExit: something is; with the exit code of a cluster that does not fit.
-    """
-    from orchestrator.lint.machine import examine  # imports torch
-
-    checks = examine(out, offline=offline)
-    if json_:
-        print(json.dumps({"checks": [asdict(check) for check in checks]}))  # noqa: T201 the one document
-    for check in checks if not json_ else ():
-        head = Text.assemble((f"{check.level:<8}", COLOURS[check.level]), (check.name, "bold"))
-        stdout.print(head, check.said, soft_wrap=True)
-        if check.fix:
-            stdout.print(Text(f"        {check.fix}", style="dim"), soft_wrap=True)
-    if any(check.level == "error" for check in checks):
+    found = examine(out, offline=offline)
+    document = {"checks": [asdict(check) for check in found]}
+    emit(document, lambda: _print_checks(found), json_=json_)
+    if any(check.level == "error" for check in found):
         raise SystemExit(ClusterError.exit_code)
 
 
-def texts(
-    sources: Sequence[str], *, evaluation: str, model: str, sequence_length: int, json_: bool
-) -> None:
-    """Print what text sources hold and how much of each is wrong.
+@click.group()
+def data() -> None:
+    """Look at a text before any device does."""
 
-    Raises:
-        DataError: a share is over its limit.
-    """
+
+@data.command("lint")
+@click.argument(
+    "sources", metavar="SRC...", nargs=-1, required=True, shell_complete=completion.files
+)
+@click.option("--evaluation", default="", metavar="SRC", help="Text that must not be in SRC.")
+@click.option("--model", default="", metavar="MODEL", help="Count its tokens too.")
+@click.option("--sequence-length", default=256, show_default=True, help="Tokens of a sequence.")
+@as_json
+def data_lint(sources: tuple[str, ...], json_: bool, **given: Any) -> None:
+    """Say how much of a text is doubled, broken, too short, or in the evaluation text too.
+
+    Of several texts it says how many tokens, or characters, are of each.
+
+    \b
+    compress-cluster data lint train.jsonl --evaluation held-out.jsonl
+    """  # noqa: D301 click's mark for lines to leave as they are
     from orchestrator.lint.texts import lint_texts
 
-    found = [
-        lint_texts(source, evaluation=evaluation, model=model, sequence_length=sequence_length)
-        for source in sources
-    ]
+    found = [lint_texts(source, **given) for source in sources]
     documents = [{**each, "measures": [asdict(m) for m in each["measures"]]} for each in found]
-    if json_:
-        print(json.dumps(documents[0] if len(found) == 1 else {"sources": documents}))  # noqa: T201 the one document
-    else:
-        for each in found:
-            _print_text(each)
-        _print_shares(found)
+    document = documents[0] if len(found) == 1 else {"sources": documents}
+    emit(document, lambda: _print_texts(found), json_=json_)
     wrong = [
         f"{each['source']}: over the limit: {', '.join(names)}"
         for each in found
@@ -104,6 +100,24 @@ def texts(
         raise SystemExit(DataError.exit_code)
     if wrong:
         raise DataError("; ".join(wrong))
+
+
+def _print_checks(found: Sequence["Check"]) -> None:
+    for check in found:
+        _print_line(check.level, check.name, check.said, check.fix)
+
+
+def _print_line(level: str, name: str, said: str, fix: str) -> None:
+    head = Text.assemble((f"{level:<8}", COLOURS[level]), (name, "bold"))
+    stdout.print(head, said, soft_wrap=True)
+    if fix:
+        stdout.print(Text(f"        {fix}", style="dim"), soft_wrap=True)
+
+
+def _print_texts(found: Sequence[Mapping[str, Any]]) -> None:
+    for each in found:
+        _print_text(each)
+    _print_shares(found)
 
 
 def _print_text(found: Mapping[str, Any]) -> None:
@@ -116,11 +130,8 @@ def _print_text(found: Mapping[str, Any]) -> None:
             )
     for m in found["measures"]:
         warn, fail = LIMITS[m.name]
-        head = Text.assemble((f"{m.level:<8}", COLOURS[m.level]), (m.name, "bold"))
         limits = f"(warns from {warn:.2%}, fails from {fail:.0%})"
-        stdout.print(head, f"{m.share:.2%} {m.meaning} {limits}", soft_wrap=True)
-        if m.fix:
-            stdout.print(Text(f"        {m.fix}", style="dim"), soft_wrap=True)
+        _print_line(m.level, m.name, f"{m.share:.2%} {m.meaning} {limits}", m.fix)
 
 
 def _print_shares(found: Sequence[Mapping[str, Any]]) -> None:
@@ -138,17 +149,17 @@ def _said(value: object) -> str:
     return f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
-def _print_finding(path: str, finding: Finding) -> None:
-    where = f"{path}:{finding.line}"
-    head = Text.assemble(
-        (finding.level, COLOURS[finding.level]), f" {where} ", (finding.path, "bold")
-    )
-    stdout.print(head, soft_wrap=True)
-    stdout.print(f"  {finding.why}", soft_wrap=True)
-    stdout.print(Text(f"  fix: {finding.fix}", style="dim"), soft_wrap=True)
-
-
-def _counts(found: Sequence[Finding]) -> str:
+def _print_findings(path: str, found: Sequence["Finding"]) -> None:
+    for finding in found:
+        level, where = finding.level, f" {path}:{finding.line} "
+        head = Text.assemble((level, COLOURS[level]), where, (finding.path, "bold"))
+        stdout.print(head, soft_wrap=True)
+        stdout.print(f"  {finding.why}", soft_wrap=True)
+        stdout.print(Text(f"  fix: {finding.fix}", style="dim"), soft_wrap=True)
     levels = [finding.level for finding in found]
     said = [(levels.count(level), level) for level in ("error", "warning", "note")]
-    return ", ".join(f"{n} {level}" + ("s" if n > 1 else "") for n, level in said if n)
+    counts = [f"{n} {level}" + ("s" if n > 1 else "") for n, level in said if n]
+    stdout.print(", ".join(counts) or f"{path}: nothing found")
+
+
+ALL = (cluster, doctor, data)

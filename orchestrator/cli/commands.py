@@ -1,111 +1,202 @@
-"""The commands about clusters, jobs, batches and first contact; parse, call, print."""
+"""The commands that work on models and runs: parse, call. What takes long to import waits inside.
+
+What each does and prints is in the module that it calls.
+"""
 
 import sys
 from typing import Any
 
 import click
 
-from orchestrator.backend.cloud_notices import METADATA
 from orchestrator.cli import completion
 from orchestrator.cli.options import (
     RecipeCommand,
+    as_json,
     config_of,
-    recipe_options,
-    terms_of,
-    terms_options,
+    model_argument,
+    pairs_of,
+    placement,
+    placement_of,
+    pricing,
+    recipe_file,
+    run_argument,
+    terms,
+    yes,
 )
-from orchestrator.report.console import echo
-from planners.errors import CompressionError
+from orchestrator.cli.output import echo, stdout
+from planners.errors import ConfigError
 
-as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
-
-
-@click.group()
-def cluster() -> None:
-    """Look at a cluster file before a machine is rented."""
-
-
-@cluster.command("lint")
-@click.argument("file", metavar="FILE", shell_complete=completion.files)
-@as_json
-def cluster_lint(file: str, json_: bool) -> None:
-    """Say what is wrong in a cluster file of Ray or SkyPilot that their own check does not see.
-
-    \b
-    compress-cluster cluster lint cluster.yaml
-    """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.cli import checks
-
-    checks.cluster_file(file, json_=json_)
+COUNT = click.IntRange(min=1)
+# Keys of a recipe that measuring one model has a use for.
+MEASURING = (
+    "evaluation.source", "evaluation.sequences", "calibration.sequence_length", "seed",
+    "model_store", "workers", "threads", "address", "device", "worker_gib",
+    "calibration.microbatch_tokens",
+)  # fmt: skip
 
 
 @click.command(cls=RecipeCommand)
-@click.argument("model", required=False, shell_complete=completion.models)
-@recipe_options
+@model_argument
+@recipe_file
 @click.option(
-    "--stats",
-    metavar="URI",
-    shell_complete=completion.runs,
-    help="Reuse the statistics that another run kept.",
+    "--verify-hashes", is_flag=True, help="Compare the bytes of what is done, not only sizes."
 )
-@click.option("--keep-statistics", is_flag=True, default=None, help="Keep stats/ at the end.")
-@click.option(
-    "--to",
-    metavar="URL",
-    default="http://127.0.0.1:8265",
-    show_default=True,
-    envvar="RAY_API_SERVER_ADDRESS",
-    help="Dashboard of the cluster; `ray dashboard cluster.yaml` tunnels it to this one.",
-)
-@click.option(
-    "--keep-alive",
-    type=click.IntRange(0, 100),
-    default=0,
-    metavar="N",
-    help="Start a driver that was killed up to N times again. [0]",
-)
-@terms_options
+@click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
+@yes
+@click.option("--token-on-stdin", is_flag=True, hidden=True)
+@terms
 @as_json
-def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: Any) -> None:
-    """Send a run to a cluster and come back; takes the options of `run`.
+def run(
+    model: str | None, yes: bool, json_: bool, token_on_stdin: bool, **given: Any
+) -> None:  # fmt: skip
+    """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
 
-    From then on RUN is enough: status, watch, logs and cancel find the job by it.
+    The plan is shown first; on a cluster that may cost money it is asked about. The result is
+    RUN/model. The same command again goes on where this one stopped.
+    """
+    how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
+    prices = pricing(given)
+    config = config_of(model, given)
+    echo("reading the model and the text", err=True)  # what is imported next takes seconds
+    if token_on_stdin:
+        from actors.storage import hub
+
+        hub.lend(sys.stdin.readline().strip())
+    from orchestrator.cli.run import run
+
+    run(config, prices, **how, yes=yes, json_=json_)
+
+
+@click.command(cls=RecipeCommand)
+@model_argument
+@recipe_file
+@click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
+@click.option("--measure", is_flag=True, help="Time a layer on this machine first, and keep it.")
+@terms
+@as_json
+def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> None:
+    """Print what `run` would do with the same options; start nothing.
+
+    The short names of Llama models, and any directory with a config.json and --cluster, need no
+    weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
+    """
+    prices = pricing(given)
+    config = config_of(model, given)  # first: what the next line imports takes seconds
+    from orchestrator.cli.run import plan
+
+    plan(config, prices, cluster_text=cluster, json_=json_)
+
+
+@click.command("eval", cls=RecipeCommand, keys=MEASURING)
+@click.argument("directory", shell_complete=completion.folders)
+@recipe_file
+@as_json
+def eval_(directory: str, json_: bool, **given: Any) -> None:
+    """Measure the perplexity of a checkpoint, dense or compressed."""
+    config = config_of(directory, given)
+    from orchestrator.cli.evaluate import evaluate
+
+    evaluate(config, json_=json_)
+
+
+@click.command()
+@run_argument
+@as_json
+def report(run_uri: str, json_: bool) -> None:
+    """Print the report of a RUN, and write its page again."""
+    from orchestrator.cli.status import report
+
+    report(run_uri, json_=json_)
+
+
+@click.command()
+@run_argument
+@as_json
+def status(run_uri: str, json_: bool) -> None:
+    """Say how far a RUN is, and who works on it."""
+    from orchestrator.cli.status import status
+
+    status(run_uri, json_=json_)
+
+
+@click.command()
+@run_argument
+@click.option("--price", type=float, default=0.0, metavar="P", help="Of a worker for an hour.")
+@click.option("--once", is_flag=True, help="Print one screen and leave.")
+def watch(run_uri: str, price: float, once: bool) -> None:
+    """Follow a RUN live, from anywhere that can read its directory, s3:// and gs:// too.
 
     \b
-    ray dashboard cluster.yaml &
-    compress-cluster submit llama-2-70b --workers 8 --out s3://BUCKET/runs/llama-2-70b
-    compress-cluster logs s3://BUCKET/runs/llama-2-70b --follow
+    compress-cluster watch s3://BUCKET/runs/llama-2-70b --price 1.1
     """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.cli import jobs
+    from orchestrator.remote.watch import watch
 
-    terms = terms_of(given)
-    jobs.submit(config_of(model, given), address=to, tries=keep_alive + 1, terms=terms, json_=json_)
-
-
-@click.command()
-@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
-def logs(run_uri: str, follow: bool) -> None:
-    """Print what the job of a submitted RUN printed."""
-    from orchestrator.cli import jobs
-
-    jobs.logs(run_uri, follow=follow)
+    watch(run_uri, stdout, price=price, once=once)
 
 
 @click.command()
-@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
+@run_argument
+@click.option(
+    "--method",
+    required=True,
+    metavar="NAME,NAME",
+    shell_complete=completion.methods,
+    help="Methods to compare.",
+)
+@click.option("--keep-fraction", required=True, metavar="F,F,...", help="True fractions to keep.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of the methods.",
+    shell_complete=completion.options,
+)
+@placement
 @as_json
-def cancel(run_uri: str, json_: bool) -> None:
-    """Stop the job of a submitted RUN; what is done is kept, and submit goes on with it."""
-    from orchestrator.cli import jobs
+def sweep(run_uri: str, json_: bool, **given: Any) -> None:
+    """Try methods and sizes on the model of RUN, calibrating once."""
+    names = given["method"].split(",")
+    from actors.methods import require  # the modules of methods take seconds, and are left alone
 
-    jobs.cancel(run_uri, json_=json_)
+    for name in names:
+        require(name, where="--method")
+    from orchestrator.cli.experiments import sweep
+
+    sweep(
+        run_uri,
+        names=names,
+        fractions=_numbers(given["keep_fraction"]),
+        options=pairs_of(given["options"]),
+        placement=placement_of(given),
+        json_=json_,
+    )
+
+
+@click.command()
+@run_argument
+@click.option(
+    "--point",
+    required=True,
+    metavar="P",
+    shell_complete=completion.points,
+    help="A name of the sweep's table.",
+)
+@yes
+@terms
+@as_json
+def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> None:
+    """Finish one point of the sweep of RUN: verify, time, mark READY."""
+    from orchestrator.cli.experiments import export
+
+    export(run_uri, point, pricing(given), yes=yes, json_=json_)
 
 
 @click.command()
 @click.argument("file", metavar="FILE", shell_complete=completion.files)
 @click.option("--dry-run", is_flag=True, help="Check every entry, print the runs, start nothing.")
-@click.option("--yes", is_flag=True, help="Answer every question with yes.")
+@yes
 @as_json
 def batch(file: str, dry_run: bool, yes: bool, json_: bool) -> None:
     """Do many runs as one: models x methods x sizes, each model calibrated once.
@@ -124,182 +215,108 @@ def batch(file: str, dry_run: bool, yes: bool, json_: bool) -> None:
         keep_fraction: [0.9, 0.8, 0.7]
         priority: 1
     """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.cli import experiments
+    from orchestrator.cli.experiments import batch
 
-    experiments.batch(file, dry_run=dry_run, yes=yes, json_=json_)
-
-
-@click.command()
-@click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
-@click.option("--price", type=float, default=0.0, metavar="P", help="Of a worker for an hour.")
-@click.option("--once", is_flag=True, help="Print one screen and leave.")
-def watch(run_uri: str, price: float, once: bool) -> None:
-    """Follow a RUN live, from anywhere that can read its directory, s3:// and gs:// too.
-
-    \b
-    compress-cluster watch s3://BUCKET/runs/llama-2-70b --price 1.1
-    """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.remote import watch as follow
-
-    follow.watch(run_uri, price=price, once=once)
+    batch(file, dry_run=dry_run, yes=yes, json_=json_)
 
 
-@click.command()
-@click.option("--out", default="runs", show_default=True, help="Where runs are to go.")
-@click.option("--offline", is_flag=True, help="Ask nobody.")
+@click.command(cls=RecipeCommand, keys=("model_store",))
+@click.argument("directory", shell_complete=completion.folders)
 @as_json
-def doctor(out: str, offline: bool, json_: bool) -> None:
-    """Look at this machine, and say what to put right before a run finds out.
+def verify(directory: str, model_store: str | None, json_: bool) -> None:
+    """Check a run or a model: bytes, loading, generation."""
+    from orchestrator.cli.evaluate import verify
 
-    \b
-    compress-cluster doctor --out s3://BUCKET/runs
-    """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.cli import checks
-
-    checks.machine(out, offline=offline, json_=json_)
+    verify(directory, model_store=model_store or "", json_=json_)
 
 
-@click.group()
-def data() -> None:
-    """Look at a text before any device does."""
-
-
-@data.command("lint")
-@click.argument(
-    "sources", metavar="SRC...", nargs=-1, required=True, shell_complete=completion.files
+@click.command()
+@run_argument
+@click.option("--layers", required=True, metavar="17,20-22", help="Layers to make again.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method, for these only."
 )
-@click.option("--evaluation", default="", metavar="SRC", help="Text that must not be in SRC.")
-@click.option("--model", default="", metavar="MODEL", help="Count its tokens too.")
-@click.option("--sequence-length", default=256, show_default=True, help="Tokens of a sequence.")
+@placement
+@yes
+@terms
 @as_json
-def data_lint(sources: tuple[str, ...], json_: bool, **given: Any) -> None:
-    """Say how much of a text is doubled, broken, too short, or in the evaluation text too.
+def redo(run_uri: str, layers: str, yes: bool, json_: bool, **given: Any) -> None:
+    """Make some layers of RUN again, with another option if one is given.
 
-    Of several texts it says how many tokens, or characters, are of each.
+    The run is READY again once the result has proved itself again.
+    """
+    from orchestrator.cli.run import redo
 
-    \b
-    compress-cluster data lint train.jsonl --evaluation held-out.jsonl
-    """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.cli import checks
-
-    checks.texts(sources, json_=json_, **given)
-
-
-@click.command()
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors.
-
-    \b
-    compress-cluster schema > recipe.schema.json
-    # yaml-language-server: $schema=recipe.schema.json       as the first line of a recipe
-    """  # noqa: D301 click's mark for lines to leave as they are
-    import json
-
-    from orchestrator.recipe.config import RunConfig
-
-    echo(json.dumps(RunConfig.model_json_schema(), indent=1))
-
-
-@click.group()
-def recipes() -> None:
-    """Recipes that come with the package, for `run -r NAME`."""
-
-
-@recipes.command("ls")
-@as_json
-def recipes_ls(json_: bool) -> None:
-    """List them, and what each is for."""
-    from orchestrator.cli import checks
-
-    checks.recipes(json_=json_)
-
-
-@recipes.command("show")
-@click.argument("name", shell_complete=completion.recipes)
-def recipes_show(name: str) -> None:
-    """Print one, to be changed and given to -r as a file."""
-    from orchestrator.recipe.presets import text
-
-    echo(text(name), nl=False)
-
-
-@click.command(hidden=True)
-@click.option("--sent-by", required=True)
-@click.option("--tries", type=int, required=True)
-@click.option("--recipe", required=True)
-@click.option("--lent", default="", help="Name of the token for the Hub in the head's memory.")
-@terms_options
-def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
-    """Do on the head what `submit` sent."""
-    from orchestrator.remote import supervisor
-
-    secret = ""
-    if lent:
-        from orchestrator.backend import ray_cluster
-
-        secret = ray_cluster.take(lent)
-
-    def say(text: str) -> None:
-        echo(text, err=True)
-
-    sys.exit(
-        supervisor.do_job(
-            recipe, sent_by=sent_by, tries=tries, say=say, terms=terms_of(given), secret=secret
-        )
+    redo(
+        run_uri,
+        pricing(given),
+        layers=layers,
+        options=pairs_of(given["options"]),
+        placement=placement_of(given),
+        yes=yes,
+        json_=json_,
     )
 
 
-@click.command("watch-node")
-@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster.")
-@click.option("--node", default="", help="Ray's id of the node; none means this one.")
-@click.option("--metadata", default=METADATA, hidden=True, help="Base URL of the metadata service.")
-def watch_node(address: str, node: str, metadata: str) -> None:
-    """Wait for the cloud's notice that this machine will be preempted, and drain its node.
-
-    \b
-    nohup compress-cluster watch-node > /tmp/watch-node.log 2>&1 &
-    """  # noqa: D301 click's mark for lines to leave as they are
-    from orchestrator.backend import node_agent
-
-    node_agent.watch_node(address, node=node, metadata=metadata, say=echo)
-
-
 @click.command()
-@click.argument("file", metavar="RUN/failures/UNIT.json", shell_complete=completion.files)
-def reproduce(file: str) -> None:
-    """Do the work of a failure again in this process, where it can be debugged; write nothing.
+@click.argument("run_a", shell_complete=completion.runs)
+@click.argument("run_b", shell_complete=completion.runs)
+@click.option("--details", is_flag=True, help="Every difference, of each layer too.")
+@as_json
+def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
+    """Say in what two runs differ: results, recipe, data, versions, layers."""
+    from orchestrator.cli.diff import diff
 
-    Exits with 1, or the failure's own code, where it fails again.
-    """
-    import traceback
-
-    from orchestrator.engine.reproduce import read_reproducer
-    from orchestrator.engine.reproduce import reproduce as do_again
-
-    call, setup = read_reproducer(file)
-    try:
-        do_again(call, setup)
-    except CompressionError as error:
-        traceback.print_exception(error)
-        sys.exit(error.exit_code)
-    except Exception as error:  # noqa: BLE001 whatever it is, it is what was asked for
-        traceback.print_exception(error)
-        sys.exit(1)
-    echo("it did not fail here")
+    diff(run_a, run_b, details=details, json_=json_)
 
 
-COMMANDS: tuple[click.Command, ...] = (
-    cluster,
-    submit,
-    logs,
-    cancel,
-    job,
-    batch,
-    watch,
-    watch_node,
-    reproduce,
-    doctor,
-    data,
-    recipes,
-    schema,
+@click.command(cls=RecipeCommand, keys=("model_store",))
+@click.argument("directories", nargs=-1, required=True, shell_complete=completion.folders)
+@click.option("--prompt", type=COUNT, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--batch", "batches", type=COUNT, multiple=True, help="Batch sizes. [1 and 8]")
+@click.option(
+    "--new-tokens", type=COUNT, default=32, show_default=True, help="Tokens generated for each."
 )
+@click.option(
+    "--threads", type=COUNT, default=1, show_default=True, help="CPU threads of each worker."
+)
+@click.option(
+    "--workers",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Over which a model goes that does not fit one.",
+)
+@click.option(
+    "--worker-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory of each. [its share of this machine, or its device]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where they generate.",
+)
+@as_json
+def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
+    """Time models side by side: prefill, decode, memory."""
+    from orchestrator.cli.evaluate import bench
+
+    given["batches"] = given["batches"] or (1, 8)
+    given["model_store"] = given["model_store"] or ""
+    bench(directories, json_=json_, **given)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--keep-fraction {text}: must be numbers with commas") from error
+
+
+ALL = (
+    run, plan, eval_, report, status, watch, sweep, export, batch, verify, redo, diff, bench,
+)  # fmt: skip

@@ -6,15 +6,16 @@ side of click drops what stands before it.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
+from planners.spelling import typed
+
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 FILE, FOLDER = CompletionItem("", type="file"), CompletionItem("", type="dir")
-SOURCES = ("stdlib", "wikitext2", "embedded", "tokens:")
 RUNS = Path("runs")  # where runs go that name no other place
 
 
@@ -69,16 +70,16 @@ def steps(_: click.Context, __: click.Parameter, incomplete: str) -> list[Comple
 
 def options(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Propose ``KEY=VALUE`` of the method that is named, or of the default one."""
-    from orchestrator.cli.options import method_options, typed
+    from actors.methods import available, declared_options
     from orchestrator.recipe.config import DEFAULT_METHOD, SLICED_METHOD
 
-    usual = SLICED_METHOD if context.params.get("slice_") is not None else DEFAULT_METHOD
+    usual = SLICED_METHOD if context.params.get("slice") is not None else DEFAULT_METHOD
     named = str(context.params.get("method") or usual).split(",")
-    known = method_options()
     pairs = (
         f"{option.name}={typed(value)}"
         for name in named
-        for option in known.get(name, ())
+        if name in available()
+        for option in declared_options(name)
         for value in option.choices or (option.default,)
     )
     return _items(dict.fromkeys(pairs), incomplete)
@@ -93,6 +94,22 @@ def points(context: click.Context, _: click.Parameter, incomplete: str) -> list[
     except (OSError, ValueError):
         return []  # no sweep here: nothing to propose
     return _items((str(point["name"]) for point in found["points"]), incomplete)
+
+
+def of_option(name: str, words: Sequence[str]) -> Completer | None:
+    """Return what proposes the values of an option that sets a key of the recipe.
+
+    Args:
+        name: such as ``--method``.
+        words: those that its value must be one of, if any.
+    """
+    sources = of("stdlib", "wikitext2", "embedded", "tokens:", otherwise=FILE)
+    known = {
+        "--method": methods, "--step": steps, "--option": options, "--stats": runs,
+        "--out": folders, "--model-store": folders, "--calibration": sources,
+        "--evaluation": sources, "--address": of("local", "auto"),
+    }  # fmt: skip
+    return known.get(name) or (of(*words) if words else None)
 
 
 def _items(

@@ -1,6 +1,5 @@
 """What `compress-cluster diff` prints: what matters first, and every difference where asked."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -8,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.storage.files import Directory
-from orchestrator.cli.output import stdout
+from orchestrator.cli.output import emit, stdout
 from orchestrator.report import summary
 from orchestrator.report.document import Document
 from orchestrator.report.terminal import TONES
@@ -21,14 +20,23 @@ OPTIONS = "options."
 
 def diff(run_a: str, run_b: str, *, details: bool, json_: bool) -> None:
     """Print in what two runs differ: the results and the recipe, or all of it."""
-    a, b = Directory(run_a), Directory(run_b)
+    uris = (run_a, run_b)
+    a, b = map(Directory, uris)
     found = differences(a, b)
-    if json_:
-        sections = {name: [asdict(row) for row in rows] for name, rows in found.items()}
-        print(json.dumps({"a": run_a, "b": run_b, **sections}))  # noqa: T201 the one document
-        return
+    sections = {name: [asdict(row) for row in rows] for name, rows in found.items()}
     reports = [finished_report(run) or {} for run in (a, b)]
-    for letter, uri, report in zip("AB", (run_a, run_b), reports, strict=True):
+    document = {"a": run_a, "b": run_b, **sections}
+    emit(document, lambda: _print(uris, reports, found, details=details), json_=json_)
+
+
+def _print(
+    uris: Sequence[str],
+    reports: Sequence[Document],
+    found: dict[str, list[Difference]],
+    *,
+    details: bool,
+) -> None:
+    for letter, uri, report in zip("AB", uris, reports, strict=True):
         said = summary.title(report) if report else "not finished"
         stdout.print(Text(letter, style="bold"), summary.verdict(report), uri, said, soft_wrap=True)
         if note := summary.quality_note(report):

@@ -1,6 +1,5 @@
 """Print perplexity, checks and speeds of models that exist."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from orchestrator.backend import ray_cluster
 from orchestrator.backend.ray_executor import RayExecutor
-from orchestrator.cli.output import stderr, stdout
+from orchestrator.cli.output import emit, stderr, stdout
 from orchestrator.cli.progress import ProgressScreen
 from orchestrator.engine.work_context import WorkContext
 from orchestrator.engine.worker_pool import Pool
@@ -52,10 +51,12 @@ def bench(
         workers=Workers(number=workers, bytes=int(memory * GIB)),
         **how,
     )
-    if json_:
-        print(json.dumps({"rows": rows}))  # noqa: T201 the one document
-        return
-    table = Table(title=f"prompt {how['prompt']}, {how['new_tokens']} new", title_justify="left")
+    title = f"prompt {how['prompt']}, {how['new_tokens']} new"
+    emit({"rows": rows}, lambda: _print_rates(title, rows), json_=json_)
+
+
+def _print_rates(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
     for column in ("model", *NUMBERS):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
@@ -104,14 +105,9 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
             "perplexity": loss.perplexity,
         },
     }
-    if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
-    else:
-        stdout.print(
-            Text.assemble("perplexity ", (decimal(loss.perplexity), "bold")),
-            f"over {loss.num_tokens:,} predicted tokens in sequences of {ids.shape[1]}, "
-            f"source {prepared.source}",
-        )
+    head = Text.assemble("perplexity ", (decimal(loss.perplexity), "bold"))
+    said = f"over {loss.num_tokens:,} predicted tokens in sequences of {ids.shape[1]}, "
+    emit(found, lambda: stdout.print(head, f"{said}source {prepared.source}"), json_=json_)
 
 
 def verify(directory: str, *, model_store: str, json_: bool) -> None:
@@ -122,15 +118,13 @@ def verify(directory: str, *, model_store: str, json_: bool) -> None:
     """
     checks = inspect.verify(directory, model_store=model_store)
     failed = [check["name"] for check in checks if not check["passed"]]
-    if json_:
-        print(json.dumps({"directory": directory, "passed": not failed, "checks": checks}))  # noqa: T201 the one document
-    else:
-        table = Table(title=directory, title_justify="left", show_header=False)
-        for check in checks:
-            held = check["passed"]
-            mark = Text("held" if held else "failed", style="green" if held else "red")
-            table.add_row(mark, check["name"], check["detail"])
-        stdout.print(table)
+    table = Table(title=directory, title_justify="left", show_header=False)
+    for check in checks:
+        held = check["passed"]
+        mark = Text("held" if held else "failed", style="green" if held else "red")
+        table.add_row(mark, check["name"], check["detail"])
+    document = {"directory": directory, "passed": not failed, "checks": checks}
+    emit(document, lambda: stdout.print(table), json_=json_)
     if failed:
         raise NumericsError(f"{directory}: {', '.join(failed)}: did not hold")
 

@@ -1,43 +1,153 @@
-"""What the commands about jobs print."""
+"""A run as a job of a cluster, and the commands for its nodes and for what failed there."""
 
-import json
-from collections.abc import Mapping
+import sys
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
-from actors.storage.files import Directory
-from orchestrator.recipe.config import RunConfig
-from orchestrator.remote import submission
-from orchestrator.report.console import echo
+import click
 
-
-def submit(
-    config: RunConfig, *, address: str, tries: int, terms: Mapping[str, float], json_: bool
-) -> None:
-    """Send a run to a cluster and say how to follow it."""
-    job = submission.submit(
-        config, address=address, tries=tries, terms=terms, say=partial(echo, err=True)
-    )
-    if json_:
-        echo(json.dumps({"run": config.out, "job": asdict(job)}))
-        return
-    echo(f"job {job.submission_id} at {job.address}; it goes on without this terminal")
-    for verb in ("watch", "logs", "cancel"):
-        echo(f"  compress-cluster {verb} {config.out}")
+from orchestrator.backend.cloud_notices import METADATA
+from orchestrator.cli import completion
+from orchestrator.cli.options import (
+    RecipeCommand,
+    as_json,
+    config_of,
+    model_argument,
+    recipe_file,
+    run_argument,
+    terms,
+    terms_of,
+)
+from orchestrator.cli.output import echo, emit
+from planners.errors import CompressionError
 
 
-def logs(run_uri: str, *, follow: bool) -> None:
-    """Print what the job of a run printed."""
+@click.command(cls=RecipeCommand)
+@model_argument
+@recipe_file
+@click.option(
+    "--to",
+    metavar="URL",
+    default="http://127.0.0.1:8265",
+    show_default=True,
+    envvar="RAY_API_SERVER_ADDRESS",
+    help="Dashboard of the cluster; `ray dashboard cluster.yaml` tunnels it to this one.",
+)
+@click.option(
+    "--keep-alive",
+    type=click.IntRange(0, 100),
+    default=0,
+    metavar="N",
+    help="Start a driver that was killed up to N times again. [0]",
+)
+@terms
+@as_json
+def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: Any) -> None:
+    """Send a run to a cluster and come back; takes the options of `run`.
+
+    From then on RUN is enough: status, watch, logs and cancel find the job by it.
+
+    \b
+    ray dashboard cluster.yaml &
+    compress-cluster submit llama-2-70b --workers 8 --out s3://BUCKET/runs/llama-2-70b
+    compress-cluster logs s3://BUCKET/runs/llama-2-70b --follow
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator.remote.submission import submit
+
+    prices = terms_of(given)
+    config = config_of(model, given)
+    say = partial(echo, err=True)
+    job = submit(config, address=to, tries=keep_alive + 1, terms=prices, say=say)
+
+    def show() -> None:
+        echo(f"job {job.submission_id} at {job.address}; it goes on without this terminal")
+        for verb in ("watch", "logs", "cancel"):
+            echo(f"  compress-cluster {verb} {config.out}")
+
+    emit({"run": config.out, "job": asdict(job)}, show, json_=json_)
+
+
+@click.command()
+@run_argument
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
+def logs(run_uri: str, follow: bool) -> None:
+    """Print what the job of a submitted RUN printed."""
+    from actors.storage.files import Directory
+    from orchestrator.remote import submission
+
     for text in submission.follow(Directory(run_uri), to_end=follow):
         echo(text, nl=False)
 
 
-def cancel(run_uri: str, *, json_: bool) -> None:
-    """Stop the job of a run."""
-    stopped = submission.cancel(Directory(run_uri))
-    if json_:
-        echo(json.dumps({"run": run_uri, "stopped": stopped}))
-    elif stopped:
-        echo("stopping; what is done is kept, and `compress-cluster submit` goes on with it")
-    else:
-        echo("it was not running")
+@click.command()
+@run_argument
+@as_json
+def cancel(run_uri: str, json_: bool) -> None:
+    """Stop the job of a submitted RUN; what is done is kept, and submit goes on with it."""
+    from actors.storage.files import Directory
+    from orchestrator.remote.submission import cancel
+
+    stopped = cancel(Directory(run_uri))
+    said = "stopping; what is done is kept, and `compress-cluster submit` goes on with it"
+    show = partial(echo, said if stopped else "it was not running")
+    emit({"run": run_uri, "stopped": stopped}, show, json_=json_)
+
+
+@click.command(hidden=True)
+@click.option("--sent-by", required=True)
+@click.option("--tries", type=int, required=True)
+@click.option("--recipe", required=True)
+@click.option("--lent", default="", help="Name of the token for the Hub in the head's memory.")
+@terms
+def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
+    """Do on the head what `submit` sent."""
+    from orchestrator.remote.supervisor import do_job
+
+    secret = ""
+    if lent:
+        from orchestrator.backend import ray_cluster
+
+        secret = ray_cluster.take(lent)
+    say = partial(echo, err=True)
+    sys.exit(
+        do_job(recipe, sent_by=sent_by, tries=tries, say=say, terms=terms_of(given), secret=secret)
+    )
+
+
+@click.command("watch-node")
+@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster.")
+@click.option("--node", default="", help="Ray's id of the node; none means this one.")
+@click.option("--metadata", default=METADATA, hidden=True, help="Base URL of the metadata service.")
+def watch_node(address: str, node: str, metadata: str) -> None:
+    """Wait for the cloud's notice that this machine will be preempted, and drain its node.
+
+    \b
+    nohup compress-cluster watch-node > /tmp/watch-node.log 2>&1 &
+    """  # noqa: D301 click's mark for lines to leave as they are
+    from orchestrator.backend.node_agent import watch_node
+
+    watch_node(address, node=node, metadata=metadata, say=echo)
+
+
+@click.command()
+@click.argument("file", metavar="RUN/failures/UNIT.json", shell_complete=completion.files)
+def reproduce(file: str) -> None:
+    """Do the work of a failure again in this process, where it can be debugged; write nothing.
+
+    Exits with 1, or the failure's own code, where it fails again.
+    """
+    import traceback
+
+    from orchestrator.engine.reproduce import read_reproducer, reproduce
+
+    call, setup = read_reproducer(file)
+    try:
+        reproduce(call, setup)
+    except Exception as error:  # noqa: BLE001 whatever it is, it is what was asked for
+        traceback.print_exception(error)
+        sys.exit(error.exit_code if isinstance(error, CompressionError) else 1)
+    echo("it did not fail here")
+
+
+ALL = (submit, logs, cancel, job, watch_node, reproduce)

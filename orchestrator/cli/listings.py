@@ -1,76 +1,159 @@
-"""Print methods, their options, and kept statistics."""
+"""Lists of what there is: methods, recipes and their schema, the statistics that a run kept."""
 
-import json
+from dataclasses import asdict
+from typing import Any
 
+import click
 from rich.table import Table
 from rich.text import Text
 
-from actors import methods as registry
-from actors.storage.files import Directory
-from orchestrator.cli.output import stdout
-from orchestrator.report.numbers import bytes_text
-from orchestrator.rundir import statistics as artefact
-from planners.canonical_json import to_json
+from orchestrator.cli import completion
+from orchestrator.cli.options import as_json, run_argument
+from orchestrator.cli.output import echo, emit, stdout
+from orchestrator.recipe import presets
+from planners.spelling import typed
 
 
-def statistics(action: str, run_uri: str, *, json_: bool) -> None:
-    """List, show or verify the statistics that a run kept."""
-    run_ = Directory(run_uri)
-    if action == "ls":
-        rows = artefact.list_(run_)
-        if json_:
-            print(json.dumps({"run": run_uri, "layers": rows}))  # noqa: T201 the one document
-            return
-        table = Table(title=run_uri, title_justify="left")
+@click.command()
+@as_json
+def methods(json_: bool) -> None:
+    """List the methods, their options and defaults."""
+    from actors.methods import available, spec
+
+    specs = [spec(name) for name in available()]
+    document = [
+        {"name": s.name, "source": s.source, "modules": s.modules,
+         "options": [asdict(option) for option in s.options]}
+        for s in specs
+    ]  # fmt: skip
+
+    def show() -> None:
+        for each in specs:
+            words = f"{each.source}, shrinks {', '.join(each.modules)}"
+            stdout.print(Text(each.name, style="bold"), words)
+            table = Table(box=None, show_header=False, padding=(0, 2))
+            for option in each.options:
+                choices = ", ".join(map(typed, option.choices))
+                one_of = f" (one of: {choices})" if choices else ""
+                table.add_row(f"{option.name}={typed(option.default)}", f"{option.help}{one_of}")
+            stdout.print(table)
+        stdout.print("set one with --option KEY=VALUE; shown are the defaults")
+
+    emit(document, show, json_=json_)
+
+
+@click.group()
+def recipes() -> None:
+    """Recipes that come with the package, for `run -r NAME`."""
+
+
+@recipes.command("ls")
+@as_json
+def recipes_ls(json_: bool) -> None:
+    """List them, and what each is for."""
+    found = presets.available()
+
+    def show() -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, purpose in found.items():
+            table.add_row(Text(name, style="bold"), purpose)
+        stdout.print(table)
+        said = "compress-cluster run MODEL -r NAME takes one; recipes show NAME prints it"
+        stdout.print(Text(said, "dim"))
+
+    emit({"recipes": found}, show, json_=json_)
+
+
+@recipes.command("show")
+@click.argument("name", shell_complete=completion.recipes)
+def recipes_show(name: str) -> None:
+    """Print one, to be changed and given to -r as a file."""
+    echo(presets.text(name), nl=False)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors.
+
+    \b
+    compress-cluster schema > recipe.schema.json
+    # yaml-language-server: $schema=recipe.schema.json       as the first line of a recipe
+    """  # noqa: D301 click's mark for lines to leave as they are
+    import json
+
+    from orchestrator.recipe.config import RunConfig
+
+    echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+@click.group()
+def stats() -> None:
+    """Look at the statistics that a run kept.
+
+    `run --keep-statistics` keeps them; `run --stats RUN` uses them for another run.
+    """
+
+
+@stats.command("ls")
+@run_argument
+@as_json
+def stats_ls(run_uri: str, json_: bool) -> None:
+    """List the layers: taps, tokens, bytes."""
+    from actors.storage.files import Directory
+    from orchestrator.report.numbers import bytes_text
+    from orchestrator.rundir.statistics import list_
+
+    rows = list_(Directory(run_uri))
+
+    def show() -> None:
+        table = _titled(run_uri)
         for column in ("layer", "tokens", "bytes", "taps"):
             table.add_column(column, justify="left" if column == "taps" else "right")
         for row in rows:
-            table.add_row(
-                str(row["layer"]), f"{row['num_tokens']:,}", bytes_text(row["bytes"]),
-                ", ".join(row["taps"]),
-            )  # fmt: skip
+            cells = str(row["layer"]), f"{row['num_tokens']:,}", bytes_text(row["bytes"])
+            table.add_row(*cells, ", ".join(row["taps"]))
         stdout.print(table)
-        return
-    found = artefact.describe(run_) if action == "show" else artefact.verify(run_)
-    if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
-    elif action == "show":
-        table = Table(title=run_uri, title_justify="left", show_header=False)
+
+    emit({"run": run_uri, "layers": rows}, show, json_=json_)
+
+
+@stats.command("show")
+@run_argument
+@as_json
+def stats_show(run_uri: str, json_: bool) -> None:
+    """Say what they are of: model revision, data, sequence length, dtype, taps."""
+    from actors.storage.files import Directory
+    from orchestrator.rundir.statistics import describe
+
+    found = describe(Directory(run_uri))
+
+    def show() -> None:
+        table = _titled(run_uri, show_header=False)
         for key, value in found.items():
             text = ", ".join(value) if isinstance(value, list) else str(value)
             table.add_row(key.replace("_", " "), text)
         stdout.print(table)
-    else:
-        stdout.print(
-            f"{found['files']} files of {found['layers']} layers, {bytes_text(found['bytes'])}: as "
-            "recorded; every sum finite, every gram symmetric",
-            soft_wrap=True,
-        )
+
+    emit(found, show, json_=json_)
 
 
-def methods(*, json_: bool) -> None:
-    """Print every method with its options and defaults."""
-    specs = [registry.spec(name) for name in registry.available()]
-    if json_:
-        plain = [
-            {"name": s.name, "source": s.source, "modules": s.modules, "options": s.options}
-            for s in specs
-        ]
-        print(json.dumps(to_json(plain)))  # noqa: T201 the one document
-        return
-    for spec in specs:
-        stdout.print(
-            Text(spec.name, style="bold"), f"{spec.source}, shrinks {', '.join(spec.modules)}"
-        )
-        table = Table(box=None, show_header=False, padding=(0, 2))
-        for option in spec.options:
-            words = option.help
-            if option.choices:
-                words += f" (one of: {', '.join(_word(c) for c in option.choices)})"
-            table.add_row(f"{option.name}={_word(option.default)}", words)
-        stdout.print(table)
-    stdout.print("set one with --option KEY=VALUE; shown are the defaults")
+@stats.command("verify")
+@run_argument
+@as_json
+def stats_verify(run_uri: str, json_: bool) -> None:
+    """Compare every file with its record, and see that its sums can be sums."""
+    from actors.storage.files import Directory
+    from orchestrator.report.numbers import bytes_text
+    from orchestrator.rundir.statistics import verify
+
+    found = verify(Directory(run_uri))
+    said = f"{found['files']} files of {found['layers']} layers, {bytes_text(found['bytes'])}: as "
+    said += "recorded; every sum finite, every gram symmetric"
+    emit(found, lambda: stdout.print(said, soft_wrap=True), json_=json_)
 
 
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _titled(title: str, **look: Any) -> Table:
+    return Table(title=title, title_justify="left", **look)
+
+
+ALL = (methods, recipes, schema, stats)

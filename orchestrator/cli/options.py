@@ -1,154 +1,142 @@
-"""The options that make a recipe; each is one key of it, and what is not given stays open."""
+"""Options of commands; those that set a key of the recipe are made from the recipe's own fields."""
 
-import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module, resources
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from orchestrator.cli import completion
 from planners.errors import ConfigError
-from planners.method import Option, OptionSpec
+from planners.method import OptionSpec
+from planners.spelling import typed
 
-Decorator = Callable[[Any], Any]
-
-KEYS = {
-    "slice_": "slice",
-    "calibration": "calibration.source",
-    "calibration_sequences": "calibration.sequences",
-    "sequence_length": "calibration.sequence_length",
-    "microbatch_tokens": "calibration.microbatch_tokens",
-    "save_microbatches": "calibration.save_microbatches",
-    "shards": "calibration.shards",
-    "evaluation": "evaluation.source",
-    "evaluation_sequences": "evaluation.sequences",
-}
-SOURCES = (
-    "stdlib, wikitext2, embedded, FILE.txt, .jsonl (either also .gz, .zst) or .parquet, "
-    "or tokens:FILE.safetensors."
-)
-_SOURCE = completion.of(*completion.SOURCES, otherwise=completion.FILE)
-
-_COMPRESSION = (
-    click.option("--method", metavar="NAME", shell_complete=completion.methods,
-                 help="How layers shrink. [modegpt; slicegpt with --slice]"),
-    click.option("--keep-fraction", type=float, metavar="F",
-                 help="Parameters after / before, true counts, embeddings included. [0.8]"),
-    click.option("--slice", "slice_", type=float, metavar="F",
-                 help="In its place: SliceGPT's nominal fraction of the width to remove; fewer "
-                 "parameters go than it says."),
-    click.option("--step", "steps", multiple=True, metavar="METHOD:F[:KEY=VALUE...]",
-                 shell_complete=completion.steps,
-                 help="One of several methods, in order, in place of the three above and --option: "
-                 "F of the input model's parameters is left after it; slice=F for a nominal "
-                 "slice. Options follow, a colon before each: --step modegpt:0.9:modules=mlp,vo "
-                 "--step slicegpt:0.8"),
-    click.option("--option", "options", multiple=True, metavar="KEY=VALUE",
-                 shell_complete=completion.options,
-                 help="An option of the method, see below; may be repeated."),
-    click.option("--calibration", metavar="SRC", shell_complete=_SOURCE,
-                 help=f"{SOURCES} [embedded for tiny, else stdlib]"),
-    click.option("--calibration-sequences", type=int, metavar="N",
-                 help="How many. [all of a token file, 128 of text]"),
-    click.option("--calibration-dtype", metavar="DTYPE",
-                 shell_complete=completion.of("auto", "float32", "bfloat16", "float16"),
-                 help="float32, bfloat16 or float16. [float32 on a CPU, else the model's own]"),
-    click.option("--statistics-dtype", metavar="DTYPE",
-                 shell_complete=completion.of("float64", "float32"),
-                 help="float64, or float32: half the disk for statistics, each rounded by at most "
-                 "6e-8 of itself. [float64]"),
-    click.option("--save-microbatches", type=int, metavar="N",
-                 help="Keep partial sums after so many, to go on from when a worker is lost; 0 is "
-                 "never. [where it takes at most 5 % of the time]"),
-    click.option("--shards", type=int, metavar="N",
-                 help="Sum so many parts of the calibration tokens side by side, each on workers "
-                 "of its own, and add them in order: for more workers than layers. [1]"),
-    click.option("--out", metavar="URI", shell_complete=completion.folders,
-                 help="Run directory. [runs/MODEL-METHOD-SIZE]"),
+as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
+yes = click.option("--yes", is_flag=True, help="Answer every question with yes.")
+run_argument = click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
+model_argument = click.argument("model", required=False, shell_complete=completion.models)
+recipe_file = click.option(
+    "-r", "--recipe", metavar="FILE.yaml", shell_complete=completion.recipes,
+    help="Any of these from a file, such as the run.yaml of a run, or a name from "
+    "`compress-cluster recipes ls`.",
 )  # fmt: skip
-_MEASURING = (
-    click.option("--evaluation", metavar="SRC", shell_complete=_SOURCE,
-                 help=f"{SOURCES} [the evaluation split of embedded, stdlib or wikitext2]"),
-    click.option("--evaluation-sequences", type=int, metavar="N",
-                 help="How many. [all of a token file, all of wikitext2, 128 of other text]"),
-    click.option("--sequence-length", type=int, metavar="T",
-                 help="Tokens of each. [that of a token file; the model's longest, up to 2048]"),
-    click.option("--seed", type=int, metavar="S", help="Of the choice of sequences. [0]"),
-)  # fmt: skip
-_STORE = click.option(
-    "--model-store", metavar="DIR",
-    help="A directory that links in MODEL's directory may lead into, such as a store of weights "
-    "that is shared; every worker must see it. [none: links that leave it are refused]",
-)  # fmt: skip
-_MACHINES = (
-    _STORE,
-    click.option("--workers", type=int, metavar="N", help="Ray actors, each with a stage. [1]"),
-    click.option("--threads", type=int, metavar="N",
-                 help="CPU threads of each; other threads, other bits. [1]"),
-    click.option("--address", metavar="ADDR", shell_complete=completion.of("local", "auto"),
-                 help="local: a Ray for this command alone; auto or HOST:PORT: a cluster that "
-                 "runs. [local]"),
-    click.option("--device", metavar="NAME",
-                 shell_complete=completion.of("auto", "cpu", "cuda"),
-                 help="cpu or cuda. [cuda where a worker of the cluster, as it is or fully grown, "
-                 "or this machine has a GPU]"),
-    click.option("--worker-gib", type=float, metavar="GIB",
-                 help="Memory the plan may give a worker. [its share of 80 % of this machine]"),
-    click.option("--microbatch-tokens", type=int, metavar="N",
-                 help="Tokens that a stage takes at a time; other cuts, other bits. [4096]"),
-    click.option("-r", "--recipe", metavar="FILE.yaml", shell_complete=completion.recipes,
-                 help="Any of these from a file, such as the run.yaml of a run, or a name from "
-                 "`compress-cluster recipes ls`."),
-)  # fmt: skip
-
-
 _TERMS = (
     click.option("--price", type=click.FloatRange(min=0), metavar="P",
                  help="Of one worker for an hour, for the plan to say what a run costs."),
     click.option("--preemptions-per-hour", type=click.FloatRange(min=0), default=0.0, metavar="R",
                  help="How often one worker is taken away. [0]"),
 )  # fmt: skip
+_PLACEMENT = (
+    click.option("--workers", type=int, help="Ray actors. [as in the run]"),
+    click.option("--address", help="Ray cluster. [as in the run]"),
+)
 
 
-def terms_options(command: Any) -> Any:
+def terms(command: Any) -> Any:
     """Add what workers cost and how long they last."""
-    return _added(command, _TERMS)
+    return _TERMS[0](_TERMS[1](command))
 
 
 def terms_of(given: dict[str, Any]) -> dict[str, float]:
-    """Take what `terms_options` gave out of the options of a command; what was not given is out."""
+    """Take what `terms` gave out of the options of a command; what was not given is out."""
     found = {name: given.pop(name) for name in ("price", "preemptions_per_hour")}
     return {name: value for name, value in found.items() if value}
 
 
-def store_option(command: Any) -> Any:
-    """Add where links in a model's directory may lead."""
-    return _added(command, (_STORE,))
+def pricing(given: dict[str, Any]) -> Any:
+    """Take what `terms` gave, and ``--measure``, out of the options of a command."""
+    from orchestrator.forecast.terms import Pricing
+
+    price, losses = given.pop("price"), given.pop("preemptions_per_hour")
+    measure = given.pop("measure", False)
+    return Pricing(price_per_hour=price, preemptions_per_hour=losses, measure=measure)
 
 
-def recipe_options(command: Any) -> Any:
-    """Add every option of a run."""
-    return _added(command, (*_COMPRESSION, *_MEASURING, *_MACHINES))
+def placement(command: Any) -> Any:
+    """Add where the work on a run that there is already is done."""
+    return _PLACEMENT[0](_PLACEMENT[1](command))
 
 
-def evaluation_options(command: Any) -> Any:
-    """Add the options that measuring one model has a use for."""
-    return _added(command, (*_MEASURING, *_MACHINES))
+def placement_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what `placement` gave out of the options of a command; what was not given is out."""
+    found = {name: given.pop(name) for name in ("workers", "address")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class RecipeCommand(click.Command):
-    """A command whose help ends with the options of every method."""
+    """A command with an option for the keys of a recipe, all or some of them.
+
+    It is given each value under its key, such as ``calibration.source``, and None for what was not
+    on the command line. The options are made once somebody asks for them: importing the recipe
+    takes longer than ``compress-cluster --help`` may.
+    """
+
+    def __init__(self, *args: Any, keys: Container[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._keys, self._made = keys, False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return all parameters, those of the recipe first."""
+        if not self._made:
+            made = recipe_options()
+            chosen = [o for key, o in made.items() if key in self._keys or not self._keys]
+            self.params, self._made = [*chosen, *self.params], True
+        return super().get_params(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write method -> options with defaults."""
+        """Write method -> options with defaults, where there is a method to choose."""
         super().format_epilog(ctx, formatter)
+        if self._keys:
+            return
+        from actors.methods import available, declared_options
+
         with formatter.section("Options of methods, for --option, with their defaults"):
             formatter.write_dl([
-                (method, " ".join(f"{o.name}={typed(o.default)}" for o in options))
-                for method, options in method_options().items()
+                (name, " ".join(f"{o.name}={typed(o.default)}" for o in declared_options(name)))
+                for name in available()
             ])  # fmt: skip
+
+
+def recipe_options() -> dict[str, click.Option]:
+    """Return key of the recipe -> the option that sets it; not all keys have one."""
+    from orchestrator.recipe.config import SECTIONS, Flag, RunConfig
+
+    found = {}
+    for name, field in RunConfig.model_fields.items():
+        inner = SECTIONS[name].model_fields if name in SECTIONS else {}
+        for key, each in ({f"{name}.{k}": v for k, v in inner.items()} or {name: field}).items():
+            for flag in (part for part in each.metadata if isinstance(part, Flag)):
+                found[key] = _option(key, each, flag)
+    return found
+
+
+def _option(key: str, field: Any, flag: Any) -> click.Option:
+    """Return the option that a key's flag describes; its type and default are the field's."""
+    name, _, metavar = flag.option.partition(" ")
+    kinds, default = list(_kinds(field.annotation)), field.default
+    many, is_flag = list in kinds or dict in kinds, kinds == [bool]
+    number = None if many else next((kind for kind in (int, float) if kind in kinds), None)
+    words = [kind for kind in kinds if isinstance(kind, str) and not number]
+    is_told = flag.help.endswith("]") or is_flag or default in (None, "", [])
+    option = click.Option(
+        [name],
+        type=number,
+        metavar=metavar or None,
+        is_flag=is_flag,
+        default=None,
+        multiple=many,
+        help=flag.help if is_told else f"{flag.help} [{typed(default)}]",
+        shell_complete=completion.of_option(name, words),
+    )
+    option.name = key
+    return option
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types that a value may have, and the words of those of a few words."""
+    yield getattr(annotation, "__origin__", annotation)
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def config_of(model: str | None, given: dict[str, Any]) -> Any:
@@ -157,17 +145,17 @@ def config_of(model: str | None, given: dict[str, Any]) -> Any:
     Raises:
         ConfigError: an option is wrong, or the recipe file is.
     """
+    from actors.methods import declared_options
     from orchestrator.recipe.method_options import resolve_steps
     from orchestrator.recipe.reading import load_config
 
     options = {f"options.{key}": value for key, value in pairs_of(given.pop("options", ())).items()}
     recipe = given.pop("recipe")
     given["steps"] = [step_of(text) for text in given.pop("steps", ())] or None
-    values = {KEYS.get(name, name): value for name, value in given.items()}
-    config = load_config(recipe, {"model": model, **values, **options})
+    config = load_config(recipe, {"model": model, **given, **options})
     if any(step.options for step in config.chain):
-        known = method_options()
-        resolve_steps(config, [Written(step.method, known[step.method]) for step in config.chain])
+        methods = [step.method for step in config.chain]
+        resolve_steps(config, [Declared(name, declared_options(name)) for name in methods])
     return config
 
 
@@ -205,49 +193,8 @@ def pairs_of(options: Sequence[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A method and its options as they stand in its source."""
+class Declared:
+    """A method as far as its options go, with no need to import it."""
 
     name: str
     options: tuple[OptionSpec, ...]
-
-
-def method_options() -> dict[str, tuple[OptionSpec, ...]]:
-    """Return method -> options, as they stand in the sources.
-
-    Importing a method takes seconds, for torch; help is there at once.
-    """
-    files = resources.files("actors.methods").iterdir()
-    sources = {f.name.removesuffix(".py"): f for f in files if f.name.endswith(".py")}
-    return {
-        name: _options_in(sources[name].read_text(encoding="utf-8"))
-        for name in sorted(sources)
-        if not name.startswith("_")
-    }
-
-
-def _options_in(source: str) -> tuple[OptionSpec, ...]:
-    """Return the ``options`` of a method's SPEC; they may name what it imports from planners."""
-    tree = ast.parse(source)
-    names = {
-        alias.asname or alias.name: getattr(import_module(node.module), alias.name)
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("planners.")
-        for alias in node.names
-    }
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
-    spec: Any = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "SPEC")
-    options = next(k.value for k in spec.keywords if k.arg == "options")
-    found: tuple[OptionSpec, ...] = eval(compile(ast.Expression(options), "SPEC", "eval"), names)
-    return found
-
-
-def typed(value: Option) -> str:
-    """Return a value as it is typed on the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _added(command: Any, options: Sequence[Decorator]) -> Any:
-    for option in reversed(options):
-        command = option(command)
-    return command

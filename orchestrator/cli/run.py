@@ -1,6 +1,5 @@
 """What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from actors.storage.files import Directory
 from orchestrator.api import RunHooks, compress_as, do_prepared
 from orchestrator.backend.ray_cluster import ClusterFacts
 from orchestrator.cli.consent import ask_before, asker, require_consent
-from orchestrator.cli.output import stderr, stdout
+from orchestrator.cli.output import emit, stderr, stdout
 from orchestrator.cli.plan import show
 from orchestrator.cli.progress import ProgressScreen
 from orchestrator.cli.status import print_report
@@ -111,19 +110,16 @@ def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None
 def _print_plan(
     found: Forecast, *, title: str, out: str, facts: dict[str, Any], json_: bool
 ) -> None:
-    if json_:
-        document = {
-            "identity": to_json(facts),
-            "plan": to_json(found.plan),
-            "forecast": found.to_json(),
-        }
-        if found.job.former:
-            document["steps"] = [
-                {"method": job.spec.name, "plan": to_json(job.plan)} for job in found.steps
-            ]
-        print(json.dumps(document))  # noqa: T201 the one document
-        return
-    show(stdout, found, title=title, out=out)
+    document = {
+        "identity": to_json(facts),
+        "plan": to_json(found.plan),
+        "forecast": found.to_json(),
+    }
+    if found.job.former:
+        document["steps"] = [
+            {"method": job.spec.name, "plan": to_json(job.plan)} for job in found.steps
+        ]
+    emit(document, lambda: show(stdout, found, title=title, out=out), json_=json_)
 
 
 def redo(  # noqa: PLR0913 -- what the command is given

@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from actors.storage.files import Directory
 from actors.storage.records import read_records
-from orchestrator.cli.output import stdout
+from orchestrator.cli.output import emit, stdout
 from orchestrator.report import render_page, render_terminal
 from orchestrator.report.quality import Quality, quality
 from orchestrator.report.terminal import TONES
@@ -38,30 +39,34 @@ def status(run_uri: str, *, json_: bool) -> None:
     job = _job(run_)
     if run_.size("plan.json") is None and job is None:
         raise StorageError(f"{run_uri}: there is no run here", hint="give the --out of a run")
-    num_layers = _num_layers(run_)
     units, steps = read_records(run_), _steps_done(run_)
     done = Counter(map(_without_number, units))
     holder = lease.holder(run_)
     alive = holder is not None and not lease.is_dead(holder)
     verdict = "READY" if run_.size(READY) is not None else "running" if alive else "stopped"
     read = quality(finished_report(run_) or {}) if verdict == "READY" else None
-    if json_:
-        print(  # noqa: T201 the one document
-            json.dumps(
-                {
-                    "run": run_uri,
-                    "verdict": verdict,
-                    "quality": None if read is None else asdict(read),
-                    "done": dict(sorted(done.items())),
-                    **({"steps": steps} if steps else {}),
-                    "holder": holder if alive else None,
-                    "job": job,
-                }
-            )
-        )
-        return
-    stdout.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
-    _print_quality_and_job(read, job)
+    document = {
+        "run": run_uri,
+        "verdict": verdict,
+        "quality": None if read is None else asdict(read),
+        "done": dict(sorted(done.items())),
+        **({"steps": steps} if steps else {}),
+        "holder": holder if alive else None,
+        "job": job,
+    }
+
+    def show() -> None:
+        stdout.print(Text(verdict, style="bold"), run_uri, soft_wrap=True)
+        _print_quality_and_job(read, job)
+        _print_steps(steps)
+        _print_units(units, _num_layers(run_))
+        _print_holder(holder if alive else None, run_, verdict)
+
+    emit(document, show, json_=json_)
+
+
+def _print_units(units: Collection[str], num_layers: int) -> None:
+    done = Counter(map(_without_number, units))
     of_layers = {_without_number(unit) for unit in units if layer_of(unit) is not None}
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("units")
@@ -69,9 +74,11 @@ def status(run_uri: str, *, json_: bool) -> None:
     for kind, count in sorted(done.items()):
         of = f" of {num_layers}" if num_layers and kind in of_layers else ""
         table.add_row(kind, f"{count}{of}")
-    _print_steps(steps)
     stdout.print(table if done else "no unit of work is done")
-    if alive and holder is not None:
+
+
+def _print_holder(holder: Mapping[str, Any] | None, run_: Directory, verdict: str) -> None:
+    if holder is not None:
         since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
         stdout.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
     elif verdict != "READY" and run_.is_local:
@@ -147,7 +154,4 @@ def _without_number(unit: str) -> str:
 
 def print_report(found: dict[str, Any], *, json_: bool) -> None:
     """Print a report: the document itself, or what people want to know of it."""
-    if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
-    else:
-        stdout.print(render_terminal(found), crop=False)
+    emit(found, lambda: stdout.print(render_terminal(found), crop=False), json_=json_)

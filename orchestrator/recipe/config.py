@@ -28,51 +28,95 @@ class _Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The option of the command line that sets a key of the recipe.
+
+    Attributes:
+        option: with what stands for its value, as ``--workers N``.
+        help: what it does; at the end, in brackets, what is used where it is not given, unless that
+            is simply the key's default.
+    """
+
+    option: str
+    help: str
+
+
+SOURCES = (
+    "stdlib, wikitext2, embedded, FILE.txt, .jsonl (either also .gz, .zst) or .parquet, "
+    "or tokens:FILE.safetensors."
+)
+
+
 class CalibrationConfig(_Section):
     """What the statistics are summed over.
 
     Attributes:
-        source: see `actors.storage.tokens`; empty is ``embedded`` for the model tiny, else
-            ``stdlib``.
-        sequences: how many; None is as many as there are, of text at most 128.
-        sequence_length: tokens of each; None is the file's, of text the model's context up to 2048.
         bos: each sequence cut from text begins with the tokenizer's BOS, if it has one.
-        microbatch_tokens: tokens that go through a stage in one call.
-        save_microbatches: a stage keeps its partial sums, to go on from after a loss, each time it
-            has seen so many; 0 is never. ``by cost`` is where it is worth it: saving takes at most
-            5 % of the time, and work of less than a minute is not saved.
-        shards: parts of the sequences that are summed by themselves, side by side where there are
-            workers for it, and then added in order. It is part of what determines the bytes.
+        save_microbatches: ``by cost`` is where it is worth it: saving takes at most 5 % of the
+            time, and work of less than a minute is not saved.
+        shards: part of what determines the bytes.
     """
 
-    source: str = Field(
+    source: Annotated[
+        str, Flag("--calibration SRC", f"{SOURCES} [embedded for tiny, else stdlib]")
+    ] = Field(
         default="",
         description="stdlib, wikitext2, embedded, a .txt, .jsonl or .parquet file, "
         "or tokens:FILE.safetensors",
     )
-    sequences: int | None = Field(default=None, ge=1, description="a whole number from 1")
-    sequence_length: int | None = Field(default=None, ge=2, description="a whole number from 2")
+    sequences: Annotated[
+        int | None,
+        Flag("--calibration-sequences N", "How many. [all of a token file, 128 of text]"),
+    ] = Field(default=None, ge=1, description="a whole number from 1")
+    sequence_length: Annotated[
+        int | None,
+        Flag(
+            "--sequence-length T",
+            "Tokens of each. [that of a token file; the model's longest, up to 2048]",
+        ),
+    ] = Field(default=None, ge=2, description="a whole number from 2")
     bos: bool = Field(default=True, description="true or false")
-    microbatch_tokens: int = Field(default=4096, ge=1, description="a whole number from 1")
-    save_microbatches: Annotated[int, Field(ge=0)] | Literal["by cost"] = Field(
-        default="by cost", description="a whole number from 0, or by cost"
-    )
-    shards: int = Field(default=1, ge=1, description="a whole number from 1")
+    microbatch_tokens: Annotated[
+        int,
+        Flag(
+            "--microbatch-tokens N", "Tokens that a stage takes at a time; other cuts, other bits."
+        ),
+    ] = Field(default=4096, ge=1, description="a whole number from 1")
+    save_microbatches: Annotated[
+        Annotated[int, Field(ge=0)] | Literal["by cost"],
+        Flag(
+            "--save-microbatches N",
+            "Keep partial sums after so many, to resume from when a worker is lost; 0 is never. "
+            "[where it takes at most 5 % of the time]",
+        ),
+    ] = Field(default="by cost", description="a whole number from 0, or by cost")
+    shards: Annotated[
+        int,
+        Flag(
+            "--shards N",
+            "Sum so many parts of the calibration tokens side by side, each on workers of its own, "
+            "and add them in order: for more workers than layers.",
+        ),
+    ] = Field(default=1, ge=1, description="a whole number from 1")
 
 
 class EvaluationConfig(_Section):
-    """What the perplexities are measured on.
+    """What the perplexities are measured on."""
 
-    Attributes:
-        source: as for calibration; empty is the same one where it has an evaluation split.
-        sequences: how many; None is as many as there are, of text at most 128, but all of
-            ``wikitext2``.
-    """
-
-    source: str = Field(
-        default="", description=CalibrationConfig.model_fields["source"].description
-    )
-    sequences: int | None = Field(default=None, ge=1, description="a whole number from 1")
+    source: Annotated[
+        str,
+        Flag(
+            "--evaluation SRC", f"{SOURCES} [the evaluation split of embedded, stdlib or wikitext2]"
+        ),
+    ] = Field(default="", description=CalibrationConfig.model_fields["source"].description)
+    sequences: Annotated[
+        int | None,
+        Flag(
+            "--evaluation-sequences N",
+            "How many. [all of a token file, all of wikitext2, 128 of other text]",
+        ),
+    ] = Field(default=None, ge=1, description="a whole number from 1")
 
 
 class StepConfig(_Section):
@@ -119,78 +163,130 @@ class RunConfig(_Section):
 
     Attributes:
         model: a directory, an ``s3://`` or ``gs://`` URI, a Hub id, or an alias.
-        model_store: a directory that links in the model's directory may lead into; none if empty.
-        out: run directory; empty is ``runs/MODEL-METHOD-SIZE``.
-        method: a file of ``actors/methods``; empty is ``modegpt``, with a nominal slice
-            ``slicegpt``.
         options: of the method; what is not given has the method's default.
         layer_options: layer -> options of that layer alone, as `redo` leaves them.
-        keep_fraction: true parameters kept over parameters before, in (0, 1].
-        slice: nominal fraction of the residual width to remove, in [0, 1). At most one of the two
-            is given; neither is ``keep_fraction`` 0.8.
-        steps: several methods in the place of method, options, keep_fraction and slice.
-        calibration: what the statistics are summed over.
-        evaluation: what the perplexities are measured on.
-        seed: of the choice of sequences.
-        threads: CPU threads of each unit of work; part of what determines the bits.
-        workers: how many.
-        address: of a Ray cluster; ``local`` starts one for this command and stops it afterwards.
+        keep_fraction: in (0, 1]. At most one of this and ``slice`` is given; neither is 0.8.
+        threads: part of what determines the bits.
         place_seconds: how long a worker may wait for a machine that can hold it.
-        device: where the workers compute.
-        calibration_dtype: of the activations.
-        statistics_dtype: of the sums as they are stored; float32 halves the disk they take and
-            rounds each by at most 6e-8 of itself. They are summed and factored in float64.
-        worker_gib: memory a worker may use, in GiB; None is what its device has.
-        keep_statistics: keep the statistics after the last unit that needs them.
-        stats: another run, whose statistics are used where they are of the same model and data.
+        statistics_dtype: they are summed and factored in float64, whatever they are stored in.
     """
 
     model: str = Field(
         default="tiny", min_length=1, description="a directory, a URI, a Hub id, or an alias"
     )
-    model_store: str = Field(default="", description="a directory")
-    out: str = Field(default="", description="the run directory, a path or a URI")
-    method: str = Field(default="", description="the name of a method")
-    options: dict[str, str | int | float | bool] = Field(
-        default={}, description="a mapping from option to value"
+    model_store: Annotated[
+        str,
+        Flag(
+            "--model-store DIR",
+            "A directory that links in MODEL's directory may lead into, such as a store of weights "
+            "that is shared; every worker must see it. [none: links that leave it are refused]",
+        ),
+    ] = Field(default="", description="a directory")
+    out: Annotated[str, Flag("--out URI", "Run directory. [runs/MODEL-METHOD-SIZE]")] = Field(
+        default="", description="the run directory, a path or a URI"
     )
+    method: Annotated[
+        str,
+        Flag(
+            "--method NAME",
+            f"How layers shrink. [{DEFAULT_METHOD}; {SLICED_METHOD} with --slice]",
+        ),
+    ] = Field(default="", description="the name of a method")
+    options: Annotated[
+        dict[str, str | int | float | bool],
+        Flag("--option KEY=VALUE", "An option of the method; may be repeated. [see below]"),
+    ] = Field(default={}, description="a mapping from option to value")
     layer_options: dict[int, dict[str, str | int | float | bool]] = Field(
         default={}, description="a mapping from layer to a mapping from option to value"
     )
-    keep_fraction: float | None = Field(
-        default=None, gt=0, le=1, description="a number above 0 and up to 1, such as 0.8"
-    )
-    slice: float | None = Field(
-        default=None, ge=0, lt=1, description="a number from 0 and below 1, such as 0.25"
-    )
-    steps: list[StepConfig] = Field(
+    keep_fraction: Annotated[
+        float | None,
+        Flag(
+            "--keep-fraction F",
+            "Parameters after / before, true counts, embeddings included. "
+            f"[{DEFAULT_KEEP_FRACTION}]",
+        ),
+    ] = Field(default=None, gt=0, le=1, description="a number above 0 and up to 1, such as 0.8")
+    slice: Annotated[
+        float | None,
+        Flag(
+            "--slice F",
+            "In the place of --keep-fraction: SliceGPT's nominal fraction of the width to remove; "
+            "fewer parameters go than it says.",
+        ),
+    ] = Field(default=None, ge=0, lt=1, description="a number from 0 and below 1, such as 0.25")
+    steps: Annotated[
+        list[StepConfig],
+        Flag(
+            "--step METHOD:F[:KEY=VALUE...]",
+            "One of several methods, in order, in place of the four above: F of the input model's "
+            "parameters is left after it; slice=F for a nominal slice. Options follow, a colon "
+            "before each: --step modegpt:0.9:modules=mlp,vo --step slicegpt:0.8",
+        ),
+    ] = Field(
         default=[],
         min_length=1,
         description="a list of steps, each a mapping with method, keep_fraction or slice, options",
     )
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
-    threads: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
-    workers: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
-    address: str = Field(
+    seed: Annotated[int, Flag("--seed S", "Of the choice of sequences.")] = Field(
+        default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1"
+    )
+    threads: Annotated[
+        int, Flag("--threads N", "CPU threads of each worker; other threads, other bits.")
+    ] = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    workers: Annotated[int, Flag("--workers N", "Ray actors, each with a stage.")] = Field(
+        default=1, ge=1, le=MAX_COUNT, description="a whole number from 1"
+    )
+    address: Annotated[
+        str,
+        Flag(
+            "--address ADDR",
+            "local: a Ray for this command alone; auto or HOST:PORT: a cluster that runs.",
+        ),
+    ] = Field(
         default="local", min_length=1, description="local, auto, or the address of a Ray cluster"
     )
     place_seconds: float = Field(
         default=600, gt=0, le=MAX_COUNT, description="a number above 0, in seconds"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
-    calibration_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto, float32, bfloat16 or float16"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Flag(
+            "--device NAME",
+            "cpu or cuda. [cuda where a worker of the cluster, as it is or fully grown, or this "
+            "machine has a GPU]",
+        ),
+    ] = Field(default="auto", description="auto, cpu or cuda")
+    calibration_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Flag(
+            "--calibration-dtype DTYPE",
+            "float32, bfloat16 or float16. [float32 on a CPU, else the model's own]",
+        ),
+    ] = Field(default="auto", description="auto, float32, bfloat16 or float16")
+    statistics_dtype: Annotated[
+        Literal["float64", "float32"],
+        Flag(
+            "--statistics-dtype DTYPE",
+            "float64, or float32: half the disk for statistics, each rounded by at most 6e-8 of "
+            "itself.",
+        ),
+    ] = Field(default="float64", description="float64 or float32")
+    worker_gib: Annotated[
+        float | None,
+        Flag(
+            "--worker-gib GIB",
+            "Memory the plan may give a worker. [its share of 80 % of this machine]",
+        ),
+    ] = Field(default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB")
+    keep_statistics: Annotated[
+        bool, Flag("--keep-statistics", "Keep stats/ at the end, for --stats.")
+    ] = Field(default=False, description="true or false")
+    stats: Annotated[str, Flag("--stats URI", "Reuse the statistics that another run kept.")] = (
+        Field(default="", description="the URI of a run that kept its statistics")
     )
-    statistics_dtype: Literal["float64", "float32"] = Field(
-        default="float64", description="float64 or float32"
-    )
-    worker_gib: float | None = Field(
-        default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB"
-    )
-    keep_statistics: bool = Field(default=False, description="true or false")
-    stats: str = Field(default="", description="the URI of a run that kept its statistics")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -9,7 +9,7 @@ from orchestrator.recipe.wording import MAX_NUMBER, printable, short
 from planners.budget import candidates
 from planners.errors import ConfigError
 from planners.method import MethodSpec, Option, OptionSpec
-from planners.spelling import did_you_mean
+from planners.spelling import did_you_mean, typed
 
 
 class HasOptions(Protocol):
@@ -72,7 +72,7 @@ def resolve_options(spec: HasOptions, options: Mapping[str, object]) -> dict[str
                 f"options.{printable(name)}: {spec.name} has no such option"
                 + did_you_mean(name, known),
                 hint="its options and defaults: "
-                + (", ".join(f"{o.name}={_text(o.default)}" for o in spec.options) or "none"),
+                + (", ".join(f"{o.name}={typed(o.default)}" for o in spec.options) or "none"),
             )
     found = {
         name: _checked(option, options[name]) if name in options else option.default
@@ -118,10 +118,10 @@ def _checked(option: OptionSpec, value: object) -> Option:
             f"options.{option.name}: is {short(value)}; it must be {kind[type(option.default)]}"
         )
     if option.choices and converted not in option.choices:
-        choices = ", ".join(map(_text, option.choices))
+        choices = ", ".join(map(typed, option.choices))
         raise ConfigError(
             f"options.{option.name}: is {short(value)}; it must be one of: {choices}"
-            + did_you_mean(_text(converted), map(_text, option.choices))
+            + did_you_mean(typed(converted), map(typed, option.choices))
         )
     if option.minimum is not None and float(converted) < option.minimum:
         raise ConfigError(
@@ -134,7 +134,7 @@ def _converted(default: Option, value: object) -> Option | None:
     """Return ``value`` in the type of ``default``, or None where it cannot be read as that."""
     if isinstance(default, bool):
         word = value.lower() if isinstance(value, str) else value
-        return {"true": True, "false": False}.get(_text(word))
+        return {"true": True, "false": False}.get(typed(word))
     if isinstance(default, str):
         return value if isinstance(value, str) else None
     if isinstance(value, bool):
@@ -149,8 +149,3 @@ def _converted(default: Option, value: object) -> Option | None:
     if isinstance(default, int):
         return value if isinstance(value, int) else None
     return float(value)
-
-
-def _text(value: object) -> str:
-    """Return a value as it is typed in a recipe."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,24 +2,23 @@
 
 import time
 
+from rich.console import Console
 from rich.live import Live
 
 from orchestrator.remote import submission
 from orchestrator.remote.snapshot import Snapshot, Watcher
 from orchestrator.remote.watch_screen import lines, screen
-from orchestrator.report.console import Console
 from planners.errors import StorageError
 
 LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 5.0  # between two looks
 
 
-def watch(uri: str, *, price: float, once: bool) -> None:
-    """Show a run until it is READY, or nobody works on it any more.
+def watch(uri: str, console: Console, *, price: float, once: bool) -> None:
+    """Show a run on a console until it is READY, or nobody works on it any more.
 
     Raises:
         StorageError: there is no run, and none was submitted to come.
     """
-    console = Console()
     watcher = Watcher(uri)
     first = watcher.snapshot()
     if first.verdict == "not begun" and submission.job_of(watcher.run) is None:

@@ -2,24 +2,45 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from actors import methods
+from actors.methods import available, declared_options, spec
 from orchestrator.cli.main import cli
-from orchestrator.cli.options import config_of, method_options
+from orchestrator.cli.options import config_of, recipe_options
+from orchestrator.recipe.config import SECTIONS, RunConfig
 from planners.errors import ConfigError
+
+HAND_WRITTEN = {"model", "layer_options", "place_seconds", "calibration.bos"}  # in a file only
 
 
 def test_help_shows_the_options_that_each_method_has():
-    assert method_options() == {name: methods.spec(name).options for name in methods.available()}
+    for name in available():
+        assert declared_options(name) == spec(name).options
 
 
 def test_help_of_a_run_names_every_default_of_every_method():
     words = CliRunner().invoke(cli, ["run", "--help"]).output.split()
-    for name, options in method_options().items():
+    for name in available():
         assert name in words
-        assert {option.name for option in options} <= {word.partition("=")[0] for word in words}
+        known = {option.name for option in declared_options(name)}
+        assert known <= {word.partition("=")[0] for word in words}
+
+
+def test_every_key_of_a_recipe_but_a_few_has_an_option_that_sets_it():
+    keys = {key for key in RunConfig.model_fields if key not in SECTIONS}
+    keys |= {f"{name}.{key}" for name, part in SECTIONS.items() for key in part.model_fields}
+    assert set(recipe_options()) == keys - HAND_WRITTEN
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "submit", "eval"])
+def test_help_says_what_is_used_where_an_option_of_the_recipe_is_not_given(command):
+    context = click.Context(cli.commands[command])
+    for option in cli.commands[command].get_params(context):
+        without = ("slice", "steps", "stats", "keep_statistics")  # nothing is done then
+        if option.name in set(recipe_options()) - set(without):
+            assert option.help.endswith("]"), option.opts
 
 
 def test_steps_are_written_with_colons_and_survive_commas():

@@ -11,7 +11,7 @@ import pytest
 
 from actors.storage.files import Directory
 from orchestrator.cli.main import main
-from orchestrator.report.console import Console, streams
+from orchestrator.cli.output import Console, streams
 from planners.errors import StorageError
 from tests.bad_input.refusals import attempt
 
