@@ -1,6 +1,5 @@
 """Print batches and sweeps: what they come to, how each run goes, then the table."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ from actors.storage.files import Directory
 from orchestrator.api import RunHooks, do_prepared
 from orchestrator.backend.ray_cluster import ClusterFacts
 from orchestrator.cli.consent import ask_before, asker, require_consent
-from orchestrator.cli.output import stderr, stdout
+from orchestrator.cli.output import emit, stderr, stdout
 from orchestrator.cli.progress import ProgressScreen
 from orchestrator.cli.run import started_run
 from orchestrator.cli.status import print_report
@@ -134,11 +133,12 @@ def _require_consent(found: Batch, forecasts: dict[str, Forecast], *, yes: bool)
 
 
 def _print(found: Batch, rows: Sequence[Row], *, json_: bool) -> None:
-    if json_:
-        runs = [{**asdict(row), "expected": found.expected.get(row.name)} for row in rows]
-        document = {"out": found.out, "spent": asdict(found.spent), "runs": runs}
-        print(json.dumps(document))  # noqa: T201 the one document
-        return
+    runs = [{**asdict(row), "expected": found.expected.get(row.name)} for row in rows]
+    document = {"out": found.out, "spent": asdict(found.spent), "runs": runs}
+    emit(document, lambda: _print_batch(found, rows), json_=json_)
+
+
+def _print_batch(found: Batch, rows: Sequence[Row]) -> None:
     stdout.print(found.out, style="bold", soft_wrap=True)
     states = [Text(row.state, style=COLOURS[row.state]) for row in rows]
     stdout.print(_shown(("run", "state"), [
@@ -224,10 +224,7 @@ def sweep(
     points = points_of(base, names, fractions, options)
     with ProgressScreen(stderr, num_workers=base.plan.num_workers) as listener:
         found = do_sweep(base, points, listener=listener)
-    if json_:
-        print(json.dumps(found))  # noqa: T201 the one document
-        return
-    print_sweep(run_uri, found)
+    emit(found, lambda: print_sweep(run_uri, found), json_=json_)
 
 
 def print_sweep(run_uri: str, found: Mapping[str, Any]) -> None:
