@@ -21,14 +21,14 @@ COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "gree
 
 @click.group()
 def cluster() -> None:
-    """Look at a cluster file before a machine is rented."""
+    """Check a cluster file before renting machines."""
 
 
 @cluster.command("lint")
 @click.argument("file", metavar="FILE", shell_complete=completion.files)
 @as_json
 def cluster_lint(file: str, json_: bool) -> None:
-    """Say what is wrong in a cluster file of Ray or SkyPilot that their own check does not see.
+    """Find errors in a cluster file that Ray and SkyPilot accept.
 
     \b
     compress-cluster cluster lint cluster.yaml
@@ -46,11 +46,13 @@ def cluster_lint(file: str, json_: bool) -> None:
 
 
 @click.command()
-@click.option("--out", default="runs", show_default=True, help="Where runs are to go.")
-@click.option("--offline", is_flag=True, help="Ask nobody.")
+@click.option(
+    "--out", default="runs", show_default=True, help="Run directory, or a folder of them."
+)
+@click.option("--offline", is_flag=True, help="Make no network requests.")
 @as_json
 def doctor(out: str, offline: bool, json_: bool) -> None:
-    """Look at this machine, and say what to put right before a run finds out.
+    """Check this machine before a run.
 
     \b
     compress-cluster doctor --out s3://BUCKET/runs
@@ -66,7 +68,7 @@ def doctor(out: str, offline: bool, json_: bool) -> None:
 
 @click.group()
 def data() -> None:
-    """Look at a text before any device does."""
+    """Check a text before calibrating with it."""
 
 
 @data.command("lint")
@@ -78,7 +80,7 @@ def data() -> None:
 @click.option("--sequence-length", default=256, show_default=True, help="Tokens of a sequence.")
 @as_json
 def data_lint(sources: tuple[str, ...], json_: bool, **given: Any) -> None:
-    """Say how much of a text is doubled, broken, too short, or in the evaluation text too.
+    """Report duplicate, broken and short texts, and overlap with the evaluation data.
 
     Of several texts it says how many tokens, or characters, are of each.
 

@@ -39,10 +39,12 @@ MEASURING = (
 @model_argument
 @recipe_file
 @click.option(
-    "--verify-hashes", is_flag=True, help="Compare the bytes of what is done, not only sizes."
+    "--verify-hashes",
+    is_flag=True,
+    help="On resume, check hashes of finished files, not only sizes.",
 )
-@click.option("--dashboard", is_flag=True, help="Start Ray's dashboard with a local cluster.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
+@click.option("--dashboard", is_flag=True, help="Start Ray's dashboard (local cluster).")
+@click.option("--dry-run", is_flag=True, help="Validate, print the plan, start nothing.")
 @yes
 @click.option("--token-on-stdin", is_flag=True, hidden=True)
 @terms
@@ -50,10 +52,10 @@ MEASURING = (
 def run(
     model: str | None, yes: bool, json_: bool, token_on_stdin: bool, **given: Any
 ) -> None:  # fmt: skip
-    """Compress MODEL: a directory, a Hub id or an alias. None is tiny, which is embedded.
+    """Compress MODEL: a directory, Hub id or alias.
 
-    The plan is shown first; on a cluster that may cost money it is asked about. The result is
-    RUN/model. The same command again goes on where this one stopped.
+    Shows the plan first, and asks before using a cluster that may cost money. The result is
+    RUN/model. The same command resumes an interrupted run.
     """
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
     prices = pricing(given)
@@ -72,11 +74,13 @@ def run(
 @model_argument
 @recipe_file
 @click.option("--cluster", metavar="8xA100-80GB", help="Devices to plan for; needs no weights.")
-@click.option("--measure", is_flag=True, help="Time a layer on this machine first, and keep it.")
+@click.option(
+    "--measure", is_flag=True, help="Time a layer on this machine first; the result is kept."
+)
 @terms
 @as_json
 def plan(model: str | None, cluster: str | None, json_: bool, **given: Any) -> None:
-    """Print what `run` would do with the same options; start nothing.
+    """Print the plan of a run; start nothing.
 
     The short names of Llama models, and any directory with a config.json and --cluster, need no
     weights: compress-cluster plan llama-2-70b --cluster 8xA100-80GB
@@ -104,7 +108,7 @@ def eval_(directory: str, json_: bool, **given: Any) -> None:
 @run_argument
 @as_json
 def report(run_uri: str, json_: bool) -> None:
-    """Print the report of a RUN, and write its page again."""
+    """Print the report of RUN; rewrite its page."""
     from orchestrator.cli.status import report
 
     report(run_uri, json_=json_)
@@ -114,7 +118,7 @@ def report(run_uri: str, json_: bool) -> None:
 @run_argument
 @as_json
 def status(run_uri: str, json_: bool) -> None:
-    """Say how far a RUN is, and who works on it."""
+    """Show the progress of RUN, and its driver."""
     from orchestrator.cli.status import status
 
     status(run_uri, json_=json_)
@@ -122,10 +126,12 @@ def status(run_uri: str, json_: bool) -> None:
 
 @click.command()
 @run_argument
-@click.option("--price", type=float, default=0.0, metavar="P", help="Of a worker for an hour.")
-@click.option("--once", is_flag=True, help="Print one screen and leave.")
+@click.option(
+    "--price", type=float, default=0.0, metavar="P", help="Price of one worker for one hour."
+)
+@click.option("--once", is_flag=True, help="Print the status once and exit.")
 def watch(run_uri: str, price: float, once: bool) -> None:
-    """Follow a RUN live, from anywhere that can read its directory, s3:// and gs:// too.
+    """Follow RUN live, from anywhere with access to its directory.
 
     \b
     compress-cluster watch s3://BUCKET/runs/llama-2-70b --price 1.1
@@ -150,13 +156,13 @@ def watch(run_uri: str, price: float, once: bool) -> None:
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Of the methods.",
+    help="Option of the methods; may be repeated.",
     shell_complete=completion.options,
 )
 @placement
 @as_json
 def sweep(run_uri: str, json_: bool, **given: Any) -> None:
-    """Try methods and sizes on the model of RUN, calibrating once."""
+    """Compare methods and sizes on one calibration."""
     names = given["method"].split(",")
     from actors.methods import require  # the modules of methods take seconds, and are left alone
 
@@ -181,13 +187,13 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
     required=True,
     metavar="P",
     shell_complete=completion.points,
-    help="A name of the sweep's table.",
+    help="Name of a point in the table of the sweep.",
 )
 @yes
 @terms
 @as_json
 def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> None:
-    """Finish one point of the sweep of RUN: verify, time, mark READY."""
+    """Make a point of a sweep a READY run."""
     from orchestrator.cli.experiments import export
 
     export(run_uri, point, pricing(given), yes=yes, json_=json_)
@@ -199,11 +205,10 @@ def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> No
 @yes
 @as_json
 def batch(file: str, dry_run: bool, yes: bool, json_: bool) -> None:
-    """Do many runs as one: models x methods x sizes, each model calibrated once.
+    """Run models x methods x sizes, calibrating each model once.
 
-    Every entry is checked before the first run starts, and what all of them come to is shown; on a
-    cluster that may cost money it is asked about, once, unless the budget says how much.
-    The same command again goes on.
+    Checks every entry before the first run starts, and shows the forecast of all; asks once before
+    using a cluster that may cost money, unless the file has a budget. The same command resumes.
 
     \b
     out: s3://BUCKET/batches/august
@@ -232,18 +237,22 @@ def verify(directory: str, model_store: str | None, json_: bool) -> None:
 
 @click.command()
 @run_argument
-@click.option("--layers", required=True, metavar="17,20-22", help="Layers to make again.")
+@click.option("--layers", required=True, metavar="17,20-22", help="Layers to recompute.")
 @click.option(
-    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method, for these only."
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Method option for these layers.",
 )
 @placement
 @yes
 @terms
 @as_json
 def redo(run_uri: str, layers: str, yes: bool, json_: bool, **given: Any) -> None:
-    """Make some layers of RUN again, with another option if one is given.
+    """Recompute some layers of RUN, with new options.
 
-    The run is READY again once the result has proved itself again.
+    The run is READY again once the result has been verified.
     """
     from orchestrator.cli.run import redo
 
@@ -261,10 +270,10 @@ def redo(run_uri: str, layers: str, yes: bool, json_: bool, **given: Any) -> Non
 @click.command()
 @click.argument("run_a", shell_complete=completion.runs)
 @click.argument("run_b", shell_complete=completion.runs)
-@click.option("--details", is_flag=True, help="Every difference, of each layer too.")
+@click.option("--details", is_flag=True, help="Every difference, layer by layer.")
 @as_json
 def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
-    """Say in what two runs differ: results, recipe, data, versions, layers."""
+    """Compare two runs: results, recipe, data, versions, layers."""
     from orchestrator.cli.diff import diff
 
     diff(run_a, run_b, details=details, json_=json_)
@@ -285,7 +294,7 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
     type=COUNT,
     default=1,
     show_default=True,
-    help="Over which a model goes that does not fit one.",
+    help="Workers over which a model is spread if it does not fit one.",
 )
 @click.option(
     "--worker-gib",

@@ -44,9 +44,9 @@ from planners.errors import CompressionError
 @terms
 @as_json
 def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: Any) -> None:
-    """Send a run to a cluster and come back; takes the options of `run`.
+    """Submit a run to a cluster as a job.
 
-    From then on RUN is enough: status, watch, logs and cancel find the job by it.
+    Takes the options of `run` and returns at once; status, watch, logs and cancel take RUN.
 
     \b
     ray dashboard cluster.yaml &
@@ -70,9 +70,9 @@ def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: An
 
 @click.command()
 @run_argument
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends.")
+@click.option("--follow", "-f", is_flag=True, help="Follow the log until the job ends.")
 def logs(run_uri: str, follow: bool) -> None:
-    """Print what the job of a submitted RUN printed."""
+    """Print the log of the job of RUN."""
     from actors.storage.files import Directory
     from orchestrator.remote import submission
 
@@ -84,7 +84,7 @@ def logs(run_uri: str, follow: bool) -> None:
 @run_argument
 @as_json
 def cancel(run_uri: str, json_: bool) -> None:
-    """Stop the job of a submitted RUN; what is done is kept, and submit goes on with it."""
+    """Stop the job of RUN; submit resumes it."""
     from actors.storage.files import Directory
     from orchestrator.remote.submission import cancel
 
@@ -120,7 +120,7 @@ def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
 @click.option("--node", default="", help="Ray's id of the node; none means this one.")
 @click.option("--metadata", default=METADATA, hidden=True, help="Base URL of the metadata service.")
 def watch_node(address: str, node: str, metadata: str) -> None:
-    """Wait for the cloud's notice that this machine will be preempted, and drain its node.
+    """Drain this node when its cloud preempts it.
 
     \b
     nohup compress-cluster watch-node > /tmp/watch-node.log 2>&1 &
@@ -133,7 +133,7 @@ def watch_node(address: str, node: str, metadata: str) -> None:
 @click.command()
 @click.argument("file", metavar="RUN/failures/UNIT.json", shell_complete=completion.files)
 def reproduce(file: str) -> None:
-    """Do the work of a failure again in this process, where it can be debugged; write nothing.
+    """Repeat failed work in this process, to debug it.
 
     Exits with 1, or the failure's own code, where it fails again.
     """

@@ -44,13 +44,13 @@ def methods(json_: bool) -> None:
 
 @click.group()
 def recipes() -> None:
-    """Recipes that come with the package, for `run -r NAME`."""
+    """List or print the included recipes."""
 
 
 @recipes.command("ls")
 @as_json
 def recipes_ls(json_: bool) -> None:
-    """List them, and what each is for."""
+    """List the recipes and their purpose."""
     found = presets.available()
 
     def show() -> None:
@@ -67,7 +67,7 @@ def recipes_ls(json_: bool) -> None:
 @recipes.command("show")
 @click.argument("name", shell_complete=completion.recipes)
 def recipes_show(name: str) -> None:
-    """Print one, to be changed and given to -r as a file."""
+    """Print a recipe, to edit and pass to -r."""
     echo(presets.text(name), nl=False)
 
 
@@ -88,7 +88,7 @@ def schema() -> None:
 
 @click.group()
 def stats() -> None:
-    """Look at the statistics that a run kept.
+    """Inspect the kept statistics of a run.
 
     `run --keep-statistics` keeps them; `run --stats RUN` uses them for another run.
     """
@@ -121,7 +121,7 @@ def stats_ls(run_uri: str, json_: bool) -> None:
 @run_argument
 @as_json
 def stats_show(run_uri: str, json_: bool) -> None:
-    """Say what they are of: model revision, data, sequence length, dtype, taps."""
+    """Show model, data, sequence length and taps."""
     from actors.storage.files import Directory
     from orchestrator.rundir.statistics import describe
 
@@ -141,7 +141,7 @@ def stats_show(run_uri: str, json_: bool) -> None:
 @run_argument
 @as_json
 def stats_verify(run_uri: str, json_: bool) -> None:
-    """Compare every file with its record, and see that its sums can be sums."""
+    """Check every file against its record."""
     from actors.storage.files import Directory
     from orchestrator.report.numbers import bytes_text
     from orchestrator.rundir.statistics import verify

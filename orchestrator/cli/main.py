@@ -20,13 +20,13 @@ TREE = CompressionError.__module__
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="compress-cluster")
 def cli() -> None:
-    """Make a large language model smaller, without training, on a laptop or a cluster.
+    """Compress large language models without training, on a laptop or a cluster.
 
     \b
     compress-cluster run                            the model that comes with the package
     compress-cluster run DIR --keep-fraction 0.8    a Llama, Mistral or Qwen2 checkpoint
     compress-cluster run llama-2-7b --address auto --workers 8
-    The same command again goes on where it stopped.
+    The same command resumes an interrupted run.
     """  # noqa: D301 click's mark for lines to leave as they are
 
 

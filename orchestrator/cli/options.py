@@ -12,7 +12,7 @@ from planners.method import OptionSpec
 from planners.spelling import typed
 
 as_json = click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
-yes = click.option("--yes", is_flag=True, help="Answer every question with yes.")
+yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 run_argument = click.argument("run_uri", metavar="RUN", shell_complete=completion.runs)
 model_argument = click.argument("model", required=False, shell_complete=completion.models)
 recipe_file = click.option(
@@ -22,12 +22,12 @@ recipe_file = click.option(
 )  # fmt: skip
 _TERMS = (
     click.option("--price", type=click.FloatRange(min=0), metavar="P",
-                 help="Of one worker for an hour, for the plan to say what a run costs."),
+                 help="Price of one worker for one hour, for the cost forecast."),
     click.option("--preemptions-per-hour", type=click.FloatRange(min=0), default=0.0, metavar="R",
-                 help="How often one worker is taken away. [0]"),
+                 help="Preemptions of one worker in an hour. [0]"),
 )  # fmt: skip
 _PLACEMENT = (
-    click.option("--workers", type=int, help="Ray actors. [as in the run]"),
+    click.option("--workers", type=int, help="Number of workers. [as in the run]"),
     click.option("--address", help="Ray cluster. [as in the run]"),
 )
 

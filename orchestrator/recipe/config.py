@@ -67,36 +67,36 @@ class CalibrationConfig(_Section):
     )
     sequences: Annotated[
         int | None,
-        Flag("--calibration-sequences N", "How many. [all of a token file, 128 of text]"),
+        Flag(
+            "--calibration-sequences N", "Number of sequences. [all of a token file, 128 of text]"
+        ),
     ] = Field(default=None, ge=1, description="a whole number from 1")
     sequence_length: Annotated[
         int | None,
         Flag(
             "--sequence-length T",
-            "Tokens of each. [that of a token file; the model's longest, up to 2048]",
+            "Tokens in a sequence. [that of a token file; the model's maximum, up to 2048]",
         ),
     ] = Field(default=None, ge=2, description="a whole number from 2")
     bos: bool = Field(default=True, description="true or false")
     microbatch_tokens: Annotated[
         int,
-        Flag(
-            "--microbatch-tokens N", "Tokens that a stage takes at a time; other cuts, other bits."
-        ),
+        Flag("--microbatch-tokens N", "Tokens in a microbatch; changes the bits of the result."),
     ] = Field(default=4096, ge=1, description="a whole number from 1")
     save_microbatches: Annotated[
         Annotated[int, Field(ge=0)] | Literal["by cost"],
         Flag(
             "--save-microbatches N",
-            "Keep partial sums after so many, to resume from when a worker is lost; 0 is never. "
-            "[where it takes at most 5 % of the time]",
+            "Save partial sums every N microbatches, to resume after a lost worker; 0: never. "
+            "[so that saving takes at most 5 % of the time]",
         ),
     ] = Field(default="by cost", description="a whole number from 0, or by cost")
     shards: Annotated[
         int,
         Flag(
             "--shards N",
-            "Sum so many parts of the calibration tokens side by side, each on workers of its own, "
-            "and add them in order: for more workers than layers.",
+            "Stream N parts of the calibration data in parallel, each through its own workers: "
+            "for more workers than layers.",
         ),
     ] = Field(default=1, ge=1, description="a whole number from 1")
 
@@ -114,7 +114,7 @@ class EvaluationConfig(_Section):
         int | None,
         Flag(
             "--evaluation-sequences N",
-            "How many. [all of a token file, all of wikitext2, 128 of other text]",
+            "Number of sequences. [all of a token file or wikitext2, 128 of other text]",
         ),
     ] = Field(default=None, ge=1, description="a whole number from 1")
 
@@ -178,8 +178,8 @@ class RunConfig(_Section):
         str,
         Flag(
             "--model-store DIR",
-            "A directory that links in MODEL's directory may lead into, such as a store of weights "
-            "that is shared; every worker must see it. [none: links that leave it are refused]",
+            "A directory, such as a shared store of weights, into which links in MODEL may "
+            "point; every worker needs access. [none: such links are refused]",
         ),
     ] = Field(default="", description="a directory")
     out: Annotated[str, Flag("--out URI", "Run directory. [runs/MODEL-METHOD-SIZE]")] = Field(
@@ -189,7 +189,7 @@ class RunConfig(_Section):
         str,
         Flag(
             "--method NAME",
-            f"How layers shrink. [{DEFAULT_METHOD}; {SLICED_METHOD} with --slice]",
+            f"Compression method. [{DEFAULT_METHOD}; {SLICED_METHOD} with --slice]",
         ),
     ] = Field(default="", description="the name of a method")
     options: Annotated[
@@ -203,7 +203,7 @@ class RunConfig(_Section):
         float | None,
         Flag(
             "--keep-fraction F",
-            "Parameters after / before, true counts, embeddings included. "
+            "Parameters kept / parameters before, true counts, embeddings included. "
             f"[{DEFAULT_KEEP_FRACTION}]",
         ),
     ] = Field(default=None, gt=0, le=1, description="a number above 0 and up to 1, such as 0.8")
@@ -211,16 +211,17 @@ class RunConfig(_Section):
         float | None,
         Flag(
             "--slice F",
-            "In the place of --keep-fraction: SliceGPT's nominal fraction of the width to remove; "
-            "fewer parameters go than it says.",
+            "Instead of --keep-fraction: the fraction of the residual width to remove, as in "
+            "SliceGPT's paper; it removes fewer parameters.",
         ),
     ] = Field(default=None, ge=0, lt=1, description="a number from 0 and below 1, such as 0.25")
     steps: Annotated[
         list[StepConfig],
         Flag(
             "--step METHOD:F[:KEY=VALUE...]",
-            "One of several methods, in order, in place of the four above: F of the input model's "
-            "parameters is left after it; slice=F for a nominal slice. Options follow, a colon "
+            "One of several methods applied in order, instead of the four options above: F is the "
+            "fraction of the input model's parameters left after it; slice=F: a nominal slice. "
+            "Options follow, a colon "
             "before each: --step modegpt:0.9:modules=mlp,vo --step slicegpt:0.8",
         ),
     ] = Field(
@@ -230,20 +231,20 @@ class RunConfig(_Section):
     )
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: Annotated[int, Flag("--seed S", "Of the choice of sequences.")] = Field(
+    seed: Annotated[int, Flag("--seed S", "Seed of the choice of sequences.")] = Field(
         default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1"
     )
     threads: Annotated[
-        int, Flag("--threads N", "CPU threads of each worker; other threads, other bits.")
+        int, Flag("--threads N", "CPU threads of each worker; changes the bits of the result.")
     ] = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
-    workers: Annotated[int, Flag("--workers N", "Ray actors, each with a stage.")] = Field(
+    workers: Annotated[int, Flag("--workers N", "Number of workers (Ray actors).")] = Field(
         default=1, ge=1, le=MAX_COUNT, description="a whole number from 1"
     )
     address: Annotated[
         str,
         Flag(
             "--address ADDR",
-            "local: a Ray for this command alone; auto or HOST:PORT: a cluster that runs.",
+            "Ray cluster: local (a Ray started for this command), auto, or HOST:PORT.",
         ),
     ] = Field(
         default="local", min_length=1, description="local, auto, or the address of a Ray cluster"
@@ -255,8 +256,7 @@ class RunConfig(_Section):
         Literal["auto", "cpu", "cuda"],
         Flag(
             "--device NAME",
-            "cpu or cuda. [cuda where a worker of the cluster, as it is or fully grown, or this "
-            "machine has a GPU]",
+            "cpu or cuda. [cuda if the cluster has or can add a GPU, or this machine has one]",
         ),
     ] = Field(default="auto", description="auto, cpu or cuda")
     calibration_dtype: Annotated[
@@ -270,22 +270,21 @@ class RunConfig(_Section):
         Literal["float64", "float32"],
         Flag(
             "--statistics-dtype DTYPE",
-            "float64, or float32: half the disk for statistics, each rounded by at most 6e-8 of "
-            "itself.",
+            "float64, or float32: half the disk for statistics, rounded by at most 6e-8 relative.",
         ),
     ] = Field(default="float64", description="float64 or float32")
     worker_gib: Annotated[
         float | None,
         Flag(
             "--worker-gib GIB",
-            "Memory the plan may give a worker. [its share of 80 % of this machine]",
+            "Memory of a worker, for the plan. [its share of 80 % of this machine]",
         ),
     ] = Field(default=None, gt=0, le=MAX_COUNT, description="a number above 0, in GiB")
     keep_statistics: Annotated[
-        bool, Flag("--keep-statistics", "Keep stats/ at the end, for --stats.")
+        bool, Flag("--keep-statistics", "Keep the statistics at the end, for --stats.")
     ] = Field(default=False, description="true or false")
-    stats: Annotated[str, Flag("--stats URI", "Reuse the statistics that another run kept.")] = (
-        Field(default="", description="the URI of a run that kept its statistics")
+    stats: Annotated[str, Flag("--stats URI", "Reuse the statistics of another run.")] = Field(
+        default="", description="the URI of a run that kept its statistics"
     )
 
     @model_validator(mode="after")
