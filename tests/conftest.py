@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from orchestrator.backend import ray_cluster
 from tests.stores import KEYS, FaultyStore, new_bucket, s3_server, uri_of
 
 _remote_code = tempfile.TemporaryDirectory(prefix="compress-cluster-tests-")
@@ -33,6 +32,21 @@ settings.register_profile("nightly", max_examples=1000, deadline=None)
 settings.load_profile("ci")  # another: pytest --hypothesis-profile nightly
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Share the tests out between processes: a file stays whole, one process has all Ray tests.
+
+    Two clusters at once would compete for the cores that their time limits count on. Ray's tests
+    take longest, so they begin first.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of larger models and reference numbers that lies beside a checkout."""
@@ -40,13 +54,6 @@ def shared() -> Path:
     if not (path / "models").is_dir():
         pytest.skip("needs ../shared/models, which a fresh clone has not")
     return path
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """Start one small Ray cluster for all tests that need one."""
-    with ray_cluster.connected("local", num_cpus=4, num_gpus=0, store_bytes=0):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,9 @@ def test_the_other_cloud_does_not_answer():
 
 
 @pytest.mark.parametrize(
-    ("cloud", "path", "text"), [("aws", ACTION, action(60)), ("gcp", PREEMPTED, "TRUE")]
+    ("cloud", "path", "text"),
+    [("aws", ACTION, action(60)), ("gcp", PREEMPTED, "TRUE")],
+    ids=["aws", "gcp"],  # without the time, so that processes name the tests alike
 )
 def test_a_watch_ends_with_the_notice(cloud, path, text):
     told = []

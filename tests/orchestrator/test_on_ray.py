@@ -60,6 +60,12 @@ class Murderer:
 
 
 @pytest.fixture(scope="module")
+def local_ray():
+    with ray_cluster.connected("local", num_cpus=4, num_gpus=0, store_bytes=0):
+        yield
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
 
