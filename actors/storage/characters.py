@@ -1,4 +1,4 @@
-"""A file of text -> its characters, whatever it is packed with and encoded in."""
+"""Read the characters of a text file, whatever its compression and encoding."""
 
 import codecs
 import contextlib
@@ -11,17 +11,18 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from actors.storage.quoting import said
+from actors.storage.quoting import error_text
 from planners.errors import DataError
 
-ENDINGS = (".gz", ".zst", ".bz2", ".lz4")  # that may follow one that says what a file holds
+ENDINGS = (".gz", ".zst", ".bz2", ".lz4")  # may follow the suffix of the content, as in .txt.gz
 
 _READ_BYTES = 2**20
-_HEAD_BYTES = 4096  # by which a file is known
-_FEW_BYTES = 64  # of which nothing can be told
+_HEAD_BYTES = 4096  # from which the format is detected
+_FEW_BYTES = 64  # too few to guess an encoding from
 _LANES = 4  # bytes of the widest character
 
-# What a file begins with that is no text, and what unpacks it. None of it can begin a UTF-8 text.
+# Compression -> the first bytes of such a file, and the command that decompresses it. No UTF-8 text
+# can begin with any of these.
 _PACKINGS = {
     "gzip": (rb"\x1f\x8b\x08", "gzip -dc"),
     "zstd": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd -dc"),
@@ -31,9 +32,9 @@ _PACKINGS = {
     "zip": (rb"PK\x03\x04", "unzip -p"),
     "7z": (rb"7z\xbc\xaf\x27\x1c", "7z e -so"),
 }
-_STREAMED = ("gzip", "zstd", "bz2", "lz4")  # that pyarrow reads
+_STREAMED = ("gzip", "zstd", "bz2", "lz4")  # decompressed by pyarrow
 _PARQUET = re.compile(rb"PAR1[\x00-\x1f]")
-_MARKS = (  # the longer before what they begin with
+_MARKS = (  # UTF-32LE before UTF-16LE, with whose mark it begins
     (codecs.BOM_UTF32_LE, "UTF-32LE"),
     (codecs.BOM_UTF32_BE, "UTF-32BE"),
     (codecs.BOM_UTF16_LE, "UTF-16LE"),
@@ -50,25 +51,25 @@ _UNMARKED: dict[tuple[bool, ...], str] = {
 
 
 class NotDecodedError(Exception):
-    """A file is not in the encoding that it seems to be in.
+    """A file is not valid in its detected encoding.
 
     Attributes:
-        said: what is wrong, and at which byte of the text as it is when unpacked.
+        problem: what is wrong, and at which byte of the decompressed text.
         hint: what to do.
     """
 
-    def __init__(self, said: str, *, hint: str) -> None:
-        super().__init__(said)
-        self.said, self.hint = said, hint
+    def __init__(self, problem: str, *, hint: str) -> None:
+        super().__init__(problem)
+        self.problem, self.hint = problem, hint
 
 
 def bare_name(path: Path) -> str:
-    """Return the name of a file without the ending of what packed it."""
+    """Return the name of a file without the suffix of its compression."""
     return path.stem if path.suffix.lower() in ENDINGS else path.name
 
 
 def packing_of(head: bytes) -> str:
-    """Return what packed the file that begins so; empty where nothing did."""
+    """Return the compression of a file from its first bytes; empty where there is none."""
     for name, (magic, _) in _PACKINGS.items():
         if re.match(magic, head):
             return name
@@ -76,27 +77,29 @@ def packing_of(head: bytes) -> str:
 
 
 def characters(path: Path) -> Iterator[str]:
-    """Return the text of a file in pieces, so that a large one is never whole in memory.
+    """Yield the text of a file in pieces, so that a large one is never fully in memory.
 
-    What packed it is told by its first bytes and not by its name: gzip, zstd, bz2 and lz4 are
-    unpacked as they are read. It is UTF-8, or UTF-16 or UTF-32 with the mark that says so; the mark
-    is no part of the text.
+    The compression is detected from the first bytes, not from the name: gzip, zstd, bz2 and lz4
+    are decompressed while reading. The encoding is UTF-8, or UTF-16 or UTF-32 with a byte order
+    mark, which is not part of the text.
 
     Raises:
-        DataError: the file cannot be read, or is packed in another way.
-        NotDecodedError: while iterating, after what stands before the byte that is wrong.
+        DataError: the file cannot be read, or has an unsupported compression.
+        NotDecodedError: while iterating, after the text before the invalid byte.
     """
     with _unpacked(path) as (file, packing):
         head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]  # type: ignore[attr-defined]  # buffered
         if _PARQUET.match(head):
-            raise DataError(f"{path}: is a parquet file", hint="call it .parquet")
+            raise DataError(
+                f"{path}: is a parquet file", hint="rename it so that it ends in .parquet"
+            )
         if inner := packing_of(head):
             raise _cannot_unpack(path, f"{inner} in {packing}" if packing else inner, packing)
         mark, encoding = next((m for m in _MARKS if head.startswith(m[0])), (b"", "UTF-8"))
         guessed = "" if mark else _unmarked(head)
         if guessed:
             raise NotDecodedError(
-                f"is not UTF-8: it looks like {guessed} without a mark",
+                f"is not UTF-8: it looks like {guessed} without a byte order mark",
                 hint=f"convert it: `{_conversion(path, packing, guessed)}`",
             )
         file.read(len(mark))
@@ -131,7 +134,7 @@ def _decoded(
 
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """Give the bytes of a file, unpacked as they are read, and what had packed them."""
+    """Yield the bytes of a file, decompressed while reading, and the name of its compression."""
     packing = ""
     try:
         with path.open("rb") as file:
@@ -146,8 +149,8 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             strerror = getattr(error, "strerror", None)
             raise DataError(f"{path}: cannot be read: {strerror or error}") from error
         raise DataError(
-            f"{path}: is {packing} that cannot be unpacked: {said(error)}",
-            hint=f"fetch it again, or give what `{_unpack(path, packing)}` unpacks",
+            f"{path}: cannot be decompressed as {packing}: {error_text(error)}",
+            hint=f"download it again, or use the output of `{_unpack(path, packing)}`",
         ) from error
 
 
@@ -155,15 +158,16 @@ def _cannot_unpack(path: Path, what: str, packing: str) -> DataError:
     command = _unpack(path, packing or what)
     target = shlex.quote(str(path.with_name(f"unpacked-{bare_name(path)}")))
     return DataError(
-        f"{path}: is {what}, which is not unpacked here", hint=f"unpack it: `{command} > {target}`"
+        f"{path}: is compressed with {what}, which is not supported here",
+        hint=f"decompress it first: `{command} > {target}`",
     )
 
 
 def refuse_packed(path: Path) -> None:
-    """See that a file of which parts are read is not packed as a whole.
+    """Refuse a compressed file: a format that is read by byte range cannot be decompressed first.
 
     Raises:
-        DataError: it is, or cannot be read.
+        DataError: the file is compressed, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -175,7 +179,7 @@ def refuse_packed(path: Path) -> None:
 
 
 def _unmarked(head: bytes) -> str:
-    """Return the encoding whose NUL bytes these are; empty where they are none's."""
+    """Return the encoding that the pattern of NUL bytes suggests; empty where it suggests none."""
     if len(head) < _FEW_BYTES:
         return ""
     lanes = [head[i::_LANES] for i in range(_LANES)]
@@ -185,9 +189,12 @@ def _unmarked(head: bytes) -> str:
 def _remedy(path: Path, packing: str, encoding: str, *, ascii_only: bool, ends: bool) -> str:
     if encoding != "UTF-8" or ends or not ascii_only:
         command = _conversion(path, packing, encoding, flags="-c ")
-        return f"all before it is {encoding}, so it is damaged there; `{command}` leaves that out"
+        return (
+            f"everything before it is valid {encoding}, so the file is damaged there; "
+            f"`{command}` skips the damaged bytes"
+        )
     command = _conversion(path, packing, "LATIN1")
-    return f"convert it: `{command}` if it is Latin-1, else with the encoding it is in after -f"
+    return f"convert it: `{command}` if it is Latin-1; for another encoding, change the value of -f"
 
 
 def _conversion(path: Path, packing: str, encoding: str, *, flags: str = "") -> str:

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint, checked at the door and read one tensor at a time."""
+"""A Hugging Face checkpoint, validated when it is opened and read one tensor at a time."""
 
 import functools
 import json
@@ -31,18 +31,18 @@ from planners.overflow import overflowed
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-SMALL_BYTES = 1_000_000_000  # a model below is read each time; of a larger one hashes are kept
-READERS = 8  # threads that read and hash, if there are so many cores
+SMALL_BYTES = 1_000_000_000  # smaller models are hashed anew each time; hashes of others are cached
+READERS = 8  # threads that read and hash, at most one per core
 MAX_JSON_BYTES = 10**7  # an index of 90,000 tensors; JSON takes up to 40 times that once parsed
 MAX_NAME = 255  # characters
-COMPRESSED = "compress_cluster"  # model_type of our own results, once they are read
-BLOCK_BYTES = 2**25  # of a tensor that is read in blocks
+COMPRESSED = "compress_cluster"  # model_type of our own results, in memory
+BLOCK_BYTES = 2**25  # of one block, where a tensor is read in blocks
 # Tables that older programs stored; they follow from the config.
 COMPUTED = ".rotary_emb.inv_freq"
 READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 UNWRAP = (
-    "save the model inside its wrapper: model.module (DDP), model._orig_mod (torch.compile), "
-    "model.language_model (of a multimodal model), model.merge_and_unload() (PEFT)"
+    "save the unwrapped model: model.module (DDP), model._orig_mod (torch.compile), "
+    "model.language_model (multimodal), model.merge_and_unload() (PEFT)"
 )
 
 
@@ -57,8 +57,9 @@ class Location:
 def read_config(directory: Directory) -> dict[str, Any]:
     """Return the ``config.json`` of a model.
 
-    One of ours is stored under the original's model type, as its tokenizer needs it, with an
-    activation that no stock class knows; here it has a model type of its own, and its activation.
+    A compressed checkpoint is stored with the original's model type, which its tokenizer needs,
+    and with an activation that no stock class accepts. The returned config has our own model type
+    and the real activation.
     """
     config = read_json(directory, CONFIG)
     if "layer_forms" not in config:
@@ -67,7 +68,7 @@ def read_config(directory: Directory) -> dict[str, Any]:
 
 
 class NamesCheckpoint(Protocol):
-    """A message to a worker that names a checkpoint."""
+    """A message to a worker that refers to a checkpoint."""
 
     @property
     def checkpoint_uri(self) -> str:
@@ -75,33 +76,33 @@ class NamesCheckpoint(Protocol):
 
     @property
     def contents(self) -> Mapping[str, str]:
-        """Its contents as they must be (`actors.storage.contents`)."""
+        """The expected contents (`actors.storage.contents`)."""
 
     @property
     def model_store(self) -> str:
-        """A directory that links in it may lead into, or empty."""
+        """A directory that its links may point into; empty if none."""
 
 
 class Checkpoint:
     """A model directory whose headers have been read and agree with its config.
 
     Attributes:
-        directory: where it lies.
+        directory: the model directory.
         config: ``config.json``.
         locations: tensor name -> file and byte range. The names are those of the model with its
-            head, also where it was saved without.
+            head, even if it was saved without.
     """
 
     def __init__(
         self, uri: str, expected: Mapping[str, str] | None = None, *, model_store: str = ""
     ) -> None:
-        """Read config, index and headers; no weight is read.
+        """Read config, index and headers, but no weights.
 
         Args:
             uri: the model directory.
-            expected: its contents as they must be. They are compared as they are read; without
-                any, whatever is there is taken.
-            model_store: a directory that links in it may lead into; none if empty.
+            expected: its expected contents, compared as they are read; without any, nothing is
+                compared.
+            model_store: a directory that its links may point into; none if empty.
 
         Raises:
             ModelError: something is missing, broken or unsafe, or the config is not as expected;
@@ -116,15 +117,15 @@ class Checkpoint:
 
     @classmethod
     def of(cls, message: "NamesCheckpoint") -> "Checkpoint":
-        """Open the checkpoint that a message to a worker names, as the message says it must be."""
+        """Open the checkpoint that a message refers to, expecting the contents in the message."""
         return cls(message.checkpoint_uri, message.contents, model_store=message.model_store)
 
     @functools.cached_property
     def shape(self) -> ModelShape:
-        """The model's integers, after every tensor's presence, shape and dtype were checked.
+        """The dimensions of the model, after checking presence, shape and dtype of every tensor.
 
         Raises:
-            ModelError: the family is not supported, or a tensor is missing or of a wrong shape.
+            ModelError: the family is not supported, or a tensor is missing or has a wrong shape.
         """
         model_type = self.config.get("model_type")
         if model_type == COMPRESSED:
@@ -145,40 +146,40 @@ class Checkpoint:
         unknown = self.locations.keys() - expected.keys()
         if unknown:
             raise ModelError(
-                f"{self.directory.uri}: tensor {shown(min(unknown))} is no part of the model that "
-                f"config.json describes, a {model_type} of {shape.num_layers} layers"
+                f"{self.directory.uri}: tensor {shown(min(unknown))} does not belong to the model "
+                f"that config.json describes, a {model_type} with {shape.num_layers} layers"
                 f"{self._other_class(family)}"
             )
         return replace(shape, dtype=self.dtype)
 
     @functools.cached_property
     def dtype(self) -> str:
-        """What all weights are read in: as they are stored, or in the config's dtype where several.
+        """The dtype all weights are read in: the stored one, or the config's if there are several.
 
-        So transformers loads them, and with it whoever uses the input or the result.
+        transformers loads them the same way, hence so does every user of the input or the result.
 
         Raises:
-            ModelError: they are of several, and the config's dtype is none of these.
+            ModelError: several dtypes are stored, and the config's dtype is not one of them.
         """
-        of: dict[str, list[str]] = {}
+        names_of: dict[str, list[str]] = {}
         for name, place in self.locations.items():
             if place.entry.dtype in STORED:
-                of.setdefault(STORED[place.entry.dtype], []).append(name)
-        asked = self.config.get("dtype") or self.config.get("torch_dtype")
-        if len(of) < 2 or asked in [*of]:  # noqa: PLR2004 one is no choice
-            return str(asked) if len(of) > 1 else min(of, default="float32")
-        most, *_, rare = sorted(of, key=lambda dtype: (-len(of[dtype]), dtype))
-        name = min(of[rare])
+                names_of.setdefault(STORED[place.entry.dtype], []).append(name)
+        configured = self.config.get("dtype") or self.config.get("torch_dtype")
+        if len(names_of) < 2 or configured in [*names_of]:  # noqa: PLR2004 one is no choice
+            return str(configured) if len(names_of) > 1 else min(names_of, default="float32")
+        most, *_, rare = sorted(names_of, key=lambda dtype: (-len(names_of[dtype]), dtype))
+        name = min(names_of[rare])
         raise ModelError(
             f"{self.directory.path(self.locations[name].file)}: tensor {shown(name)} is {rare}, "
-            f"others are {most}, and the dtype of config.json is {shown(asked)}",
-            hint=f'set "dtype" in config.json to "{most}", or to another that is stored: weights '
-            "of several dtypes are all read in that one, as transformers does",
+            f"others are {most}, and the dtype in config.json is {shown(configured)}",
+            hint=f'set "dtype" in config.json to "{most}" or to another stored dtype: weights of '
+            "mixed dtypes are all loaded in that one, as in transformers",
         )
 
     @functools.cached_property
     def form(self) -> ModelForm:
-        """The widths of the model: those of its config, or of one that nothing touched."""
+        """The widths of the model: those in its config, or the original ones of a dense model."""
         if self.config.get("model_type") != COMPRESSED:
             return dense_model_form(self.shape)
         return model_form_from_json({
@@ -192,11 +193,11 @@ class Checkpoint:
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
-        """The hashes of config and tensors, which are all read for them and checked to be finite.
+        """The hashes of config and tensors; all tensors are read and checked to be finite.
 
-        Of a model of 1 GB or more they are kept in the user's cache, file by file, for as long as
-        nothing touches the file (`actors.storage.contents.remembered`). A file at a commit of the
-        Hub is not read: it cannot change, and the hash that the Hub states stands for its tensors.
+        For a model of 1 GB or more they are cached in the user's cache, file by file, for as long
+        as the file is unchanged (`actors.storage.contents.remembered`). A file at a commit of the
+        Hub is not read: it cannot change, and the hash that the Hub states is used for its tensors.
 
         Raises:
             ModelError: a tensor has NaN or infinite entries.
@@ -217,12 +218,12 @@ class Checkpoint:
 
     @property
     def revision(self) -> str:
-        """The model's identity: sha256 of its contents, for which all of it is read."""
+        """The model's identity: sha256 of its contents. Reads the whole model."""
         return revision_of(self.contents)
 
     @property
     def is_small(self) -> bool:
-        """All of it can be read in about a second."""
+        """Whether the whole model can be read in about a second."""
         return self.total_bytes < SMALL_BYTES
 
     def _hashes(self, names: Iterable[str]) -> dict[str, str]:
@@ -230,11 +231,13 @@ class Checkpoint:
             digest = hasher(self.locations[name].entry)
             for block in self._blocks(name, None):
                 digest.update(tensor_bytes(block))
-                self._converted(block, name)  # refuses what the model's dtype cannot hold
+                self._converted(
+                    block, name
+                )  # raises where the model's dtype cannot represent an entry
             return name, digest.hexdigest()
 
         with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as threads:
-            return dict(threads.map(hashed, names))  # an error or Ctrl-C cancels what waits
+            return dict(threads.map(hashed, names))  # an error or Ctrl-C cancels pending reads
 
     @property
     def total_bytes(self) -> int:
@@ -242,7 +245,7 @@ class Checkpoint:
         return sum(location.entry.size for location in self.locations.values())
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, checked to be finite and what is expected.
+        """Return a tensor, checked to be finite and to have the expected contents.
 
         Raises:
             ModelError: there is no such tensor, it has NaN or infinite entries, or it changed.
@@ -260,7 +263,7 @@ class Checkpoint:
         return tensor
 
     def _read_converted(self, name: str) -> Tensor:
-        """Return a tensor that is stored in another dtype; it is never whole in both."""
+        """Return a tensor converted from its stored dtype, without two full copies at a time."""
         found = torch.empty(self.locations[name].entry.shape, dtype=getattr(torch, self.dtype))
         start = 0
         for block in self.read_blocks(name):
@@ -283,7 +286,7 @@ class Checkpoint:
         return STORED.get(self.locations[name].entry.dtype, self.dtype) != self.dtype
 
     def _converted(self, tensor: Tensor, name: str) -> Tensor:
-        """Return a tensor in the dtype of the model, where it is stored in another."""
+        """Return a tensor in the dtype of the model."""
         if not self._is_converted(name):
             return tensor
         tensor = tensor.to(getattr(torch, self.dtype))
@@ -297,30 +300,30 @@ class Checkpoint:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ModelError(
             f"{self._where(name)} has {bad} entries that are NaN or infinite{overflowed(dtype)}",
-            hint="use the bfloat16 or float32 weights that these were converted from, with that "
-            "dtype in config.json"
+            hint="use the original bfloat16 or float32 weights, before the conversion to float16, "
+            "with that dtype in config.json"
             if dtype == "float16"
             else "",
         )
 
     def _require(self, name: str, where: str, found: Callable[[], str]) -> None:
-        """Refuse what is not as expected, so that no result is made of two models."""
+        """Refuse unexpected contents, so that no result mixes two models."""
         if not self._expected:
             return
         if name in self.locations and self.locations[name].file in self._expected:
             return  # at a commit of the Hub
         if self._expected.get(name) != found():
             raise ModelError(
-                f"{where} is not what it was when this run began with the model",
-                hint="put back the model that it was, here and on every machine, and run the same "
-                "command again; for the model as it is now, use another --out",
+                f"{where} changed since this run started",
+                hint="restore the original model, here and on every machine, and run the same "
+                "command again; to compress the changed model, use another --out",
             )
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Return role -> tensor of one layer, each checked to be finite.
 
-        A compressed one has roles that a dense one has not, such as ``attn_shortcut.weight``,
-        ``rope_pairs`` and ``q_proj.first.weight``, and may lack norms.
+        A compressed layer has roles that a dense one lacks, such as ``attn_shortcut.weight``,
+        ``rope_pairs`` and ``q_proj.first.weight``, and may have no norms.
         """
         return dict(self.stream_layer(layer))
 
@@ -335,20 +338,20 @@ class Checkpoint:
             yield role, self.read(name)
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin so, by the rest of their names."""
+        """Return the tensors whose names begin with a prefix, keyed by the rest of their names."""
         return dict(self.stream_prefix(prefix))
 
     def stream_prefix(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield them one at a time, so that each may be converted before the next is read."""
+        """Yield the same tensors one at a time, so that each can be converted first."""
         for name in [name for name in self.locations if name.startswith(prefix)]:
             yield name[len(prefix) :], self.read(name)
 
     def read_blocks(self, name: str, *, rows: int | None = None) -> Iterator[Tensor]:
-        """Yield a tensor in blocks of rows, checked as `read` does, the whole of it at its end.
+        """Yield a tensor in blocks of rows, checked like `read`; its hash is checked at the end.
 
         Args:
             name: of the tensor.
-            rows: of a block; as many as are 32 MiB, if not given.
+            rows: per block; by default as many as fit into 32 MiB.
         """
         digest = hasher(self.locations[name].entry)
         for block in self._blocks(name, rows):
@@ -376,7 +379,7 @@ class Checkpoint:
         if location.entry.shape != dims:
             raise ModelError(
                 f"{self.directory.path(location.file)}: tensor {name} has shape "
-                f"{list(location.entry.shape)}; config.json asks for {list(dims)}"
+                f"{list(location.entry.shape)}; config.json requires {list(dims)}"
             )
         if location.entry.dtype not in STORED:
             raise ModelError(
@@ -386,35 +389,35 @@ class Checkpoint:
             )
 
     def _missing(self, name: str, family: Family) -> ModelError:
-        """Return why a tensor is missing, as far as the names of others tell."""
+        """Return an error that explains why a tensor is missing, judging by the other names."""
         where = self.directory.uri
         for stored in sorted(self.locations):
             more = _more_parts(stored, name)
             if more:
                 return ModelError(
                     f"{where}: tensor {name} is stored as {shown(stored)}: {shown('.'.join(more))} "
-                    "in the names is of a wrapper around the model",
+                    "in the names comes from a wrapper around the model",
                     hint=UNWRAP,
                 )
         if name == family.head:
             return ModelError(
                 f"{where}: the model has no head: tensor {name} is missing, and "
                 f"tie_word_embeddings is false{self._other_class(family)}",
-                hint="a model that predicts tokens is needed, as AutoModelForCausalLM saves it; if "
-                "its head is its embedding, set tie_word_embeddings to true in config.json",
+                hint="a causal language model is needed, as AutoModelForCausalLM saves it; if its "
+                "head is tied to its embedding, set tie_word_embeddings to true in config.json",
             )
         return ModelError(f"{where}: tensor {name} is missing from the weights")
 
     def _other_class(self, family: Family) -> str:
-        """Return the class that the config names for the weights, where it is not one with a head.
+        """Return the end of a message: which class the config names instead of one with a head.
 
-        ``architectures`` decides nothing: transformers does not go by it either.
+        ``architectures`` is otherwise ignored, as transformers ignores it.
         """
         known = family.classes[self.config["model_type"]]
         named = self.config.get("architectures")
         if not named or named == [known]:
             return ""
-        return f"; its architectures are {shown(named)}, and {known} is needed"
+        return f"; architectures in config.json is {shown(named)}, but {known} is needed"
 
 
 def read_json(directory: Directory, name: str) -> dict[str, Any]:
@@ -428,10 +431,13 @@ def read_json(directory: Directory, name: str) -> dict[str, Any]:
     if size is None:
         missing = "file" if directory.has_bucket() else "bucket"
         raise ModelError(
-            f"{where}: there is no such {missing}", hint="a model directory holds config.json"
+            f"{where}: there is no such {missing}",
+            hint="a model directory must contain config.json",
         )
     if size > MAX_JSON_BYTES:
-        raise ModelError(f"{where}: {size} bytes are too many for a JSON file of a model")
+        raise ModelError(
+            f"{where}: is {size} bytes, too large for a model's JSON file (limit {MAX_JSON_BYTES})"
+        )
     try:
         data = json.loads(directory.read(name))
     except (ValueError, RecursionError) as error:
@@ -442,7 +448,7 @@ def read_json(directory: Directory, name: str) -> dict[str, Any]:
 
 
 def _whole_names(config: Mapping[str, Any], locations: dict[str, Location]) -> dict[str, Location]:
-    """Return locations by the names of the whole model, also of one saved without its head."""
+    """Return locations keyed by names of the full model, even if it was saved without its head."""
     families = [f for t, f in known_types().items() if t == config.get("model_type")]
     if not families or families[0].embedding in locations:
         return locations
@@ -451,7 +457,7 @@ def _whole_names(config: Mapping[str, Any], locations: dict[str, Location]) -> d
 
 
 def _more_parts(stored: str, name: str) -> tuple[str, ...]:
-    """Return what a name has between the parts of another; nothing where it lacks one of them."""
+    """Return the extra parts of ``stored`` over ``name``; empty where it lacks a part of it."""
     rest, more = name.split("."), []
     for part in stored.split("."):
         if rest and part == rest[0]:
@@ -462,28 +468,28 @@ def _more_parts(stored: str, name: str) -> tuple[str, ...]:
 
 
 def _locations(directory: Directory) -> dict[str, Location]:
-    """Return tensor -> file and byte range of all tensors, after the index was compared with it."""
+    """Return tensor -> file and byte range of all tensors, checked against the index."""
     weight_map = _weight_map(directory)
     found: dict[str, Location] = {}
     for file in sorted(set(weight_map.values())) or [SINGLE]:
         for tensor, entry in read_header(directory, file).items():
             if tensor in found:
                 raise ModelError(
-                    f"{directory.uri}: tensor {shown(tensor)} is in {found[tensor].file} and in "
+                    f"{directory.uri}: tensor {shown(tensor)} is in both {found[tensor].file} and "
                     f"{file}"
                 )
             found[tensor] = Location(file=file, entry=entry)
     for tensor, file in weight_map.items():
         if tensor not in found or found[tensor].file != file:
             raise ModelError(
-                f"{directory.path(INDEX)}: tensor {shown(tensor)} is not in {file} as it says"
+                f"{directory.path(INDEX)}: tensor {shown(tensor)} is not in {file} as listed"
             )
     return {name: place for name, place in found.items() if not name.endswith(COMPUTED)}
 
 
 def _weight_map(directory: Directory) -> Mapping[str, str]:
-    """Return tensor -> file as the index says; nothing for weights in a single file."""
-    if directory.size(SINGLE) is not None:  # what transformers prefers too
+    """Return tensor -> file from the index; empty for weights in a single file."""
+    if directory.size(SINGLE) is not None:  # transformers prefers it too
         return {}
     if directory.size(INDEX) is None:
         _explain_missing_weights(directory)
@@ -495,17 +501,17 @@ def _weight_map(directory: Directory) -> Mapping[str, str]:
         _check_name(file, where=f"{where}: {shown(tensor)}")
     for file in sorted(set(weight_map.values())):
         if directory.size(file) is None:
-            raise ModelError(f"{where}: names {file}, which does not exist")
+            raise ModelError(f"{where}: refers to {file}, which does not exist")
     return weight_map
 
 
 def _check_name(file: object, *, where: str) -> None:
-    """Refuse what is no plain name of a file beside the index."""
+    """Refuse anything but the plain name of a file beside the index."""
     if not isinstance(file, str) or not file.endswith(".safetensors"):
-        raise ModelError(f"{where} is in {shown(file)}; only .safetensors files are read")
+        raise ModelError(f"{where} is in {shown(file)}; only .safetensors files are supported")
     plain = file.isprintable() and not file.startswith(".") and len(file) <= MAX_NAME
     if "/" in file or "\\" in file or not plain:
-        raise ModelError(f"{where} is in {shown(file)}; a file of the directory is needed")
+        raise ModelError(f"{where} is in {shown(file)}; the file must be in the model directory")
 
 
 def _explain_missing_weights(directory: Directory) -> None:
@@ -515,7 +521,7 @@ def _explain_missing_weights(directory: Directory) -> None:
             raise ModelError(
                 f"{path}: is a link to {shown(os.path.realpath(path))}, which does not exist on "
                 "this machine",
-                hint="every machine that works on the model must see it: mount it there, or copy "
+                hint="every machine that works on the model needs access to it: mount it, or copy "
                 "the file into the model's directory",
             )
     try:
@@ -525,17 +531,17 @@ def _explain_missing_weights(directory: Directory) -> None:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         raise ModelError(
-            f"{directory.uri}: only pickle weights ({pickles[0]}); they can run code when loaded "
-            "and are not read",
+            f"{directory.uri}: has only pickle weights ({pickles[0]}), which can run code when "
+            "loaded and are never read",
             hint="convert them: model.save_pretrained(DIR, safe_serialization=True)",
         )
     raise ModelError(f"{directory.uri}: has a config.json but no weights ({SINGLE} or {INDEX})")
 
 
 def _refuse_links_out(directory: Directory, model_store: str) -> None:
-    """Refuse links that leave the model, unless they lead into its store or the Hub's cache.
+    """Refuse links that leave the model, unless they point into its store or the Hub's cache.
 
-    What is read goes into the result, so such a link could carry any file of this machine along.
+    What is read goes into the result, so such a link could leak any file of this machine.
     """
     if not directory.is_local:
         return
@@ -551,16 +557,16 @@ def _refuse_links_out(directory: Directory, model_store: str) -> None:
             if any(real.is_relative_to(home) for home in homes) or _is_blob(path, real):
                 continue
             raise ModelError(
-                f"{path}: is a link that leaves the model's directory, to {shown(str(real))}",
-                hint=f"copy the file there, or allow it: --model-store {real.parent} (in a recipe "
-                "model_store)",
+                f"{path}: is a link to {shown(str(real))}, outside the model's directory",
+                hint="copy the file into that directory, or allow the link: --model-store "
+                f"{real.parent} (in a recipe model_store)",
             )
 
 
 def _is_blob(path: Path, real: Path) -> bool:
-    """Return whether a link names a file of the Hub's cache, as old downloads to a folder made.
+    """Return whether a link points to a file of the Hub's cache, as old downloads to a folder did.
 
-    Such a file is named by the hash of its content: whoever can name it knows it.
+    Such a file is named by the hash of its content, so only someone who has it can refer to it.
     """
     cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
     parts = real.relative_to(cache).parts if real.is_relative_to(cache) else ()

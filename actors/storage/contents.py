@@ -1,8 +1,8 @@
-"""What a model holds, as hashes: a run is of these, and its workers compare what they read.
+"""The contents of a model as hashes: they identify a run, and workers check what they read.
 
-The contents of a model are ``config.json`` -> sha256 of what it says, and tensor -> sha256 of its
-dtype, shape and bytes. How the tensors are spread over files makes no difference. Of a model at a
-commit of the Hub it is file -> sha256 of its bytes, as the Hub states it.
+The contents of a model are ``config.json`` -> sha256 of its parsed values, and tensor -> sha256 of
+its dtype, shape and bytes. How the tensors are spread over files makes no difference. For a model
+at a commit of the Hub they are file -> sha256 of its bytes, as the Hub states it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from actors.storage.headers import TensorEntry
 from actors.storage.records import sealed, unsealed
 
 CONFIG = "config.json"
-# What a result takes over from the model as it is, where it has it.
+# Files that a result copies unchanged from the model, if it has them.
 TAKEN_OVER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,9 +32,9 @@ TAKEN_OVER = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# A file that changed more recently may change again and bear the same time: some file systems count
-# in steps of two seconds, and pages that are written through a mapping for 35 s have the time of
-# the first write.
+# A file that changed more recently may change again and keep the same time: some file systems have
+# a resolution of two seconds, and pages that are written through a mapping for 35 s have the time
+# of the first write.
 SETTLED_SECONDS = 60.0
 
 
@@ -44,12 +44,12 @@ def revision_of(contents: Mapping[str, str]) -> str:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return the sha256 of what a config says, however its keys are ordered and spaced."""
+    """Return the sha256 of a config's values, whatever the order of keys and the white space."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_hash(directory: Directory) -> str:
-    """Return the sha256 of the files that a result takes over from a model, and of their names."""
+    """Return the sha256 of names and bytes of the files that a result copies from a model."""
     files = {
         name: directory.sha256(name) for name in TAKEN_OVER if directory.size(name) is not None
     }
@@ -62,28 +62,28 @@ def hasher(entry: TensorEntry) -> "hashlib._Hash":
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Return which part of a model is not what it was, and how many more; empty where none is."""
+    """Return a text with the first changed part of a model and how many more; empty if none."""
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if not names:
         return ""
     is_file = names[0].endswith((".json", ".safetensors"))
-    said = names[0] if is_file else f"tensor {names[0]}"
-    return f"{said} of the model changed" + (f", and {len(names) - 1} more" if names[1:] else "")
+    first = names[0] if is_file else f"tensor {names[0]}"
+    return f"{first} of the model changed" + (f", and {len(names) - 1} more" if names[1:] else "")
 
 
 def remembered(
     directory: Directory, file: str, names: Iterable[str], hashed: Callable[[], dict[str, str]]
 ) -> dict[str, str]:
-    """Return the hashes of a file's tensors, without a second reading where nothing touched it.
+    """Return the hashes of a file's tensors, from the cache where the file is unchanged.
 
-    They are kept in the user's cache under what the file system or the store says of the file. A
-    local file that changed within the last minute is not kept, nor is one that changes meanwhile.
+    They are stored in the user's cache with the file's `Directory.key`. Nothing is stored for a
+    local file that changed within the last minute, or that changes while it is read.
 
     Args:
-        directory: where.
+        directory: of the model.
         file: with the tensors.
         names: of the tensors.
-        hashed: reads them.
+        hashed: reads and hashes them.
     """
     began, key = time.time(), directory.key(file)
     if key is None:
@@ -93,7 +93,7 @@ def remembered(
     if known is not None and known.keys() == set(names):
         return known
     found = hashed()
-    changed = key.get("ctime_ns")  # of a store's object, whose tag is of its content: none
+    changed = key.get("ctime_ns")  # an object in a store has none; its tag depends on its content
     settled = changed is None or changed / 1e9 < began - SETTLED_SECONDS
     if place is not None and settled and directory.key(file) == key:
         _keep(place, sealed({"key": key, "tensors": found}))
@@ -101,7 +101,7 @@ def remembered(
 
 
 def cache_folder() -> Path:
-    """Return the folder of what may be lost, because it can be found out again.
+    """Return the cache folder; everything in it can be recomputed.
 
     Raises:
         RuntimeError: the user has no home.
@@ -118,10 +118,10 @@ def _place(directory: Directory, file: str) -> Path | None:
 
 
 def _kept(place: Path | None, key: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return what was kept under a key; a torn file is none."""
+    """Return the cached hashes for a key; None where the file is missing or damaged."""
     try:
         data = b"" if place is None else place.read_bytes()
-    except OSError:  # never written, or not ours to read: the model is read
+    except OSError:  # never written, or not readable: the model is read
         return None
     found = unsealed(data)
     return None if found is None or found.get("key") != key else found["tensors"]
@@ -129,7 +129,7 @@ def _kept(place: Path | None, key: Mapping[str, Any]) -> dict[str, str] | None:
 
 def _keep(place: Path, data: bytes) -> None:
     new = place.with_suffix(f".{uuid4().hex[:12]}.tmp")
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs another reading
+    with contextlib.suppress(OSError):  # without a writable cache the model is read again next time
         place.parent.mkdir(parents=True, exist_ok=True)
         new.write_bytes(data)
         new.replace(place)

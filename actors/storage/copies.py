@@ -1,4 +1,4 @@
-"""A model on this machine, for libraries that know no object store."""
+"""Copy a model to this machine, for libraries that cannot read from an object store."""
 
 import contextlib
 import tempfile
@@ -14,7 +14,7 @@ MAX_TOKENIZER_BYTES = 2**26  # twice that of the largest vocabularies in use
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Give a model directory as a local folder: itself, or a copy for the length of the block."""
+    """Yield a model directory as a local folder: itself, or a temporary copy."""
     directory = Directory(uri)
     if directory.is_local:
         yield Path(directory.root)
@@ -26,10 +26,10 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def local_tokenizer(uri: str) -> Iterator[Path]:
-    """Give a folder with a model's tokenizer and config: its own, or a copy of these files.
+    """Yield a folder with a model's tokenizer and config: its own, or a temporary copy of them.
 
     Raises:
-        DataError: a file is too large for one of a tokenizer.
+        DataError: a file is too large for a tokenizer.
     """
     directory = Directory(uri)
     if directory.is_local:
@@ -41,16 +41,16 @@ def local_tokenizer(uri: str) -> Iterator[Path]:
         size = directory.size(name) or 0
         if size > MAX_TOKENIZER_BYTES:
             raise DataError(
-                f"{directory.path(name)}: {size} bytes are too many for a tokenizer, over "
-                f"{MAX_TOKENIZER_BYTES}"
+                f"{directory.path(name)}: is {size} bytes, too large for a tokenizer (limit "
+                f"{MAX_TOKENIZER_BYTES})"
             )
     with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
         _copy(directory, wanted, Path(folder))
         try:
             yield Path(folder)
-        except DataError as error:  # it names the copy, which nobody knows
-            said = str(error).replace(folder, directory.path("").rstrip("/"))
-            raise DataError(said, hint=error.hint) from error
+        except DataError as error:  # it names the copy, which the user does not know
+            message = str(error).replace(folder, directory.path("").rstrip("/"))
+            raise DataError(message, hint=error.hint) from error
 
 
 def _copy(directory: Directory, names: list[str], folder: Path) -> None:

@@ -1,9 +1,8 @@
-"""One place where bytes go in and out: a directory, local or on an object store.
+"""Read and write files of a directory, local or on an object store.
 
-Local files are written under a temporary name, flushed to the disk and renamed, so that a name
-either holds all its bytes or does not exist. On an object store the object becomes visible when its
-upload is completed, which says the same; nothing is ever renamed there. A read gives all bytes that
-were asked for, or an error.
+Local files are written under a temporary name, flushed to the disk and renamed, so that a file
+either is complete or does not exist. On an object store the same holds without renaming: an object
+becomes visible when its upload is completed. A read returns all requested bytes, or raises.
 """
 
 import contextlib
@@ -23,15 +22,15 @@ from actors.storage.retries import ShortReadError, attempt, explained
 from actors.storage.stores import open_store
 from planners.errors import StorageError
 
-HASHED_ASIDE = 2**20  # bytes of a piece from which a thread of its own is worth it
-BUFFER_BYTES = 2**23  # an object up to this is one request; a larger one goes in parts of this size
-PIECE_BYTES = 2**22  # read at one time where the whole is not wanted
+HASHED_ASIDE = 2**20  # bytes of a piece above which it is hashed in its own thread
+BUFFER_BYTES = 2**23  # an object up to this is one request; a larger one is sent in parts this big
+PIECE_BYTES = 2**22  # read at a time where the whole file is not needed at once
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """A file as it was written: path below the root, sha256 in hex, and bytes."""
+    """A written file: path relative to the root, sha256 in hex, and size in bytes."""
 
     path: str
     sha256: str
@@ -39,10 +38,10 @@ class FileEntry:
 
 
 class HashingStream:
-    """Passes bytes on and keeps their sha256 and number.
+    """Forwards bytes to a stream and computes their sha256 and number.
 
-    Large pieces are hashed in a thread while they are written. A piece is not to be changed before
-    the next one is written or the entry is asked for.
+    Large pieces are hashed in a thread while they are written. A piece must not be changed before
+    the next one is written or `entry` is called.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -52,7 +51,7 @@ class HashingStream:
         self.bytes = 0
 
     def write(self, data: Any) -> None:
-        """Write bytes, or anything that shows its memory as bytes."""
+        """Write bytes, or any object with the buffer protocol."""
         self._wait()
         if len(data) >= HASHED_ASIDE:
             self._hashing = Thread(target=self._sha256.update, args=(data,))
@@ -63,7 +62,7 @@ class HashingStream:
         self.bytes += len(data)
 
     def entry(self, path: str) -> FileEntry:
-        """Return what was written so far as a file of that name."""
+        """Return the entry of a file of that name with the bytes written so far."""
         self._wait()
         return FileEntry(path=path, sha256=self._sha256.hexdigest(), bytes=self.bytes)
 
@@ -76,14 +75,14 @@ class HashingStream:
 class Directory:
     """A directory named by a local path or a URI that ``pyarrow.fs`` understands.
 
-    It can be sent to another process: only the URI travels.
+    It can be pickled: only the URI is sent to the other process.
     """
 
     def __init__(self, uri: str) -> None:
-        """Name a directory; nothing is read or created.
+        """Parse the name of a directory; nothing is read or created.
 
         Raises:
-            StorageError: the URI is not one that can be opened, is not UTF-8, or holds a password.
+            StorageError: the URI cannot be opened, is not UTF-8, or contains credentials.
         """
         _refuse_password(uri)
         require_utf8(uri, StorageError)
@@ -97,18 +96,18 @@ class Directory:
                 self.uri = root  # a process elsewhere has another working directory
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody, or a loop.
             raise explained(error, shown(uri)[1:-1]) from error
-        require_utf8(root, StorageError)  # the directory that it is below may have another name
+        require_utf8(root, StorageError)  # resolved, so it may contain another name
         self.root = root.rstrip("/")
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
         if not self.is_local and not self.root:
-            raise StorageError(f"{uri}: names no bucket", hint="such as s3://bucket/folder")
+            raise StorageError(f"{uri}: has no bucket", hint="for example s3://bucket/folder")
 
     def __reduce__(self) -> tuple[type["Directory"], tuple[str]]:
-        """Return what another process needs to name the same directory."""
+        """Return what another process needs to open the same directory."""
         return (Directory, (self.uri,))
 
     def path(self, name: str) -> str:
-        """Return the full path of a name below the root, as people write it."""
+        """Return the full path or URI of a file below the root, for messages."""
         return f"{self.root}/{name}" if self.is_local else f"{self.uri.split('?')[0]}/{name}"
 
     def below(self, folder: str) -> str:
@@ -120,10 +119,10 @@ class Directory:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingStream]:
-        """Give a stream for a whole file; the file exists once the block ends without an error.
+        """Yield a stream for a whole file; the file exists once the block ends without an error.
 
         Raises:
-            StorageError: the file cannot be written, the message says why and where.
+            StorageError: the file cannot be written.
         """
         if self.is_local:
             with self._storage_errors(name), self._local_file(name) as stream:
@@ -144,7 +143,7 @@ class Directory:
             else:
                 with self._storage_errors(name):
                     upload.close()
-        except BaseException:  # raised again: whatever ended the block, no half of a file stays
+        except BaseException:  # raised again: whatever the error, no partial file is left
             if upload.is_streaming:
                 self._withdraw(name, upload)
             raise
@@ -173,7 +172,7 @@ class Directory:
         return self._do(name, whole)
 
     def read_range(self, name: str, start: int, size: int) -> bytearray:
-        """Return ``size`` bytes from ``start`` on, in memory of their own.
+        """Return ``size`` bytes from offset ``start`` in new memory.
 
         Raises:
             StorageError: it cannot be read, or is shorter than that.
@@ -187,12 +186,12 @@ class Directory:
         data = self._do(name, part)
         if len(data) != size:
             raise StorageError(
-                f"{self.path(name)}: {len(data)} bytes at {start} where {size} were expected"
+                f"{self.path(name)}: got {len(data)} bytes at offset {start}, expected {size}"
             )
         return data
 
     def pieces(self, name: str) -> Iterator[bytearray]:
-        """Give a whole file a piece at a time, for what need not be in memory at once.
+        """Yield a whole file in pieces, for callers that do not need it in memory at once.
 
         Raises:
             StorageError: it cannot be read.
@@ -210,23 +209,23 @@ class Directory:
                 yield self._do(name, piece)
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None where there is none."""
+        """Return the size of a file in bytes, or None where it does not exist."""
         info = self._do(name, lambda: self._fs.get_file_info(self._full(name)))
         return int(info.size) if info.type == fs.FileType.File else None
 
     def key(self, name: str) -> dict[str, Any] | None:
-        """Return what another content of a file would change, without reading it.
+        """Return values that differ once the content of a file differs, without reading it.
 
-        Of a local file its inode, size and times, the time of the last change of the inode among
-        them, which no program can set; of an object what its store says, the tag of its content
-        among it. None where the store gives no tag.
+        For a local file its inode, size and times, including the time of the last inode change,
+        which no program can set; for an object the metadata of its store, including the tag of its
+        content. None where the store gives no tag.
 
         Raises:
             StorageError: there is no such file.
         """
         if self.is_local:
             with self._storage_errors(name):
-                found = Path(self._full(name)).stat()  # of what a link leads to
+                found = Path(self._full(name)).stat()  # of a link's target
             return {
                 "device": found.st_dev,
                 "inode": found.st_ino,
@@ -235,15 +234,15 @@ class Directory:
                 "ctime_ns": found.st_ctime_ns,
             }
 
-        def said() -> dict[bytes, bytes]:
+        def metadata() -> dict[bytes, bytes]:
             with self._fs.open_input_file(self._full(name)) as file:
                 return dict(file.metadata() or {})
 
-        facts = {_text(k): _text(v) for k, v in self._do(name, said).items()}
+        facts = {_text(k): _text(v) for k, v in self._do(name, metadata).items()}
         return facts if any(k.lower() == "etag" and v for k, v in facts.items()) else None
 
     def has_bucket(self) -> bool:
-        """Return whether what the URI begins with exists: a missing file may be a missing store."""
+        """Return whether the bucket exists, to tell a missing file from a missing bucket."""
         bucket = self.root.partition("/")[0]
         if self.is_local:
             return True
@@ -264,12 +263,12 @@ class Directory:
         return self._do(folder, found)
 
     def entries(self) -> list[str]:
-        """Return the names of the files and folders that lie directly in the root, sorted."""
+        """Return the names of the files and folders directly in the root, sorted."""
         selector = fs.FileSelector(self.root, recursive=False, allow_not_found=True)
         return self._do("", lambda: sorted(i.base_name for i in self._fs.get_file_info(selector)))
 
     def delete(self, name: str) -> None:
-        """Remove a file; one that is not there is no error."""
+        """Remove a file if it exists."""
 
         def remove() -> None:
             # Another driver, or the try before this one, may have been faster.
@@ -287,9 +286,9 @@ class Directory:
         return digest.hexdigest()
 
     def stated_sha256(self, name: str) -> str:
-        """Return the hash of a file's bytes where its store states it, as the Hub does; or nothing.
+        """Return the sha256 of a file that its store states, as the Hub does; empty if none.
 
-        Nothing of the file is read.
+        The file is not read.
         """
         stated = getattr(self._fs, "stated_sha256", None)
         return "" if stated is None else str(self._do(name, lambda: stated(self._full(name))))
@@ -300,7 +299,7 @@ class Directory:
         except UnicodeDecodeError as error:
             found = bytes(error.object).decode(errors="backslashreplace")
             raise StorageError(
-                f"{self.path(name)}: holds a file whose name is not UTF-8: {found}",
+                f"{self.path(name)}: contains a file whose name is not UTF-8: {found}",
                 hint="rename it with mv, or remove it",
             ) from error
 
@@ -328,10 +327,10 @@ class Directory:
             raise
 
     def _withdraw(self, name: str, upload: "_Upload") -> None:
-        """Leave no object of an upload that failed in the middle.
+        """Remove the object of an upload that failed in the middle.
 
-        Arrow has no way to give an upload up: it completes what it has when the stream is closed,
-        at the latest when the stream is collected. So it is closed here, and the object removed.
+        Arrow cannot abort an upload: it completes what it has when the stream is closed, at the
+        latest when it is garbage collected. So it is closed here, and the object removed.
         """
         with contextlib.suppress(OSError):
             upload.abandon()
@@ -343,9 +342,9 @@ class Directory:
 
 
 class _Upload:
-    """Bytes on their way to an object: held back while they are few, then sent in parts.
+    """An upload to an object: buffered while it is small, then sent in parts.
 
-    What is held back can be sent again; nothing of it is visible before it is whole.
+    Buffered bytes can be sent again; the object is not visible before it is complete.
     """
 
     def __init__(self, open_stream: Callable[[], Any]) -> None:
@@ -355,7 +354,7 @@ class _Upload:
 
     @property
     def is_streaming(self) -> bool:
-        """Part of it is on its way."""
+        """Whether a part was sent already."""
         return self._stream is not None
 
     def write(self, data: Any) -> None:
@@ -367,17 +366,17 @@ class _Upload:
 
     @property
     def held(self) -> bytes:
-        """What was not sent yet; all of it, where nothing is on its way."""
+        """The bytes that were not sent yet."""
         return bytes(self._held)
 
     def close(self) -> None:
-        """Send what is left, and make the object visible."""
+        """Send the remaining bytes and make the object visible."""
         if self._held:
             self._send()
         self._stream.close()
 
     def abandon(self) -> None:
-        """Send nothing more; what was sent may become visible."""
+        """Send nothing more; the parts that were sent may become visible as an object."""
         if not self._stream.closed:
             self._stream.close()
 
@@ -395,12 +394,13 @@ def _text(value: bytes | str) -> str:
 def _filled(file: Any, size: int) -> bytearray:
     """Return the next ``size`` bytes of a file.
 
-    Where a store's answer is too short and says so itself, Arrow counts it as whole and leaves the
-    rest of the memory as it was. So the last byte is set before, and must have changed; where what
-    came happens to be the same byte, it comes once more onto the opposite one.
+    Where a store's answer is too short but consistent with its own length, Arrow takes it as
+    complete and leaves the rest of the buffer unchanged. So the last byte is set to a mark before
+    the read and must have changed; if the data ends in that mark, it is read again with the
+    opposite one.
 
     Raises:
-        ShortReadError: fewer came.
+        ShortReadError: fewer bytes were received.
     """
     data = bytearray(size)
     if not size:
@@ -413,16 +413,16 @@ def _filled(file: Any, size: int) -> bytearray:
             break
         if data[-1] != mark:
             return data
-    raise ShortReadError(f"fewer bytes came than the {size} that were asked for")
+    raise ShortReadError(f"received fewer than the {size} requested bytes")
 
 
 def _refuse_password(uri: str) -> None:
-    """Refuse keys in a URI: it is written into the recipe, the report and every error."""
+    """Refuse credentials in a URI: it is written to the recipe, the report and every error."""
     scheme, mark, rest = uri.partition("://")
-    # The first part holds a ":" only with keys or a port; a key that has a "/" comes in two parts.
+    # The first part has a ":" only with keys or a port; a key with a "/" is split into two parts.
     if mark and "@" in rest and ":" in rest.partition("/")[0]:
         raise StorageError(
-            f"{scheme}://...: keys do not belong in a URI, which is written into files",
+            f"{scheme}://...: a URI must not contain credentials, because it is written to files",
             hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile",
         )
 

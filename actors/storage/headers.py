@@ -1,7 +1,7 @@
-"""The header of a safetensors file: read, checked as coming from a stranger, and written.
+"""Parse, validate and write the header of a safetensors file; its source is not trusted.
 
 Format: 8 bytes little-endian length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}}``,
-then the data. Nothing is allocated or read on the word of a header before it has been checked.
+then the data. No size in a header is used to allocate or read before it has been checked.
 """
 
 import json
@@ -20,14 +20,14 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-NARROW = ("F8", "F6", "F4")  # what quantised weights are stored in
+NARROW = ("F8", "F6", "F4")  # dtypes of quantised weights
 MAX_DIMS = 8
 MAX_BYTES = 2**62  # of a tensor, dims of 0 counted as 1: what a reader's integers can hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Where a tensor lies in its file.
+    """Position of a tensor in its file.
 
     Attributes:
         dtype: as written in the header, e.g. ``BF16``.
@@ -49,7 +49,7 @@ def parse_length(prefix: bytes | bytearray, *, file_bytes: int, where: str) -> i
         ModelError: the file cannot be a safetensors file.
     """
     if len(prefix) < 8:  # noqa: PLR2004 the format's prefix
-        raise ModelError(f"{where}: {len(prefix)} bytes are too few for a safetensors file")
+        raise ModelError(f"{where}: {len(prefix)} bytes are too short for a safetensors file")
     length = int.from_bytes(prefix[:8], "little")
     if length + 8 > file_bytes:
         raise ModelError(
@@ -58,7 +58,7 @@ def parse_length(prefix: bytes | bytearray, *, file_bytes: int, where: str) -> i
         )
     if length > MAX_HEADER_BYTES:
         raise ModelError(
-            f"{where}: its header of {length} bytes is over {MAX_HEADER_BYTES}",
+            f"{where}: its header has {length} bytes, over the limit of {MAX_HEADER_BYTES}",
             hint="save the model in several files: save_pretrained(DIR, max_shard_size='5GB')",
         )
     return length
@@ -92,7 +92,7 @@ def parse_header(data: bytes | bytearray, *, file_bytes: int, where: str) -> dic
         if entry.start != expected:
             raise ModelError(
                 f"{where}: {shown(name)} begins at byte {entry.start}, not at {expected}: "
-                "tensors overlap or leave a hole"
+                "tensors overlap or leave a gap"
             )
         expected += entry.size
     if expected != file_bytes:
@@ -105,18 +105,20 @@ def parse_header(data: bytes | bytearray, *, file_bytes: int, where: str) -> dic
 
 def _check_metadata(metadata: object, *, where: str) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ModelError(f"{where}: __metadata__ of the safetensors header must map text to text")
+        raise ModelError(
+            f"{where}: __metadata__ of the safetensors header must map strings to strings"
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a name occurs twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
 def _entry(value: object, *, begin: int, where: str) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ModelError(f"{where}: needs exactly dtype, shape and data_offsets")
+        raise ModelError(f"{where}: must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         known = ", ".join(DTYPE_BYTES)
@@ -133,15 +135,15 @@ def _entry(value: object, *, begin: int, where: str) -> TensorEntry:
         or prod(max(dim, 1) for dim in shape) * width > MAX_BYTES
     ):
         raise ModelError(
-            f"{where}: shape {shown(shape)} is not a list of at most {MAX_DIMS} possible sizes"
+            f"{where}: shape {shown(shape)} is not a list of at most {MAX_DIMS} valid dimensions"
         )
     if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:  # noqa: PLR2004 begin, end
         raise ModelError(f"{where}: data_offsets {shown(offsets)} are not [begin, end]")
     size = prod(shape) * width
     if offsets[1] - offsets[0] != size:
         raise ModelError(
-            f"{where}: shape {shape} of {dtype} takes {size} bytes, "
-            f"data_offsets say {offsets[1] - offsets[0]}"
+            f"{where}: shape {shape} of {dtype} needs {size} bytes, "
+            f"data_offsets give {offsets[1] - offsets[0]}"
         )
     return TensorEntry(dtype=dtype, shape=tuple(shape), start=begin + offsets[0], size=size)
 
@@ -155,7 +157,7 @@ def _natural_numbers(value: object) -> bool:
 def header_bytes(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Return length and JSON of a file that holds these tensors (dtype, shape) in this order."""
+    """Return length and JSON for a file with these tensors (dtype, shape) in this order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():

@@ -1,7 +1,7 @@
-"""A model on the Hub as a directory whose files are read by byte range: ``hf://org/name@COMMIT``.
+"""Read the files of a model on the Hub by byte range: ``hf://org/name@COMMIT``.
 
-Every process reads what it needs and no more, and nothing is kept on a disk. A commit never
-changes, so its list of files and small ranges, such as headers, are asked for once in a process.
+Every process reads only what it needs, and nothing is stored on a disk. A commit never changes, so
+its list of files and small ranges, such as headers, are cached in the process.
 """
 
 import functools
@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-import huggingface_hub as hub  # its parts are imported when first used
+import huggingface_hub as hub  # its modules are imported on first use
 from huggingface_hub import constants, errors
 from pyarrow import fs
 
@@ -21,39 +21,40 @@ from actors.storage.retries import PassingError, ShortReadError, attempt
 from planners.errors import CompressionError, ModelError, StorageError
 
 SCHEME = "hf://"
-# Never a pickle: weights only as safetensors, and what the tokenizer and the config need.
+# Never a pickle: safetensors weights, and the files of tokenizer and config.
 FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja")
-COPIES = ("consolidated*",)  # the same weights once more, under other names
+COPIES = ("consolidated*",)  # a second copy of the same weights, under other names
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 20.0  # a transfer that moves no byte for so long has failed
 LIMIT_SECONDS = 300.0  # the window in which the Hub counts requests
-SMALL_BYTES = 2**18  # a range up to this is kept
-SMALL_RANGES = 1024  # that many: the headers and indices of the largest models in use
+SMALL_BYTES = 2**18  # ranges up to this are cached
+SMALL_RANGES = 1024  # cached at most: enough for headers and indices of the largest models
 MAX_REDIRECTS = 5
 OK, PARTIAL, TOO_MANY, SERVER_ERROR = 200, 206, 429, 500
 TIMED_OUT = 408
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-HTTP_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # httpx's, passed on
+HTTP_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # re-exported from httpx
 
 _lent: list[str] = []
-_read: list[str] = []  # what this process has named of the Hub
+_read: list[str] = []  # the model of the Hub that this process opened last
 
 
 def lend(token: str) -> None:
-    """Read from the Hub with this token from now on, in this process alone.
+    """Use this token for the Hub from now on, in this process only.
 
-    It is kept in memory: not in the environment, which other processes inherit and others read.
+    It is kept in memory and not in the environment, which child processes inherit and others can
+    read.
     """
     _lent[:] = [token] if token else []
 
 
 def token_here() -> str:
-    """Return the token that was lent, or that of this machine: HF_TOKEN or a login; or nothing."""
+    """Return the token passed to `lend`, else HF_TOKEN or that of a login; empty if none."""
     return _lent[0] if _lent else hub.get_token() or ""
 
 
 def token_in_use() -> str:
-    """Return the token that workers for this process need; none where it reads nothing there."""
+    """Return the token that workers need; empty where this process reads nothing from the Hub."""
     return token_here() if _read else ""
 
 
@@ -62,8 +63,8 @@ class HubFile:
     """A file of a commit.
 
     Attributes:
-        bytes: of it.
-        sha256: of its bytes as the Hub states it; empty of small files, for which it does not.
+        bytes: its size.
+        sha256: of its bytes, as stated by the Hub; empty for small files, which have none.
     """
 
     bytes: int
@@ -72,12 +73,12 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """A state of a repository that never changes.
+    """An immutable state of a repository.
 
     Attributes:
         repo_id: ``org/name``.
         hash: 40 hex digits.
-        files: name -> file, of those that are read.
+        files: name -> file, only those that may be read.
     """
 
     repo_id: str
@@ -86,12 +87,12 @@ class Commit:
 
     @property
     def uri(self) -> str:
-        """As `actors.storage.files.Directory` opens it."""
+        """The URI that `actors.storage.files.Directory` opens."""
         return f"{SCHEME}{self.repo_id}@{self.hash}"
 
 
 def find_commit(repo_id: str, revision: str = "") -> Commit:
-    """Ask the Hub for the commit that a branch, tag or hash names; the newest where it is empty.
+    """Return the commit of a branch, tag or hash on the Hub; the newest for an empty revision.
 
     Raises:
         ModelError: there is no such repository or revision, or the Hub cannot be reached.
@@ -103,17 +104,17 @@ def find_commit(repo_id: str, revision: str = "") -> Commit:
 
 
 def find_model(repo_id: str, revision: str = "") -> Commit:
-    """Return the commit of a model that this process may read: one small file of it is read.
+    """Return the commit of a model after checking access by reading one small file of it.
 
     Raises:
-        ModelError: it may not be read, or is none in the format that is read; as `find_commit`.
+        ModelError: access is denied, or the format is not supported; as `find_commit`.
     """
     commit = find_commit(repo_id, revision)
     if "config.json" not in commit.files or not any(
         name.endswith(".safetensors") for name in commit.files
     ):
         raise no_weights(repo_id)
-    # The list of a gated model's files is everybody's; its files are not.
+    # The list of a gated model's files is public; the files are not.
     at = (repo_id, commit.hash, "config.json", 0)
     size = min(commit.files["config.json"].bytes, SMALL_BYTES)
     try:
@@ -124,45 +125,45 @@ def find_model(repo_id: str, revision: str = "") -> Commit:
 
 
 class HubStore:
-    """The files of one commit, in the words of ``pyarrow.fs`` that `Directory` uses; read only."""
+    """The files of one commit, with the part of the ``pyarrow.fs`` API that `Directory` needs."""
 
     def __init__(self, root: str) -> None:
-        """Name a commit as ``org/name@COMMIT``; nothing is asked yet.
+        """Parse ``org/name@COMMIT``; no request is sent.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it has another form.
         """
         self._repo_id, _, self._commit = root.partition("@")
         if self._repo_id.count("/") != 1 or not self._commit:
-            raise ValueError("a model on the Hub is named hf://org/name@COMMIT")
+            raise ValueError("a model on the Hub must have the form hf://org/name@COMMIT")
         self._root = f"{root}/"
         _read[:] = [root]
 
-    def get_file_info(self, asked: Any) -> Any:
-        """Return what there is at a path, or the files below the folder of a selector."""
+    def get_file_info(self, path: Any) -> Any:
+        """Return the info of a path, or of the files below the folder of a selector."""
         files = _files(self._repo_id, self._commit)
-        if isinstance(asked, fs.FileSelector):
-            below = f"{asked.base_dir}/".removeprefix(self._root)
+        if isinstance(path, fs.FileSelector):
+            below = f"{path.base_dir}/".removeprefix(self._root)
             names = [name for name in files if name.startswith(below)]
-            if not asked.recursive:
+            if not path.recursive:
                 names = [name for name in names if "/" not in name[len(below) :]]
             return [self._info(name, files[name]) for name in names]
-        name = asked.removeprefix(self._root)
+        name = path.removeprefix(self._root)
         if name in files:
             return self._info(name, files[name])
-        above = self._root.startswith(f"{asked}/")
-        return fs.FileInfo(asked, fs.FileType.Directory if above else fs.FileType.NotFound)
+        above = self._root.startswith(f"{path}/")
+        return fs.FileInfo(path, fs.FileType.Directory if above else fs.FileType.NotFound)
 
     def stated_sha256(self, path: str) -> str:
-        """Return the hash of a file's bytes as the Hub states it; empty where it does not."""
+        """Return the sha256 of a file that the Hub states; empty if none."""
         file = _files(self._repo_id, self._commit).get(path.removeprefix(self._root))
         return file.sha256 if file else ""
 
     def open_input_file(self, path: str) -> "_RemoteFile":
-        """Return a file to read ranges of.
+        """Open a file for reading byte ranges.
 
         Raises:
-            FileNotFoundError: the commit has none of that name.
+            FileNotFoundError: the commit has no such file.
         """
         name = path.removeprefix(self._root)
         file = _files(self._repo_id, self._commit).get(name)
@@ -180,11 +181,11 @@ class HubStore:
             OSError: always.
         """
         del path, options
-        raise OSError("files on the Hub are only read")
+        raise OSError("files on the Hub are read-only")
 
 
 class _RemoteFile:
-    """A position in a file on the Hub."""
+    """A file on the Hub, with a read position."""
 
     def __init__(self, repo_id: str, commit: str, name: str, size: int) -> None:
         self._at = (repo_id, commit, name)
@@ -194,7 +195,7 @@ class _RemoteFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Hold nothing open."""
+        """Do nothing: no connection is held open."""
 
     def size(self) -> int:
         return self._size
@@ -209,8 +210,8 @@ class _RemoteFile:
         """Fill a buffer with the next bytes.
 
         Raises:
-            OSError: it may help to try again.
-            ModelError: it would not.
+            OSError: a transient failure; a retry may succeed.
+            ModelError: a permanent failure.
         """
         view = memoryview(buffer).cast("B")
         if len(view) <= SMALL_BYTES:
@@ -227,11 +228,11 @@ def _files(repo_id: str, commit: str) -> Mapping[str, HubFile]:
 
 
 def _asked(repo_id: str, revision: str) -> Commit:
-    """Ask the Hub once.
+    """Request a commit from the Hub once, without a retry.
 
     Raises:
-        PassingError: another try may do better.
-        ModelError: none would.
+        PassingError: a transient failure; a retry may succeed.
+        ModelError: a permanent failure.
     """
     try:
         found = hub.HfApi(token=token_here() or False).model_info(
@@ -260,26 +261,26 @@ def _small(repo_id: str, commit: str, name: str, start: int, size: int) -> bytes
 
 
 def _fill(repo_id: str, commit: str, name: str, start: int, view: memoryview) -> None:
-    """Read one range into memory; its length and place are those that were asked for."""
+    """Read one range into memory, checking that offset and length are the requested ones."""
     url = hub.hf_hub_url(repo_id, name, revision=commit)
     wanted = f"bytes {start}-{start + len(view) - 1}/"
     with _answer(url, wanted, repo_id=repo_id, commit=commit) as answer:
-        said = answer.headers.get("Content-Range", "")
-        if answer.status_code != PARTIAL or not said.startswith(wanted):
-            raise PassingError(f"{said or 'a whole file'} came where {wanted} was asked for")
+        received = answer.headers.get("Content-Range", "")
+        if answer.status_code != PARTIAL or not received.startswith(wanted):
+            raise PassingError(f"received {received or 'a whole file'} instead of {wanted}")
         done = 0
         for piece in answer.iter_raw():
             if done + len(piece) > len(view):
-                raise PassingError("more bytes came than were asked for")
+                raise PassingError("received more bytes than requested")
             view[done : done + len(piece)] = piece
             done += len(piece)
     if done != len(view):
-        raise ShortReadError(f"{done} bytes came of the {len(view)} that were asked for")
+        raise ShortReadError(f"received {done} of the {len(view)} requested bytes")
 
 
 @contextmanager
 def _answer(url: str, wanted: str, *, repo_id: str, commit: str) -> Iterator[Any]:
-    """Give the answer with a range of a file, where the Hub sends us for it."""
+    """Yield the response with a range of a file, following the redirects of the Hub."""
     token = token_here()
     headers = {"Range": wanted.replace(" ", "=").rstrip("/"), "Accept-Encoding": "identity"}
     private = {"Authorization": f"Bearer {token}"} if token else {}
@@ -290,12 +291,12 @@ def _answer(url: str, wanted: str, *, repo_id: str, commit: str) -> Iterator[Any
                 if target := answer.headers.get("Location"):
                     there = urljoin(url, target)
                     if _origin(there) != _origin(url):
-                        private = {}  # the token is for the Hub, not for where it keeps its files
+                        private = {}  # the token is for the Hub only, not for the store behind it
                     url = there
                     continue
                 if answer.status_code == TOO_MANY and not waited:
                     waited = True
-                    time.sleep(_told_to_wait(answer.headers))
+                    time.sleep(_retry_seconds(answer.headers))
                     continue
                 _require(answer, repo_id=repo_id, commit=commit)
                 yield answer
@@ -303,32 +304,32 @@ def _answer(url: str, wanted: str, *, repo_id: str, commit: str) -> Iterator[Any
         except HTTP_ERROR as error:
             host = urlsplit(url).hostname
             raise PassingError(f"{host}: {first_line(error)}") from error
-    raise PassingError("the Hub sends us from one place to the next")
+    raise PassingError("the Hub redirects too often")
 
 
 def _request(url: str, headers: Mapping[str, str]) -> Any:
-    """Return a context that gives the answer to one request, whose body was not read yet."""
+    """Return a context manager with the response to one request, its body unread."""
     client = hub.get_session()
     limits = (CONNECT_SECONDS, SILENT_SECONDS, SILENT_SECONDS, SILENT_SECONDS)
     return client.stream("GET", url, headers=headers, timeout=limits, follow_redirects=False)
 
 
 def _require(answer: Any, *, repo_id: str, commit: str) -> None:
-    """See that an answer is one.
+    """Raise unless a response is a success.
 
     Raises:
-        PassingError: another try may do better.
-        ModelError: none would.
+        PassingError: a transient failure; a retry may succeed.
+        ModelError: a permanent failure.
     """
     code = answer.status_code
     if code in (OK, PARTIAL):
         return
-    # The address of a store of the Hub holds a signature, so only its host is told.
+    # The URL of a store of the Hub contains a signature, so messages have its host only.
     host = urlsplit(str(answer.request.url)).hostname
     if _may_pass(code):
-        raise PassingError(f"{host} answers {code}")
+        raise PassingError(f"{host} responded with HTTP {code}")
     if _origin(str(answer.request.url)) != _origin(constants.ENDPOINT):
-        raise PassingError(f"{host} answers {code}")  # its address was signed for minutes only
+        raise PassingError(f"{host} responded with HTTP {code}")  # its signature expires in minutes
     try:
         answer.read()
         hub.hf_raise_for_status(answer)
@@ -340,8 +341,8 @@ def _may_pass(code: int) -> bool:
     return code >= SERVER_ERROR or code in (TIMED_OUT, TOO_MANY)
 
 
-def _told_to_wait(headers: Mapping[str, str]) -> float:
-    """Return the seconds after which the Hub takes requests again, as it says itself."""
+def _retry_seconds(headers: Mapping[str, str]) -> float:
+    """Return the seconds after which the Hub accepts requests again, from its headers."""
     for field in (*headers.get("RateLimit", "").split(";"), headers.get("Retry-After", "")):
         text = field.strip().removeprefix("t=")
         if text.isdigit():
@@ -355,36 +356,36 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 def _is_read(name: str) -> bool:
-    # As `snapshot_download` takes its patterns: a star goes over folders too.
+    # Like the patterns of `snapshot_download`, where a star also matches slashes.
     wanted = any(fnmatch(name, pattern) for pattern in FILES)
     return wanted and not any(fnmatch(name, pattern) for pattern in COPIES)
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, without what follows."""
+    """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def no_weights(repo_id: str) -> ModelError:
-    """Return the refusal of a repository that holds no model in the format that is read."""
+    """Return the error for a repository without a model in a supported format."""
     return ModelError(
         f"model {repo_id}: the repository has no config.json with .safetensors weights",
-        hint="weights in other formats, such as pytorch_model.bin, are not read; convert them",
+        hint="other formats, such as pytorch_model.bin, are not supported; convert the weights",
     )
 
 
 def explained(error: Exception, *, repo_id: str, revision: str) -> CompressionError:
-    """Return what a failed question to the Hub means for the user."""
+    """Return a clear error for a failed request to the Hub."""
     page = f"https://huggingface.co/{repo_id}"
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
-            f"model {repo_id}: access is restricted to those who were granted it",
-            hint=f"ask for access at {page}, then {LOG_IN}; `submit` takes that along",
+            f"model {repo_id}: access is restricted to users who were granted it",
+            hint=f"request access at {page}, then {LOG_IN}; `submit` passes the token on",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelError(
             f"model {repo_id}: has no revision {revision!r}",
-            hint=f"a branch, a tag or a commit hash of {page}/commits",
+            hint=f"give a branch, a tag or a commit hash from {page}/commits",
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return ModelError(

@@ -1,4 +1,4 @@
-"""Reading one step ahead of whoever uses what is read."""
+"""Read one item ahead of its consumer."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 def prefetched(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items in order; while the caller uses one, the next is made in a thread.
+    """Yield the items in order; while the caller uses one, a thread produces the next.
 
-    So reading overlaps with converting, copying to a device and computing, and one item more than
-    without it is in memory. An error in making an item is raised where the item would have come.
+    So reading overlaps with converting, copying to a device and computing, at the cost of one more
+    item in memory. An error in producing an item is raised where the item would have been yielded.
     """
     end = object()
     source = iter(items)
@@ -20,4 +20,4 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = thread.submit(next, source, end)
             yield item  # type: ignore[misc] # not the end, hence one of the items
-            del item  # else it would live on while the next is waited for
+            del item  # else it would stay in memory while waiting for the next

@@ -1,4 +1,4 @@
-"""The proof that a unit of work is done: its record, written after its files."""
+"""Records of completed units of work, each written after the files of its unit."""
 
 import hashlib
 import json
@@ -9,24 +9,24 @@ from typing import Any
 from actors.storage.files import Directory, FileEntry
 from planners.errors import StorageError
 
-SEAL = "seal"  # sha256 of all else in a record, so that one wrong byte in it counts as torn
+SEAL = "seal"  # sha256 of the rest of a record, so that any changed byte is detected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What was done, by whom, and what it left.
+    """What a unit did, which worker did it, and which files it wrote.
 
     Attributes:
         unit: name of the unit.
-        fingerprint: of what determines its bytes.
-        files: what it wrote.
-        values: small numbers it found: losses, energies, errors.
+        fingerprint: of everything that determines its bytes.
+        files: that it wrote.
+        values: small results: losses, energies, errors.
         started: seconds since the epoch.
         seconds: how long it took.
-        worker: who did it.
+        worker: that did it.
         device: device class.
         attempt: 1 for the first try.
-        incarnation: of the worker; a replaced worker's later words are not listened to.
+        incarnation: of the worker; later messages of a replaced worker are ignored.
     """
 
     unit: str
@@ -42,19 +42,19 @@ class Record:
 
 
 def write_record(run: Directory, record: Record) -> None:
-    """Write a record; the unit is done from here on."""
+    """Write a record, which marks the unit as done."""
     run.write(_path(record.unit), sealed(asdict(record)))
 
 
 def delete_record(run: Directory, record: Record) -> None:
-    """Remove a record; the unit is not done from here on."""
+    """Remove a record, so that the unit is no longer done."""
     run.delete(_path(record.unit))
 
 
 def read_records(run: Directory) -> dict[str, Record]:
-    """Return unit -> record of all records of a run that can be read.
+    """Return unit -> record of all intact records of a run.
 
-    A record that is torn counts as none: its unit will be done again.
+    A damaged record is skipped: its unit will be recomputed.
     """
     records = {}
     for name in run.names("records"):
@@ -66,31 +66,31 @@ def read_records(run: Directory) -> dict[str, Record]:
 
 
 def torn_records(run: Directory) -> list[str]:
-    """Return the names of files among the records that are none, or not as they were written."""
+    """Return the names of the record files of a run that are damaged or not records."""
     names = [name for name in run.names("records") if name.endswith(".json")]
-    whole = {_path(unit) for unit in read_records(run)}
-    return [name for name in names if name not in whole]
+    intact = {_path(unit) for unit in read_records(run)}
+    return [name for name in names if name not in intact]
 
 
 def read_record(run: Directory, unit: str) -> Record:
     """Return the record of a unit that is done.
 
     Raises:
-        StorageError: there is none, or it is torn.
+        StorageError: it does not exist, or is damaged.
     """
     record = _parsed(run.read(_path(unit)))
     if record is None:
-        raise StorageError(f"{run.path(_path(unit))}: is torn")
+        raise StorageError(f"{run.path(_path(unit))}: is truncated or damaged")
     return record
 
 
 def is_intact(run: Directory, record: Record, *, hashes: bool) -> bool:
-    """Return whether all files of a record are there with their sizes, and hashes where asked."""
+    """Return whether all files of a record exist with their sizes and, on request, hashes."""
     return not damaged_files(run, record, hashes=hashes)
 
 
 def damaged_files(run: Directory, record: Record, *, hashes: bool) -> list[str]:
-    """Return the files of a record that are gone, of another size, or of other bytes if asked."""
+    """Return the files of a record that are missing or differ in size or, on request, hash."""
     return [
         file.path
         for file in record.files
@@ -103,12 +103,12 @@ def _path(unit: str) -> str:
 
 
 def sealed(fields: Mapping[str, object]) -> bytes:
-    """Return fields as a file that says whether it is as it was written."""
+    """Return fields as the bytes of a JSON file with a checksum of them."""
     return json.dumps({**fields, SEAL: _seal(fields)}, indent=1, sort_keys=True).encode()
 
 
 def unsealed(data: bytes) -> dict[str, Any] | None:
-    """Return the fields of such a file, or None where it is torn, be it by one digit."""
+    """Return the fields of a file that `sealed` wrote, or None where any byte was changed."""
     try:
         fields: dict[str, Any] = json.loads(data)
         seal = fields.pop(SEAL)
@@ -133,7 +133,7 @@ def _parsed(data: bytes) -> Record | None:
 
 
 def require_directory(run: Directory) -> None:
-    """Write and remove a small file, so that a run that cannot be written fails at the door.
+    """Write and remove a small file, so that a read-only run directory fails at once.
 
     Raises:
         StorageError: the directory cannot be written.

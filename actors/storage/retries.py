@@ -1,6 +1,6 @@
-"""What a store's failure means: worth another try, or one clear line at once.
+"""Classify failures of a store: retry the transient ones, explain the permanent ones.
 
-``pyarrow`` raises `OSError` for everything, so the words of the message decide.
+``pyarrow`` raises `OSError` for everything, so the text of the message decides.
 """
 
 import random
@@ -12,9 +12,9 @@ from typing import TypeVar
 from planners.errors import StorageError
 
 ATTEMPTS = 6
-CONNECT_ATTEMPTS = 3  # of an address that does not answer: it is more likely wrong than busy
-FIRST_DELAY_SECONDS = 0.25  # doubled after each try; each wait is half of it to all of it
-MAX_SECONDS = 12.0  # no further try begins after so long
+CONNECT_ATTEMPTS = 3  # to an address that does not respond: it is more likely wrong than busy
+FIRST_DELAY_SECONDS = 0.25  # doubled after each try, times a random factor of 0.5 to 1
+MAX_SECONDS = 12.0  # no further try begins after this
 
 _T = TypeVar("_T")
 _UNREACHABLE = re.compile(r"curlCode: (7|28)\b.*(connect|Connection timed out)", re.I | re.S)
@@ -24,7 +24,7 @@ _TRANSIENT = re.compile(
     r"|HTTP status (408|429|5\d\d)|Connection reset|timed out|[Tt]imeout|Response body length"
 )
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-# What is wrong for good -> what to say, and what would be right. The first that matches counts.
+# Permanent failures: pattern, message, hint. The first match counts.
 _PERMANENT: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(
@@ -55,39 +55,39 @@ _PERMANENT: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(r"ACCESS_DENIED|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED"),
         "access is denied",
-        f"{_CREDENTIALS}, and see what they may do with this bucket",
+        f"{_CREDENTIALS}, and check their permissions on this bucket",
     ),
     (
         re.compile(r"curlCode: 6\b|Could not resolve|Name or service not known"),
-        "its host is not known",
+        "its host name cannot be resolved",
         "check endpoint_override and region, and the network",
     ),
     (
         re.compile(r"curlCode: (35|60)\b"),
-        "no safe connection: {reason}",
-        "a store that speaks plain HTTP needs ?scheme=http in the URI",
+        "no secure connection: {reason}",
+        "for a store that uses plain HTTP, put ?scheme=http at the end of the URI",
     ),
 )
 
 
 class PassingError(OSError):
-    """A store failed in a way that may pass by itself."""
+    """A transient failure of a store."""
 
 
 class ShortReadError(PassingError):
-    """A store gave fewer bytes than it had said."""
+    """A store returned fewer bytes than it announced."""
 
 
 def attempt(action: Callable[[], _T], *, where: str, retry: bool) -> _T:
-    """Return what an action on a file or object gives, tried again where that may help.
+    """Return the result of an action on a file or object, retrying transient failures.
 
     Args:
         action: may be called several times.
         where: the file or object, for the message.
-        retry: it is a store, whose failures may pass.
+        retry: whether to retry: True for stores, whose failures may be transient.
 
     Raises:
-        StorageError: it failed for good, or too often; the message names the object.
+        StorageError: it failed permanently, or too often; the message names the object.
     """
     begun = time.monotonic()
     for tries in range(1, ATTEMPTS + 1):
@@ -100,18 +100,18 @@ def attempt(action: Callable[[], _T], *, where: str, retry: bool) -> _T:
             if not retry or not is_transient(error):
                 raise explained(error, where) from error
             if last or seconds > MAX_SECONDS:
-                said = f"{where}: {reason(error)}; tried {tries} times in {seconds:.1f} s"
-                hint = "check the address, and that the store runs" if unreachable else _AGAIN
-                raise StorageError(said, hint=hint) from error
+                text = f"{where}: {reason(error)}; tried {tries} times in {seconds:.1f} s"
+                hint = "check the address, and that the store is running" if unreachable else _AGAIN
+                raise StorageError(text, hint=hint) from error
         time.sleep(FIRST_DELAY_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.0))
     raise AssertionError("the last try returns or raises")
 
 
-_AGAIN = "what is done is kept; run the same command again when the store is well"
+_AGAIN = "completed work is kept; run the same command again once the store is available"
 
 
 def is_transient(error: OSError) -> bool:
-    """Return whether a failure of a store may pass by itself."""
+    """Return whether a failure of a store may be transient."""
     if isinstance(error, PassingError):
         return True
     text = str(error)
@@ -119,19 +119,19 @@ def is_transient(error: OSError) -> bool:
 
 
 def explained(error: Exception, where: str) -> StorageError:
-    """Return one clear line about a failure that no further try would mend."""
+    """Return a clear one-line error for a permanent failure."""
     if isinstance(error, FileNotFoundError):
         return StorageError(f"{where}: there is no such file")
     text = str(error)
-    for pattern, said, hint in _PERMANENT:
+    for pattern, message, hint in _PERMANENT:
         if found := pattern.search(text):
             words = {**found.groupdict(), "reason": reason(error)}
-            return StorageError(f"{where}: {said.format(**words)}", hint=hint.format(**words))
+            return StorageError(f"{where}: {message.format(**words)}", hint=hint.format(**words))
     return StorageError(f"{where}: {reason(error)}")
 
 
 def reason(error: Exception) -> str:
-    """Return the last clause of a library's message: the cause, without its call stack."""
+    """Return the cause from a library's message, without its call stack."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "No space left" in text:
         return "no space left on the disk"

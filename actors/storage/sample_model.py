@@ -1,4 +1,4 @@
-"""A checkpoint of random weights at given shapes, to be timed where the real one is not at hand."""
+"""Write a checkpoint with random weights of given shapes, for benchmarks without the real one."""
 
 import json
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ def write_sample(
 ) -> None:
     """Write a checkpoint and, for each name, ``NAME.safetensors`` with (sequences, tokens) ids.
 
-    The weights of a layer are made and written before the next: no more than one layer, or one
-    table, is in memory. Seed 0; matrices are scaled so that activations keep their size.
+    Weights are generated and written layer by layer: at most one layer, or one table, is in memory.
+    Seed 0; matrices are scaled so that activations keep their magnitude.
     """
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, config["dtype"])

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, an object store, the package itself, or the Hub."""
+"""Find a model: in a local folder, an object store, the package itself, or the Hub."""
 
 import errno
 import hashlib
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import huggingface_hub as hub  # its parts are imported when first used
+import huggingface_hub as hub  # its modules are imported on first use
 from huggingface_hub import constants, errors
 
 from actors.storage.hub import (
@@ -43,13 +43,13 @@ _OBJECT_STORES = ("s3://", "gs://")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model that was found.
+    """The location of a model.
 
     Attributes:
-        name: short, fit for the name of a folder: the alias, or the last part of path or id.
-        uri: an absolute local directory, the ``s3://`` or ``gs://`` URI as it was given, or
+        name: short, usable as a folder name: the alias, or the last part of path or id.
+        uri: an absolute local directory, the given ``s3://`` or ``gs://`` URI, or
             ``hf://org/name@COMMIT``.
-        revision_hint: commit hash of a model from the Hub, else empty: the content decides.
+        revision_hint: commit hash of a model from the Hub; else empty: its contents identify it.
     """
 
     name: str
@@ -58,13 +58,13 @@ class ModelSource:
 
 
 def resolve_model(name: str, *, copy: bool = True) -> ModelSource:
-    """Return where the model of that name is.
+    """Return the location of a model.
 
     A name is one of
 
-    - an alias (`ALIASES`), even where a folder is called the same: write ``./tiny`` for that;
-    - a local directory with a ``config.json``; what begins with ``.``, ``/`` or ``~`` or exists is
-      never asked of the Hub;
+    - an alias (`ALIASES`), even if a folder has the same name: write ``./tiny`` for the folder;
+    - a local directory with a ``config.json``; a name that begins with ``.``, ``/`` or ``~``, or
+      exists, is never looked up on the Hub;
     - an ``s3://`` or ``gs://`` URI, which is not opened here;
     - a Hub id ``org/name``, or ``hf://org/name``.
 
@@ -73,20 +73,20 @@ def resolve_model(name: str, *, copy: bool = True) -> ModelSource:
 
     Args:
         name: of the model.
-        copy: download what is on the Hub to this machine; without a network the copy that an
-            earlier download left is used. Else, and of ``hf://`` always, its files stay where they
-            are: every process, on whichever machine, reads the byte ranges that it needs.
+        copy: download a model from the Hub to this machine; without a network, use the copy of an
+            earlier download. If False, and always for ``hf://``, nothing is downloaded: every
+            process, on any machine, reads the byte ranges that it needs.
 
     Raises:
-        ModelError: there is no such model, it may not be read, or the Hub cannot be reached.
+        ModelError: there is no such model, access is denied, or the Hub cannot be reached.
         StorageError: the download cannot be written.
     """
     if name.startswith(_OBJECT_STORES):
         return ModelSource(name=name.rstrip("/").rpartition("/")[2], uri=name)
     if "://" in name and not name.startswith(SCHEME):
         raise ModelError(
-            f"model {name!r}: is on no known object store",
-            hint=f"{' or '.join(_OBJECT_STORES)}..., a local directory, or a Hub id org/name",
+            f"model {name!r}: its object store is not supported",
+            hint=f"give {' or '.join(_OBJECT_STORES)}..., a local directory, or a Hub id org/name",
         )
     if name == EMBEDDED:
         return ModelSource(name=EMBEDDED, uri=str(embedded_model()))
@@ -101,12 +101,13 @@ def resolve_model(name: str, *, copy: bool = True) -> ModelSource:
     label = name.partition("@")[0]
     raise ModelError(
         f"model {name!r}: no such directory or alias{did_you_mean(label, ALIASES)}",
-        hint=f"a directory with a config.json, a Hub id org/name, or one of: {', '.join(ALIASES)}",
+        hint=f"give a directory with a config.json, a Hub id org/name, or one of: "
+        f"{', '.join(ALIASES)}",
     )
 
 
 def resolve_store(given: str) -> str:
-    """Return the directory that links of a model may lead into, absolute; empty if none is given.
+    """Return the absolute path of the directory that links of a model may point into, or empty.
 
     Raises:
         ConfigError: there is no such directory.
@@ -117,15 +118,15 @@ def resolve_store(given: str) -> str:
     if not os.path.isdir(path):  # noqa: PTH112 nor on a NUL
         raise ConfigError(
             f"model_store: {given!r}: no such directory",
-            hint="the directory that links in the model's directory lead into, or nothing",
+            hint="give the directory that links in the model directory point into, or leave it out",
         )
     return os.path.realpath(path)
 
 
 def hub_place(name: str) -> tuple[str, str, str] | None:
-    """Return short name, Hub id and revision of a model that is on the Hub; None of any other.
+    """Return short name, Hub id and revision of a model on the Hub; None for any other name.
 
-    Nothing is asked of the Hub. The revision is empty where the name has none.
+    No request is sent. The revision is empty where the name has none.
     """
     label, _, revision = name.removeprefix(SCHEME).rstrip("/").partition("@")
     if label in HUB_ALIASES:
@@ -140,12 +141,12 @@ def hub_place(name: str) -> tuple[str, str, str] | None:
 def _is_path(name: str) -> bool:
     try:
         return name.startswith((".", "/", "~")) or (name != "" and Path(name).exists())
-    except OSError:  # Too long for a file name, so none.
+    except OSError:  # too long for a file name
         return False
 
 
 def embedded_model() -> Path:
-    """Return the folder of the model that comes with the package."""
+    """Return the folder of the model that is included in the package."""
     return Path(str(resources.files("actors") / "models" / EMBEDDED))
 
 
@@ -154,13 +155,13 @@ def _local_model(name: str) -> ModelSource:
         path = Path(name).expanduser().resolve()
         exists, is_folder = path.exists(), path.is_dir()
         has_config, inner = (path / "config.json").is_file(), path / "model"
-        holds_model = (inner / "config.json").is_file()  # as a run directory does its result
+        holds_model = (inner / "config.json").is_file()  # name is a run directory with a result
     except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a loop of links, a NUL.
         raise ModelError(f"model {name!r}: {error}") from error
     if not exists:
         raise ModelError(
             f"model {name!r}: no such directory",
-            hint=f"a directory with a config.json, or one of: {', '.join(ALIASES)}",
+            hint=f"give a directory with a config.json, or one of: {', '.join(ALIASES)}",
         )
     if not is_folder:
         raise ModelError(
@@ -171,13 +172,13 @@ def _local_model(name: str) -> ModelSource:
             f"model {name!r}: the directory has no config.json",
             hint=f"did you mean {inner}?"
             if holds_model
-            else "give the directory that save_pretrained wrote, or that was downloaded",
+            else "give the directory that save_pretrained wrote, or the downloaded one",
         )
     return ModelSource(name=path.name or "model", uri=str(path))
 
 
 def _download(repo_id: str, *, revision: str, name: str) -> ModelSource:
-    """Return the local copy of a model on the Hub; only what is missing travels."""
+    """Return the local copy of a model on the Hub, downloading only missing files."""
     try:
         blobs = _blobs(repo_id)
         before = _listed(blobs)
@@ -191,7 +192,7 @@ def _download(repo_id: str, *, revision: str, name: str) -> ModelSource:
 
 
 def _snapshot(repo_id: str, revision: str) -> str:
-    """Return the folder of a revision's files, from the local cache if the Hub is out of reach."""
+    """Return the folder of a revision's files, from the local cache if the Hub is unreachable."""
 
     def download(*, local_files_only: bool) -> str:
         return hub.snapshot_download(
@@ -204,7 +205,7 @@ def _snapshot(repo_id: str, revision: str) -> str:
         )
 
     try:
-        # `snapshot_download` asks the same, but waits for an answer for ever.
+        # `snapshot_download` sends the same request, but without a timeout.
         hub.HfApi().model_info(repo_id, revision=revision or None, timeout=_CONNECT_SECONDS)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
@@ -212,12 +213,12 @@ def _snapshot(repo_id: str, revision: str) -> str:
         try:
             return download(local_files_only=True)
         except errors.LocalEntryNotFoundError:
-            raise error from None  # Why the Hub could not be asked says more.
+            raise error from None  # the reason why the Hub is unreachable is more useful
     return download(local_files_only=False)
 
 
 def _blobs(repo_id: str) -> Path:
-    """Return where the cache keeps the files of a repository, each by the hash the Hub gave."""
+    """Return the cache folder of a repository's files, each named by the hash that the Hub gave."""
     owner, _, model = repo_id.partition("/")
     return Path(constants.HF_HUB_CACHE) / f"models--{owner}--{model}" / "blobs"
 
@@ -227,12 +228,12 @@ def _listed(folder: Path) -> set[str]:
 
 
 def _check_hashes(folder: Path, *, new: set[str], repo_id: str) -> None:
-    """Compare what was downloaded just now with the sha256 that the Hub states for large files.
+    """Compare newly downloaded files with the sha256 that the Hub states for large files.
 
-    The download itself compares sizes only. A file that differs is removed, to be fetched anew.
+    The download itself compares sizes only. A file that differs is removed.
 
     Raises:
-        ModelError: a file has other bytes.
+        ModelError: a file does not match its hash.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         stated = Path(os.path.realpath(path)).name
@@ -243,17 +244,17 @@ def _check_hashes(folder: Path, *, new: set[str], repo_id: str) -> None:
                 Path(os.path.realpath(path)).unlink()
                 path.unlink()
                 raise ModelError(
-                    f"model {repo_id}: {path.name} arrived with other bytes than the Hub states "
-                    f"(sha256 {found[:12]}…, not {stated[:12]}…)",
-                    hint="it was removed; run the same command again to fetch it anew",
+                    f"model {repo_id}: the download of {path.name} does not match the hash that "
+                    f"the Hub states (sha256 {found[:12]}…, not {stated[:12]}…)",
+                    hint="it was removed; run the same command again to download it again",
                 )
 
 
 def _explained(error: Exception, *, repo_id: str, revision: str) -> CompressionError:
-    """Return what a failed download means for the user."""
+    """Return a clear error for a failed download."""
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
         return StorageError(
-            f"model {repo_id}: cannot be written to the cache of downloads: {first_line(error)}",
-            hint="set HF_HOME to a folder with room",
+            f"model {repo_id}: cannot be written to the download cache: {first_line(error)}",
+            hint="set HF_HOME to a writable folder with enough space",
         )
     return explained(error, repo_id=repo_id, revision=revision)

@@ -1,4 +1,4 @@
-"""Which file system a URI names, with every wait of its client bounded."""
+"""Open the file system of a URI, with a timeout on every operation of its client."""
 
 import os
 import urllib.error
@@ -10,7 +10,7 @@ from pyarrow import fs
 
 CONNECT_SECONDS = 2.0
 SILENT_SECONDS = 20.0  # a transfer that moves no byte for so long has failed
-PART_ATTEMPTS = 5  # of one part of an upload, by the client itself: only it still has the bytes
+PART_ATTEMPTS = 5  # for one part of an upload, by the client: nobody else still has the bytes
 GCS_SECONDS = 12  # of the Google client's own retries
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _QUERY = ("region", "scheme", "endpoint_override")
@@ -19,17 +19,17 @@ _QUERY = ("region", "scheme", "endpoint_override")
 def open_store(uri: str) -> tuple[Any, Any, str]:
     """Return the file systems to read from and to write to, and the root that a URI names.
 
-    Reads are tried once by the client: `actors.storage.retries` tries them again. A streamed upload
-    is tried again by the client, part by part, and one part at a time, so that memory is bounded.
-    A model on the Hub is only read.
+    The client tries a read once: `actors.storage.retries` retries it. The client retries the parts
+    of a streamed upload itself, and sends one part at a time, so that memory is bounded. A model on
+    the Hub is read-only.
 
     Raises:
-        ValueError: the URI is none that can be opened.
-        OSError: its region cannot be found out.
+        ValueError: the URI is not supported.
+        OSError: the region of the bucket cannot be determined.
     """
     parts = urlsplit(uri)
     if parts.scheme == "hf":
-        from actors.storage.hub import HubStore  # most runs have no use for its client
+        from actors.storage.hub import HubStore  # most runs do not need its client
 
         root = uri.partition("://")[2].rstrip("/")
         store = HubStore(root)
@@ -57,7 +57,7 @@ def _s3_options(bucket: str, query: str) -> dict[str, Any]:
     given = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(given.keys() - set(_QUERY))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no option of a store; known: {', '.join(_QUERY)}")
+        raise ValueError(f"{unknown[0]!r} is not a store option; known: {', '.join(_QUERY)}")
     if not given.get("region"):
         named = [os.environ[name] for name in _REGIONS if os.environ.get(name)]
         elsewhere = "endpoint_override" in given or "AWS_ENDPOINT_URL" in os.environ
@@ -71,20 +71,20 @@ def _s3_options(bucket: str, query: str) -> dict[str, Any]:
 
 
 def _region_of(bucket: str) -> str:
-    """Ask Amazon where a bucket lies; its own client would wait for 25 s where there is no network.
+    """Return the region of a bucket; Amazon's client would wait for 25 s without a network.
 
     Raises:
-        OSError: there is no such bucket, or no answer.
+        OSError: there is no such bucket, or no response.
     """
     request = urllib.request.Request(f"https://s3.amazonaws.com/{bucket}", method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as answer:
             headers = answer.headers
-    except urllib.error.HTTPError as error:  # 301 and 403 say it too
+    except urllib.error.HTTPError as error:  # responses 301 and 403 have the region too
         headers = error.headers
     except OSError as error:
         reason = getattr(error, "reason", error)
-        raise OSError(f"its region cannot be asked for: {reason}") from error
+        raise OSError(f"the region of the bucket cannot be determined: {reason}") from error
     region = headers.get("x-amz-bucket-region")
     if not region:
         raise OSError("AWS Error NO_SUCH_BUCKET")

@@ -1,6 +1,6 @@
-"""Whether a file of statistics holds what it should: sums of products of real tokens.
+"""Validate a file of statistics: finite sums and symmetric Gram matrices.
 
-A gram of one axis is packed (`planners.model.packing`). Of two axes it is whole, as once all were.
+A gram with one axis is packed (`planners.model.packing`); older files have full ones, with two.
 """
 
 import torch
@@ -12,26 +12,26 @@ from actors.storage.tensors import read_header, read_tensor
 from planners.errors import StorageError
 from planners.model.packing import blocks_of, dim_of_packed
 
-BLOCK_BYTES = 128 * 2**20  # of a gram that are in memory at one time, twice
-# Products are formed in float32, where (i, j) and (j, i) may be rounded apart.
-ASYMMETRY = 1e-5  # of the root of both diagonal entries
+BLOCK_BYTES = 128 * 2**20  # of a gram per block; two blocks are in memory at a time
+# Products are computed in float32, where (i, j) and (j, i) may be rounded differently.
+ASYMMETRY = 1e-5  # relative to the square root of the product of both diagonal entries
 
 
 def check_sums(directory: Directory, name: str, *, num_tokens: int) -> None:
-    """See that every sum of a file is finite and every gram in it symmetric with a diagonal >= 0.
+    """Check that every sum in a file is finite and every gram symmetric with a diagonal >= 0.
 
-    A large gram is read in blocks of rows; it is never whole in memory.
+    A large gram is read in blocks of rows; it is never fully in memory.
 
     Raises:
-        StorageError: something is not so; the message names the file and the statistic.
-        ModelError: it is no safetensors file.
+        StorageError: a check fails; the message names the file and the statistic.
+        ModelError: it is not a safetensors file.
     """
     for key, entry in read_header(directory, name).items():
         where = f"{directory.path(name)}: {key}"
         if key == "num_tokens":
             found = int(read_tensor(directory, name, entry)[0])
             if found != num_tokens:
-                raise StorageError(f"{where} is {found}; its record says {num_tokens}")
+                raise StorageError(f"{where} is {found}, but its record has {num_tokens}")
         elif key.endswith("gram") and len(entry.shape) == 1:
             _check_packed(directory, name, entry, where)
         elif key.endswith("gram") and len(entry.shape) == 2:  # noqa: PLR2004 a matrix
@@ -73,9 +73,10 @@ def _check_large(directory: Directory, name: str, entry: TensorEntry, where: str
 def _check_block(
     block: Tensor, mirrored: Tensor, rows: Tensor, columns: Tensor, where: str
 ) -> None:
-    """Compare a block of a gram with its mirror image; both diagonals are of its rows and columns.
+    """Compare a block of a gram with its mirror image.
 
-    A leading axis, as of one gram a head, goes with all of them.
+    ``rows`` and ``columns`` are the diagonal entries of the gram for the rows and columns of the
+    block. All arguments may have a leading axis, such as one gram per head.
     """
     if bool((rows < 0).any()):
         raise StorageError(f"{where} has a negative sum of squares on its diagonal")

@@ -20,14 +20,14 @@ TORCH_DTYPE = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-PIECE = 2**24  # elements that exist in both dtypes while a tensor is written in another
+PIECE = 2**24  # elements converted at a time while a tensor is written in another dtype
 
 
 def read_header(directory: Directory, name: str) -> dict[str, TensorEntry]:
     """Return the checked header of a file.
 
     Raises:
-        ModelError: there is no such file, or it is no sound safetensors file.
+        ModelError: there is no such file, or it is not a valid safetensors file.
     """
     file_bytes = directory.size(name)
     if file_bytes is None:
@@ -41,7 +41,7 @@ def read_header(directory: Directory, name: str) -> dict[str, TensorEntry]:
 def read_tensor(
     directory: Directory, name: str, entry: TensorEntry, *, rows: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return a tensor, or rows ``[a, b)`` of it, in memory of its own."""
+    """Return a tensor, or rows ``[a, b)`` of it, in new memory."""
     shape, start, size = entry.shape, entry.start, entry.size
     if rows is not None:
         row_bytes = size // max(shape[0], 1)
@@ -60,12 +60,12 @@ def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
 
 
 def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
-    """Return all tensors of one of our own files: a local file's pages, in memory while in use.
+    """Return all tensors of one of our own files; a local file is memory-mapped.
 
-    What is changed in them stays in this process.
+    Changes to them stay in this process.
 
     Raises:
-        StorageError: the file is not as it was written.
+        StorageError: the file does not match its hash.
     """
     header = read_header(directory, file.path)
     pages: mmap.mmap | bytearray
@@ -76,8 +76,8 @@ def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
         pages = directory.read_range(file.path, 0, file.bytes)
     if hashlib.sha256(pages).hexdigest() != file.sha256:
         raise StorageError(
-            f"{directory.path(file.path)}: is not what its record says it was",
-            hint="run the same command again with --verify-hashes, which makes such files again",
+            f"{directory.path(file.path)}: does not match the hash in its record",
+            hint="run the same command again with --verify-hashes, which recomputes such files",
         )
     found = {}
     for key, entry in header.items():
@@ -91,13 +91,13 @@ def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in row-major order, without a copy where it lies so already."""
+    """Return the bytes of a tensor in row-major order, without a copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def require_finite(tensor: Tensor) -> None:
-    """Refuse a result with entries that are none of its dtype's numbers.
+    """Refuse a result with entries that are NaN or infinite.
 
     Raises:
         NumericsError: it has such an entry.
@@ -111,7 +111,7 @@ def require_finite(tensor: Tensor) -> None:
 
 
 def described(tensor: Tensor) -> dict[str, object]:
-    """Return what a reader can compare: the hash of the bytes as they were computed.
+    """Return sha256, shape and dtype of a tensor, with which a reader can compare it.
 
     Raises:
         NumericsError: an entry is NaN or infinite.
@@ -139,7 +139,7 @@ def write_tensors(
         name: of the file.
         tensors: name -> tensor.
         metadata: of the header.
-        stored: the dtype of those that are written in another than their own.
+        stored: name -> dtype in the file, for tensors that are converted.
     """
     ordered = dict(sorted(tensors.items()))
     dtypes = {key: (stored or {}).get(key, t.dtype) for key, t in ordered.items()}
@@ -162,7 +162,7 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 def write_rows(
     directory: Directory, name: str, key: str, blocks: Iterable[Tensor], *, shape: tuple[int, int]
 ) -> FileEntry:
-    """Write one large matrix that arrives in blocks of rows; it is never whole in memory."""
+    """Write one large matrix from blocks of rows, without having all of it in memory."""
     metadata = {"format": "pt"}
     with directory.writing(name) as stream:
         for number, block in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""The tokens that calibration and evaluation read: made once, stored, hashed."""
+"""Tokenise text for calibration and evaluation; store and hash the tokens."""
 
 import hashlib
 import importlib
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from actors.storage.copies import MAX_TOKENIZER_BYTES, local_tokenizer
-from actors.storage.quoting import said, shown
+from actors.storage.quoting import error_text, shown
 from actors.storage.sources import embedded_model
 from actors.storage.texts import MAX_PIECE, piece_end, read_texts, require_file
 from planners.errors import DataError
@@ -31,27 +31,27 @@ Tokens = NDArray[np.int64]
 
 MAX_DEFAULT_SEQUENCES = 128
 _TENSOR = "input_ids"
-_MIN_CHARACTERS = 2_000_000  # so much text is looked at, if there is so much, however few are asked
-_MIN_SURPLUS = 4  # times the tokens that are needed
+_MIN_CHARACTERS = 2_000_000  # of text that are tokenised, if available, however few are needed
+_MIN_SURPLUS = 4  # times the needed tokens
 _MIN_LENGTH = 2  # the first token is not predicted
 _NUM_AXES = 2
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\s*$")  # a line of it; SentencePiece is binary
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\s*$")  # one of its lines; SentencePiece is binary
 _LINE_BYTES = 1024
-_OTHERWISE = "or put its tokenizer.json there, or give tokens:FILE.safetensors"
+_OTHERWISE = "or add its tokenizer.json, or use tokens:FILE.safetensors"
 _PACKED = "one int64 tensor input_ids of shape (sequences, tokens)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFile:
-    """Tokens that were written.
+    """A written file of tokens.
 
     Attributes:
-        path: below the run directory.
+        path: relative to the run directory.
         sha256: `tokens_hash` of them.
         num_sequences: rows.
         sequence_length: tokens of each, BOS included.
-        source: what the user called them.
+        source: as the user gave it.
     """
 
     path: str
@@ -62,7 +62,7 @@ class TokenFile:
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer of transformers, whose own classes are slow to import."""
+    """The part of transformers' tokenizers that is used here: their classes are slow to import."""
 
     bos_token_id: int | None
 
@@ -73,7 +73,7 @@ class Tokenizer(Protocol):
 
 
 def token_file(tokens: Tokens, path: str, *, source: str) -> TokenFile:
-    """Return what is to be known of tokens (sequences, tokens) stored at ``path``."""
+    """Return the description of tokens, shape (sequences, tokens), stored at ``path``."""
     num_sequences, sequence_length = tokens.shape
     return TokenFile(
         path=path,
@@ -100,10 +100,10 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
     - ``tokens:FILE.safetensors``: exactly as they are, in order; the first ``num_sequences``.
       Neither tokenizer nor ``sequence_length`` matters.
     - ``embedded``: those that come with the model tiny, in order; ``sequence_length`` may cut them.
-    - all else is text (`actors.storage.texts.read_texts`): tokenised text by text without special
-      tokens, concatenated, and cut into pieces, of which ``num_sequences`` are drawn by ``seed``
-      without replacement and kept in order. A sequence is BOS, if asked for and known to the
-      tokenizer, and a piece. Reading stops at 4 times the tokens needed, and not before 2 million
+    - any other source is text (`actors.storage.texts.read_texts`): tokenised text by text without
+      special tokens, concatenated, and cut into pieces, of which ``num_sequences`` are drawn by
+      ``seed`` without replacement and kept in order. A sequence is BOS, if requested and known to
+      the tokenizer, and a piece. Reading stops at 4 times the needed tokens, not before 2 million
       characters, so the rest of a long text is never drawn.
 
     Args:
@@ -111,22 +111,22 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
         split: ``calibration`` or ``evaluation``.
         tokenizer_uri: directory of the model.
         vocab_size: all ids are below it.
-        sequence_length: tokens of a sequence, BOS included; text needs it.
-        num_sequences: None is all that a token file holds; of text as many as there are up to
-            128, but all of the evaluation split of ``wikitext2``, on which others publish.
+        sequence_length: tokens per sequence, BOS included; required for text.
+        num_sequences: None means all sequences of a token file; of text as many as there are, up
+            to 128, but all of the evaluation split of ``wikitext2``, as published results use.
         bos: text sequences begin with BOS.
         seed: of the choice.
 
     Raises:
-        DataError: the source or the tokenizer is missing or broken, holds too little, or does not
-            fit the model.
+        DataError: the source or the tokenizer is missing or broken, has too few tokens, or does
+            not fit the model.
     """
     if sequence_length is not None and sequence_length < _MIN_LENGTH:
         raise DataError(
             f"{split}: a sequence of {sequence_length} tokens predicts nothing; give 2 or more"
         )
     if source.startswith("tokens:"):
-        path = Path(os.path.expanduser(source.removeprefix("tokens:")))  # noqa: PTH111 never raises
+        path = Path(os.path.expanduser(source.removeprefix("tokens:")))  # noqa: PTH111 unlike Path's, never raises
         tokens = _read_tokens(path, num_sequences=num_sequences)
     elif source == "embedded":
         with local_tokenizer(tokenizer_uri) as folder:
@@ -136,17 +136,17 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
         )
         tokens = _cut(tokens, sequence_length)
     elif sequence_length is None:
-        raise DataError(f"{source}: text has no sequence length of its own; give one")
+        raise DataError(f"{source}: text needs a sequence length")
     else:
         with local_tokenizer(tokenizer_uri) as folder:
             tokenizer = load_tokenizer(folder)
         bos_id = tokenizer.bos_token_id if bos else None
         piece = sequence_length - (bos_id is not None)
-        whole = num_sequences is None and source == "wikitext2" and split == "evaluation"
-        enough = math.inf if whole else (num_sequences or MAX_DEFAULT_SEQUENCES) * piece
+        use_all = num_sequences is None and source == "wikitext2" and split == "evaluation"
+        enough = math.inf if use_all else (num_sequences or MAX_DEFAULT_SEQUENCES) * piece
         texts = read_texts(source, split=split)
         stream = _tokenise(texts, _guarded(tokenizer, tokenizer_uri), enough=enough)
-        if num_sequences is None and not whole:
+        if num_sequences is None and not use_all:
             num_sequences = min(max(len(stream) // piece, 1), MAX_DEFAULT_SEQUENCES)
         tokens = pack(
             stream,
@@ -171,19 +171,19 @@ def pack(
 ) -> Tokens:
     """Return sequences cut from a stream of ids, shape (sequences, tokens).
 
-    Each is ``bos_id``, if there is one, and the tokens of one piece; the pieces share no token and
-    what is left at the end of the stream is dropped. ``num_sequences`` pieces are drawn without
-    replacement and kept in order; None takes them all.
+    Each is ``bos_id``, if there is one, and the tokens of one piece; pieces do not overlap and the
+    rest at the end of the stream is dropped. ``num_sequences`` pieces are drawn without replacement
+    and kept in order; None uses all.
 
     Raises:
-        DataError: the stream has too few tokens; the message says how many sequences it has.
+        DataError: the stream has too few tokens; the message has the number of sequences in it.
     """
     piece = sequence_length - (bos_id is not None)
     available = len(stream) // piece
     if available == 0:
         raise DataError(
-            f"{where}: is {len(stream)} tokens long, and one sequence needs {piece}",
-            hint="give more text, or ask for shorter sequences",
+            f"{where}: has {len(stream)} tokens, but one sequence needs {piece}",
+            hint="give more text, or use shorter sequences",
         )
     _check_enough(available, num_sequences, sequence_length=sequence_length, where=where)
     pieces = stream[: available * piece].reshape(available, piece)
@@ -196,17 +196,17 @@ def pack(
 
 
 def tokens_hash(tokens: Tokens) -> str:
-    """Return the sha256 of shape and ids as int64, little-endian; rows cut otherwise differ."""
+    """Return the sha256 of shape and ids as little-endian int64."""
     digest = hashlib.sha256(np.array(tokens.shape, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
 def tokens_to_parquet(tokens: Tokens, metadata: Mapping[str, str]) -> bytes:
-    """Return a parquet file with a row a sequence and one column, ``input_ids`` (list of int32).
+    """Return a parquet file with one row per sequence and a column ``input_ids`` (list of int32).
 
     Its metadata are ``metadata``, e.g. ``source``, and ``sequence_length`` and ``sha256``
-    (`tokens_hash`), with which `tokens_from_parquet` knows it again.
+    (`tokens_hash`), which `tokens_from_parquet` checks.
     """
     num_sequences, length = tokens.shape
     offsets = np.arange(num_sequences + 1, dtype=np.int32) * length
@@ -225,51 +225,53 @@ def tokens_from_parquet(data: bytes) -> Tokens:
     """Return the token ids that `tokens_to_parquet` wrote, shape (sequences, tokens).
 
     Raises:
-        DataError: these bytes are not such a file, or not what was written.
+        DataError: the bytes are not such a file, or do not match its hash.
     """
     try:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"stored tokens: are not a readable parquet file: {error}") from error
+        raise DataError(f"stored tokens: not a readable parquet file: {error}") from error
     metadata = table.schema.metadata or {}
     length = metadata.get(b"sequence_length", b"")
     columns = {field.name: field.type for field in table.schema}
     if columns != {_TENSOR: pa.list_(pa.int32())} or not length.isdigit():
-        raise DataError(f"stored tokens: are not ours; the columns are {columns}")
+        raise DataError(f"stored tokens: not written by this program; the columns are {columns}")
     rows = table.column(_TENSOR).combine_chunks()
     flat = rows.flatten().to_numpy(zero_copy_only=False)
     if flat.size != table.num_rows * int(length):
-        raise DataError("stored tokens: the rows are not of the length that their file states")
+        raise DataError("stored tokens: the rows do not have the length stated in the file")
     tokens: Tokens = flat.astype(np.int64).reshape(table.num_rows, int(length))
     if tokens_hash(tokens).encode() != metadata.get(b"sha256"):
-        raise DataError("stored tokens: do not have the hash that their file states")
+        raise DataError("stored tokens: do not match the hash stated in the file")
     return tokens
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Return the tokenizer in a model's directory; code that comes with it is not run.
+    """Return the tokenizer in a model directory, without running code that comes with it.
 
     Raises:
-        DataError: there is none, it is broken, or a package that reads it is not installed.
+        DataError: there is none, it is broken, or a package it needs is not installed.
     """
     _check_size(directory)
     _check_vocabulary(directory)
-    transformers: Any = importlib.import_module("transformers")  # Seconds; token files need none.
+    transformers: Any = importlib.import_module(
+        "transformers"
+    )  # takes seconds; not needed for token files
     with _Broken(directory):
         tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
         ids = tokenizer(string.printable, add_special_tokens=False, verbose=False)["input_ids"]
-    if not ids:  # transformers makes one of special tokens alone
-        read = type(tokenizer).__name__
-        raise _no_tokenizer(directory, f"{read} reads no vocabulary from the files that are there")
+    if not ids:  # without a vocabulary, transformers returns one with special tokens only
+        kind = type(tokenizer).__name__
+        raise _no_tokenizer(directory, f"{kind} finds no vocabulary in its files")
     return tokenizer
 
 
 def _check_vocabulary(directory: Path) -> None:
-    """See that there is a vocabulary, and the package that reads one which is not JSON."""
+    """Raise unless there is a vocabulary, and the package that reads it if it is not JSON."""
     if not any((directory / name).is_file() for name in _VOCABULARIES):
-        raise _no_tokenizer(directory, f"none of {', '.join(_VOCABULARIES)} is there")
+        raise _no_tokenizer(directory, f"it has none of {', '.join(_VOCABULARIES)}")
     path = directory / "tokenizer.model"
     if (directory / "tokenizer.json").is_file() or not path.is_file():
         return
@@ -277,8 +279,8 @@ def _check_vocabulary(directory: Path) -> None:
         package = "tiktoken" if _TIKTOKEN.match(file.readline(_LINE_BYTES)) else "sentencepiece"
     if importlib.util.find_spec(package) is None:
         raise DataError(
-            f"{directory}: its tokenizer is tokenizer.model alone, which the package {package} "
-            "reads, and that is not installed",
+            f"{directory}: its only tokenizer file is tokenizer.model, which needs the package "
+            f"{package}, and that is not installed",
             hint=f"pip install {package}, {_OTHERWISE}",
         )
 
@@ -295,16 +297,16 @@ def _check_size(directory: Path) -> None:
         path = directory / name
         if path.is_file() and path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise DataError(
-                f"{path}: {path.stat().st_size} bytes are too many for a tokenizer, over "
-                f"{MAX_TOKENIZER_BYTES}"
+                f"{path}: is {path.stat().st_size} bytes, too large for a tokenizer (limit "
+                f"{MAX_TOKENIZER_BYTES})"
             )
 
 
 class _Broken:
-    """Turns what a broken tokenizer raises into a DataError that names its directory.
+    """Converts errors of a broken tokenizer into a DataError that names its directory.
 
-    No ``except`` clause can say this: the Rust part raises the bare class Exception, and a clause
-    for that would hide every mistake of ours as well.
+    No ``except`` clause can do this: the Rust part raises the bare class Exception, and a clause
+    for that would hide our own bugs as well.
     """
 
     _KINDS = (
@@ -330,11 +332,11 @@ class _Broken:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None and (kind is Exception or isinstance(error, self._KINDS)):
-            raise _no_tokenizer(self._directory, said(error)) from error
+            raise _no_tokenizer(self._directory, error_text(error)) from error
 
 
 def _guarded(tokenizer: Tokenizer, directory: str) -> Callable[[str], Tokens]:
-    """Return a function from text to ids that names the directory when the tokenizer fails."""
+    """Return a function from text to ids whose errors name the directory of the tokenizer."""
 
     def ids(text: str) -> Tokens:
         with _Broken(directory):
@@ -345,7 +347,7 @@ def _guarded(tokenizer: Tokenizer, directory: str) -> Callable[[str], Tokens]:
 
 
 def _tokenise(texts: Iterable[str], ids_of: Callable[[str], Tokens], *, enough: float) -> Tokens:
-    """Return the ids of the texts, one after the other, of as many as `prepare_tokens` says."""
+    """Return the concatenated ids of the texts, reading as many as `prepare_tokens` describes."""
     parts: list[Tokens] = []
     num_tokens = num_characters = 0
     for text in itertools.chain.from_iterable(map(_pieces, texts)):
@@ -358,7 +360,7 @@ def _tokenise(texts: Iterable[str], ids_of: Callable[[str], Tokens], *, enough: 
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Return a text in pieces of at most 2 million characters, cut after a line where possible."""
+    """Yield a text in pieces of at most 2 million characters, cut after a line where possible."""
     start = 0
     while len(text) - start > MAX_PIECE:
         end = piece_end(text, start)
@@ -378,25 +380,25 @@ def _read_tokens(path: Path, *, num_sequences: int | None) -> Tokens:
             return tokens
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{path}: is not a readable .safetensors file: {said(error)}",
-            hint=f"it must hold {_PACKED}",
+            f"{path}: is not a readable .safetensors file: {error_text(error)}",
+            hint=f"it must contain {_PACKED}",
         ) from error
 
 
 def _checked_shape(file: Any, path: Path) -> tuple[int, int]:
-    """Return (sequences, tokens) of a file of tokens that is open."""
+    """Return (sequences, tokens) of an open file of tokens."""
     names = sorted(file.keys())
     if names != [_TENSOR]:
         raise DataError(
-            f"{path}: holds the tensors {shown(', '.join(names))[1:-1] or '(none)'}",
-            hint=f"it must hold {_PACKED}, and nothing else",
+            f"{path}: contains the tensors {shown(', '.join(names))[1:-1] or '(none)'}",
+            hint=f"it must contain {_PACKED}, and nothing else",
         )
     rows = file.get_slice(_TENSOR)
     shape, dtype = rows.get_shape(), rows.get_dtype()
     if dtype != "I64" or len(shape) != _NUM_AXES or shape[0] < 1 or shape[1] < _MIN_LENGTH:
         raise DataError(
             f"{path}: input_ids is {dtype} of shape {tuple(shape)}",
-            hint=f"it must be {_PACKED}, one sequence or more of 2 tokens or more",
+            hint=f"it must be {_PACKED}, with at least one sequence of at least 2 tokens",
         )
     return shape[0], shape[1]
 
@@ -405,7 +407,7 @@ def _check_enough(available: int, asked: int | None, *, sequence_length: int, wh
     if asked is not None and asked > available:
         raise DataError(
             f"{where}: has {available} sequences of {sequence_length} tokens, not {asked}",
-            hint=f"ask for at most {available}",
+            hint=f"use at most {available}",
         )
 
 
@@ -413,30 +415,30 @@ def _check_ids(tokens: Tokens, vocab_size: int, *, where: str) -> None:
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or largest >= vocab_size:
         raise DataError(
-            f"{where}: has the token id {smallest if smallest < 0 else largest}, but the model's "
+            f"{where}: has token id {smallest if smallest < 0 else largest}, but the model's ids "
             f"are 0 to {vocab_size - 1}",
             hint="use the tokens or the tokenizer of this model",
         )
 
 
 def _cut(tokens: Tokens, sequence_length: int | None) -> Tokens:
-    """Return the beginning of each sequence."""
+    """Return the first tokens of each sequence."""
     longest = tokens.shape[1]
     if sequence_length is not None and sequence_length > longest:
         raise DataError(
             f"embedded: its sequences have {longest} tokens, not {sequence_length}",
-            hint=f"ask for at most {longest}, or use text such as stdlib",
+            hint=f"use at most {longest}, or text such as stdlib",
         )
     return np.ascontiguousarray(tokens[:, :sequence_length])
 
 
 def _check_embedded_fits(directory: Path) -> None:
-    """Refuse a model whose tokenizer gives other ids; one without a tokenizer may be meant so."""
+    """Refuse a model with a different tokenizer; one without any is accepted."""
     _check_size(directory)
     path = directory / "tokenizer.json"
     if path.is_file() and _vocabulary(path) != _vocabulary(embedded_model() / "tokenizer.json"):
         raise DataError(
-            f"embedded: holds tokens of the model tiny, and {directory} has another tokenizer",
+            f"embedded: has tokens of the model tiny, but {directory} has a different tokenizer",
             hint="use stdlib, wikitext2, or a file",
         )
 
@@ -445,4 +447,4 @@ def _vocabulary(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())["model"]["vocab"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: is not a tokenizer: {said(error)}") from error
+        raise DataError(f"{path}: is not a tokenizer: {error_text(error)}") from error

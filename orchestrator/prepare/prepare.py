@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from actors import methods
-from actors.storage import door
+from actors.storage import validate
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.contents import revision_of, tokenizer_hash
 from actors.storage.files import Directory
@@ -55,7 +55,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     store = resolve_store(given.model_store)
     checkpoint = Checkpoint(source.uri, model_store=store)
     shape = checkpoint.shape
-    door.check(checkpoint)
+    validate.check(checkpoint)
     unread = only_plan and not given.stats and not checkpoint.is_small
     contents = {} if unread else checkpoint.contents
     revision = revision_of(contents) if contents else ""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.storage import door
+from actors.storage import validate
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
@@ -45,7 +45,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     store = resolve_store(given.model_store)
     checkpoint = Checkpoint(source.uri, model_store=store)
     shape = checkpoint.shape
-    door.check_classes(checkpoint)
+    validate.check_classes(checkpoint)
     device = chosen_device(given.device, given.address)
     own = "embedded" if given.model == "tiny" else "stdlib"
     text = given.evaluation.source or own

@@ -133,7 +133,7 @@ def test_a_config_of_another_family(refused, given, edit):
 
 def test_a_text_that_is_too_short(refused, given, tmp_path):
     (tmp_path / "short.txt").write_text("A few words.")
-    refused(given(calibration="short.txt"), 3, "short.txt: is ", "tokens long, and one sequence")
+    refused(given(calibration="short.txt"), 3, "short.txt: has ", "tokens, but one sequence needs")
 
 
 def test_an_output_that_is_a_file(refused, given, tmp_path):
@@ -178,7 +178,7 @@ def test_the_installed_command_says_the_same(given, model):
     program = Path(sys.executable).with_name("compress-cluster")
     done = subprocess.run([program, *given(), "--json"], capture_output=True, text=True)
     error = json.loads(done.stdout)["error"]
-    message = f"{model}/model.safetensors: 0 bytes are too few for a safetensors file"
+    message = f"{model}/model.safetensors: 0 bytes are too short for a safetensors file"
     assert (done.returncode, error["class"], error["message"]) == (3, "ModelError", message)
     assert done.stderr.endswith(f"ModelError: {message}\n")
 

@@ -65,7 +65,7 @@ def test_a_compressed_model_is_not_compressed_again(model, sound, tmp_path):
     refusal(
         ModelError,
         lambda: attempt(model, tmp_path / "run", **data),
-        "is a compressed model already",
+        "is already a compressed model",
     )
 
 
@@ -84,13 +84,13 @@ def test_a_form_of_impossible_widths_is_refused(refused, form, width):
 @pytest.mark.parametrize("key", ["residual_in", "residual_mid", "intermediate", "qk_head_dim"])
 def test_a_form_of_other_widths_is_refused_by_the_tensor(refused, form, key):
     form(**{key: 2**24})
-    refused(ModelError, "config.json: asks for tensor model.layers.0.", "in the weights it is ")
+    refused(ModelError, "config.json: requires tensor model.layers.0.", "in the weights it is ")
 
 
 def test_a_missing_layer_file_is_refused_by_name(refused, model):
     path = layer_file(model, 1)
     path.unlink()
-    refused(ModelError, f"names {path.name}, which does not exist")
+    refused(ModelError, f"refers to {path.name}, which does not exist")
 
 
 def test_a_layer_file_in_the_place_of_another_is_refused(refused, model):
@@ -147,10 +147,10 @@ def test_pairs_as_they_were_written_are_taken(narrow, tmp_path, sound):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda pairs: pairs + 4, "names pair"),
-        (lambda pairs: pairs - 4, "names pair -"),
-        (lambda pairs: pairs * 2**40, "names pair"),
-        (lambda pairs: pairs * 0, "names a pair twice"),
+        (lambda pairs: pairs + 4, "has pair"),
+        (lambda pairs: pairs - 4, "has pair -"),
+        (lambda pairs: pairs * 2**40, "has pair"),
+        (lambda pairs: pairs * 0, "has a pair twice"),
         (lambda pairs: pairs.float(), "must be I64"),
         (lambda pairs: pairs.int(), "must be I64"),
     ],

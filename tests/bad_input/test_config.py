@@ -23,7 +23,7 @@ WRONG = {
     "hidden_size a list": ({"hidden_size": [32]}, "hidden_size is [32]"),
     "hidden_size huge": ({"hidden_size": 2**62}, "it must be an integer from 1 to 16777216"),
     "hidden_size of 4,000 digits": ({"hidden_size": 10**4000}, "hidden_size is 1000"),
-    "hidden_size of no weights": ({"hidden_size": 2**24}, "config.json asks for [512, 16777216]"),
+    "hidden_size of no weights": ({"hidden_size": 2**24}, "config.json requires [512, 16777216]"),
     "layers none": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     "layers a million": ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000 is over 4096"),
     "layers too many": ({"num_hidden_layers": 4}, "tensor model.layers.3.self_attn.q_proj"),
@@ -178,7 +178,7 @@ WRONG = {
     "a name that is a method": ({"validate": 1, "to_dict": 2}, "transformers cannot build"),
     "compressed already": (
         {"model_type": "compress_cluster", "compressed_from": "llama", "layer_forms": []},
-        "is a compressed model already; compress the model that it was made from",
+        "is already a compressed model; compress the original model",
     ),
 }
 
@@ -256,7 +256,7 @@ def test_code_that_comes_with_a_model_is_not_run(model, edit, tmp_path, canary):
 def test_code_under_the_name_of_ours_is_refused_and_not_run(refused, model, edit, canary):
     (model / "modeling_compressed.py").write_text(f"open({str(canary)!r}, 'w')\n")
     edit("config.json", auto_map={"AutoModelForCausalLM": "modeling_compressed.Model"})
-    refused(ModelError, "modeling_compressed.py: code that comes with a model is not run")
+    refused(ModelError, "modeling_compressed.py: code that comes with a model is never run")
 
 
 GENERATION = {

@@ -52,18 +52,21 @@ CASES = {
     "nested 100,000 deep": (file_of('{"a":' * 100_000), "not valid JSON"),
     "name twice": (
         file_of(f'{{"a": {json.dumps(PAIR["a"])}, "a": {json.dumps(PAIR["a"])}}}'),
-        "a name occurs twice",
+        "a key occurs twice",
     ),
     "key of a tensor twice": (
         file_of('{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
-        "a name occurs twice",
+        "a key occurs twice",
     ),
-    "tensor is a number": (file_of({"a": 1}), "'a': needs exactly dtype, shape and"),
+    "tensor is a number": (file_of({"a": 1}), "'a': must have exactly dtype, shape and"),
     "tensor without dtype": (
         file_of({"a": {"shape": [2], "data_offsets": [0, 8]}}),
-        "'a': needs exactly dtype, shape and data_offsets",
+        "'a': must have exactly dtype, shape and data_offsets",
     ),
-    "tensor with a further key": (entry(compressed=True), "'a': needs exactly dtype, shape and"),
+    "tensor with a further key": (
+        entry(compressed=True),
+        "'a': must have exactly dtype, shape and",
+    ),
     "dtype unknown": (entry(dtype="F8_E4M3"), "dtype 'F8_E4M3' is not supported; supported: F64"),
     "dtype a number": (entry(dtype=4), "dtype 4 is not supported"),
     "dtype a list": (entry(dtype=["F32"]), "dtype ['F32'] is not supported"),
@@ -91,7 +94,7 @@ CASES = {
     "offsets null": (entry(data_offsets=None), "data_offsets None are not"),
     "offsets huge": (entry(data_offsets=[2**80, 2**80 + 8]), "are not [begin, end]"),
     "size of another shape": (entry(shape=[3]), "shape [3] of F32 takes 12 bytes, data_offsets"),
-    "size of another dtype": (entry(dtype="F64"), "of F64 takes 16 bytes, data_offsets say 8"),
+    "size of another dtype": (entry(dtype="F64"), "of F64 needs 16 bytes, data_offsets give 8"),
     "tensors overlap": (
         file_of({**PAIR, "b": {**PAIR["b"], "data_offsets": [4, 8]}}),
         "'b' begins at byte",
@@ -99,9 +102,9 @@ CASES = {
     "tensors the same": (file_of({"a": PAIR["a"], "b": PAIR["a"]}, bytes(8)), "overlap or leave"),
     "hole between tensors": (
         file_of({**PAIR, "b": {**PAIR["b"], "data_offsets": [16, 20]}}, bytes(20)),
-        "tensors overlap or leave a hole",
+        "tensors overlap or leave a gap",
     ),
-    "hole before the first": (file_of({"b": PAIR["b"]}), "tensors overlap or leave a hole"),
+    "hole before the first": (file_of({"b": PAIR["b"]}), "tensors overlap or leave a gap"),
     "bytes after the last": (file_of(PAIR, DATA + b"more"), "truncated or padded"),
     "no tensors but bytes": (file_of({}), "truncated or padded"),
     "truncated by a byte": (file_of(PAIR, DATA[:-1]), "truncated or padded"),
@@ -114,15 +117,15 @@ CASES = {
     "tensors of another model": (file_of(PAIR), "tensor model.embed_tokens.weight is missing"),
     "header of nothing but objects": (
         file_of("{" + ",".join(f'"{i}":{{}}' for i in range(300_000)) + "}"),
-        "needs exactly dtype",
+        "must have exactly dtype",
     ),
     "header of nothing but lists": (
         file_of('{"a":[' + "[]," * (MAX_HEADER_BYTES // 3 - 10) + "[]]}"),
-        "needs exactly dtype",
+        "must have exactly dtype",
     ),
     "header over the limit": (
         file_of('{"a":' + " " * MAX_HEADER_BYTES + "{}}"),
-        f"its header of {MAX_HEADER_BYTES + 8} bytes is over {MAX_HEADER_BYTES}",
+        f"its header has {MAX_HEADER_BYTES + 8} bytes, over the limit of {MAX_HEADER_BYTES}",
     ),
 }
 

@@ -149,6 +149,8 @@ def test_a_torn_report_is_none(tmp_path, text):
     ["s3://AKIA:wJalr@bucket/run", "s3://AKIA:wJa/lr@bucket/run", "gs://me:wJalr@bucket"],
 )
 def test_keys_in_an_address_are_refused_and_not_repeated(refused_out, uri):
-    said = refused_out(StorageError, uri, "keys do not belong in a URI", "AWS_SECRET_ACCESS_KEY")
+    said = refused_out(
+        StorageError, uri, "a URI must not contain credentials", "AWS_SECRET_ACCESS_KEY"
+    )
     assert "wJa" not in said
     assert "AKIA" not in said

@@ -69,5 +69,5 @@ def test_keys_in_an_address_are_not_repeated(model, tmp_path, option):
     arguments = [address] if option == "model" else [model, "--out", address]
     done = command_line(["run", *arguments, "--json"], folder=tmp_path)
     assert done.exit_code == 6
-    assert "keys do not belong in a URI" in done.stdout
+    assert "a URI must not contain credentials" in done.stdout
     assert leaks(done.stdout, done.stderr) == []

@@ -45,9 +45,9 @@ def sound_text():
 
 
 TOKENS = {
-    "no tensors": ({}, "holds the tensors (none)"),
-    "another name": ({"ids": IDS}, "holds the tensors ids"),
-    "two tensors": ({"input_ids": IDS, "mask": IDS}, "holds the tensors input_ids, mask"),
+    "no tensors": ({}, "contains the tensors (none)"),
+    "another name": ({"ids": IDS}, "contains the tensors ids"),
+    "two tensors": ({"input_ids": IDS, "mask": IDS}, "contains the tensors input_ids, mask"),
     "int32": ({"input_ids": IDS.astype(np.int32)}, "input_ids is I32 of shape (2, 24)"),
     "floats": ({"input_ids": IDS.astype(np.float32)}, "input_ids is F32 of shape (2, 24)"),
     "one dim": ({"input_ids": IDS.reshape(-1)}, "input_ids is I64 of shape (48,)"),
@@ -55,9 +55,9 @@ TOKENS = {
     "no sequences": ({"input_ids": IDS[:0]}, "input_ids is I64 of shape (0, 24)"),
     "no tokens": ({"input_ids": IDS[:, :0]}, "input_ids is I64 of shape (2, 0)"),
     "one token": ({"input_ids": IDS[:, :1].copy()}, "input_ids is I64 of shape (2, 1)"),
-    "a negative id": ({"input_ids": IDS - 1}, "has the token id -1, but the model's are 0 to 511"),
-    "an id too large": ({"input_ids": IDS + 480}, "has the token id 527, but the model's are 0"),
-    "a huge id": ({"input_ids": IDS + 2**62}, "but the model's are 0 to 511"),
+    "a negative id": ({"input_ids": IDS - 1}, "has token id -1, but the model's ids are 0 to 511"),
+    "an id too large": ({"input_ids": IDS + 480}, "has token id 527, but the model's ids are 0"),
+    "a huge id": ({"input_ids": IDS + 2**62}, "but the model's ids are 0 to 511"),
 }
 
 
@@ -75,7 +75,7 @@ def test_tokens_longer_than_the_model_takes_are_refused(refused, tmp_path):
 
 
 def test_more_tokens_than_there_are_are_refused_with_how_many_there_are(refused):
-    words = ("has 20 sequences of 24 tokens, not 21", "ask for at most 20")
+    words = ("has 20 sequences of 24 tokens, not 21", "use at most 20")
     refused(DataError, *words, calibration__sequences=21)
 
 
@@ -106,7 +106,7 @@ def test_a_text_that_does_not_exist_is_refused(refused, path):
 
 @pytest.mark.parametrize("name", ["text.csv", "text", "text.gz", "s3://bucket/text.txt", "Stdlib"])
 def test_an_unknown_source_is_refused_with_those_there_are(refused, name):
-    words = "stdlib, wikitext2" if "//" not in name else "text is read from files of this machine"
+    words = "stdlib, wikitext2" if "//" not in name else "text is read from local files only"
     refused(DataError, words, calibration__source=name)
 
 
@@ -116,13 +116,13 @@ def zstd(data):
 
 FLIPPED = gzip.compress(b"a" * 99)[:-5] + b"\0" * 5  # another checksum and length
 TEXTS = {
-    "empty.txt": (b"", "holds no text"),
-    "mark.txt": (b"\xef\xbb\xbf", "holds no text"),
+    "empty.txt": (b"", "contains no text"),
+    "mark.txt": (b"\xef\xbb\xbf", "contains no text"),
     "short.txt": (b"few words", "one sequence needs"),
     "latin.txt": ("é".encode("latin-1") * 100, "is not UTF-8: invalid continuation byte at byte 0"),
     "late.txt": (b"x" * 1_500_000 + b"\xff", "is not UTF-8: invalid start byte at byte 1500000"),
     "cut.txt": (b"x" * 2**20 + b"\xe2\x82", "is not UTF-8: unexpected end of data at byte 1048576"),
-    "empty.jsonl": (b"\n\n", "holds no text"),
+    "empty.jsonl": (b"\n\n", "contains no text"),
     "broken.jsonl": (b'{"text": "a"}\n{"text"', "line 2: is not JSON"),
     "list.jsonl": (b'["text"]', "line 1: is a list, not an object"),
     "other.jsonl": (b'{"content": "a"}', "line 1: has no key 'text'; its keys: 'content'"),
@@ -135,16 +135,22 @@ TEXTS = {
         json.dumps(dict.fromkeys(map(str, range(100_000)))).encode(),
         "line 1: has no key 'text'; its keys: '0', '1'",
     ),
-    "surrogate.jsonl": (b'{"text": "\\ud800 alone"}', "line 1: key 'text' is no text"),
+    "surrogate.jsonl": (b'{"text": "\\ud800 alone"}', "line 1: key 'text' is not valid text"),
     "half.jsonl.gz": (
         gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
-        "is gzip that cannot be unpacked",
+        "cannot be decompressed as gzip",
     ),
-    "flipped.txt.gz": (FLIPPED, "is gzip that cannot be unpacked"),
-    "half.txt.zst": (zstd(b"a" * 99)[:-1], "is zstd that cannot be unpacked: Truncated"),
-    "twice.txt.gz": (gzip.compress(gzip.compress(b"a")), "is gzip in gzip, which is not unpacked"),
-    "packed.parquet.gz": (gzip.compress(b"PAR1"), "is gzip, which is not unpacked here"),
-    "xz.txt": (lzma.compress(b"a"), "is xz, which is not unpacked here"),
+    "flipped.txt.gz": (FLIPPED, "cannot be decompressed as gzip"),
+    "half.txt.zst": (zstd(b"a" * 99)[:-1], "cannot be decompressed as zstd: Truncated"),
+    "twice.txt.gz": (
+        gzip.compress(gzip.compress(b"a")),
+        "is compressed with gzip in gzip, which is not",
+    ),
+    "packed.parquet.gz": (
+        gzip.compress(b"PAR1"),
+        "is compressed with gzip, which is not supported",
+    ),
+    "xz.txt": (lzma.compress(b"a"), "is compressed with xz, which is not supported"),
     "parquet.txt": (b"PAR1\x15\x04", "is a parquet file"),
     "torn.txt": ("é".encode("utf-16") + b"a", "is not UTF-16LE: truncated data at byte 4"),
     "half.txt": (b"\xff\xfe\x00\xd8", "is not UTF-16LE: unexpected end of data at byte 2"),
@@ -236,8 +242,8 @@ TABLES = {
     "lists": (column([["a"]]), "column 'text' is of type list<element: string>, not string"),
     "objects": (column([{"a": 1}]), "column 'text' is of type struct"),
     "a null": (column(["a", None]), "row 2: text is null"),
-    "no rows": (column([], pa.string()), "holds no text"),
-    "empty rows": (column(["", ""]), "holds no text"),
+    "no rows": (column([], pa.string()), "contains no text"),
+    "empty rows": (column(["", ""]), "contains no text"),
     "two of them": (
         pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
         "has 2 column 'text'; its columns: 'text', 'text'",
@@ -342,7 +348,7 @@ def test_a_tokenizer_of_gigabytes_is_refused(refused, model, source):
     with (model / "tokenizer.json").open("wb") as file:
         file.truncate(2**40)
     path = source("text.txt", sound_text())
-    refused(DataError, "tokenizer.json", "are too many for a tok", calibration__source=path)
+    refused(DataError, "tokenizer.json", "too large for a tok", calibration__source=path)
 
 
 def test_a_tokenizer_with_a_larger_vocabulary_than_the_model_is_refused(refused, model, source):
@@ -352,7 +358,7 @@ def test_a_tokenizer_with_a_larger_vocabulary_than_the_model_is_refused(refused,
     broken["model"]["vocab"] = {t: i if i < 4 else i + 600 for t, i in vocabulary.items()}
     path.write_text(json.dumps(broken))
     text = source("text.txt", sound_text())
-    refused(DataError, "has the token id", "model's are 0 to 511", calibration__source=text)
+    refused(DataError, "has token id", "model's are 0 to 511", calibration__source=text)
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(model, edit, source, canary, tmp_path):

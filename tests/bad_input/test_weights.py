@@ -36,7 +36,7 @@ def test_a_missing_tensor_is_refused_by_name(refused, weights):
 @pytest.mark.parametrize("shape", [(32,), (31, 32), (32, 32, 1), (1024,), (0, 32)])
 def test_a_wrong_shape_is_refused_with_both(refused, weights, shape):
     weights(**{Q: torch.zeros(shape)})
-    refused(ModelError, f"tensor {Q} has shape {list(shape)}; config.json asks for [32, 32]")
+    refused(ModelError, f"tensor {Q} has shape {list(shape)}; config.json requires [32, 32]")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,9 @@ def test_infinite_float16_weights_are_refused_as_float16(refused, weights):
 def test_names_of_a_wrapper_are_refused_with_what_it_is(refused, model, weights, wrapper, said):
     tensors = load_file(model / "model.safetensors")
     weights(**dict.fromkeys(tensors), **{wrapper.format(n): t for n, t in tensors.items()})
-    refused(ModelError, f"{said!r} in the names is of a wrapper around", "model inside its wrapper")
+    refused(
+        ModelError, f"{said!r} in the names comes from a wrapper around", "save the unwrapped model"
+    )
 
 
 def test_names_of_a_wrapper_around_each_layer_are_refused_with_what_it_is(refused, weights):
@@ -166,7 +168,7 @@ def test_values_of_a_large_model_are_looked_at_unless_it_is_only_planned_for(
 )
 def test_a_tensor_that_the_config_does_not_know_is_refused(refused, weights, name):
     weights(**{name: torch.ones(32)})
-    refused(ModelError, f"tensor {name!r} is no part of the model that config.json describes")
+    refused(ModelError, f"tensor {name!r} does not belong to the model that config.json describes")
 
 
 def test_stored_rotary_tables_are_no_error(model, weights, tmp_path):
@@ -190,7 +192,7 @@ def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_no_error(
 def test_a_tied_head_of_another_shape_is_refused(refused, weights, edit):
     edit("config.json", tie_word_embeddings=True)
     weights(**{"lm_head.weight": torch.ones(511, 32)})
-    refused(ModelError, "tensor lm_head.weight has shape [511, 32]; config.json asks for [512, 32]")
+    refused(ModelError, "tensor lm_head.weight has shape [511, 32]; config.json requires [512, 32]")
 
 
 def test_a_config_without_weights_is_refused(refused, model):

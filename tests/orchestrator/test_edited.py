@@ -117,7 +117,9 @@ def test_a_worker_that_reads_another_tensor_than_the_run_began_with_says_so(
         if event["kind"] == kind and event["unit"] == unit:
             edited(model, name)
 
-    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor {name} is not what it was"):
+    with pytest.raises(
+        ModelError, match=rf"model\.safetensors: tensor {name} changed since this run started"
+    ):
         compress_local(model, tmp_path, listener=edit, **UNIFORM)
     file.write_bytes(before)
     prepared_run(model, tmp_path, **UNIFORM)
@@ -162,7 +164,9 @@ def test_a_basis_that_is_edited_between_two_drivers_is_refused(model, tmp_path):
         run_local(model, tmp_path, listener=DyingDriver("phase begins", 1, unit="stitch"))
     spoiled(tmp_path, "basis/basis-site-00002.safetensors")
     (tmp_path / "records" / "layer-00001.json").unlink()
-    with pytest.raises(StorageError, match=r"basis-site-00002.*: is not what its record"):
+    with pytest.raises(
+        StorageError, match=r"basis-site-00002.*: does not match the hash in its record"
+    ):
         compress_local(model, tmp_path)
 
 

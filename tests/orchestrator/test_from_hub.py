@@ -131,7 +131,7 @@ def test_a_cdn_that_stays_away_is_named_without_its_signature(hub, monkeypatch):
 def test_a_gated_model_is_refused_at_the_door_with_the_way_out(hub, token):
     forget()
     storage.lend(token)
-    with pytest.raises(ModelError, match="restricted to those who were granted it") as refused:
+    with pytest.raises(ModelError, match="restricted to users who were granted it") as refused:
         resolve_model(REPO, copy=False)
     assert f"https://huggingface.co/{REPO}" in refused.value.hint
     assert "hf auth login" in refused.value.hint
@@ -152,7 +152,7 @@ def test_what_is_not_on_the_hub_is_refused(name, words):
 
 @pytest.mark.usefixtures("hub")
 def test_a_file_on_the_hub_is_not_written(tmp_path):
-    with pytest.raises(StorageError, match="only read"):
+    with pytest.raises(StorageError, match="read-only"):
         Directory(URI).write("config.json", b"{}")
     with pytest.raises(StorageError, match="hf://org/name@COMMIT"):
         Directory("hf://org/name")

@@ -98,7 +98,7 @@ def test_a_name_that_is_not_utf8_is_refused_in_a_line(capsys, words):
     assert refused.value.code == 2
     said = capsys.readouterr()
     assert json.loads(said.out)["error"]["message"].endswith(
-        ": the name is not UTF-8, which recipes and reports are"
+        ": the name is not UTF-8, as recipes and reports require"
     )
     assert "caf\\xe9" in said.err
     assert len(said.err.splitlines()) == 2
@@ -117,7 +117,7 @@ def test_no_directory_is_below_one_whose_name_is_not_utf8(tmp_path, monkeypatch)
 def test_a_file_inside_a_directory_whose_name_is_not_utf8_is_named(tmp_path):
     (tmp_path / "caf\udce9.json").write_text("{}")
     with pytest.raises(
-        StorageError, match=r"holds a file whose name is not UTF-8: .*/caf\\xe9.json"
+        StorageError, match=r"contains a file whose name is not UTF-8: .*/caf\\xe9.json"
     ):
         Directory(str(tmp_path)).names()
 

@@ -184,7 +184,7 @@ def test_bytes_that_are_not_those_the_hub_states_are_refused_and_fetched_anew(hu
     hub.spoiled = name
     found = ask(REPO)
     assert found["error"] == "ModelError"
-    assert f"{name} arrived with other bytes" in found["said"]
+    assert f"{name} does not match the hash" in found["said"]
     hub.spoiled = ""
     assert ask(REPO)["revision"] == COMMIT
 

@@ -257,7 +257,7 @@ def test_source_without_text_is_refused(tmp_path):
         write_rows(tmp_path / "b.jsonl", [{"text": ""}]),
         write_table(tmp_path / "a.parquet", text=pa.array([], pa.string())),
     ):
-        assert f"{source}: holds no text" in refusal(source)
+        assert f"{source}: contains no text" in refusal(source)
 
 
 @pytest.fixture
@@ -285,5 +285,5 @@ def test_wikitext2_without_the_hub_is_refused_with_the_way_out(monkeypatch, tmp_
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     message = refusal("wikitext2")
-    assert "cannot be downloaded from the Hugging Face hub" in message
+    assert "cannot be downloaded from the Hugging Face Hub" in message
     assert "local .txt, .jsonl or .parquet file" in message

@@ -164,10 +164,10 @@ def test_stored_tokens_say_what_they_are():
 def test_a_file_that_is_not_stored_tokens_is_refused():
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": ["a"]}), sink)
-    assert "are not ours" in broken(sink.getvalue().to_pybytes())
+    assert "not written by this program" in broken(sink.getvalue().to_pybytes())
     whole = tokens_to_parquet(np.zeros((3, 4), dtype=np.int64), {})
     for data in (b"", b"no parquet", whole[:-1], whole[:50]):
-        assert "are not a readable parquet file" in broken(data)
+        assert "not a readable parquet file" in broken(data)
 
 
 def test_stored_tokens_that_were_changed_are_refused():
@@ -178,7 +178,7 @@ def test_stored_tokens_that_were_changed_are_refused():
         (table.take([1, 0, 2]), "hash"),
         (table.replace_schema_metadata({"sequence_length": "5"}), "length"),
         (table.replace_schema_metadata({"sequence_length": "4"}), "hash"),
-        (table.replace_schema_metadata(None), "not ours"),
+        (table.replace_schema_metadata(None), "not written by this program"),
     ):
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink)
@@ -252,7 +252,7 @@ def test_too_little_text_is_refused_with_how_much_there_is(tmp_path, text):
     path = tmp_path / "a.txt"
     path.write_text("x")
     message = refusal(path)
-    assert f"{path}: is 1 tokens long, and one sequence needs 15" in message
+    assert f"{path}: has 1 tokens, but one sequence needs 15" in message
     path, ids = text
     message = refusal(path, num_sequences=1000)
     assert f"has {len(ids) // 15} sequences of 16 tokens, not 1000" in message
@@ -262,17 +262,17 @@ def test_too_little_text_is_refused_with_how_much_there_is(tmp_path, text):
 def test_empty_text_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("")
-    assert f"{path}: holds no text" in refusal(path)
+    assert f"{path}: contains no text" in refusal(path)
 
 
 def test_a_sequence_that_predicts_nothing_is_refused(text):
     assert "predicts nothing" in refusal(text[0], sequence_length=1)
-    assert "text has no sequence length" in refusal(text[0], sequence_length=None)
+    assert "text needs a sequence length" in refusal(text[0], sequence_length=None)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(text):
     message = refusal(text[0], vocab_size=16)
-    assert "but the model's are 0 to 15" in message
+    assert "but the model's ids are 0 to 15" in message
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_embedded_tokens_are_those_of_the_package_in_order():
 
 def test_more_than_is_embedded_is_refused():
     assert "not 512" in refusal("embedded", sequence_length=512)
-    assert "ask for at most" in refusal("embedded", num_sequences=10**6)
+    assert "use at most" in refusal("embedded", num_sequences=10**6)
 
 
 def test_embedded_tokens_are_refused_for_another_tokenizer(tokenizer):
@@ -325,7 +325,7 @@ def test_embedded_tokens_are_refused_for_another_tokenizer(tokenizer):
     words = json.loads((tokenizer / "tokenizer.json").read_text())
     words["model"]["vocab"]["another"] = VOCABULARY
     (tokenizer / "tokenizer.json").write_text(json.dumps(words))
-    assert "has another tokenizer" in refusal("embedded", tokenizer_uri=str(tokenizer))
+    assert "has a different tokenizer" in refusal("embedded", tokenizer_uri=str(tokenizer))
     (tokenizer / "tokenizer.json").write_text("[]")
     assert "is not a tokenizer" in refusal("embedded", tokenizer_uri=str(tokenizer))
 
@@ -341,11 +341,11 @@ def test_a_file_of_tokens_is_used_exactly_as_it_is(stored):
 @pytest.mark.parametrize(
     ("tensors", "complaint"),
     [
-        ({"tokens": np.zeros((2, 4), np.int64)}, "holds the tensors tokens"),
-        ({}, "holds the tensors (none)"),
+        ({"tokens": np.zeros((2, 4), np.int64)}, "contains the tensors tokens"),
+        ({}, "contains the tensors (none)"),
         (
             {"input_ids": np.zeros((2, 4), np.int64), "mask": np.zeros((2, 4), np.int64)},
-            "holds the tensors input_ids, mask",
+            "contains the tensors input_ids, mask",
         ),
         ({"input_ids": np.zeros((2, 4), np.int32)}, "input_ids is I32 of shape (2, 4)"),
         ({"input_ids": np.zeros((2, 4), np.float32)}, "input_ids is F32 of shape (2, 4)"),
@@ -364,12 +364,12 @@ def test_another_tensor_than_input_ids_is_refused(stored, tensors, complaint):
 @pytest.mark.parametrize("wrong", [-1, VOCABULARY, 2**40])
 def test_ids_outside_the_vocabulary_are_refused(stored, wrong):
     message = refusal(stored(input_ids=np.array([[0, 1], [wrong, 2]], dtype=np.int64)))
-    assert f"has the token id {wrong}, but the model's are 0 to {VOCABULARY - 1}" in message
+    assert f"has token id {wrong}, but the model's ids are 0 to {VOCABULARY - 1}" in message
 
 
 def test_more_sequences_than_a_file_holds_are_refused(stored):
     message = refusal(stored(input_ids=np.zeros((5, 12), np.int64)), num_sequences=6)
-    assert "has 5 sequences of 12 tokens, not 6; ask for at most 5" in message
+    assert "has 5 sequences of 12 tokens, not 6; use at most 5" in message
 
 
 def test_a_missing_file_of_tokens_is_refused_by_name(tmp_path):

@@ -191,7 +191,7 @@ def go(stack, hub, out):
     ]  # fmt: skip
     say("submit without a token")
     refused = do(*asked, code=3)
-    assert "access is restricted to those who were granted it" in refused, refused
+    assert "access is restricted to users who were granted it" in refused, refused
     assert "hf auth login" in refused, refused
     login = Path.home() / ".cache/huggingface/token"
     login.parent.mkdir(parents=True, exist_ok=True)

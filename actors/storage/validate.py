@@ -1,18 +1,18 @@
-"""What is found out about a checkpoint before a worker or a device is held."""
+"""Validate a checkpoint before any worker or device is reserved."""
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from actors.storage.checkpoint import COMPRESSED, Checkpoint, read_json
-from actors.storage.quoting import said, shown
+from actors.storage.quoting import error_text, shown
 from planners.errors import ModelError
 from planners.families import load as load_family
 
-CODE = "modeling_compressed.py"  # what our own results bring along
+CODE = "modeling_compressed.py"  # stored with our own results
 PAIRS = ".rope_pairs"  # which pairs of channels narrower query and key heads kept
 GENERATION = "generation_config.json"
 
-# What transformers raises about a config that it cannot take: it promises no class of its own.
+# What transformers raises for an invalid config: it documents no exception class of its own.
 _REFUSALS = (
     StrictDataclassError,
     ArithmeticError,
@@ -27,21 +27,21 @@ _REFUSALS = (
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Do to a dense checkpoint what workers will, as far as that is cheap.
+    """Run the cheap part of what workers will do with a dense checkpoint.
 
     Raises:
-        ModelError: it is compressed already or brings code of its own, transformers does not take
-            its config, or a head that is said to be the embedding is another.
+        ModelError: it is already compressed or comes with code, transformers rejects its config,
+            or a stored head differs from the embedding although the config says they are tied.
     """
     if checkpoint.config.get("model_type") == COMPRESSED:
         raise ModelError(
-            f"{checkpoint.directory.uri}: is a compressed model already",
-            hint="compress the model that it was made from, to a smaller size",
+            f"{checkpoint.directory.uri}: is already a compressed model",
+            hint="compress the original model to a smaller size instead",
         )
     if checkpoint.directory.size(CODE) is not None:
         raise ModelError(
-            f"{checkpoint.directory.path(CODE)}: code that comes with a model is not run",
-            hint="remove the file: a model that is not compressed has no use for it",
+            f"{checkpoint.directory.path(CODE)}: code that comes with a model is never run",
+            hint="remove the file: a model that is not compressed does not need it",
         )
     shape = checkpoint.shape
     check_classes(checkpoint)
@@ -52,11 +52,11 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def check_classes(checkpoint: Checkpoint) -> None:
-    """Build a model's classes without memory; see that a compressed one has their tensors.
+    """Build a model on the meta device; check the tensors of a compressed one against it.
 
     Raises:
-        ModelError: the config is not one that they can be built from, or a tensor does not fit, or
-            holds what no such tensor can.
+        ModelError: the model cannot be built from its config, or a tensor has a wrong shape or
+            invalid values.
     """
     from actors.modeling.outer import empty_model  # seconds, for transformers
 
@@ -66,13 +66,15 @@ def check_classes(checkpoint: Checkpoint) -> None:
         compressed = checkpoint.config["model_type"] == COMPRESSED
         expected = _compressed_shapes(checkpoint) if compressed else {}
     except _REFUSALS as error:
-        raise ModelError(f"{where}: transformers cannot build this model: {said(error)}") from error
+        raise ModelError(
+            f"{where}: transformers cannot build this model: {error_text(error)}"
+        ) from error
     stored = {name: place.entry.shape for name, place in checkpoint.locations.items()}
     wrong = [name for name, dims in expected.items() if stored.get(name) != dims]
     if wrong:
         found = list(stored.get(wrong[0], ())) or "missing"
         raise ModelError(
-            f"{where}: asks for tensor {wrong[0]} of shape {list(expected[wrong[0]])}; "
+            f"{where}: requires tensor {wrong[0]} with shape {list(expected[wrong[0]])}; "
             f"in the weights it is {found}"
         )
     if compressed:
@@ -80,7 +82,7 @@ def check_classes(checkpoint: Checkpoint) -> None:
 
 
 def _check_pairs(checkpoint: Checkpoint) -> None:
-    """Refuse pairs of rope channels that a model cannot turn, or would turn twice."""
+    """Refuse indices of rope channel pairs that are out of range or repeated in a head."""
     half = checkpoint.config["head_dim"] // 2
     for name, place in checkpoint.locations.items():
         if not name.endswith(PAIRS):
@@ -91,13 +93,13 @@ def _check_pairs(checkpoint: Checkpoint) -> None:
         pairs = checkpoint.read(name)  # (kv_heads, kept pairs)
         wrong = pairs[(pairs < 0) | (pairs >= half)]
         if wrong.numel():
-            raise ModelError(f"{where} names pair {int(wrong[0])}; pairs are 0 to {half - 1}")
+            raise ModelError(f"{where} has pair {int(wrong[0])}; valid pairs are 0 to {half - 1}")
         if any(len(row.unique()) != len(row) for row in pairs):
-            raise ModelError(f"{where} names a pair twice in one head")
+            raise ModelError(f"{where} has a pair twice in one head")
 
 
 def _check_generation(checkpoint: Checkpoint) -> None:
-    """Refuse ids that generation would trip over once all the work is done."""
+    """Refuse token ids that would make generation fail after all the work is done."""
     if checkpoint.directory.size(GENERATION) is None:
         return
     where = checkpoint.directory.path(GENERATION)
@@ -108,7 +110,7 @@ def _check_generation(checkpoint: Checkpoint) -> None:
 
 
 def _compressed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Return tensor -> shape of what a compressed checkpoint must hold."""
+    """Return tensor -> shape that a compressed checkpoint must contain."""
     from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
 
     config = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "auto_map")}
@@ -120,7 +122,7 @@ def _compressed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tied(checkpoint: Checkpoint, embedding: str, head: str) -> None:
-    """Accept a head that was stored although it is the embedding, where it is that."""
+    """Refuse a stored head that differs from the embedding it should be tied to."""
     pairs = zip(checkpoint.read_blocks(embedding), checkpoint.read_blocks(head), strict=True)
     if not all(torch.equal(a, b) for a, b in pairs):
         raise ModelError(
