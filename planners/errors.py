@@ -1,22 +1,22 @@
-"""What can go wrong, as a tree; the command line turns each class into its exit code.
+"""The exceptions for failures a user can act on, as a tree, with their exit codes.
 
 CompressionError            1
-├── ConfigError             2   the recipe or command line asks for something that is not possible
+├── ConfigError             2   the recipe or command line requests something impossible
 │   └── PlanError           2   the recipe is well formed, but no plan can meet it
 ├── ModelError              3   the input model is missing, broken or not supported
 ├── DataError               3   the calibration or evaluation text is missing, broken or too short
-├── ClusterError            4   no cluster, or none that fits
+├── ClusterError            4   no cluster, or none that is large enough
 ├── NumericsError           5   a computation gave no usable number
-└── StorageError            6   a file cannot be read, written or trusted
+└── StorageError            6   a file cannot be read or written, or is damaged
 """
 
 
 class CompressionError(Exception):
-    """A failure that a user can act on: what is wrong, and what would be right.
+    """A failure that a user can act on: what is wrong, and how to fix it.
 
     Attributes:
-        hint: what would be right; empty when the message says it already.
-        exit_code: what the command line returns for this class.
+        hint: how to fix it; empty where the message is enough.
+        exit_code: of the command line for this class.
     """
 
     exit_code = 1
@@ -27,7 +27,7 @@ class CompressionError(Exception):
 
 
 class ConfigError(CompressionError):
-    """The recipe or the command line asks for something that is not possible."""
+    """The recipe or the command line requests something impossible."""
 
     exit_code = 2
 
@@ -49,7 +49,7 @@ class DataError(CompressionError):
 
 
 class ClusterError(CompressionError):
-    """There is no cluster, or none that fits."""
+    """There is no cluster, or none that is large enough."""
 
     exit_code = 4
 
@@ -61,6 +61,6 @@ class NumericsError(CompressionError):
 
 
 class StorageError(CompressionError):
-    """A file cannot be read, written or trusted."""
+    """A file cannot be read or written, or is damaged."""
 
     exit_code = 6

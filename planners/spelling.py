@@ -1,16 +1,15 @@
-"""Words as a recipe and the command line have them, and the known one nearest to a typo."""
+"""How values are spelled in recipes and commands; suggest the closest known name for a typo."""
 
 import difflib
 from collections.abc import Iterable
 
-LONGEST = 64  # characters of a word: comparing more takes long, and nobody mistypes that much
+LONGEST = 64  # characters of a word: comparing longer ones is slow, and they are not typos
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    """Return the known word that is spelt most like another, or an empty text where none is near.
+    """Return the known word with the closest spelling, or an empty string where none is close.
 
-    Case does not count: ``SliceGPT`` is near ``slicegpt``. What a file holds where a word belongs
-    may be anything else, which is near none.
+    Case is ignored. ``word`` may be any value from a file; only a string can be close to one.
     """
     if not isinstance(word, str) or len(word) > LONGEST:
         return ""
@@ -20,7 +19,7 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """Return ``; did you mean X?`` for the end of a message, or nothing where no word is near."""
+    """Return ``; did you mean X?`` for the end of a message, or nothing where no word is close."""
     found = nearest(word, known)
     return f"; did you mean {found}?" if found else ""
 

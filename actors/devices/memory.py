@@ -1,4 +1,4 @@
-"""The peak memory of this process, or of its device; freed memory is returned to the system."""
+"""Measure the peak memory of this process or its device; return freed memory to the system."""
 
 import ctypes
 import threading
@@ -14,7 +14,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def anonymous_bytes() -> int:
-    """Return the anonymous resident memory of this process; 0 where the system does not say.
+    """Return the anonymous resident memory of this process; 0 where the system does not report it.
 
     Mapped files and shared memory (the object store) are not counted.
     """
@@ -27,9 +27,9 @@ def anonymous_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system: allocators keep it, which no planned peak counts."""
+    """Return freed memory to the system: allocators keep it, which planned peaks do not include."""
     pa.default_memory_pool().release_unused()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
 
@@ -40,16 +40,16 @@ def _device_bytes() -> int:
 
 
 class PeakMemory:
-    """Samples anonymous memory in a thread and keeps the peak above where it began.
+    """Samples anonymous memory in a thread and keeps the peak above the initial value.
 
-    On a GPU it is the memory of the device that torch has allocated.
+    On a GPU it is the device memory that torch has allocated.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self._used = anonymous_bytes
         if device == "cuda":
             self._used = _device_bytes
-            torch.cuda.reset_peak_memory_stats()  # an earlier PeakMemory has its samples
+            torch.cuda.reset_peak_memory_stats()  # an earlier PeakMemory keeps its samples
         self._baseline = self._used()
         self._peak = self._baseline
         watching = threading.Thread(
@@ -64,7 +64,7 @@ class PeakMemory:
 
 
 def _watch(watched: weakref.ref[PeakMemory]) -> None:
-    """Sample until the `PeakMemory` is collected: a thread that outlives its owner is a leak."""
+    """Sample until the `PeakMemory` is garbage collected: else the thread would leak."""
     while (memory := watched()) is not None:
         memory.bytes()
         del memory

@@ -1,8 +1,8 @@
 """The registry of compression methods: the files of this folder.
 
 ``actors/methods/slicegpt.py`` defines ``SPEC`` and ``METHOD`` and is thereby the method
-``slicegpt``. There is nothing else to edit. A file whose name starts with an underscore is a part
-that methods share.
+``slicegpt``. Nothing else needs to be edited. A file whose name starts with an underscore is shared
+by several methods.
 """
 
 import ast
@@ -18,30 +18,30 @@ from planners.spelling import did_you_mean
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of all methods, sorted, importing none of them."""
+    """Return the names of all methods, sorted, without importing them."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 def require(name: str, *, where: str = "method") -> None:
-    """See that there is a method of that name, importing none.
+    """Raise unless a method of that name exists, without importing any.
 
     Args:
         name: of the method.
-        where: it was given, for the message.
+        where: the key or option with the name, for the message.
 
     Raises:
-        ConfigError: there is no such method; the message has the nearest, the hint all.
+        ConfigError: there is no such method; the message suggests the closest, the hint lists all.
     """
     if name not in available():
         raise ConfigError(
             f"{where}: unknown method {name!r}{did_you_mean(name, available())}",
-            hint=f"there are: {', '.join(available())}",
+            hint=f"available: {', '.join(available())}",
         )
 
 
 def spec(name: str) -> MethodSpec:
-    """Return what the planners may know of a method.
+    """Return the part of a method that the planners use.
 
     Raises:
         ConfigError: there is no such method.
@@ -79,14 +79,14 @@ def declared_options(name: str) -> tuple[OptionSpec, ...]:
 
 
 def chosen(name: str, options: Mapping[str, Option]) -> MethodSpec:
-    """Return what the planners may know of a method together with those that its options name.
+    """Return the spec of a method combined with the competing methods that its options name.
 
     Args:
         name: of the method.
-        options: of it, complete.
+        options: all options of the method.
 
     Raises:
-        ConfigError: there is no such method, or one of them cannot compete with it.
+        ConfigError: a method does not exist, or cannot compete with this one.
     """
     own, joining = spec(name), candidates.others(name, options)
     for other in joining:

@@ -1,12 +1,12 @@
 """MoDeGPT (arXiv:2408.09632): shrink the inner width of each module, from statistics alone.
 
 - ``mlp``: Nystrom with ridge leverage on the gram of down_proj's input; down_proj is refitted by
-  least squares to the units that stay.
-- ``qk``: CR decomposition on rope *pairs*, one set a KV head: the score of a pair is
+  least squares to the kept units.
+- ``qk``: CR decomposition on rope *pairs*, one set per KV head: the score of a pair is
   ``sqrt(E[|q|^2] E[|k|^2])`` of its two channels, which rope does not change. The softmax scale and
   the angles stay those of the original head.
 - ``vo``: SVD of ``R [W_o^1 ... W_o^g]`` where ``R^T R`` is the h x h gram of v and all query heads
-  of the KV group stand side by side. The same product as the paper's d x d square root, without it.
+  of the KV group are concatenated. The same product as with the paper's d x d square root.
 
 A v bias moves into the o bias exactly, because the rows of a softmax sum to one.
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
@@ -42,7 +42,7 @@ MODULES = ("mlp", "qk", "vo")
 def kept_pairs(
     q_energy: Float[Tensor, "heads pairs"], k_energy: Float[Tensor, "kv_heads pairs"], *, keep: int
 ) -> Int[Tensor, "kv_heads keep"]:
-    """Return the rope pairs that stay, ascending, one set for each KV head.
+    """Return the rope pairs to keep, ascending, one set per KV head.
 
     Args:
         q_energy: sum over tokens of the squares of each pair of channels.
@@ -58,14 +58,14 @@ def kept_pairs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueMaps:
-    """What replaces v and the output weights of one KV head.
+    """The maps that replace v and the output weights of one KV head.
 
     Attributes:
         values: T, from v to its kept directions.
-        outputs: W', from those to the outputs of all query heads.
+        outputs: W', from the kept directions to the outputs of all query heads.
         lost: ``||v W - v T W'||_F^2`` over the tokens.
         energy: ``||v W||_F^2`` over the tokens.
-        rung: how the gram was factored.
+        rung: of the damping ladder at which the gram was factored.
     """
 
     values: Float[Tensor, "h keep"]
@@ -82,14 +82,14 @@ def value_maps(
 
     Args:
         gram: ``v^T v`` of one KV head, float64.
-        outputs: o_proj's rows of all query heads of the group, side by side, float64.
+        outputs: o_proj's rows of all query heads of the group, concatenated, float64.
         keep: width of the new head.
         where: names the layer and head in errors.
     """
     factor, rung = cholesky_psd(gram, ridge=1e-10, where=where)
     upper = factor.T  # gram = upper^T upper
     weighed = upper @ outputs  # (h, out)
-    # Its left singular vectors, from h x h alone: the SVD of what is wide costs far more.
+    # Its left singular vectors from an h x h gram: the SVD of the wide matrix is far slower.
     spectrum = eigh_descending(symmetric(weighed @ weighed.T), where=where)
     left = spectrum.vectors[:, :keep]
     energy = spectrum.values.clamp_min(0)
@@ -123,7 +123,7 @@ class MoDeGPT:
             shape: of the model.
             form: widths to reach.
             options: of the method.
-            factored: where factorisations that serve all widths are kept from call to call.
+            factored: cache of factorisations that serve all widths, shared between calls.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
@@ -131,14 +131,14 @@ class MoDeGPT:
         new = dict(weights)
         errors: dict[str, object] = {}
         rungs: dict[str, str] = {}
-        # A module that a step before has shrunk, in whatever way, is left as it is.
+        # A module that an earlier step has shrunk, in any way, is left unchanged.
         if form.intermediate < _rows(weights, "gate_proj"):
             known = {} if factored is None else factored
             if "mlp" not in known:
                 known["mlp"] = hidden_factor(weights, sums, options)
             errors["mlp"] = _cut_mlp(new, known["mlp"], form.intermediate)
             rungs["mlp"] = known["mlp"].rung
-            del known  # the largest matrix of all, unless the caller keeps it
+            del known  # the largest matrix, freed unless the caller keeps it
         if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
             _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
@@ -217,14 +217,14 @@ def _cut_vo(
     merged = torch.cat(new_o).reshape(-1, out_dim)  # (heads * keep, out)
     new["o_proj.weight"] = merged.T.to(output.dtype).contiguous()
     lost, energy = (sum(getattr(maps, name) for maps in found) for name in ("lost", "energy"))
-    # The rung of the head that had to climb highest.
+    # The rung of the head that needed the most damping.
     return math.sqrt(lost / max(energy, 1e-300)), max((maps.rung for maps in found), key=len)
 
 
 def _value_gram(
     sums: Mapping[str, Tensor], head: int, bias: Tensor | None, h: int
 ) -> Float[Tensor, "h h"]:
-    """Return the gram of v of one KV head, without the bias where that has moved away."""
+    """Return the gram of v of one KV head, without the bias if that was folded away."""
     gram = sums["v.head_gram"][head]
     if bias is not None:
         own = bias[head * h : (head + 1) * h].to(torch.float64)
@@ -247,7 +247,7 @@ def _move_bias(new: dict[str, Tensor], bias: Tensor, shape: ModelShape) -> None:
 
 def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
     if options["servable"] == "native":
-        return ("mlp",)  # a stock config has one head width for q, k, v and o, and its own rope
+        return ("mlp",)  # a stock config has one head width for q, k, v and o, and full rope
     return tuple(name.strip() for name in str(options["modules"]).split(","))
 
 
@@ -310,8 +310,8 @@ def _form(
     native = options["servable"] == "native"
     if native and not start.form.native:
         raise PlanError(
-            "servable=native: no stock config expresses what the steps before leave",
-            hint="make this step the first, or leave servable=remote",
+            "servable=native: no stock config can express the model that the earlier steps produce",
+            hint="make this the first step, or use servable=remote",
         )
     if _measures(options) == "damage":
         ladders = [{"": _ladders(shape, layer, options)} for layer in start.form.layers]
@@ -367,7 +367,7 @@ SPEC = MethodSpec(
             choices=("uniform", "influence", "marginal"),
             help="one ratio for all, by Block Influence, or by measured damage per parameter",
         ),
-        OptionSpec(name="modules", default="mlp,qk,vo", help="which modules take part"),
+        OptionSpec(name="modules", default="mlp,qk,vo", help="modules to compress"),
         OptionSpec(name="round_to", default=8, minimum=1, help="FFN width is a multiple of this"),
         OptionSpec(
             name="ridge",
@@ -388,11 +388,11 @@ SPEC = MethodSpec(
             name="damage",
             default="layer",
             choices=("layer", "loss"),
-            help="of a cut: the error of its layer's output, or the rise of the model's loss, "
-            "which takes every cut through all layers behind",
+            help="measured as the error of the layer's output, or as the rise of the model's loss, "
+            "which passes every cut through all later layers",
         ),
         OptionSpec(
-            name="probe_tokens", default=8192, minimum=1, help="tokens on which it is measured"
+            name="probe_tokens", default=8192, minimum=1, help="tokens on which damage is measured"
         ),
         CANDIDATES,
         REFIT,
@@ -400,7 +400,7 @@ SPEC = MethodSpec(
             name="servable",
             default="remote",
             choices=("remote", "native"),
-            help="any shapes with our modelling file, or only what a stock config expresses",
+            help="any shapes, with our modelling file, or only those of a stock config",
         ),
     ),
     statistics=_statistics,

@@ -1,11 +1,11 @@
-"""SliceGPT (arXiv:2401.15024): turn the residual stream to its principal axes, drop the small ones.
+"""SliceGPT (arXiv:2401.15024): rotate the residual stream to its principal axes, drop small ones.
 
 ``RMSNorm(x Q) Q^T = RMSNorm(x)`` for orthogonal Q once the norm's scale is folded into the next
 weights, so every site of the residual stream may have its own basis, at the price of one
-*shortcut* matrix ``Q_a^T Q_b`` a step. All bases come from the dense model's activations, hence all
-layers are independent; with ``schedule=sequential`` each comes from the activations behind the
-sites that are sliced already, as in the published program. ``rotation=shared`` uses one basis for
-all sites: no shortcuts, and the result is a stock narrower model.
+*shortcut* matrix ``Q_a^T Q_b`` between sites. All bases come from the dense model's activations,
+hence all layers are independent; with ``schedule=sequential`` each comes from the activations after
+the sites that are already sliced, as in the published program. ``rotation=shared`` uses one basis
+for all sites: no shortcuts, and the result is a narrower stock model.
 
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
@@ -37,9 +37,9 @@ class Basis:
 
     Attributes:
         vectors: shape (hidden, keep_dim), float64, orthonormal columns, largest variance first.
-        values: all eigenvalues of the site's gram, float64, descending; none, so of shape (0,), of
-            a site that was kept whole without a look at it.
-        rung: how the factorisation was reached.
+        values: all eigenvalues of the site's gram, float64, descending; shape (0,) for a site that
+            was kept at full width without statistics.
+        rung: of the damping ladder at which the factorisation succeeded.
     """
 
     vectors: Float[Tensor, "hidden keep"]
@@ -72,7 +72,7 @@ def site_basis(gram: Symmetric, *, keep_dim: int, where: str) -> Basis:
 def shared_gram(grams: list[Tensor]) -> Symmetric:
     """Return the sum of the sites' grams, each scaled to trace one.
 
-    Without the scaling the last layers, whose residual stream is largest, would decide alone.
+    Without the scaling the last layers, whose residual stream is largest, would dominate.
     """
     total = torch.zeros_like(grams[0], dtype=torch.float64)
     for gram in grams:
@@ -100,8 +100,9 @@ def sliced_layer(weights: Weights, *, bases: tuple[Tensor, Tensor, Tensor]) -> d
 def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
     """Return the tensors of one layer in a basis that all sites share: a stock layer.
 
-    A stock norm divides by the root mean square over the kept width d', ours over the model's own
-    D: the factor sqrt(D / d') goes into the weights that read the norm (with eps' = eps D / d').
+    A stock norm divides by the root mean square over the kept width d', ours over the original
+    width D: the factor sqrt(D / d') is folded into the weights that read the norm, and
+    eps' = eps D / d'.
     """
     hidden, keep = basis.shape
     new = _between(weights, (basis, basis, basis), gain=math.sqrt(hidden / keep))
@@ -113,9 +114,9 @@ def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
 def _between(
     weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, gain: float = 1.0
 ) -> dict[str, Tensor]:
-    """Return all but the norms, inputs and outputs turned and cut; each keeps its dtype.
+    """Return all tensors but the norms, with inputs and outputs rotated and cut, in their dtypes.
 
-    Of a linear that is two factors the first reads the residual stream, the second writes it.
+    In a linear of two factors, the first reads the residual stream and the second writes it.
     """
     basis_in, basis_mid, basis_out = bases
     reads = {
@@ -134,35 +135,38 @@ def _between(
         )
     for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
         writer = _part(weights, name, "second")
-        new[f"{writer}.weight"] = _turned_columns(weights[f"{writer}.weight"], basis)
+        new[f"{writer}.weight"] = _rotated_columns(weights[f"{writer}.weight"], basis)
         if f"{writer}.bias" in weights:
             bias = weights[f"{writer}.bias"]
             new[f"{writer}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
-    norms = ("attn_norm.weight", "mlp_norm.weight")  # their scale is in what reads them now
+    norms = (
+        "attn_norm.weight",
+        "mlp_norm.weight",
+    )  # their scale is folded into the weights that read them
     return {k: v.clone() for k, v in weights.items() if k not in (*new, *norms)} | new
 
 
 def _part(weights: Weights, name: str, factor: str) -> str:
-    """Return the linear itself, or that one of its two factors."""
+    """Return the name of a linear, or of one of its two factors if it has been factored."""
     return name if f"{name}.weight" in weights else f"{name}.{factor}"
 
 
-def _turned_columns(weight: Tensor, basis: Tensor) -> Tensor:
+def _rotated_columns(weight: Tensor, basis: Tensor) -> Tensor:
     if _is_identity(basis):
         return weight.clone()
-    axes = basis.to(_turned_as(weight))
-    turned = weight.new_empty(basis.shape[1], weight.shape[1])
-    blocks = (torch.split(t, BLOCK, dim=1) for t in (weight, turned))
+    axes = basis.to(_rotation_dtype(weight))
+    rotated = weight.new_empty(basis.shape[1], weight.shape[1])
+    blocks = (torch.split(t, BLOCK, dim=1) for t in (weight, rotated))
     for block, into in zip(*blocks, strict=True):
         into.copy_(axes.T @ block.to(axes.dtype))
-    return turned
+    return rotated
 
 
-def _turned_as(weight: Tensor) -> torch.dtype:
-    """Return the dtype of the product that turns a weight: no result of it is added up again.
+def _rotation_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the product that rotates a weight.
 
-    Its rounding is that of one more product of a float32 forward pass; float64 takes twice the
-    time on a CPU, and on most GPUs 32 to 64 times.
+    Its rounding is that of one more product in a float32 forward pass and does not accumulate;
+    float64 takes twice the time on a CPU, and 32 to 64 times on most GPUs.
     """
     return torch.promote_types(weight.dtype, torch.float32)
 
@@ -175,16 +179,16 @@ def _is_identity(basis: Tensor) -> bool:
 def rotated_rows(
     rows: Float[Tensor, "rows hidden"], *, basis: Tensor, scale: Tensor | None = None
 ) -> Float[Tensor, "rows keep"]:
-    """Return rows that read a site, with the scale of the norm before it, in a basis."""
-    turns, axes = not _is_identity(basis), basis.to(_turned_as(rows))
-    turned = rows.new_empty(len(rows), basis.shape[1])
-    # Into what is there: copies of full size, or of all blocks, would double the memory.
-    for block, into in zip(*(torch.split(t, BLOCK) for t in (rows, turned)), strict=True):
+    """Return weights whose rows read a site, rotated to a basis after scaling by the norm."""
+    rotates, axes = not _is_identity(basis), basis.to(_rotation_dtype(rows))
+    rotated = rows.new_empty(len(rows), basis.shape[1])
+    # Written block by block: copies of full size, or of all blocks, would double the memory.
+    for block, into in zip(*(torch.split(t, BLOCK) for t in (rows, rotated)), strict=True):
         scaled = block.to(axes.dtype)
         if scale is not None:
             scaled = scaled * scale.to(axes.dtype)
-        into.copy_(scaled @ axes if turns else scaled)
-    return turned
+        into.copy_(scaled @ axes if rotates else scaled)
+    return rotated
 
 
 def _site_kind(options: Mapping[str, Option]) -> str:
@@ -193,10 +197,10 @@ def _site_kind(options: Mapping[str, Option]) -> str:
 
 def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
     if options["schedule"] == "sequential":
-        return frozenset()  # the dense model's activations say nothing of a sliced prefix
+        return frozenset()  # the dense model's activations differ from those after sliced sites
     taps = ["resid_attn", "resid_mlp"]
     if options["slice_head"] or options["rotation"] == "shared":
-        taps.append("resid_out")  # else the last site stays whole, whatever it holds
+        taps.append("resid_out")  # else the last site keeps its full width
     return frozenset(Statistic(tap, _site_kind(options)) for tap in taps)
 
 
@@ -204,8 +208,8 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     del shape  # every family so far has its norms before the blocks
     if options["schedule"] == "sequential" and options["rotation"] == "shared":
         return (
-            "schedule=sequential slices each site before it knows the next, and rotation=shared "
-            "has one basis that needs all sites first; choose schedule=dense or rotation=per_site"
+            "schedule=sequential slices each site before the next is observed, but rotation=shared "
+            "needs all sites for its one basis; choose schedule=dense or rotation=per_site"
         )
     return ""
 
@@ -244,15 +248,15 @@ def _form(
     step = int(options["round_to"])
     if options["rotation"] == "shared" and not start.form.native:
         raise PlanError(
-            "rotation=shared makes a stock model narrower, and what the steps before leave is none",
-            hint="use rotation=per_site, or make this step the first",
+            "rotation=shared needs a stock model, but the earlier steps produce one that is not",
+            hint="use rotation=per_site, or make this the first step",
         )
     if options["rotation"] == "shared":
-        # transformers refuses a hidden size that the number of heads does not divide.
+        # transformers rejects a hidden size that is not divisible by the number of heads.
         step = math.lcm(step, shape.num_heads)
     if target.slice is not None:
         keep_dim = math.floor((1 - target.slice) * shape.hidden + 1e-9)  # 0.7 * 10 must be 7
-        # Full width stays full even where it is no multiple: nothing is sliced.
+        # Full width is kept even if it is not a multiple of the step: nothing is sliced.
         keep_dim -= 0 if keep_dim == shape.hidden else keep_dim % step
         if keep_dim < 1:
             raise PlanError(
@@ -281,7 +285,7 @@ SPEC = MethodSpec(
             name="rotation",
             default="per_site",
             choices=("per_site", "shared"),
-            help="one basis a site with shortcut matrices, or one for all: a stock narrower model",
+            help="one basis per site, with shortcut matrices, or one for all: a stock model",
         ),
         OptionSpec(
             name="pca_on",
@@ -300,15 +304,15 @@ SPEC = MethodSpec(
             name="schedule",
             default="dense",
             choices=("dense", "sequential"),
-            help="all sites at once from the dense model, or one after the other, each behind the "
-            "sites that are sliced already: slower, and usually a little better",
+            help="all sites at once from the dense model, or one after the other, each after the "
+            "sites that are already sliced: slower, and usually a little better",
         ),
         OptionSpec(
             name="shards",
             default=8,
             minimum=1,
-            help="schedule=sequential: parts of the tokens that pass a site side by side, each on "
-            "a worker; other parts, other bits",
+            help="schedule=sequential: number of parts of the tokens, which pass a site in "
+            "parallel on different workers; another number changes how sums round",
         ),
     ),
     statistics=_statistics,
@@ -327,11 +331,11 @@ class SliceGPT:
     def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
         """Return the basis of one site; of all sites together where several grams are given.
 
-        Any orthogonal basis is exact where all of it is kept. There the model's own axes stand,
-        which cost no product, in the head of a large vocabulary least of all.
+        At full width any orthogonal basis is exact, so the model's own axes are used: they need
+        no product, which matters most for the head of a large vocabulary.
 
         Args:
-            grams: of the width of the residual stream; none for a site that is kept whole.
+            grams: of the width of the residual stream; empty for a site of full width.
             keep_dim: axes to keep.
             where: names the site in errors.
 

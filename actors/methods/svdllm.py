@@ -1,11 +1,11 @@
-"""SVD-LLM (arXiv:2403.07378): each linear as two factors, truncated where its outputs are small.
+"""SVD-LLM (arXiv:2403.07378): factor each linear in two, truncated where its outputs are small.
 
 The best rank-r matrix for ``|x W - x W'|_F`` over the calibration tokens is the truncated SVD of
 ``S W`` with ``S^T S`` the gram of x. Where the output is the narrower side the same matrix is
 ``W U_r U_r^T`` with U_r the principal axes of the outputs, whose gram is ``W^T C W``: no Cholesky
 and no inverse. Where the input is narrower, the whitened input side is decomposed instead. So the
-largest eigendecomposition has the model's width, never the FFN's. ``allocation=by_type`` shares the
-parameters out over the layers as SVD-LLM v2 (arXiv:2503.12340) does; see `planners.budget.ranks`.
+largest eigendecomposition has the model's width, never the FFN's. ``allocation=by_type`` allocates
+parameters to layers as SVD-LLM v2 (arXiv:2503.12340) does; see `planners.budget.ranks`.
 
 Rows are tokens in the formulas; weights are in torch's (out, in) orientation in the code.
 """
@@ -46,9 +46,9 @@ class Axes:
 
     Attributes:
         vectors: of the outputs, shape (out, out), or of the whitened inputs, shape (in, in).
-        energy: what each carries of ``|x W|_F^2``, descending.
+        energy: share of each in ``|x W|_F^2``, unnormalised, descending.
         factor: lower Cholesky factor of the gram, where the axes are those of the inputs.
-        rung: how they were reached.
+        rung: of the damping ladder at which the factorisation succeeded.
     """
 
     vectors: Float[Tensor, "dim dim"]
@@ -69,7 +69,7 @@ def output_axes(weight: Float[Tensor, "out inner"], gram: Symmetric, *, where: s
         factor, rung = None, spectrum.rung
     else:
         factor, rung = cholesky_psd(gram, ridge=1e-10, where=where)  # x^T x = L L^T
-        # Of the whitened weight W L only its gram is formed: the tall side is met in blocks.
+        # Only the gram of the whitened weight W L is formed, over blocks of its long side.
         spectrum = eigh_descending(congruence(factor.T, _inner_gram(weight)), where=where)
     energy = spectrum.values.clamp_min(0)
     return Axes(vectors=spectrum.vectors, energy=energy, factor=factor, rung=rung)
@@ -78,7 +78,7 @@ def output_axes(weight: Float[Tensor, "out inner"], gram: Symmetric, *, where: s
 def low_rank(
     weight: Float[Tensor, "out inner"], gram: Symmetric, *, rank: int, where: str
 ) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "out rank"], float, str]:
-    """Return what `truncated` makes of the axes of a weight.
+    """Return `truncated` for a weight and its axes.
 
     Args:
         weight: of any dtype; the factors are in float64.
@@ -146,7 +146,7 @@ class SVDLLM:
             shape: of the model.
             form: ranks to reach.
             options: of the method.
-            factored: where axes that serve all ranks are kept from call to call.
+            factored: cache of axes that serve all ranks, shared between calls.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
@@ -157,7 +157,7 @@ class SVDLLM:
         rungs: dict[str, str] = {}
         for name, rank in form.ranks.items():
             if f"{name}.weight" not in new:
-                continue  # a step before has factored it
+                continue  # an earlier step has factored it
             weight = new.pop(f"{name}.weight")
             known = {} if factored is None else factored
             if name not in known:
@@ -167,7 +167,7 @@ class SVDLLM:
             first, second, errors[name], rungs[name] = truncated(weight, known[name], rank=rank)
             new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
             new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
-            del known, first, second  # not held beside the next linear, unless the caller does
+            del known, first, second  # freed before the next linear, unless the caller keeps them
             if f"{name}.bias" in new:
                 new[f"{name}.second.bias"] = new.pop(f"{name}.bias")
         dense = [name for name in LINEARS if name not in form.ranks]
@@ -183,7 +183,7 @@ class SVDLLM:
     ) -> dict[str, float]:
         """Return linear -> ``|x W - x W'|_F`` over the calibration tokens at the ranks of ``form``.
 
-        A linear that ``form`` leaves whole loses nothing.
+        The loss of a linear at full rank in ``form`` is 0.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
@@ -194,7 +194,7 @@ class SVDLLM:
             axes = output_axes(weight, sums[f"{tap}.gram"], where=f"{name}, tap {tap}")
             rank = form.ranks.get(name, len(axes.energy))
             found[name] = float(axes.energy[rank:].sum().sqrt())
-            del axes  # before those of the next linear are made
+            del axes  # before those of the next linear are computed
         return found
 
 
@@ -215,7 +215,7 @@ def _measures(options: Mapping[str, Option]) -> str:
 def _form(
     shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
 ) -> ModelForm:
-    # Where losses are measured, they are those of all linears at one share.
+    # Losses are measured with all linears at the same share.
     ranks = one_share if _measures(options) else uniform
     return ranks(
         shape,
@@ -264,8 +264,8 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     unknown = [name for name in _linears(options) if name not in LINEARS]
     if not unknown:
         return ""
-    said = f"modules has {', '.join(unknown)}; known: {', '.join(LINEARS)}"
-    return said + did_you_mean(unknown[0], LINEARS)
+    message = f"modules has {', '.join(unknown)}; known: {', '.join(LINEARS)}"
+    return message + did_you_mean(unknown[0], LINEARS)
 
 
 SPEC = MethodSpec(
@@ -280,13 +280,13 @@ SPEC = MethodSpec(
             name="allocation",
             default="uniform",
             choices=("uniform", "by_type"),
-            help="one share of the parameters for every linear that is factored, or layers of one "
-            "type of linear share by what truncation loses",
+            help="the same share of the parameters for every factored linear, or shares among the "
+            "layers, per type of linear, by the loss of truncation",
         ),
         OptionSpec(
             name="modules",
             default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-            help="which linears take part",
+            help="linears to compress",
         ),
         REFIT,
     ),

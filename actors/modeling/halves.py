@@ -1,4 +1,4 @@
-"""One layer of any form, run by halves: attention, then MLP."""
+"""Run one layer of any form in halves: attention, then MLP."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from planners.model.shape import ModelShape
 
 
 class HalvedLayer:
-    """A layer of any form; a dense one is one of full width.
+    """A layer of any form, dense or compressed, whose attention and MLP can be run separately.
 
     Attributes:
         module: the layer itself.
@@ -31,7 +31,7 @@ class HalvedLayer:
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """Build the layer of these tensors, which are named as below the layer."""
+        """Build the layer from tensors keyed by their names relative to the layer."""
         alone = {**one_layer_config(config, shape), "layer_forms": [to_json(form)]}
         self._outer = OuterModel(alone, load_family(shape.family), dtype=dtype, device=device)
         self.module: nn.Module = self._outer.layer(0, tensors)
@@ -50,13 +50,13 @@ class HalvedLayer:
         return inner
 
     def shortcut_attention(self, hidden: Tensor) -> Tensor:
-        """Return the residual stream in the axes that attention writes; itself without shortcut."""
+        """Return the residual stream in the basis attention writes; unchanged if no shortcut."""
         layer: Any = self.module
         stream: Tensor = layer.attn_shortcut(hidden)
         return stream
 
     def shortcut_mlp(self, middle: Tensor) -> Tensor:
-        """Return the residual stream in the axes that the MLP writes; itself without shortcut."""
+        """Return the residual stream in the basis the MLP writes; unchanged if no shortcut."""
         layer: Any = self.module
         stream: Tensor = layer.mlp_shortcut(middle)
         return stream
@@ -66,11 +66,11 @@ class HalvedLayer:
         return self.shortcut_attention(hidden) + self.attention(hidden)
 
     def after_mlp(self, middle: Tensor) -> Tensor:
-        """Return the residual stream that leaves."""
+        """Return the residual stream after the layer."""
         return self.shortcut_mlp(middle) + self.mlp(middle)
 
     def output(self, hidden: Tensor) -> Tensor:
-        """Return the residual stream that leaves, from the one that enters."""
+        """Return the residual stream after the layer, given the one before it."""
         return self.after_mlp(self.residual_mid(hidden))
 
 

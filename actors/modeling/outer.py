@@ -1,8 +1,7 @@
-"""A model with its layers taken out: embedding, positions, final norm, head and loss.
+"""Everything of a model except its layers: embedding, positions, final norm, head and loss.
 
-Whoever passes tokens through a model layer by layer does it with an `OuterModel`. All that is known
-here of the classes of transformers, and of what stands before, beside and behind the layers, is
-known nowhere else.
+Code that passes tokens through a model layer by layer uses an `OuterModel`. Only this module knows
+the classes of transformers and what is before, beside and after the layers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,29 +21,29 @@ from planners.memory.peaks import LOGIT_TOKENS
 
 transformers_logging.disable_progress_bar()
 
-OWN = ("model_type", "dtype", "torch_dtype", "auto_map")  # keys that are not passed on
+OWN = ("model_type", "dtype", "torch_dtype", "auto_map")  # keys not passed to transformers
 Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Weights(Protocol):
-    """Where the tensors of a model are read: an `actors.storage.checkpoint.Checkpoint`."""
+    """The source of a model's tensors: an `actors.storage.checkpoint.Checkpoint`."""
 
     @property
     def locations(self) -> Mapping[str, object]:
-        """The names of all tensors, among other things."""
+        """A mapping with the names of all tensors as keys."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
 
     def stream_prefix(self, prefix: str) -> Iterable[tuple[str, Tensor]]:
-        """Yield the tensors whose names begin so, by the rest of their names."""
+        """Yield the tensors whose names begin with a prefix, with the rest of their names."""
 
 
 def empty_model(config: Mapping[str, Any]) -> Any:
-    """Return the model of a ``config.json`` on the meta device: it takes no memory for weights.
+    """Return the model of a ``config.json`` on the meta device, without memory for weights.
 
-    The dense one is of transformers' own class, the compressed one of the file that travels with a
-    result; both are used the same way from here on.
+    A dense model has transformers' own class, a compressed one the class in the file that is stored
+    with results; both have the same interface.
     """
     rest = {k: v for k, v in config.items() if k not in OWN}
     compressed = config["model_type"] == CompressedConfig.model_type
@@ -58,21 +57,23 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         model = (
             CompressedForCausalLM(known) if compressed else AutoModelForCausalLM.from_config(known)
         )
-    model.model.rotary_emb = type(model.model.rotary_emb)(known)  # its frequencies are computed
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        known
+    )  # on the CPU: its frequencies are computed
     return model.eval()
 
 
 class OuterModel:
-    """A model without its layers; embedding and head are there once they have been read."""
+    """A model without its layers; embedding and head are available once they have been read."""
 
     def __init__(
         self, config: Mapping[str, Any], family: Family, *, dtype: torch.dtype, device: str
     ) -> None:
-        """Build the modules of a ``config.json``; no tensor is read.
+        """Build the modules of a ``config.json`` without reading any tensor.
 
         Args:
             config: of the model, dense or compressed.
-            family: names its tensors.
+            family: of the model, which has the names of its tensors.
             dtype: to compute in; tensors are converted as they are read.
             device: where to compute.
         """
@@ -84,20 +85,20 @@ class OuterModel:
         self._norm: nn.Module | None = None
 
     def layer(self, index: int, tensors: Named) -> nn.Module:
-        """Take layer ``index`` out of the model, once, and return it with these tensors.
+        """Remove layer ``index`` from the model and return it with the given tensors; call it once.
 
         Args:
             index: of the layer.
-            tensors: named as below the layer. Of pairs that are read one at a time, one at a time
-                is in memory in the dtype it came in.
+            tensors: keyed by their names relative to the layer. From an iterator of pairs, only
+                one tensor at a time is in memory in its original dtype.
         """
         layers = self._model.model.layers
         module: nn.Module = layers[index]
-        layers[index] = nn.Identity()  # else its weights would live as long as the model
+        layers[index] = nn.Identity()  # else the model would keep its weights in memory
         return self._filled(module, tensors)
 
     def read_embedding(self, weights: Weights) -> None:
-        """Read what `embed` needs.
+        """Read the tensor that `embed` needs.
 
         Raises:
             ModelError: a tensor is missing or not finite.
@@ -105,7 +106,7 @@ class OuterModel:
         self._embedding = self._table(weights, self._family.embedding)
 
     def read_head(self, weights: Weights) -> None:
-        """Read what `final`, `logits` and `loss` need; a tied head is the embedding's tensor.
+        """Read the tensors that `final`, `logits` and `loss` need; a tied head is the embedding.
 
         Raises:
             ModelError: a tensor is missing or not finite.
@@ -115,12 +116,12 @@ class OuterModel:
             self._head = self._embedding
         else:
             self._head = self._table(weights, name)
-        # Of a norm whose scale was folded into the head no tensor is stored.
+        # A norm whose scale was folded into the head has no stored tensor.
         prefix = self._family.final_norm.removesuffix("weight")
         self._norm = self._filled(self._model.model.norm, weights.stream_prefix(prefix))
 
     def tensors(self) -> list[Tensor]:
-        """Return the weights that have been read; the table of a tied model once."""
+        """Return the weights that have been read; the shared table of a tied model once."""
         norm = [] if self._norm is None else [*self._norm.parameters()]
         tables = [table for table in (self._embedding, self._head) if table is not None]
         return [*{id(table): table for table in tables}.values(), *norm]
@@ -128,36 +129,36 @@ class OuterModel:
     def embed(
         self, ids: Int[Tensor, "batch tokens"], *, start: int = 0
     ) -> Float[Tensor, "batch tokens width"]:
-        """Return what enters the first layer, for tokens at positions start, start + 1, ..."""
-        del start  # every family here tells positions to its layers: `layer_arguments`
+        """Return the input of the first layer for tokens at positions start, start + 1, ..."""
+        del start  # in every family here positions are given to the layers: `layer_arguments`
         assert self._embedding is not None  # it was read
         return nn.functional.embedding(ids.to(self._device), self._embedding)
 
     def layer_arguments(
         self, hidden: Float[Tensor, "batch tokens width"], *, start: int = 0
     ) -> dict[str, Any]:
-        """Return what every layer is called with beside ``hidden``, at positions start, ..."""
+        """Return the keyword arguments of every layer, for tokens at positions start, ..."""
         positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
         angles = self._rotary(hidden, position_ids=positions)  # cosines and sines
         return {"attention_mask": None, "position_embeddings": angles}
 
     def final(self, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
-        """Return what the head reads, from what leaves the last layer."""
+        """Return the input of the head, given the output of the last layer."""
         assert self._norm is not None  # it was read
         normed: Tensor = self._norm(hidden)
         return normed
 
     def logits(self, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
-        """Return the logits, (batch, tokens, vocabulary), of what leaves the last layer."""
+        """Return the logits, (batch, tokens, vocabulary), given the output of the last layer."""
         assert self._head is not None  # it was read
         return self.final(hidden) @ self._head.T
 
     def loss(
         self, hidden: Float[Tensor, "batch tokens width"], ids: Int[Tensor, "batch tokens"]
     ) -> tuple[float, int]:
-        """Return the summed nats of the next tokens, and how many these are.
+        """Return the summed nats of the next tokens, and their number.
 
-        Logits are formed of so many tokens at a time that they take little memory.
+        Logits are computed for `LOGIT_TOKENS` tokens at a time, to save memory.
         """
         assert self._head is not None  # it was read
         return next_token_nll(self.final(hidden), self._head, ids, block=LOGIT_TOKENS)

@@ -1,7 +1,7 @@
 """Sums over tokens, accumulated microbatch by microbatch.
 
-A gram is the sum ``x^T x`` over tokens, kept as a sum and not a mean, so that a different cut of
-the tokens into workers changes nothing. The product of one microbatch is formed in float32 and
+A Gram matrix is the sum ``x^T x`` over tokens; as it is a sum and not a mean, the split of the
+tokens over workers does not matter. The product of one microbatch is computed in float32 and
 added to a float64 sum; products are summed in the order of the microbatches.
 """
 
@@ -17,15 +17,15 @@ HALVES = (torch.bfloat16, torch.float16)
 def product(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "dim dim"]:
     """Return ``x^T x`` of one microbatch in float32, accumulated in float32.
 
-    A half-precision ``x`` is converted first unless the device multiplies it into float32 exactly
-    as well (CUDA): a product that leaves in half precision has lost its small eigenvalues.
+    A half-precision ``x`` is converted first, unless the device can multiply it into float32 as
+    exactly (CUDA): a product rounded to half precision loses its small eigenvalues.
     """
-    x = _multiplied_as(x)
+    x = _to_product_dtype(x)
     return _product(x, x)
 
 
-def _multiplied_as(x: Tensor) -> Tensor:
-    """Return x in the dtype in which it is multiplied."""
+def _to_product_dtype(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype in which products are computed."""
     if x.dtype == torch.float64 or (x.is_cuda and x.dtype in HALVES):
         return x
     return x.to(torch.float32)
@@ -36,14 +36,14 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def accumulate(total: Symmetric, x: Float[Tensor, "tokens dim"]) -> None:
-    """Add the product of one microbatch to ``total``, in place: a second copy would not fit.
+    """Add the product of one microbatch to ``total``, in place, as a second copy may not fit.
 
-    A packed total is summed a block of rows at a time: half the work, and no product of full size.
+    A packed total is updated one block of rows at a time: half the work, no full-size product.
     """
     if total.ndim > 1:
         total.add_(product(x))
         return
-    x = _multiplied_as(x)
+    x = _to_product_dtype(x)
     for block, rows in blocks(total):
         rows.add_(_product(x[:, block.first : block.last], x[:, block.first :]))
 
@@ -58,6 +58,6 @@ def rms_normed(x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
 def symmetric(matrix: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
     """Return the mean of ``matrix`` and its transpose.
 
-    BLAS does not promise that (i, j) and (j, i) come out the same to the last bit.
+    BLAS does not guarantee that (i, j) and (j, i) are equal to the last bit.
     """
     return (matrix + matrix.T) / 2

@@ -1,8 +1,8 @@
-"""Refit of a linear by least squares, from sums over tokens of what it leaves of its target.
+"""Refit a linear by least squares, from sums over tokens of inputs and residuals.
 
-With inputs Z, weights W and a target T, everything is in terms of the rest ``R = T - Z W``: a step
-D changes it to ``R - Z D``, and the D that minimises ``|R - Z D|^2 + r |D|^2`` is
-``(Z^T Z + r I)^-1 Z^T R``. So a linear that is right already, whose rest is zero, stays as it is.
+With inputs Z, weights W and a target T, the sums are of the residual ``R = T - Z W``: a step D
+changes it to ``R - Z D``, and the D that minimises ``|R - Z D|^2 + r |D|^2`` is
+``(Z^T Z + r I)^-1 Z^T R``. So a linear that already fits, with residual zero, does not change.
 """
 
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from torch import Tensor
 from actors.numerics.gram import accumulate, symmetric
 from actors.numerics.linalg import cholesky_psd
 
-MIN_GAIN = 1e-3  # of the rest that a step must remove of unseen tokens: less may be rounding
+MIN_GAIN = 1e-3  # share of the residual energy of unseen tokens to be removed; less may be rounding
 
 
 @dataclass(slots=True, kw_only=True)
 class RestSums:
-    """What a linear leaves of its target, summed over tokens in float64.
+    """Sums over tokens of the inputs and residuals of a linear, in float64.
 
     Attributes:
         gram: ``Z^T Z``, (dim, dim).
@@ -32,7 +32,7 @@ class RestSums:
     energy: Float[Tensor, " 1"]
 
     def add(self, inputs: Float[Tensor, "tokens dim"], rest: Float[Tensor, "tokens out"]) -> None:
-        """Add one microbatch, in place; its products are formed in float32."""
+        """Add one microbatch, in place; its products are computed in float32."""
         accumulate(self.gram, inputs)
         rest = rest.to(torch.float32)
         self.cross.add_(inputs.to(torch.float32).T @ rest)
@@ -45,7 +45,7 @@ class RestSums:
 
 
 def empty_sums(dim: int, out_dim: int, *, device: str) -> RestSums:
-    """Return the sums over no token."""
+    """Return sums over zero tokens."""
     return RestSums(
         gram=torch.zeros(dim, dim, dtype=torch.float64, device=device),
         cross=torch.zeros(dim, out_dim, dtype=torch.float64, device=device),
@@ -59,10 +59,10 @@ class Refit:
 
     Attributes:
         weight: (out, dim), in the dtype it came in.
-        damping: that was chosen; -1 where the weights stand as they were.
+        damping: that was chosen; -1 if the weights are unchanged.
         before: ``|R|^2`` of the unseen tokens.
         after: likewise, with these weights.
-        rungs: how the factorisations were reached where not at once.
+        rungs: of the factorisations that needed extra damping.
     """
 
     weight: Float[Tensor, "out dim"]
@@ -78,12 +78,12 @@ def least_squares_step(
     """Return the D that minimises ``|R - Z D|^2 + damping * mean(diag(Z^T Z)) * |D|^2``.
 
     Args:
-        sums: over the tokens that count.
-        damping: relative, so it means the same whatever the scale of the activations.
+        sums: over the tokens to fit.
+        damping: relative, hence independent of the scale of the activations.
         where: names the layer and linear in errors.
 
     Returns:
-        D, and the rung of the ladder on which the factorisation was reached.
+        D, and the rung of the damping ladder at which the factorisation succeeded.
 
     Raises:
         NumericsError: the gram is not finite, or not positive definite on any rung.
@@ -102,8 +102,8 @@ def refit(
 ) -> Refit:
     """Return the weights refitted on seen tokens with the damping that is best on unseen ones.
 
-    The weights stand where no damping removes more than `MIN_GAIN` of what is left of unseen
-    tokens. Each candidate is judged as it would be stored, rounded to the dtype of ``weight``.
+    The weights are unchanged if no damping removes more than `MIN_GAIN` of the residual energy of
+    unseen tokens. Each candidate is evaluated as stored, rounded to the dtype of ``weight``.
 
     Raises:
         NumericsError: a gram is not finite, or not positive definite on any rung.

@@ -1,4 +1,4 @@
-"""Factorisations that every method shares, with the ladder for matrices that do not behave."""
+"""Factorisations shared by all methods, with a ladder of dampings for ill-conditioned matrices."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ from actors.numerics.packed import Symmetric, all_finite, diagonal, permuted, un
 from planners.errors import NumericsError
 
 DAMPINGS = (0.0, 1e-12, 1e-8, 1e-4)  # relative to the mean of the diagonal
-SINGULAR = 1e-9  # a pivot below this much of the mean of the diagonal, times the width, is none
-MAX_EIGH_DIM = 16384  # 8.6 GB with vectors and workspace, and the better part of an hour of a core
+SINGULAR = 1e-9  # times width and mean of the diagonal: a smaller pivot counts as zero
+MAX_EIGH_DIM = 16384  # 8.6 GB with vectors and workspace, and most of an hour on one core
 BLOCK = 1024  # columns of a triangular solve, and rows that are multiplied at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spectrum:
-    """Eigenvalues, descending, and their vectors.
+    """Eigenvalues in descending order, and their eigenvectors.
 
     Attributes:
         values: shape (dim,), float64, >= 0 up to rounding.
         vectors: shape (dim, dim), float64, columns; the entry of largest size of each is positive.
-        rung: how the factorisation was reached, ``eigh`` when nothing went wrong.
+        rung: the step of the ladder that succeeded, ``eigh`` if no damping was needed.
     """
 
     values: Float[Tensor, " dim"]
@@ -39,14 +39,14 @@ def eigh_descending(matrix: Symmetric, *, where: str) -> Spectrum:
 
     Raises:
         NumericsError: ``matrix`` has an entry that is not finite, is wider than `MAX_EIGH_DIM`, or
-            no rung of the ladder held.
+            every rung of the ladder failed.
     """
     dim = width(matrix)
     if dim > MAX_EIGH_DIM:
         raise NumericsError(
-            f"{where}: an eigendecomposition of a {dim} x {dim} gram takes {32 * dim**2:,} bytes "
-            f"and {9 * dim**3:.1e} operations; the widest that is done is {MAX_EIGH_DIM}",
-            hint="a method that needs a Cholesky factor only takes a tenth of the time",
+            f"{where}: the eigendecomposition of a {dim} x {dim} Gram matrix needs "
+            f"{32 * dim**2:,} bytes and {9 * dim**3:.1e} operations; the limit is {MAX_EIGH_DIM}",
+            hint="use a method that needs a Cholesky factor only: it takes a tenth of the time",
         )
     _require_finite(matrix, where)
     scale = diagonal(matrix).mean()
@@ -67,15 +67,17 @@ def eigh_descending(matrix: Symmetric, *, where: str) -> Spectrum:
                 rung = "eigh" if damping == 0.0 else f"eigh damped {damping:g} on {device}"
                 del whole, shifted
                 return _ordered(values - shift, vectors, rung)
-    raise NumericsError(f"{where}: no eigendecomposition of a ({dim}, {dim}) gram converged")
+    raise NumericsError(
+        f"{where}: no eigendecomposition of the {dim} x {dim} Gram matrix converged"
+    )
 
 
 def _ordered(values: Tensor, vectors: Tensor, rung: str) -> Spectrum:
     values, vectors = values.flip(0), vectors.flip(1)
     for columns in torch.split(vectors, BLOCK, dim=1):
         largest = columns.abs().argmax(dim=0)
-        # An eigenvector's sign is a library's whim; fixed here so that files compare across
-        # machines.
+        # The sign of an eigenvector depends on the library; it is fixed here so that files can be
+        # compared across machines.
         columns.mul_(columns.gather(0, largest[None, :]).sign())
     return Spectrum(values=values, vectors=vectors, rung=rung)
 
@@ -89,17 +91,17 @@ def cholesky_psd(
 ) -> tuple[Float[Tensor, "dim dim"], str]:
     """Return the lower factor of ``matrix + ridge * mean(diag) * I`` in float64, and its rung.
 
-    Beside ``matrix`` there is one other matrix of full size, the factor.
+    Beside ``matrix`` only one other full-size matrix is in memory, the factor.
 
     Args:
         matrix: positive semi-definite up to rounding.
-        ridge: relative to the mean of the diagonal (to 1 where that is zero: nothing was ever
-            active); raised step by step where it is too small.
+        ridge: relative to the mean of the diagonal (to 1 where that is zero, for inputs that were
+            never active); raised step by step where it is too small.
         where: names the layer and tap in the error.
-        order: rows and columns are taken in this order.
+        order: permutation of rows and columns.
 
     Raises:
-        NumericsError: ``matrix`` has an entry that is not finite, or no rung of the ladder held.
+        NumericsError: ``matrix`` has an entry that is not finite, or every rung failed.
     """
     _require_finite(matrix, where)
     mean = diagonal(matrix).mean()
@@ -111,17 +113,17 @@ def cholesky_psd(
         if not failed and all_finite(factor):
             pivot = float(factor.diagonal().min().square() / scale)
             named = "cholesky" if damping == 0.0 else f"cholesky damped {damping:g}"
-            # A singular matrix may pass: then the ridge, or rounding, is all its last pivots have.
+            # A singular matrix may succeed: then its last pivots consist of ridge or rounding only.
             return factor, f"{named}, singular" if pivot < SINGULAR * len(factor) else named
-        del shifted, factor  # before the next one is made
+        del shifted, factor  # before the next one is allocated
     dim = width(matrix)
-    raise NumericsError(f"{where}: a ({dim}, {dim}) gram is not positive semi-definite")
+    raise NumericsError(f"{where}: the {dim} x {dim} Gram matrix is not positive semi-definite")
 
 
 def _factored_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
     """Return the lower Cholesky factor in the memory of ``matrix``, and whether it failed.
 
-    Only the lower triangle is looked at.
+    Only the lower triangle is read.
     """
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     # LAPACK's order is by columns: the transposed view's upper factor is our lower one, row-major.
@@ -144,7 +146,7 @@ def inverse_diagonal(factor: Float[Tensor, "dim dim"]) -> Float[Tensor, " dim"]:
 
 
 def _solve_lower(factor: Tensor, right: Tensor) -> None:
-    """Replace ``right`` by ``L^-1 right``; torch's own would copy the corner of a matrix first."""
+    """Replace ``right`` by ``L^-1 right``; torch would copy the corner of the matrix first."""
     for first in range(0, len(factor), BLOCK):
         rows = slice(first, first + BLOCK)
         if first:
@@ -171,7 +173,7 @@ def solve_lower_transposed(
 def lower_transposed_times(
     factor: Float[Tensor, "dim dim"], right: Float[Tensor, "dim out"]
 ) -> Float[Tensor, "dim out"]:
-    """Return ``L^T right``: half the work of a product that does not know of the triangle."""
+    """Return ``L^T right`` with half the work of a product that ignores the triangle."""
     found = torch.empty_like(right)
     for first in range(0, len(factor), BLOCK):
         rows = slice(first, first + BLOCK)
@@ -181,4 +183,4 @@ def lower_transposed_times(
 
 def _require_finite(matrix: Symmetric, where: str) -> None:
     if not all_finite(matrix):
-        raise NumericsError(f"{where}: the gram has entries that are NaN or infinite")
+        raise NumericsError(f"{where}: the Gram matrix has entries that are NaN or infinite")

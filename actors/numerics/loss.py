@@ -18,7 +18,7 @@ def next_token_nll(
     *,
     block: int,
 ) -> tuple[float, int]:
-    """Return the summed nats of the next tokens and their number; logits come in blocks."""
+    """Return the summed nats of the next tokens and their number; logits are formed in blocks."""
     inputs = normed[:, :-1].flatten(0, 1)  # (predicted, width)
     targets = ids[:, 1:].flatten().to(normed.device)
     nats = 0.0

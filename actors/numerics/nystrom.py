@@ -1,9 +1,9 @@
 """Nystrom approximation of a hidden layer from its gram: which units to keep, and their refit.
 
-With the units in the order of their scores and ``C + ridge I = L L^T`` in that order, everything
-for every number of kept units k lies in one factor: the refit of the output weights W to the first
-k units is ``L_kk^-T (L^T W)[:k]``, and the squared error left on the calibration tokens is the
-energy of the rows of ``L^T W`` behind the first k.
+With the units in the order of their scores and ``C + ridge I = L L^T`` in that order, one factor
+serves every number of kept units k: the refit of the output weights W to the first k units is
+``L_kk^-T (L^T W)[:k]``, and the squared error on the calibration tokens is the energy of the rows
+of ``L^T W`` after the first k.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Nystrom:
         order: units, the most important first, shape (dim,).
         factor: lower Cholesky factor of the ridged gram in that order, (dim, dim), float64.
         turned: ``L^T W`` in that order, (dim, out), float64.
-        rung: how the factorisation was reached.
+        rung: of the damping ladder at which the factorisation succeeded.
     """
 
     order: Int[Tensor, " dim"]
@@ -41,16 +41,16 @@ class Nystrom:
     def refit(
         self, keep_dim: int, *, dtype: torch.dtype = torch.float64
     ) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep out"]]:
-        """Return the kept units, ascending, and the output weights refitted to them in a dtype."""
+        """Return the kept units, ascending, and output weights refitted to them, in ``dtype``."""
         kept, position = self.order[:keep_dim].sort()
-        # A block of outputs at a time: float64 weights of full size would be one too many.
+        # A block of outputs at a time: full-size float64 weights would exceed the planned memory.
         parts = torch.split(self.turned[:keep_dim], BLOCK, dim=1)
         solved = [solve_lower_transposed(self.factor, t)[position].to(dtype) for t in parts]
         return kept, torch.cat(solved, dim=1)
 
     def relative_error(self, keep_dim: int) -> float:
         """Return ``||Z W - Z_S W'||_F / ||Z W||_F`` over the calibration tokens, ridge included."""
-        energy = torch.linalg.vector_norm(self.turned, dim=1).square()  # without a copy of it all
+        energy = torch.linalg.vector_norm(self.turned, dim=1).square()  # without a full copy
         return float((energy[keep_dim:].sum() / energy.sum().clamp_min(1e-300)).sqrt())
 
 
@@ -70,14 +70,14 @@ def nystrom(
 
     Args:
         gram: ``Z^T Z``.
-        weights: output weights, one row a unit.
+        weights: output weights, one row per unit.
         ridge: relative to the mean of the gram's diagonal.
         where: names the layer in errors.
 
     Raises:
         NumericsError: the gram is not finite, or not positive definite on any rung.
     """
-    # The order of the leverages, also where a small ridge rounds them all to 1.
+    # Orders by leverage, even where a small ridge rounds all leverages to 1.
     order = _inverse_diagonal(gram, ridge=ridge, where=where).argsort(stable=True)
     factor, rung = cholesky_psd(gram, ridge=ridge, where=where, order=order)
     dims = (len(factor), weights.shape[1])

@@ -1,8 +1,9 @@
 """Symmetric matrices, packed as their upper triangle (see `planners.model.packing`) or full.
 
-A gram of the FFN of a 70B model takes 6.6 GB in float64: there is room for one, in which it is
-factored. So a matrix is kept packed, which may be a mapped file, and whoever needs it whole gets it
-in memory of its own to overwrite. Of a full matrix only the upper triangle is looked at.
+A Gram matrix of the FFN of a 70B model takes 6.6 GB in float64: memory suffices for one, in which
+it is factored. So a matrix is kept packed, possibly in a memory-mapped file, and code that needs
+the full matrix gets it in new memory that it may overwrite. Of a full matrix only the upper
+triangle is read.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def zeros(dim: int, *, device: str) -> Float[Tensor, " packed"]:
 
 
 def width(matrix: Symmetric) -> int:
-    """Return the rows of the matrix."""
+    """Return the number of rows of the matrix."""
     return len(matrix) if matrix.ndim > 1 else dim_of_packed(len(matrix))
 
 
@@ -54,7 +55,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def unpacked(matrix: Symmetric) -> Float[Tensor, "dim dim"]:
-    """Return the full matrix in float64, exactly symmetric, in memory of its own."""
+    """Return the full matrix in float64, exactly symmetric, in new memory."""
     dim = width(matrix)
     full = torch.empty(dim, dim, dtype=torch.float64, device=matrix.device)
     for block, rows in _whole_blocks(matrix):
@@ -64,7 +65,7 @@ def unpacked(matrix: Symmetric) -> Float[Tensor, "dim dim"]:
 
 
 def permuted(matrix: Symmetric, order: Int[Tensor, " dim"]) -> Float[Tensor, "dim dim"]:
-    """Return ``matrix[order][:, order]`` in float64: lower triangle only, nothing above it."""
+    """Return the lower triangle of ``matrix[order][:, order]`` in float64, zeros above it."""
     dim = width(matrix)
     full = torch.zeros(dim, dim, dtype=torch.float64, device=matrix.device)
     place = torch.empty_like(order)
@@ -76,7 +77,7 @@ def permuted(matrix: Symmetric, order: Int[Tensor, " dim"]) -> Float[Tensor, "di
 
 
 def congruence(weight: Float[Tensor, "out dim"], matrix: Symmetric) -> Float[Tensor, "out out"]:
-    """Return ``W C W^T`` in float64, exactly symmetric; C is never whole in memory.
+    """Return ``W C W^T`` in float64, exactly symmetric, without a full copy of C.
 
     Args:
         weight: float64.
@@ -84,14 +85,14 @@ def congruence(weight: Float[Tensor, "out dim"], matrix: Symmetric) -> Float[Ten
     """
     half = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
     for block, rows in _whole_blocks(matrix):
-        rows[:, : len(rows)] /= 2  # the square on the diagonal comes in both halves
+        rows[:, : len(rows)] /= 2  # the square on the diagonal is in both halves
         right = rows @ weight[:, block.first :].T  # (rows, out)
         half.addmm_(weight[:, block.first : block.last], right)
     return half + half.T
 
 
 def _whole_blocks(matrix: Symmetric) -> Iterator[tuple[Block, Float[Tensor, "rows columns"]]]:
-    """Yield the blocks in float64, in memory of their own, the square on the diagonal mirrored."""
+    """Yield copies of the blocks in float64, with the square on the diagonal mirrored."""
     for block, rows in blocks(matrix):
         copy = rows.to(torch.float64, copy=True)
         square = copy[:, : len(copy)]

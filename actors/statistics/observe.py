@@ -13,8 +13,8 @@ from planners.model.form import LayerForm, dense_form
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap
 
-# Where a tap is seen. q and k are seen before rope: rope turns each pair by an angle, so the energy
-# of a pair, the only statistic taken there, is the same before and after.
+# Role whose input or output is a tap. q and k are observed before rope: rope rotates each pair by
+# an angle, so the energy of a pair, the only statistic there, is the same before and after.
 INPUT_OF = {
     "resid_attn": "attn_norm",
     "resid_mlp": "mlp_norm",
@@ -34,10 +34,10 @@ class ForwardDoneError(Exception):
 
 
 class LayerStatistics:
-    """Sums over the tokens that pass one layer while it is observed.
+    """Sums over the tokens that pass through one layer while it is observed.
 
     Attributes:
-        sums: statistic name -> float64 sum, in place, grams packed; ``<tap>.sum`` is the sum of x.
+        sums: statistic name -> float64 sum, updated in place, grams packed; ``<tap>.sum`` sums x.
         num_tokens: how many tokens were summed.
     """
 
@@ -50,9 +50,9 @@ class LayerStatistics:
         device: str,
         form: LayerForm | None = None,
     ) -> None:
-        """Make room for the sums; nothing is observed before `attach`.
+        """Allocate the sums; nothing is observed before `attach`.
 
-        ``form`` has the widths of a layer that is compressed already.
+        ``form`` has the widths of a layer that is already compressed.
         """
         self._form = form or dense_form(shape)
         self._layer: nn.Module | None = None
@@ -91,7 +91,7 @@ class LayerStatistics:
                 self._handles.append(module.register_forward_hook(hook))
         if ends:
             tap = last_tap(self._statistics)
-            tap = "o_in" if tap in OUTPUT_OF else tap  # the next input that comes
+            tap = "o_in" if tap in OUTPUT_OF else tap  # the next input in forward order
             if tap in INPUT_OF:
                 module = layer.get_submodule(self._name(INPUT_OF[tap]))
                 self._handles.append(module.register_forward_pre_hook(_end))
@@ -103,7 +103,7 @@ class LayerStatistics:
         self._handles.clear()
 
     def update_residual(self, before: Tensor, after: Tensor | None) -> None:
-        """Count a microbatch, and add what is seen between a layer's input and output.
+        """Count a microbatch, and add the statistics that need the output of the layer.
 
         ``after`` is None where the forward pass ended early.
         """
@@ -132,13 +132,13 @@ class LayerStatistics:
         self._probe = [tensors["probe"]] if "probe" in tensors else []
 
     def summary(self) -> dict[str, object]:
-        """Return what travels to the driver, as the function of that name says."""
+        """Return the values that are sent to the driver (see the function `summary`)."""
         found = {COSINE: self.sums[COSINE]} if COSINE in self.sums else {}
         found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
         return summary(found, [str(statistic) for statistic in self._statistics])
 
     def _keep_probe(self, before: Tensor) -> None:
-        """Keep the inputs of the first sequences, at least one and at most so many tokens."""
+        """Store the inputs of the first sequences: at least one, and at most the probe's tokens."""
         left = (self._probe_tokens - self.num_tokens) // before.shape[1]
         if self._probe_tokens and (left > 0 or not self._probe):
             self._probe.append(before[: max(left, 1)].cpu())
@@ -150,7 +150,7 @@ class LayerStatistics:
         return torch.zeros(dims, dtype=torch.float64, device=self._device)
 
     def _adders(self, tap: str) -> list[Adder]:
-        """Return what is done with the activations of a tap; their sum is added once for all."""
+        """Return the functions that add the activations of a tap to its sums."""
         adders: list[Adder] = [
             partial(add, total=self.sums[str(statistic)])
             for statistic in self._statistics
@@ -161,7 +161,7 @@ class LayerStatistics:
         return adders
 
     def _add_cosine(self, before: Tensor, after: Tensor) -> None:
-        for name in ("attn_shortcut", "mlp_shortcut"):  # what enters, in the axes of what leaves
+        for name in ("attn_shortcut", "mlp_shortcut"):  # the input, in the basis of the output
             shortcut = getattr(self._layer, name, None)
             before = before if shortcut is None else shortcut(before)
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
@@ -169,7 +169,7 @@ class LayerStatistics:
 
 
 def summary(tensors: Mapping[str, Tensor], taps: Sequence[str]) -> dict[str, object]:
-    """Return what travels to the driver: the taps, the token count, Block Influence.
+    """Return the values that are sent to the driver: taps, token count, Block Influence.
 
     Args:
         tensors: as `LayerStatistics.tensors` returns them.
@@ -183,14 +183,14 @@ def summary(tensors: Mapping[str, Tensor], taps: Sequence[str]) -> dict[str, obj
 
 
 def added(parts: Iterable[Mapping[str, Tensor]], taps: Collection[str]) -> dict[str, Tensor]:
-    """Return the sums over all tokens from those over parts of them, added in their order.
+    """Return the sums over all tokens, by adding those over parts of them in order.
 
     Args:
         parts: as `LayerStatistics.tensors` returns them, in the order of their tokens.
-        taps: the statistics to add, which all of them hold; a part may hold more.
+        taps: the statistics to add, which all parts have; a part may have more.
 
     Returns:
-        As one pass over all the tokens returns them, but for how sums round.
+        What one pass over all the tokens returns, up to rounding.
     """
     statistics = [Statistic(*name.split(".")) for name in taps]
     means = {f"{each.tap}.sum" for each in statistics if each.row.with_mean}

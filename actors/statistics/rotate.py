@@ -1,9 +1,9 @@
-"""Rotate the statistics of a model into those after a step that only rotated its residual stream.
+"""Rotate the statistics of a model for a step that only rotates its residual stream.
 
 With orthogonal bases Q of full width, ``RMSNorm(x Q) Q^T = RMSNorm(x)``. After such a step the
-stream at a site is ``x Q``, and what the blocks read is ``(h / s) Q``, h what they read before and
-s the scale of the norm, which is now folded into the weights. Activations inside the blocks do not
-change. So no calibration pass is needed.
+stream at a site is ``x Q``, and the input of the blocks is ``(h / s) Q``, with h their input before
+and s the scale of the norm, which is now folded into the weights. Activations inside the blocks do
+not change. So no calibration pass is needed.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actors.statistics.kinds import FUNCTIONS, rotated_rows
 
-# Tap -> which of the layer's three bases rotates it, and the norm whose scale is folded away.
+# Tap -> index of the layer's basis that rotates it, and the norm whose scale was folded.
 ROTATED_TAPS: Mapping[str, tuple[int, str]] = {
     "resid_attn": (0, ""),
     "attn_in": (0, "attn_norm"),
@@ -30,14 +30,14 @@ def rotated_sums(
     *,
     scales: Mapping[str, Float[Tensor, " hidden"]],
 ) -> dict[str, Tensor]:
-    """Return the sums that the rotated layer would give on the same tokens, up to rounding.
+    """Return the sums of the rotated layer on the same tokens, up to rounding.
 
     Args:
         sums: as `actors.statistics.observe` stores them: ``TAP.KIND``, ``TAP.sum``, ``num_tokens``,
-            ``probe``; grams packed, and of any dtype, which they keep.
+            ``probe``; grams packed; the dtypes are kept.
         bases: of the site that attention reads, of the site that the MLP reads, and of the site
             after the layer; float64, orthogonal, of full width.
-        scales: norm -> its scale, without a zero.
+        scales: norm -> its scale, without zeros.
     """
     new = {}
     for name, total in sums.items():

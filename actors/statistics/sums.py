@@ -1,4 +1,4 @@
-"""Write the sums of a layer to a file; add those of several shards."""
+"""Write the sums of a layer to a file; add the sums of several shards."""
 
 from collections.abc import Mapping
 
@@ -20,22 +20,22 @@ def write_sums(
 
     Args:
         run: the run directory.
-        task: of kind ``shard`` for those of a part of the tokens.
+        task: of kind ``shard`` for sums over a part of the tokens.
         tensors: as `LayerStatistics.tensors` returns them.
-        dtype: of grams in the file; the rest stays as it is summed.
+        dtype: of grams in the file; other sums keep their dtype.
     """
     name = f"stats/layer-{task.index:05d}" if task.kind == "statistics" else f"shards/{task.unit}"
     stored = {
         key: getattr(torch, dtype)
         for key in tensors
-        if (kind := key.rpartition(".")[2]) in KINDS and KINDS[kind].packed  # what is large
+        if (kind := key.rpartition(".")[2]) in KINDS and KINDS[kind].packed  # only these are large
     }
     return write_tensors(run, f"{name}{task.suffix}.safetensors", tensors, stored=stored)
 
 
 def add_shards(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Add the sums of all shards of a layer, in their order."""
-    del device  # a sum of files: nothing to compute
+    """Add the sums of all shards of a layer, in order."""
+    del device  # files are added on the host
     records = [read_record(run, name) for name in task.inputs]
     taps = sorted(set.intersection(*(_taps(record.values) for record in records)))
     parts = (

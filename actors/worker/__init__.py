@@ -1,1 +1,1 @@
-"""What runs in a worker process: a stage of layers, and the evaluator of results."""
+"""The classes that run in worker processes: a stage of layers, and the evaluator of results."""

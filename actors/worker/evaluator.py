@@ -1,4 +1,4 @@
-"""The worker that loads a finished checkpoint as its users will, verifies it and times it."""
+"""The worker that loads a finished checkpoint as users do, verifies it and measures its speed."""
 
 import contextlib
 import hashlib
@@ -38,17 +38,17 @@ class Check:
 
 
 class Evaluator:
-    """Runs in a fresh process, which knows a result only by its directory."""
+    """Runs in a fresh process, so that it sees a result only through its directory."""
 
     def __init__(self, threads: int, device: str) -> None:
-        """Take the threads and the device; nothing is loaded yet."""
+        """Set threads and device; no model is loaded yet."""
         torch.set_num_threads(threads)
         self._device = device
         self._peak = PeakMemory(device)
 
     @torch.inference_mode()
     def verify(self, unit: str, request: VerifyRequest) -> UnitDone:
-        """Verify a checkpoint; the values are the checks, passed or not."""
+        """Verify a checkpoint; the values are its checks, passed or failed."""
         started, begun = time.time(), time.monotonic()
         checks = (
             _whole_checks(request, self._device) if request.whole else _stagewise_checks(request)
@@ -60,18 +60,18 @@ class Evaluator:
     def throughput(self, unit: str, request: ThroughputRequest) -> UnitDone:
         """Time models; the values are name -> prefill and decode tokens per second, peak bytes.
 
-        The speeds are medians; ``rounds`` are those of each turn, prefill and decode.
+        The speeds are medians; ``rounds`` has prefill and decode speed of every round.
         """
         started, begun = time.time(), time.monotonic()
         with contextlib.ExitStack() as stack:
             models, peaks = {}, {}
             for name, uri in request.uris.items():
                 models[name] = _loaded(stack.enter_context(local_copy(uri)), self._device)
-                _timed(models[name], request)  # warm-up: the libraries' first call takes longer
+                _timed(models[name], request)  # warm-up: the first call of the libraries is slower
             for name, model in models.items():
                 peak = PeakMemory(self._device)
                 _timed(model, request)
-                # Weights are mapped from files, which the peak does not count.
+                # Weights are memory-mapped from files, which the peak does not include.
                 peaks[name] = _weight_bytes(model) + peak.bytes()
             rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for _ in range(request.rounds):
@@ -113,7 +113,7 @@ def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
         logits = model(batch).logits
         finite = bool(torch.isfinite(logits).all())
         dtype = str(logits.dtype).removeprefix("torch.")
-        detail = dtype if finite else f"they are not{overflowed(dtype)}"
+        detail = dtype if finite else f"some are NaN or infinite{overflowed(dtype)}"
         checks.append(Check(name="logits are finite", passed=finite, detail=detail))
         checkpoint = Checkpoint(str(folder), model_store=request.model_store)
         layer_by_layer = _stagewise_logits(checkpoint, batch, request.family, device)
@@ -124,19 +124,19 @@ def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
 
 
 def _stagewise_checks(request: VerifyRequest) -> list[Check]:
-    """Check a result that does not fit this process: a tensor at a time, nothing generated."""
+    """Check a result that does not fit into memory: one tensor at a time, without generation."""
     checkpoint = Checkpoint(request.uri, model_store=request.model_store)
     present = [name for name in request.tensors if name in checkpoint.locations]
     bad = [n for n in present if _sha256(checkpoint.read(n)) != request.tensors[n]["sha256"]]
     missing = sorted(set(request.tensors) ^ set(checkpoint.locations))
     detail = f"{len(request.tensors)} tensors, read one at a time"
     if bad or missing:
-        detail = f"differ: {bad[:3]}; missing or not ours: {missing[:3]}"
+        detail = f"differ: {bad[:3]}; missing or unexpected: {missing[:3]}"
     return [Check(name="every tensor as computed", passed=not bad + missing, detail=detail)]
 
 
 def _loaded(folder: Path, device: str) -> Any:
-    """Load as the README tells users to. The code that travels with a result is our own file."""
+    """Load a model as the README tells users to; only our own code in a result is run."""
     from transformers import AutoModelForCausalLM
 
     ours = _brings_our_code(folder)
@@ -147,12 +147,16 @@ def _loaded(folder: Path, device: str) -> Any:
 
 
 def _brings_our_code(folder: Path) -> bool:
-    """Return whether there is code beside the weights; code that is not ours is never run."""
+    """Return whether there is code beside the weights; raise if it is not our own.
+
+    Raises:
+        ModelError: the code differs from that of this version.
+    """
     code = folder / "modeling_compressed.py"
     if not code.exists():
         return False
     if code.read_bytes() != resources.files("actors.modeling").joinpath(code.name).read_bytes():
-        raise ModelError(f"{code}: is not the code of this version, and is not run")
+        raise ModelError(f"{code}: differs from the code of this version, and is not run")
     return True
 
 
@@ -161,7 +165,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _same_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]) -> Check:
-    """Compare every tensor of a loaded model with the hash of the bytes that were computed."""
+    """Compare every tensor of a loaded model with the hash of the computed bytes."""
     wrong = [
         name
         for name, facts in expected.items()
@@ -204,7 +208,7 @@ def _close(name: str, found: Tensor, expected: Tensor) -> Check:
 
 
 def _generation(model: Any, batch: Tensor) -> list[Check]:
-    """Check the cache and padding, in float32: a tie of two logits must not look like a fault."""
+    """Check cache and padding, in float32, so that ties of two logits do not look like errors."""
     prompt = batch[:1, : min(batch.shape[1] // 2, 32)]
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False,
                "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}  # fmt: skip

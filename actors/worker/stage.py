@@ -43,12 +43,12 @@ PARTIAL = "partial"  # the folder of partial sums in a run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What a stage keeps while sequences are generated.
+    """The state of a stage while sequences are generated.
 
     Attributes:
-        cache: keys and values of its layers, under their numbers in the model.
-        peak: of memory, since the first prompt.
-        weight_bytes: of what it holds.
+        cache: keys and values of its layers, indexed by their numbers in the model.
+        peak: memory since the first prompt.
+        weight_bytes: size of its weights.
     """
 
     peak: PeakMemory
@@ -57,13 +57,13 @@ class Generated:
 
 
 class Stage:
-    """Holds layers, passes microbatches through them, and does units of work.
+    """Holds layers, passes microbatches through them, and executes units of work.
 
-    A plain class; the executor makes a Ray actor of it.
+    A plain class; the executor turns it into a Ray actor.
     """
 
     def __init__(self, setup: WorkerSetup) -> None:
-        """Take the threads and the device of the setup; no layer is loaded yet."""
+        """Set threads and device; no layer is loaded yet."""
         torch.set_num_threads(setup.threads)
         self._setup = setup
         self._peak = PeakMemory(setup.device)
@@ -71,22 +71,22 @@ class Stage:
         self._outer: OuterModel | None = None
         self._statistics: dict[int, LayerStatistics] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._next: dict[int, int] = {}  # layer -> first microbatch that it has not summed
-        self._saved: dict[int, int] = {}  # layer -> that of its newest partial sums
+        self._next: dict[int, int] = {}  # layer -> first microbatch not yet in its sums
+        self._saved: dict[int, int] = {}  # layer -> the same for its newest partial sums
         self._generated: Generated | None = None
 
     def __repr__(self) -> str:
-        """Return what Ray's dashboard and log prefixes show."""
+        """Return the name shown in Ray's dashboard and log prefixes."""
         layers = f" layers {min(self._layers)}-{max(self._layers)}" if self._layers else ""
         return f"{self._setup.name}{layers}"
 
     def load(self, assignment: Assignment, summing: ResumeSums | None = None) -> LoadDone:
-        """Read the layers of an assignment, forgetting those held before.
+        """Load the layers of an assignment, dropping those loaded before.
 
         Args:
             assignment: the layers.
-            summing: which of them sum, and from where; all, from the first microbatch, if not
-                given.
+            summing: which of them accumulate statistics, and from which microbatch on; by default
+                all, from the first.
 
         Raises:
             ModelError: a tensor is missing, broken or not finite.
@@ -123,7 +123,7 @@ class Stage:
         return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
 
     def drop(self) -> None:
-        """Forget layers and statistics."""
+        """Drop layers and statistics."""
         self._layers, self._statistics = {}, {}
         self._outer = None
         self._next, self._saved = {}, {}
@@ -132,9 +132,9 @@ class Stage:
 
     @torch.inference_mode()
     def step(self, microbatch: Microbatch, packed: Packed | None) -> tuple[StepDone, Packed | None]:
-        """Pass one microbatch through the layers; return what happened and the output.
+        """Pass one microbatch through the layers; return a summary of the step and the output.
 
-        A layer adds microbatches to its sums in order, each once. One that was added before only
+        A layer adds microbatches to its sums in order, each once. One that was already added only
         passes through, so a repeated call changes nothing.
         """
         started = time.time()
@@ -166,14 +166,14 @@ class Stage:
 
     @torch.inference_mode()
     def generate(self, packed: Packed, start: int) -> tuple[GenerateDone, Packed]:
-        """Pass the next tokens of some sequences, whose keys and values so far are kept here.
+        """Pass the next tokens of some sequences, whose keys and values so far are cached here.
 
         Args:
-            packed: what the stage before returned; for the first stage token ids, (batch, tokens).
-            start: position of the first of them; 0 begins new sequences.
+            packed: output of the previous stage; token ids, (batch, tokens), for the first stage.
+            start: position of the first token; 0 begins new sequences.
 
         Returns:
-            What the next stage takes; the last stage returns the likeliest next ids, (batch, 1).
+            The input of the next stage; from the last stage the most likely next ids, (batch, 1).
         """
         outer = self._loaded
         if start == 0:
@@ -204,10 +204,10 @@ class Stage:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self) -> SaveDone:
-        """Write the sums so far of the layers that have summed since they were last written.
+        """Write the partial sums of the layers whose sums changed since they were last written.
 
         The incarnation is in the names, so a worker that was given up cannot overwrite the files of
-        its successor.
+        its replacement.
         """
         started, begun = time.time(), time.monotonic()
         partials = []
@@ -248,10 +248,10 @@ class Stage:
 
     @torch.inference_mode()
     def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
-        """Do one unit of compression, which reads and writes files.
+        """Execute one unit of compression, which reads and writes files.
 
-        Layers that were held are dropped first: a factorisation needs the memory of the device. A
-        later pass loads its layers again.
+        Loaded layers are dropped first, as a factorisation needs the memory of the device. A later
+        pass loads its layers again.
 
         Raises:
             NumericsError: the statistics gave no usable numbers.
@@ -260,7 +260,7 @@ class Stage:
         started, begun = time.time(), time.monotonic()
         if self._layers:
             self.drop()
-        release_freed_memory()  # of the unit before
+        release_freed_memory()  # of the previous unit
         files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
         return UnitDone(
             unit=task.unit,
@@ -275,7 +275,7 @@ class Stage:
         )
 
     def _resume_sums(self, partial: PartialSums) -> None:
-        """Take the sums of a layer from a file; a missing or changed file leaves them empty."""
+        """Restore the sums of a layer from a file; a missing or changed file leaves them empty."""
         try:
             if self._run.sha256(partial.file.path) != partial.file.sha256:
                 return
@@ -300,7 +300,7 @@ class Stage:
         return self._tokens[microbatch.tokens][slice(*microbatch.rows)]
 
     def _through(self, hidden: Tensor, *, observed: set[int], ends: bool) -> Tensor:
-        """Return the last layer's output; its input where ``ends`` says that no one reads it."""
+        """Return the output of the last layer; its input if ``ends``: nobody needs the output."""
         arguments = self._loaded.layer_arguments(hidden)
         for index, layer in self._layers.items():
             sums = self._statistics[index] if index in observed else None

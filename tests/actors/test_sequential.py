@@ -152,7 +152,7 @@ def test_a_driver_that_dies_on_the_way_is_followed_by_one_that_ends_with_the_sam
 
 
 def test_one_basis_for_all_sites_is_refused_with_the_reason(model, tmp_path):
-    with pytest.raises(PlanError, match="rotation=shared has one basis that needs all sites first"):
+    with pytest.raises(PlanError, match="rotation=shared needs all sites for its one basis"):
         prepared_run(model, tmp_path / "run", options={**SEQUENTIAL, "rotation": "shared"})
 
 

@@ -96,7 +96,7 @@ def test_a_missing_layer_file_is_refused_by_name(refused, model):
 def test_a_layer_file_in_the_place_of_another_is_refused(refused, model):
     first, second = layer_file(model, 0), layer_file(model, 1)
     shutil.copy(first, second)
-    refused(ModelError, "'model.layers.0.", f"is in {first.name} and in {second.name}")
+    refused(ModelError, "'model.layers.0.", f"is in both {first.name} and {second.name}")
 
 
 def test_the_model_it_was_made_from_must_be_supported(refused, edit):

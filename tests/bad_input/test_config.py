@@ -27,7 +27,10 @@ WRONG = {
     "layers none": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     "layers a million": ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000 is over 4096"),
     "layers too many": ({"num_hidden_layers": 4}, "tensor model.layers.3.self_attn.q_proj"),
-    "layers too few": ({"num_hidden_layers": 2}, "'model.layers.2.input_layernorm.weight' is no"),
+    "layers too few": (
+        {"num_hidden_layers": 2},
+        "'model.layers.2.input_layernorm.weight' does not belong",
+    ),
     "heads none": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "heads not a multiple": (
         {"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 8},

@@ -35,8 +35,8 @@ def named(name):
 
 
 CASES = {
-    "empty file": (b"", "0 bytes are too few"),
-    "only half a length": (b"\x08\0\0\0", "4 bytes are too few"),
+    "empty file": (b"", "0 bytes are too short"),
+    "only half a length": (b"\x08\0\0\0", "4 bytes are too short"),
     "length of exabytes": (file_of(PAIR, length=2**63 + 7), "its header claims 92233720"),
     "length beyond the file": (file_of(PAIR, length=5000), "claims 5000 bytes, the file has"),
     "length zero": (file_of("", DATA), "not valid JSON"),
@@ -93,7 +93,7 @@ CASES = {
     "offsets text": (entry(data_offsets=["0", "8"]), "data_offsets ['0', '8'] are not"),
     "offsets null": (entry(data_offsets=None), "data_offsets None are not"),
     "offsets huge": (entry(data_offsets=[2**80, 2**80 + 8]), "are not [begin, end]"),
-    "size of another shape": (entry(shape=[3]), "shape [3] of F32 takes 12 bytes, data_offsets"),
+    "size of another shape": (entry(shape=[3]), "shape [3] of F32 needs 12 bytes, data_offsets"),
     "size of another dtype": (entry(dtype="F64"), "of F64 needs 16 bytes, data_offsets give 8"),
     "tensors overlap": (
         file_of({**PAIR, "b": {**PAIR["b"], "data_offsets": [4, 8]}}),

@@ -116,7 +116,7 @@ def test_a_tensor_that_is_nowhere_is_refused(refused, model):
 def test_a_tensor_in_two_files_is_refused(refused, place, model, norm_file):
     shutil.copy(norm_file, model / "copy.safetensors")
     place("copy.safetensors")
-    refused(ModelError, "is in copy.safetensors and in model-")
+    refused(ModelError, "is in both copy.safetensors and model-")
 
 
 @pytest.mark.parametrize("weight_map", [{}, [], None, "model.safetensors", 3])

@@ -317,7 +317,7 @@ INSTEAD = {
         b"{{ messages }}",
         "none of tokenizer.json, tokenizer.model",
     ),
-    "another's": ("vocab.json", b'{"a": 0}', "LlamaTokenizer reads no vocabulary from the files"),
+    "another's": ("vocab.json", b'{"a": 0}', "LlamaTokenizer finds no vocabulary in its files"),
 }
 
 
@@ -358,7 +358,7 @@ def test_a_tokenizer_with_a_larger_vocabulary_than_the_model_is_refused(refused,
     broken["model"]["vocab"] = {t: i if i < 4 else i + 600 for t, i in vocabulary.items()}
     path.write_text(json.dumps(broken))
     text = source("text.txt", sound_text())
-    refused(DataError, "has token id", "model's are 0 to 511", calibration__source=text)
+    refused(DataError, "has token id", "model's ids are 0 to 511", calibration__source=text)
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(model, edit, source, canary, tmp_path):

@@ -63,7 +63,7 @@ def test_several_dtypes_of_which_the_config_names_none_are_refused_until_it_does
 ):
     weights(**{Q: torch.ones(32, 32, dtype=torch.bfloat16)})
     edit("config.json", dtype=asked)
-    place = f"model.safetensors: tensor {Q!r} is bfloat16, others are float32, and the dtype of"
+    place = f"model.safetensors: tensor {Q!r} is bfloat16, others are float32, and the dtype in"
     refused(ModelError, place, 'set "dtype" in config.json to "float32"')
     edit("config.json", dtype="float32")
     assert attempt(model, tmp_path / "run").plan.shape.dtype == "float32"
@@ -126,7 +126,7 @@ def test_a_model_without_a_head_that_is_not_tied_is_refused(
 def test_a_classifier_is_refused_with_its_class(refused, weights, edit, tied):
     edit("config.json", architectures=["LlamaForSequenceClassification"], tie_word_embeddings=tied)
     weights(**{"lm_head.weight": None, "score.weight": torch.ones(2, 32)})
-    said = "'score.weight' is no part of the model" if tied else "the model has no head"
+    said = "'score.weight' does not belong to the model" if tied else "the model has no head"
     refused(ModelError, said, "LlamaForSequenceClassification", "LlamaForCausalLM is needed")
 
 

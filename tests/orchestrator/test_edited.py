@@ -149,7 +149,7 @@ def test_kept_statistics_that_are_edited_serve_no_other_run_and_are_made_again_w
     name = "stats/layer-00001.safetensors"
     spoiled(kept, name)
     given = {**UNIFORM, "stats": str(kept)}
-    words = rf"{name}: is not what its record says it was"
+    words = rf"{name}: does not match the hash in its record"
     with pytest.raises(StorageError, match=words):
         compress_local(model, tmp_path / "out", **given)
     prepared = prepared_run(model, tmp_path / "out", **given)

@@ -122,7 +122,9 @@ def test_a_cdn_that_stays_away_is_named_without_its_signature(hub, monkeypatch):
     monkeypatch.setattr("actors.storage.retries.FIRST_DELAY_SECONDS", 0.001)
     Directory(URI).size("config.json")
     hub.failures += [503] * ATTEMPTS
-    with pytest.raises(StorageError, match=r"config\.json: 127\.0\.0\.1 answers 503") as refused:
+    with pytest.raises(
+        StorageError, match=r"config\.json: 127\.0\.0\.1 responded with HTTP 503"
+    ) as refused:
         Directory(URI).read("config.json")
     assert "signed" not in str(refused.value)
 

@@ -128,7 +128,9 @@ def test_a_ladder_climbs_from_the_matrix_itself():
 
 def test_an_eigendecomposition_that_is_too_wide_is_refused_with_what_it_would_take(monkeypatch):
     monkeypatch.setattr(linalg, "MAX_EIGH_DIM", 299)
-    with pytest.raises(NumericsError, match=r"down_proj: .* 300 x 300 gram takes 2,880,000 bytes"):
+    with pytest.raises(
+        NumericsError, match=r"down_proj: .* 300 x 300 Gram matrix needs 2,880,000 bytes"
+    ):
         eigh_descending(packed(gram(300)), where="down_proj")
 
 
