@@ -1,4 +1,4 @@
-"""The one way into a run, for the command line and for Python."""
+"""The entry points to a run, for the command line and for Python."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from orchestrator.rundir.journal import Listener
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunHooks:
-    """What whoever wants a run has to say once it has been checked.
+    """What the caller of a run supplies once the run has been checked.
 
     Attributes:
-        listening: gives who hears of every event, for as long as the run takes.
-        approve: sees the cluster before anything is asked of it, and may refuse by raising.
-        expected: what the run is to take, for the report to compare.
+        listening: a context manager that yields the listener to all events of the run.
+        approve: gets the cluster's facts before any work starts, and may refuse by raising.
+        expected: the forecast, for the report to compare with.
     """
 
     listening: AbstractContextManager[Listener]
@@ -49,16 +49,16 @@ def compress_as(
     dashboard: bool = False,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
-    """Do what a recipe says, or what is left of it, and return the report.
+    """Run or resume a recipe, and return the report.
 
     Args:
         config: the recipe.
         started: see `do_prepared`.
-        dashboard: likewise.
-        verify_hashes: likewise.
+        dashboard: see `do_prepared`.
+        verify_hashes: see `do_prepared`.
 
     Raises:
-        CompressionError: see `planners.errors`; what is done is kept.
+        CompressionError: see `planners.errors`; finished work is kept.
     """
     how = {"dashboard": dashboard, "verify_hashes": verify_hashes}
     return do_prepared(prepare(config), started, **how)
@@ -71,24 +71,24 @@ def do_prepared(
     dashboard: bool = False,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
-    """Do a run that was checked, or what is left of it, and return the report.
+    """Run or resume a prepared run, and return the report.
 
     Args:
         prepared: the run.
-        started: is given the checked run before anything starts.
+        started: is called with the prepared run before anything starts.
         dashboard: start Ray's dashboard with a local cluster.
-        verify_hashes: compare the bytes of what is done, not only sizes.
+        verify_hashes: compare the bytes of finished files with their records, not only sizes.
 
     Raises:
-        CompressionError: see `planners.errors`; what is done is kept.
+        CompressionError: see `planners.errors`; finished work is kept.
     """
-    said = started(prepared)
-    with said.listening as listener:
+    hooks = started(prepared)
+    with hooks.listening as listener:
         return run(
             prepared,
             listener=listener,
             dashboard=dashboard,
             verify_hashes=verify_hashes,
-            approve=said.approve,
-            expected=said.expected,
+            approve=hooks.approve,
+            expected=hooks.expected,
         )

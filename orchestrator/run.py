@@ -1,4 +1,4 @@
-"""The one path of a run, top to bottom."""
+"""The path of a run, from start to report."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -42,18 +42,18 @@ def run(
     approve: Callable[[ClusterFacts], None] = lambda _: None,
     expected: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Do a prepared run on a Ray cluster, or what is left of it, and return its report.
+    """Run or resume a prepared run on a Ray cluster, and return its report.
 
     Args:
         prepared: the run.
-        listener: hears of every event.
-        dashboard: start Ray's with a local cluster.
+        listener: is called with every event.
+        dashboard: start Ray's dashboard with a local cluster.
         verify_hashes: compare the bytes of all files with their records first, not only sizes.
-        approve: sees the cluster before anything is asked of it, and may refuse by raising.
-        expected: what the run was to take, for the report to compare.
+        approve: gets the cluster's facts before any work starts, and may refuse by raising.
+        expected: the forecast, for the report to compare with.
 
     Raises:
-        CompressionError: see `planners.errors`; what is done is kept.
+        CompressionError: see `planners.errors`; finished work is kept.
     """
     config = prepared.config
     prepared = replace(prepared, expected=dict(expected or {}))
@@ -73,7 +73,7 @@ def run(
             approve(facts)
             write_run(
                 prepared, known=known
-            )  # not before: a first try without a cluster leaves no mark
+            )  # not before: a failed first attempt to connect leaves no files
             with interruptible() as interruption, preemption.watchers(config.address) as watchers:
                 return run_on(
                     prepared,
@@ -98,16 +98,16 @@ def run_on(
     fence: Callable[[], None] | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any]:
-    """Do an opened run on an executor; every phase skips the units that have a record.
+    """Run an opened run on an executor; every phase skips the units that have a record.
 
-    ``fence`` is called before each record and before READY; it raises where another driver took
-    over. ``interruption`` is what Ctrl-C sets, where somebody listens to that.
+    ``fence`` is called before each record and before READY; it raises if another driver has taken
+    over. ``interruption`` is what Ctrl-C sets, if its handler is installed.
     """
     run = prepared.run
     journal = Journal(run, listener)
     pool = new_pool(prepared, executor, journal)
     pool.interruption = interruption or pool.interruption
-    # Of several steps the first alone takes another run's statistics; dense losses serve all.
+    # Of several steps only the first reuses another run's statistics; all use its dense losses.
     known = prepared.statistics_uri or prepared.config.stats
     reuse = Directory(known) if known else None
     context = RunContext(
@@ -122,7 +122,7 @@ def run_on(
         with context.phase("run", total=0):
             tell_missing(context)
             context, losses = compress_and_evaluate(context)
-            pool.close()  # what follows loads whole models
+            pool.close()  # frees memory: what follows loads whole models
             checks = verify(context, stitched(context))
             speeds = throughput(context, [dense_subject(context.prepared), stitched(context)])
             verify_bytes(context)

@@ -1,10 +1,9 @@
-"""Several methods in one run: a chain of steps, each beginning with what the one before has left.
+"""Several methods in one run: a chain of steps, each starting from the result of the one before.
 
-Every step but the last works in a directory of its own, ``steps/1-modegpt`` and so on, and leaves
-a checkpoint there; the last one is the run itself. When a step is done it leaves one record,
-``step``, with its widths and what was found, so that whatever comes after is known without its
-files. They are dropped when the next step is done; if they are wanted again, the same units make
-them again.
+Every step but the last works in a directory of its own, ``steps/1-modegpt`` and so on, and writes
+a checkpoint there; the last one is the run itself. A finished step writes one record, ``step``,
+with its widths and findings, so that later steps can be planned without its files. The files are
+removed when the next step is done; if they are needed again, the same units recompute them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,8 +35,8 @@ class Origin:
     """Where a step's statistics come from.
 
     Attributes:
-        how: ``measured``, ``reused`` or ``turned``.
-        why: in words.
+        how: ``measured``, ``reused`` or ``turned`` (rotated).
+        why: the reason, as text.
     """
 
     how: str
@@ -45,12 +44,12 @@ class Origin:
 
 
 def run_earlier_steps(context: RunContext) -> RunContext:
-    """Return a run's context with the input of its last step known, and there where it is needed.
+    """Return the context of a run's last step, whose input exists if it is needed.
 
-    The steps before it are done, as far as they are not. A run of one method is as it was.
+    Earlier steps are run or resumed. The context of a run of one method is returned unchanged.
 
     Raises:
-        CompressionError: see `planners.errors`; what is done is kept.
+        CompressionError: see `planners.errors`; finished work is kept.
     """
     prepared = context.prepared
     if not prepared.former:
@@ -61,18 +60,18 @@ def run_earlier_steps(context: RunContext) -> RunContext:
         chain.append(_next_context(chain[-1], step, context))
     known = _recorded(chain[-1])
     if known is not None:
-        # Its input is gone: where the result has a wrong byte, that must be made again first.
+        # Its input was removed: if a file of the result is corrupt, the input is recomputed first.
         corrupt_files(known)
         skip_unneeded(known)
-    if known is None or not _is_whole(known):
+    if known is None or not _is_complete(known):
         _ensure_model(chain[:-1])
-        _tell(chain[-1])
+        _announce(chain[-1])
         _carry(chain[-1])
     return chain[-1]
 
 
 def finish_steps(context: RunContext) -> None:
-    """Note that the last of several steps is stitched, and drop what only it needed."""
+    """Record that the last of several steps is stitched, and remove what only it needed."""
     if context.prepared.former:
         _record(context)
         for step in context.prepared.former:
@@ -81,23 +80,23 @@ def finish_steps(context: RunContext) -> None:
 
 def _first(context: RunContext) -> RunContext:
     step = context.prepared.former[0]
-    said = Origin(how="measured", why="on the input model")
+    origin = Origin(how="measured", why="on the input model")
     return replace(
         context,
         prepared=step,
         form=step.plan.form,
         run=step.run,
         ledger=_ledger(step, context),
-        steps=(_facts(step, said),),
+        steps=(_facts(step, origin),),
     )
 
 
 def _next_context(done: RunContext, step: Prepared, context: RunContext) -> RunContext:
-    """Return the context of a step whose input is what a finished step has left."""
+    """Return the context of a step whose input is the result of a finished step."""
     before, form = done.prepared, done.form
     uri, revision = before.model_uri, before.revision
     source = StepInput(config=before.model_config, shape=before.plan.shape, start=before.start)
-    reuse, turned = "", None
+    reuse, rotated = "", None
     number, name = len(done.steps), before.spec.name
     if done.is_idle:
         reuse = before.statistics_uri or before.run.uri
@@ -106,14 +105,14 @@ def _next_context(done: RunContext, step: Prepared, context: RunContext) -> RunC
         source = source.after(form)
         uri, revision = before.run.below("model"), stitch_unit(done).fingerprint
         if before.carries and is_pure_rotation(before.plan.shape, form, before.spec):
-            turned = done
-            why = f"step {number}, {name}, only turned the residual stream"
+            rotated = done
+            why = f"step {number}, {name}, only rotated the residual stream"
             origin = Origin(how="turned", why=why)
         else:
             why = f"step {number}, {name}, changed {', '.join(before.spec.shrinks(before.options))}"
             origin = Origin(how="measured", why=why)
     plan = planned((step.spec, step.options), step.config.target, source, step.work, path="")
-    # Workers were started for the stages that were planned at the door.
+    # Workers were started for the stages that were planned when the run was prepared.
     plan = replace(
         plan,
         waves=step.plan.waves,
@@ -141,18 +140,18 @@ def _next_context(done: RunContext, step: Prepared, context: RunContext) -> RunC
         makers=(),
         run=step.run,
         ledger=context.ledger if is_last and not reuse else _ledger(found, context),
-        turned=turned,
+        turned=rotated,
         steps=(*done.steps, _facts(found, origin)),
     )
 
 
 def _run_step(chain: Sequence[RunContext]) -> RunContext:
-    """Do the last of these steps and record it; return it with its final widths."""
+    """Run the last of these steps and record it; return it with its final widths."""
     context, before = chain[-1], chain[:-1]
     prepared = context.prepared
     _ensure_model(before)
     _open(context)
-    _tell(context)
+    _announce(context)
     _carry(context)
     tell_missing(context)
     context = shrink(context)
@@ -161,29 +160,29 @@ def _run_step(chain: Sequence[RunContext]) -> RunContext:
         _record(context)
         for step in prepared.former:
             _drop(step)
-    else:  # what it leaves is its input, which stays
+    else:  # its result is its input, which is kept
         context.journal.emit(
             "step",
             unit=f"step {len(context.steps)}, {prepared.spec.name}",
-            detail="removes nothing and writes nothing: what it leaves is what it began with",
+            detail="removes nothing and writes nothing: its result is its input",
         )
         _record(context)
     return _recorded(context) or context
 
 
 def _ensure_model(chain: Sequence[RunContext]) -> None:
-    """See that the model that the last of these steps leaves is there, with its statistics."""
+    """Recompute the result of the last of these steps, and its statistics, unless they exist."""
     if not chain:
         return
     context = chain[-1]
     if context.is_idle:
         _ensure_model(chain[:-1])
-    elif not _is_whole(context):
+    elif not _is_complete(context):
         _run_step(chain)
 
 
 def _carry(context: RunContext) -> None:
-    """Turn the statistics of the step before into those of this one, where they follow."""
+    """Rotate the statistics of the step before into those of this one, where that is possible."""
     if context.turned is None:
         return
     left = context.ledger.todo(context.sums)
@@ -193,7 +192,7 @@ def _carry(context: RunContext) -> None:
 
 
 def _open(context: RunContext) -> None:
-    """Write what makes a step's directory one that others can read statistics from."""
+    """Write the plan and tokens of a step's directory, so that later steps can reuse statistics."""
     prepared, run = context.prepared, context.run
     write_plan(prepared)
     if run.size(CALIBRATION_TOKENS) is None:
@@ -201,17 +200,17 @@ def _open(context: RunContext) -> None:
         run.write(CALIBRATION_TOKENS, tokens_to_parquet(prepared.calibration, source))
 
 
-def _tell(context: RunContext) -> None:
-    said = context.steps[-1]
-    words = {
+def _announce(context: RunContext) -> None:
+    step = context.steps[-1]
+    text = {
         "measured": "calibrates" if len(context.steps) == 1 else "calibrates again",
-        "reused": "takes the statistics that are there",
-        "turned": "turns the statistics that are there",
-    }[said["statistics"]]
+        "reused": "reuses the existing statistics",
+        "turned": "rotates the existing statistics",
+    }[step["statistics"]]
     context.journal.emit(
         "step",
         unit=f"step {len(context.steps)}, {context.prepared.spec.name}",
-        detail=f"{words}: {said['because']}",
+        detail=f"{text}: {step['because']}",
     )
 
 
@@ -227,7 +226,7 @@ def _facts(step: Prepared, origin: Origin) -> dict[str, Any]:
 
 
 def _unit(context: RunContext) -> Unit:
-    """Return the unit that stands for a whole step."""
+    """Return the unit that represents a whole step."""
     prepared = context.prepared
     key = {
         "schema": SCHEMA_VERSION,
@@ -266,13 +265,13 @@ def _record(context: RunContext) -> None:
 
 
 def _recorded(context: RunContext) -> RunContext | None:
-    """Return a step that is done with its widths and what it found, or None."""
+    """Return a finished step's context with its widths and findings, or None if it is not done."""
     unit = _unit(context)
     if not context.ledger.done(unit):
         return None
     values = context.ledger.record(unit).values
     form, found, makers = values["form"], values["found"], values.get("makers", ())
-    assert isinstance(form, Mapping)  # written by ourselves
+    assert isinstance(form, Mapping)  # written by `_record`
     assert isinstance(makers, Sequence)
     assert isinstance(found, Mapping)
     *before, last = context.steps
@@ -284,8 +283,8 @@ def _recorded(context: RunContext) -> RunContext | None:
     )
 
 
-def _is_whole(context: RunContext) -> bool:
-    """Return whether everything that a step has made is still there."""
+def _is_complete(context: RunContext) -> bool:
+    """Return whether all files of a step still exist."""
     made = [unit for unit in context.made if unit.lasting]
     units = [*context.sums, *made, *context.refitting[1], stitch_unit(context)]
     return all(context.ledger.done(unit) for unit in units)
@@ -297,6 +296,6 @@ def _ledger(step: Prepared, context: RunContext) -> Ledger:
 
 
 def _drop(step: Prepared) -> None:
-    """Remove what a step has left and nobody needs any more; its records stay."""
+    """Remove a step's files, which nothing needs any more; its records are kept."""
     for name in passed_files(step.run, keep_statistics=step.config.keep_statistics):
         step.run.delete(name)

@@ -1,4 +1,4 @@
-"""What a cluster that grows can become: its file says it, Ray's count of live nodes does not."""
+"""How far an autoscaled cluster can grow: from its file, as Ray counts live nodes only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 
-BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the file on the head
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` writes the file on the head node
 
 
 def max_resources(values: Mapping[str, Any], resource: str) -> float:
-    """Return how much of a resource the node types of a cluster file give when all have started."""
+    """Return how much of a resource a cluster file's node types offer when all have started."""
     types = mapping(values.get("available_node_types"))
     left = float(values.get("max_workers", 0))
     head = values.get("head_node_type")
@@ -29,9 +29,9 @@ def max_resources(values: Mapping[str, Any], resource: str) -> float:
 
 
 def awaited(values: Mapping[str, Any], num_nodes: int) -> int:
-    """Return how many of the machines that one owns, and that a file lists, have not come yet.
+    """Return how many of the user's own machines listed in a cluster file have not joined yet.
 
-    What they have is known to nobody before: `ray up` is done as soon as the head is.
+    Their resources are unknown until they join: `ray up` returns once the head node runs.
     """
     provider = mapping(values.get("provider"))
     if provider.get("type") != "local":
@@ -48,8 +48,8 @@ def cluster_file_here() -> Mapping[str, Any]:
 
 
 def mapping(value: object) -> Mapping[str, Any]:
-    """Return a value where it is a mapping, else an empty one."""
+    """Return a value if it is a mapping, else an empty mapping."""
     return value if isinstance(value, Mapping) else {}
 
 
-LENT = "lent to one job: "  # before a secret: the first bytes of a package stand in Ray's errors
+LENT = "lent to one job: "  # before a secret: Ray's errors quote a package's first bytes

@@ -12,7 +12,7 @@ from datetime import datetime
 METADATA = "http://169.254.169.254"
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 1.0  # the service is on the machine itself
-MAX_SILENT_POLLS = 3  # questions without any answer, after which this is no cloud's machine
+MAX_SILENT_POLLS = 3  # polls without an answer, after which this is not a cloud machine
 AWS_SECONDS = 120.0
 GCP_SECONDS = 30.0
 TOKEN_SECONDS = 21600
@@ -20,11 +20,11 @@ TOKEN_SECONDS = 21600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """A machine will go.
+    """A machine will be preempted.
 
     Attributes:
         seconds: until then.
-        source: who says so.
+        source: of the notice.
     """
 
     seconds: float
@@ -32,27 +32,27 @@ class Notice:
 
 
 class NoAnswerError(Exception):
-    """There is no such metadata service here."""
+    """No such metadata service answers here."""
 
 
 def aws_notice(base: str = METADATA) -> Notice | None:
-    """Return the spot notice of an EC2 machine, or None; asks as IMDSv2 wants it, with a token.
+    """Return the spot notice of an EC2 machine, or None; uses a token, as IMDSv2 requires.
 
     Raises:
         NoAnswerError: nothing answers as EC2 does.
     """
     headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
-    token = _asked(f"{base}/latest/api/token", headers=headers, method="PUT")
+    token = _fetch(f"{base}/latest/api/token", headers=headers, method="PUT")
     if token is None:
         raise NoAnswerError
-    said = _asked(
+    answer = _fetch(
         f"{base}/latest/meta-data/spot/instance-action",
         headers={"X-aws-ec2-metadata-token": token},
     )
-    if said is None:  # 404: no notice
+    if answer is None:  # 404: no notice
         return None
     try:
-        document = json.loads(said)
+        document = json.loads(answer)
         at = datetime.fromisoformat(document["time"]).timestamp()
     except (ValueError, KeyError, TypeError):
         return Notice(seconds=AWS_SECONDS, source="EC2")
@@ -65,12 +65,12 @@ def gcp_notice(base: str = METADATA) -> Notice | None:
     Raises:
         NoAnswerError: nothing answers as Compute Engine does.
     """
-    said = _asked(
+    answer = _fetch(
         f"{base}/computeMetadata/v1/instance/preempted", headers={"Metadata-Flavor": "Google"}
     )
-    if said is None:
+    if answer is None:
         raise NoAnswerError
-    return Notice(seconds=GCP_SECONDS, source="Compute Engine") if said == "TRUE" else None
+    return Notice(seconds=GCP_SECONDS, source="Compute Engine") if answer == "TRUE" else None
 
 
 def watch(
@@ -80,13 +80,13 @@ def watch(
     poll_seconds: float = POLL_SECONDS,
     stopped: Callable[[], Notice | None] | None = None,
 ) -> None:
-    """Ask until there is a notice, tell it, and return; return too where nobody answers.
+    """Poll until there is a notice, report it, and return; return too if no service answers.
 
     Args:
-        on_notice: what is done with a notice.
+        on_notice: is called with the notice.
         base: of the metadata service.
-        poll_seconds: between two questions.
-        stopped: another source of notices, such as a signal. Where there is one, it is asked for
+        poll_seconds: between two polls.
+        stopped: another source of notices, such as a signal. If there is one, it is polled for
             ever, on a machine without a metadata service too.
     """
     silent = 0
@@ -104,14 +104,14 @@ def watch(
 
 
 def _any_notice(base: str) -> tuple[Notice | None, bool]:
-    """Return a notice of either cloud, and whether one of them answered at all."""
-    for ask in (aws_notice, gcp_notice):
+    """Return a notice from either cloud, and whether one of them answered at all."""
+    for find_notice in (aws_notice, gcp_notice):
         with contextlib.suppress(NoAnswerError):
-            return ask(base), True
+            return find_notice(base), True
     return None, False
 
 
-def _asked(url: str, *, headers: Mapping[str, str], method: str = "GET") -> str | None:
+def _fetch(url: str, *, headers: Mapping[str, str], method: str = "GET") -> str | None:
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:

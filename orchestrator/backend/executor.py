@@ -1,4 +1,4 @@
-"""What a pool asks of whatever runs its workers, and how calls to them fail."""
+"""The interface between a pool and what runs its workers, and the ways in which calls fail."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class FailureClass(StrEnum):
-    """What can go wrong with a call; the words are those of events, records and reports."""
+    """The classes of failures of a call, as named in events, records and reports."""
 
     PREEMPTED = "preempted"
     NODE_LOST = "node lost"
@@ -22,7 +22,7 @@ class FailureClass(StrEnum):
 
 
 class WorkerLost(Exception):
-    """The process that held an actor is gone, or not to be used any more.
+    """The process of an actor has ended, or must not be used any more.
 
     Attributes:
         reason: why, one of the first five classes.
@@ -34,11 +34,11 @@ class WorkerLost(Exception):
 
 
 class InputLost(Exception):
-    """An argument of a call was on a node that is gone; the actor itself is healthy."""
+    """An argument of a call was on a lost node; the actor itself is healthy."""
 
 
 class WorkerFailed(Exception):
-    """The work raised an error of ours that no policy handles: a defect, with its traceback.
+    """The work raised an unexpected error: a defect, with its traceback.
 
     Attributes:
         summary: the last line of the traceback.
@@ -58,22 +58,22 @@ class Resources:
     num_gpus: float = 0.0
 
     def __str__(self) -> str:
-        """Return it as people say it."""
+        """Return the resources as text: ``2 CPU and 1 GPU``."""
         gpus = f" and {self.num_gpus:g} GPU" if self.num_gpus else ""
         return f"{self.num_cpus:g} CPU{gpus}"
 
     @property
     def bundle(self) -> dict[str, float]:
-        """As Ray writes it."""
+        """The resources as Ray's mapping of names to amounts."""
         return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorLocation:
-    """Where an actor lives: its node, by Ray's hex id, its process, and where its stack is shown.
+    """Where an actor runs: its node, by Ray's hex id, its process, and its stack file.
 
     Attributes:
-        node: empty where there are no nodes.
+        node: empty if there are no nodes.
         pid: on that node.
         stack_file: on that node; written when the process gets `STACK_SIGNAL`.
     """
@@ -84,14 +84,14 @@ class ActorLocation:
 
 
 class Executor(Protocol):
-    """Spawns actors, starts calls on them, and says which have answered."""
+    """Spawns actors, starts calls on them, and returns their answers."""
 
     def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
-        """Return a handle on a new actor; its construction may still be under way."""
+        """Return a handle on a new actor; it may still be starting."""
         ...
 
     def locate(self, handle: Any) -> Any:
-        """Return a ticket for the `ActorLocation` of an actor, once it has a place."""
+        """Return a ticket for the `ActorLocation` of an actor, which answers once it runs."""
         ...
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
@@ -102,40 +102,40 @@ class Executor(Protocol):
         ...
 
     def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
-        """Return the tickets that have answered, waiting at most so long for the first."""
+        """Return the tickets that have answered, waiting up to ``seconds`` for the first."""
         ...
 
     def result(self, ticket: Any) -> Any:
         """Return the answer of a ready ticket.
 
         Raises:
-            WorkerLost: its process is gone.
-            InputLost: an argument is gone.
-            WorkerFailed: the call raised what it should not.
+            WorkerLost: its process was lost.
+            InputLost: an argument was lost.
+            WorkerFailed: the call raised an unexpected error.
             CompressionError: what the call itself raised.
         """
         ...
 
     def kill(self, handle: Any) -> None:
-        """End an actor's process; one that is gone already is no error."""
+        """End an actor's process; it is no error if it has ended already."""
         ...
 
     def kill_process(self, where: ActorLocation) -> None:
-        """End a process that does not listen; `kill` asks it to end."""
+        """Kill a process that does not react to `kill`, which only requests its end."""
         ...
 
     def stack(self, where: ActorLocation) -> str:
-        """Return what a process is doing now, or empty where nobody can say."""
+        """Return the current stack trace of a process, or empty if it cannot be read."""
         ...
 
     def draining(self) -> Mapping[str, float]:
-        """Return node -> seconds left, of the nodes that were told that they will go."""
+        """Return node -> seconds left, of the nodes that are draining."""
         ...
 
     def request_resources(self, bundles: Sequence[Mapping[str, float]]) -> None:
-        """Ask the cluster to have room for these at one time; none withdraws what was asked."""
+        """Request room for these bundles at once; none withdraws the request."""
         ...
 
     def capacity(self) -> str:
-        """Return what the cluster has and what of it is free, in words."""
+        """Return the cluster's total and free CPUs and GPUs as text."""
         ...

@@ -15,17 +15,17 @@ class LocalExecutor:
         return actor_class(*args)
 
     def locate(self, handle: Any) -> Any:
-        """Return a finished ticket: everything is here."""
+        """Return a finished ticket: the actor is in this process."""
         del handle
         return _Answer(ActorLocation())
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
-        """Return finished tickets."""
+        """Run the call now and return its finished tickets."""
         del label
         values = [arg.value if isinstance(arg, _Answer) else arg for arg in args]
         try:
             answer = getattr(handle, method)(*values)
-        except Exception as error:  # noqa: BLE001 as on Ray: raised where the answer is taken
+        except Exception as error:  # noqa: BLE001 as on Ray: raised by `result`
             tickets = tuple(_Answer(None, error) for _ in range(num_returns))
             return tickets[0] if num_returns == 1 else tickets
         if num_returns == 1:
@@ -44,13 +44,13 @@ class LocalExecutor:
         return ticket.value
 
     def kill(self, handle: Any) -> None:
-        """Forget the object."""
+        """Do nothing: the object is in this process."""
 
     def kill_process(self, where: ActorLocation) -> None:
         """Do nothing: it is this process."""
 
     def stack(self, where: ActorLocation) -> str:
-        """Return nothing: a call that does not return does not return here either."""
+        """Return an empty text: calls run in this process and have returned."""
         del where
         return ""
 
@@ -62,7 +62,7 @@ class LocalExecutor:
         """Do nothing: there is no cluster that could grow."""
 
     def capacity(self) -> str:
-        """Return nothing: whatever is asked for is here."""
+        """Return an empty text: resources are not limited here."""
         return ""
 
 

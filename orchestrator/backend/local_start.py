@@ -1,4 +1,4 @@
-"""Starting a Ray on this machine: where its sockets go, and what a failed start means."""
+"""Start Ray on this machine: choose a directory for its sockets, and explain a failed start."""
 
 import contextlib
 import os
@@ -13,21 +13,21 @@ from typing import Any
 
 from planners.errors import ClusterError
 
-MAX_SOCKET_BYTES = 107  # of the path of a socket, on Linux
-# What Ray adds to its directory; seven figures of a process's number.
+MAX_SOCKET_BYTES = 107  # maximum length of a socket's path on Linux
+# What Ray adds to its directory, with a process id of seven digits.
 SOCKETS = "/session_2026-01-01_00-00-00_000000_1234567/sockets/dash_TaskEventsHead"
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _TIME = re.compile(r"timed? ?out|deadline|failed to (start|connect to) gcs", re.IGNORECASE)
-_LOGGED = re.compile(r"\[[^\]]*\]\s*")  # what Ray puts before a line of its logs
+_LOGGED = re.compile(r"\[[^\]]*\]\s*")  # prefix of a line in Ray's logs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SocketPlace:
-    """Where a Ray of this command keeps its sockets and logs.
+    """Where the Ray of this command keeps its sockets and logs.
 
     Attributes:
-        folder: an existing directory; Ray makes its own below it.
-        why: it is not the one that the environment names; empty where it is.
+        folder: an existing directory; Ray creates its own below it.
+        why: the environment's directory cannot be used; empty if it can.
     """
 
     folder: str
@@ -35,49 +35,49 @@ class SocketPlace:
 
 
 def socket_place() -> SocketPlace:
-    """Return where Ray's sockets fit and can be made: where TMPDIR says, or else somewhere short.
+    """Return a directory for Ray's sockets: TMPDIR's if they fit there, else one of short path.
 
     Raises:
         ClusterError: there is no such directory.
     """
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    asked = os.environ.get(name) or SHORT[0]
-    spare = MAX_SOCKET_BYTES - len(os.fsencode(f"{asked}/ray{SOCKETS}"))
-    refused = f"{-spare} bytes too long for Ray's sockets" if spare < 0 else _refusal(asked)
+    requested = os.environ.get(name) or SHORT[0]
+    spare = MAX_SOCKET_BYTES - len(os.fsencode(f"{requested}/ray{SOCKETS}"))
+    refused = f"{-spare} bytes too long for Ray's sockets" if spare < 0 else _refusal(requested)
     if not refused:
-        return SocketPlace(folder=asked)
-    why = f"{name} is {asked}: {refused}"
+        return SocketPlace(folder=requested)
+    why = f"{name} is {requested}: {refused}"
     for folder in (*SHORT, os.environ.get("XDG_RUNTIME_DIR", "")):
-        if folder and folder != asked and not _refusal(folder):
+        if folder and folder != requested and not _refusal(folder):
             return SocketPlace(folder=folder, why=why)
     raise ClusterError(
-        f"no directory takes Ray's sockets: {why}",
-        hint="set TMPDIR to a short directory that can be written and has space",
+        f"no directory can hold Ray's sockets: {why}",
+        hint="set TMPDIR to a directory with a short path that is writable and has free space",
     )
 
 
 @contextlib.contextmanager
 def sockets() -> Iterator[str | None]:
-    """Give the directory for a Ray of this block; None is the one that Ray takes by itself.
+    """Yield the directory for the Ray of this block; None is Ray's own default.
 
-    Another than the environment names is new, of this user alone, and removed afterwards.
+    A directory other than the environment's is new, private to this user, and removed afterwards.
 
     Raises:
-        ClusterError: there is none.
+        ClusterError: no directory can be used.
     """
     place = socket_place()
     if not place.why:
         yield None
         return
-    folder = tempfile.mkdtemp(prefix="cc-", dir=place.folder)  # mode 0700, and no link of others
+    folder = tempfile.mkdtemp(prefix="cc-", dir=place.folder)  # mode 0700, and no symlink
     try:
-        yield f"{folder}/ray"  # Ray opens to all users what it makes
+        yield f"{folder}/ray"  # Ray makes its directory readable by all users
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # processes that end may still write there
+        shutil.rmtree(folder, ignore_errors=True)  # ending processes may still write there
 
 
 def _refusal(folder: str) -> str:
-    """Return why no file can be made in a directory, which is made where it is missing."""
+    """Return why no file can be written to a directory, which is created if it is missing."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -88,7 +88,7 @@ def _refusal(folder: str) -> str:
 
 
 def half_started(error: BaseException) -> Any | None:
-    """Return Ray's node whose start an error ended; its processes are left to whoever catches."""
+    """Return the Ray node whose start failed; the caller ends its processes."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         found = frame.f_locals.get("self")
         if hasattr(found, "kill_all_processes") and hasattr(found, "dead_processes"):
@@ -97,7 +97,7 @@ def half_started(error: BaseException) -> Any | None:
 
 
 def was_slow(error: BaseException, node: Any | None) -> bool:
-    """Return whether a start took too long only: time ran out, and no process of it has ended."""
+    """Return whether a start only took too long: it timed out, and none of its processes ended."""
     return bool(_TIME.search(str(error))) and not (node is not None and node.dead_processes())
 
 
@@ -107,19 +107,19 @@ def refusal_of_start(error: BaseException, node: Any | None) -> ClusterError:
     if dead:
         kind = dead[0][0]
         return ClusterError(
-            f"Ray did not start on this machine: its {kind} ended: {_last_words(node, kind)}",
-            hint="compress-cluster doctor looks at this machine: memory, /dev/shm, versions",
+            f"Ray did not start on this machine: its {kind} exited: {_last_words(node, kind)}",
+            hint="compress-cluster doctor checks this machine: memory, /dev/shm, versions",
         )
     if was_slow(error, node):
         return ClusterError(
             f"Ray did not start on this machine, tried twice: {first_line(error)}",
-            hint="the machine is busy: try again later, or give Ray longer with "
+            hint="the machine is busy: try again later, or give Ray more time with "
             "RAY_gcs_server_port_wait_time_s=300",
         )
-    hint = "compress-cluster doctor looks at this machine"
+    hint = "compress-cluster doctor checks this machine"
     if isinstance(error, OSError):
-        hint = "TMPDIR and the home directory must take files, and have space: compress-cluster "
-        hint += "doctor looks at them"
+        hint = "TMPDIR and the home directory must be writable and have free space: "
+        hint += "compress-cluster doctor checks them"
     elif "memory" in str(error):
         hint = "fewer --workers, fewer --microbatch-tokens, or a machine with more memory"
     return ClusterError(f"Ray did not start on this machine: {first_line(error)}", hint=hint)
@@ -127,27 +127,27 @@ def refusal_of_start(error: BaseException, node: Any | None) -> ClusterError:
 
 def refusal_of_cluster(error: BaseException, address: str) -> ClusterError:
     """Return why a cluster cannot be joined, and what to do about it."""
-    said, cause = first_line(error), first_line(error.__cause__ or error)
-    said += "" if cause in said else f": {cause}"
+    reason, cause = first_line(error), first_line(error.__cause__ or error)
+    reason += "" if cause in reason else f": {cause}"
     hint = "start one with `ray start --head`, or use --address local"
-    if "ersion mismatch" in said:
+    if "ersion mismatch" in reason:
         hint = "install the same Python and versions on both: pip install -c constraints.txt"
-    elif re.search(r"authenticat|token", said, re.IGNORECASE):
-        hint = "copy ~/.ray/auth_token from the head of the cluster, or set RAY_AUTH_TOKEN"
+    elif re.search(r"authenticat|token", reason, re.IGNORECASE):
+        hint = "copy ~/.ray/auth_token from the cluster's head node, or set RAY_AUTH_TOKEN"
     elif address == "auto" and os.environ.get("RAY_ADDRESS"):
-        said = f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and {said}"
-        hint = "RAY_ADDRESS is where --address auto looks: unset it, or set it to HOST:PORT"
-    return ClusterError(f"no Ray cluster at {address!r}: {said}", hint=hint)
+        reason = f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and {reason}"
+        hint = "--address auto uses RAY_ADDRESS: unset it, or set it to HOST:PORT"
+    return ClusterError(f"no Ray cluster at {address!r}: {reason}", hint=hint)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or what it is."""
+    """Return the first line of an error's message, or its class name."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
 def _last_words(node: Any, kind: str) -> str:
-    """Return the last line that a process of Ray wrote, or that it wrote none."""
+    """Return the last log line of one of Ray's processes, or that there is none."""
     for suffix in ("err", "out", "log"):
         with contextlib.suppress(OSError):
             text = Path(node.get_logs_dir_path(), f"{kind}.{suffix}").read_text(
@@ -155,6 +155,6 @@ def _last_words(node: Any, kind: str) -> str:
             )
             lines = [line for line in text.splitlines() if line.strip()]
             errors = [line for line in lines if " C " in line or " E " in line]
-            if lines:  # a stack follows what was wrong
+            if lines:  # a stack trace follows the error
                 return _LOGGED.sub("", (errors or lines)[-1]).strip()
     return "it left no message"

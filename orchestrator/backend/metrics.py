@@ -1,4 +1,4 @@
-"""A run as metrics of Ray, for its dashboard and Grafana."""
+"""Metrics of a run in Ray, for its dashboard and Grafana."""
 
 import time
 from collections import Counter
@@ -25,30 +25,30 @@ def metered(
     reasons: Iterable[str],
     price_per_hour: float,
 ) -> Callable[[dict[str, Any]], None]:
-    """Return a listener that also keeps Ray's metrics of a run.
+    """Return a listener that also updates Ray's metrics of a run.
 
     Args:
-        listener: hears every event too.
-        reasons: kinds of events after which work is done again.
+        listener: gets every event too.
+        reasons: kinds of events after which work is retried.
         price_per_hour: of a worker.
     """
     meters = Meters(reasons, price_per_hour)
 
-    def told(event: dict[str, Any]) -> None:
+    def listen(event: dict[str, Any]) -> None:
         meters(event)
         listener(event)
 
-    return told
+    return listen
 
 
 class Meters:
-    """Ray's metrics of a run, told by its events; they stand on ``/metrics`` of the driver's node.
+    """Ray's metrics of a run, updated by its events; served on ``/metrics`` of the driver's node.
 
     Names are ``compress_*`` here and ``ray_compress_*`` there.
     """
 
     def __init__(self, reasons: Iterable[str], price_per_hour: float) -> None:
-        """Make the metrics; this process is connected to a cluster."""
+        """Create the metrics; this process must be connected to a cluster."""
         self._reasons = frozenset(reasons)
         self._price, self._begun = price_per_hour, time.monotonic()
         self._workers: set[str] = set()
@@ -66,7 +66,7 @@ class Meters:
         )
         self._queue = metrics.Gauge(
             "compress_queue_depth",
-            description="Units or microbatches of a phase that are left.",
+            description="Units or microbatches left in a phase.",
             tag_keys=("phase",),
         )
         self._lost = metrics.Gauge(
@@ -74,7 +74,7 @@ class Meters:
         )
         self._retries = metrics.Gauge(
             "compress_retries",
-            description="Times that work was to be done again.",
+            description="Times that work was retried.",
             tag_keys=("reason",),
         )
         self._memory = metrics.Gauge(
@@ -91,7 +91,7 @@ class Meters:
         )
         self._counts: Counter[str] = Counter()
         self._phase, self._left = "", 0
-        for reason in LOSSES:  # a panel shows 0, not nothing
+        for reason in LOSSES:  # so that a panel shows 0 before the first
             self._lost.set(0, tags={"reason": reason})
         for reason in self._reasons:
             self._retries.set(0, tags={"reason": reason})
@@ -119,7 +119,7 @@ class Meters:
     def _count_unit(self, kind: str, event: Mapping[str, Any]) -> None:
         self._seconds.observe(event["seconds"], tags={"kind": kind})
         self._left = max(0, self._left - 1)
-        if event["worker"].startswith("worker-"):  # neither the driver nor who verifies
+        if event["worker"].startswith("worker-"):  # not the driver, nor the verifying process
             self._workers.add(event["worker"])
         if event["tokens"]:
             self._tokens.inc(event["tokens"], tags={"kind": kind})

@@ -1,13 +1,12 @@
 """Detect cloud preemption notices on a node, and drain it.
 
-A cloud tells a machine that it will be taken away; Ray does not listen. This does, on each node,
-and has Ray drain the node: nothing new is placed there, and the driver moves what is there.
+A cloud announces to a machine that it will be preempted; Ray does not check for that. This does, on
+each node, and has Ray drain the node: nothing new is placed there, and the driver moves its work.
 
     compress-cluster watch-node
 
-does it for one node for as long as that runs, and on SIGTERM too; put it behind ``ray start`` in
-the setup of a cluster. A run on a cluster that it did not start itself watches the nodes that it
-finds, without that.
+watches one node while it runs, and drains it on SIGTERM too; put it after ``ray start`` in the
+setup of a cluster. A run on a cluster that it did not start itself watches the nodes anyway.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ SIGTERM_SECONDS = 30.0
 
 @contextlib.contextmanager
 def on_sigterm() -> Iterator[Callable[[], Notice | None]]:
-    """Give a source of notices that has one once this process got SIGTERM."""
+    """Yield a function that returns a notice once this process has received SIGTERM."""
     found: list[Notice] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -42,9 +41,9 @@ def watch_node(address: str, *, node: str, metadata: str, say: Callable[[str], N
 
     Args:
         address: of the Ray cluster.
-        node: Ray's id of the node; empty is the one of this process.
+        node: Ray's id of the node; empty is this process's node.
         metadata: base URL of the metadata service.
-        say: is told what is watched and what came.
+        say: prints what is watched, and each notice.
 
     Raises:
         ClusterError: there is no cluster at the address.
@@ -54,8 +53,10 @@ def watch_node(address: str, *, node: str, metadata: str, say: Callable[[str], N
         watched = node or here
 
         def drain(notice: Notice) -> None:
-            preemption.drain(watched, seconds=notice.seconds, message=f"notice of {notice.source}")
-            say(f"{notice.source}: node {watched} goes in {notice.seconds:.0f} s")
+            preemption.drain(
+                watched, seconds=notice.seconds, message=f"preemption notice from {notice.source}"
+            )
+            say(f"{notice.source}: node {watched} is preempted in {notice.seconds:.0f} s")
 
-        say(f"watches node {watched}")
+        say(f"watching node {watched}")
         watch(drain, base=metadata, stopped=stopped)

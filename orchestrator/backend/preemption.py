@@ -1,4 +1,4 @@
-"""Nodes that will be taken away: which drain, and a watcher on each that asks its cloud."""
+"""Nodes that will be preempted: which are draining, and a watcher on each that polls its cloud."""
 
 import contextlib
 import time
@@ -15,14 +15,14 @@ from orchestrator.backend.cloud_notices import METADATA, Notice, watch
 from orchestrator.backend.ray_cluster import joined
 from planners.errors import ClusterError
 
-COVER_SECONDS = 10.0  # between two looks for nodes that have come
+COVER_SECONDS = 10.0  # between two checks for new nodes
 
 
 def draining() -> Mapping[str, float]:
-    """Return node id -> seconds left, of the nodes that were told that they will go.
+    """Return node id -> seconds left, of the nodes that are draining.
 
-    Ray has no public call for it. Where a release has moved the private one, nothing drains: a node
-    that goes is then a node that is lost.
+    Ray has no public call for this. If a release has moved the private one, no node is reported as
+    draining: a preempted node is then handled as a lost one.
     """
     find = getattr(getattr(ray_state, "state", None), "get_draining_nodes", None)
     if find is None:
@@ -30,22 +30,22 @@ def draining() -> Mapping[str, float]:
     try:
         deadlines = find()  # node id -> milliseconds since the epoch, or 0 for none
     except (RaySystemError, RpcError):
-        return {}  # the head is away for a moment
+        return {}  # the head node cannot be reached at the moment
     now = time.time()
     return {n: at / 1000 - now if at else float("inf") for n, at in deadlines.items()}
 
 
 def drain(node: str, *, seconds: float, message: str, address: str = "") -> None:
-    """Tell Ray that a node goes in so many seconds: nothing new is placed there.
+    """Have Ray drain a node that is preempted in ``seconds``: nothing new is placed there.
 
     Args:
         node: Ray's hex id.
-        seconds: until the machine is gone.
-        message: why, for Ray's own records.
-        address: of the head, ``host:port``; empty is the one this process is connected to.
+        seconds: until the machine is preempted.
+        message: the reason, for Ray's own records.
+        address: of the head node, ``host:port``; empty is the one this process is connected to.
 
     Raises:
-        ClusterError: the head refuses, or cannot be reached.
+        ClusterError: the head node refuses, or cannot be reached.
     """
     client = ray._raylet.GcsClient(address=address or ray.get_runtime_context().gcs_address)
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
@@ -60,7 +60,7 @@ def drain(node: str, *, seconds: float, message: str, address: str = "") -> None
 
 @contextlib.contextmanager
 def attached(address: str) -> Iterator[str]:
-    """Connect to a running cluster from one of its nodes; give Ray's id of that node.
+    """Connect to a running cluster from one of its nodes; yield Ray's id of that node.
 
     Raises:
         ClusterError: there is no cluster at the address.
@@ -73,42 +73,42 @@ def attached(address: str) -> Iterator[str]:
 
 
 def watchers(address: str) -> "contextlib.AbstractContextManager[Watchers | None]":
-    """Return who listens for notices: nobody on a cluster that is this machine alone."""
+    """Return watchers for preemption notices; none on a cluster that is only this machine."""
     return contextlib.nullcontext() if address == "local" else Watchers()
 
 
 class Watchers:
-    """An actor on each node that listens for the notice of its cloud; a context manager.
+    """An actor on each node that polls for its cloud's preemption notice; a context manager.
 
-    They hold no cores, and end with the run.
+    The actors reserve no cores, and end with the run.
     """
 
     def __init__(self, *, metadata: str = METADATA) -> None:
-        """Watch nobody yet; ``metadata`` is the base URL of the clouds' metadata service."""
+        """Start with no actors; ``metadata`` is the base URL of the clouds' metadata service."""
         self._metadata = metadata
         self._actors: dict[str, Any] = {}
-        self._looked_at = -COVER_SECONDS
+        self._checked_at = -COVER_SECONDS
 
     def __enter__(self) -> "Watchers":
-        """Watch the nodes that are there."""
+        """Start an actor on each node."""
         self.cover()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Watch nobody any more."""
+        """End all actors."""
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors.clear()
 
     def cover(self) -> None:
-        """Watch the nodes that have come since; the cluster is asked now and then only."""
+        """Start actors on new nodes; checks at most once in `COVER_SECONDS`."""
         now = time.monotonic()
-        if now - self._looked_at < COVER_SECONDS:
+        if now - self._checked_at < COVER_SECONDS:
             return
-        self._looked_at = now
+        self._checked_at = now
         for node in ray.nodes():
             name = node["NodeID"]
-            # With the head goes the driver itself: there is nobody to move its work.
+            # The driver is lost with the head node: it could not move any work.
             head = "node:__internal_head__" in node["Resources"]
             if node["Alive"] and not head and name not in self._actors:
                 where = NodeAffinitySchedulingStrategy(name, soft=False)
@@ -121,12 +121,12 @@ class Watchers:
 
 
 class _Watcher:
-    """Waits on one node for its notice."""
+    """Waits on one node for its preemption notice."""
 
     def watch(self, node: str, metadata: str) -> None:
-        """Drain the node once there is a notice; return where no cloud answers."""
+        """Drain the node once there is a notice; return if no cloud answers."""
 
         def on_notice(notice: Notice) -> None:
-            drain(node, seconds=notice.seconds, message=f"notice of {notice.source}")
+            drain(node, seconds=notice.seconds, message=f"preemption notice from {notice.source}")
 
         watch(on_notice, base=metadata)

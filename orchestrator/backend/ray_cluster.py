@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster, or starting one for this command alone."""
+"""Connect to a Ray cluster, or start one for this command only."""
 
 import contextlib
 import copy
@@ -30,13 +30,13 @@ HEALTH_CHECK = {
 }
 CLUSTER_OF_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's, read on Linux too
 STORE_BYTES = 200 * 2**20
-LISTEN_SECONDS = 3.0  # within which a head takes a connection
-ANSWER_SECONDS = 0.5  # within which a raylet that is well takes a connection
+LISTEN_SECONDS = 3.0  # within which a head node accepts a connection
+ANSWER_SECONDS = 0.5  # within which a healthy raylet accepts a connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterFacts:
-    """What a cluster has.
+    """The resources of a cluster.
 
     Attributes:
         address: as given; ``local`` was started by this command.
@@ -44,7 +44,7 @@ class ClusterFacts:
         cpus: logical cores for work.
         gpus: devices.
         dashboard: address of Ray's dashboard, or empty.
-        spot: a node says by its label that it is spot capacity.
+        spot: a node is labelled as spot capacity.
     """
 
     address: str
@@ -59,7 +59,7 @@ class ClusterFacts:
 def connected(
     address: str, *, num_cpus: int, num_gpus: int, store_bytes: int, dashboard: bool = False
 ) -> Iterator[ClusterFacts]:
-    """Connect for the length of a block; ``local`` starts a cluster and stops it afterwards.
+    """Connect for the duration of a block; ``local`` starts a cluster and stops it afterwards.
 
     Args:
         address: ``local``, ``auto`` or ``host:port``.
@@ -85,7 +85,7 @@ def connected(
             )
         else:
             context = joined(address)
-        stack.callback(ray.shutdown)  # before its directory goes
+        stack.callback(ray.shutdown)  # before its directory is removed
         _protect_token()
         facts = _facts(address, context.dashboard_url or "")
         _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
@@ -93,7 +93,7 @@ def connected(
 
 
 def most_gpus(address: str) -> float:
-    """Return how many devices a cluster has, or has when it is fully grown.
+    """Return how many GPUs a cluster has, or has when it is fully grown.
 
     Raises:
         ClusterError: there is no cluster at the address.
@@ -103,10 +103,10 @@ def most_gpus(address: str) -> float:
 
 
 def _started(**how: Any) -> Any:
-    """Start a Ray for this process, and once more where a busy machine was only too slow.
+    """Start Ray for this process; retry once if a busy machine was only too slow.
 
     Raises:
-        ClusterError: it does not start.
+        ClusterError: Ray does not start.
     """
     _refuse_second()
     for last in (False, True):
@@ -120,11 +120,11 @@ def _started(**how: Any) -> Any:
                     _system_config=HEALTH_CHECK,
                     **how,
                 )
-        except Exception as error:  # Ray raises bare ones; raised again as ours
+        except Exception as error:  # Ray raises bare Exceptions; re-raised as ClusterError
             node = local_start.half_started(error)
             slow = local_start.was_slow(error, node)
             refusal = local_start.refusal_of_start(error, node)
-            if node is not None:  # else they stay until this process ends
+            if node is not None:  # its processes would run until this one ends
                 node.kill_all_processes(check_alive=False)
             ray.shutdown()
             if last or not slow:
@@ -133,10 +133,10 @@ def _started(**how: Any) -> Any:
 
 
 def joined(address: str) -> Any:
-    """Connect to a cluster that runs.
+    """Connect to a running cluster.
 
     Raises:
-        ClusterError: there is none at the address, or it does not let this process in.
+        ClusterError: there is none at the address, or it refuses access.
     """
     try:
         _require_listener(address)
@@ -145,32 +145,32 @@ def joined(address: str) -> Any:
     _refuse_second()
     try:
         return ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         ray.shutdown()
         raise local_start.refusal_of_cluster(error, address) from error
 
 
 def _refuse_second() -> None:
-    """Refuse a second connection: ending it would end the first.
+    """Refuse a second connection: closing it would close the first.
 
     Raises:
-        ClusterError: this process has one.
+        ClusterError: this process is already connected.
     """
     if ray.is_initialized():
         raise ClusterError(
-            "this process is connected to a Ray cluster already", hint="ray.shutdown() comes first"
+            "this process is already connected to a Ray cluster", hint="call ray.shutdown() first"
         )
 
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let the processes of a Ray that starts in this block listen on loopback only, metrics too.
+    """Make a Ray that is started in this block listen on loopback only, its metrics too.
 
-    That is what Ray does on macOS and Windows by itself; on Linux it takes the address of the
-    machine, and its metrics answer there without a token. Clusters of several machines need that
-    address, so what is set here ends with the block.
+    Ray does so by default on macOS and Windows; on Linux it uses the address of the machine, where
+    its metrics are served without a token. Clusters of several machines need that address, so the
+    setting ends with the block.
     """
-    # Ray reads the variable where it is imported, which has happened here.
+    # Ray reads the variable on import, which has happened already: set its constant too.
     before = os.environ.get(CLUSTER_OF_MACHINES), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[CLUSTER_OF_MACHINES] = "0"  # for the processes that Ray starts
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one
@@ -185,12 +185,12 @@ def _on_loopback() -> Iterator[None]:
 
 
 def take(name: str) -> str:
-    """Return what `JobClient.lend` left in the head's memory, and remove it there.
+    """Return the secret that `JobClient.lend` stored on the head node, and remove it there.
 
-    Called in a process that a job started; connecting to the cluster is not needed.
+    Called in a process that a job started; no connection to the cluster is needed.
 
     Raises:
-        ClusterError: it is not there any more, or the head cannot be reached.
+        ClusterError: it has expired, or the head node cannot be reached.
     """
     key = f"gcs://{name}".encode()
     try:
@@ -198,41 +198,41 @@ def take(name: str) -> str:
         found = client.internal_kv_get(key, None)
         client.internal_kv_del(key, False, None)
     except (RaySystemError, RpcError) as error:
-        raise ClusterError(f"the head does not give the token for the Hub: {error}") from error
+        raise ClusterError(f"cannot get the Hub token from the head node: {error}") from error
     if found is None:
         raise ClusterError(
-            "the token for the Hub is not there any more: the job began too late",
+            "the Hub token has expired on the head node: the job started too late",
             hint="submit again",
         )
     return bytes(found).decode().removeprefix(LENT)
 
 
 def request_resources(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Ask the autoscaler for room for these at one time; none withdraws what was asked before."""
-    with contextlib.suppress(RaySystemError, RpcError):  # a head that is away grows nothing either
+    """Request room for these bundles at once from the autoscaler; none withdraws the request."""
+    with contextlib.suppress(RaySystemError, RpcError):  # without a head node nothing can grow
         sdk.request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def capacity() -> str:
-    """Return what the cluster has and what of it is free, in words."""
+    """Return the cluster's total and free CPUs and GPUs as text."""
     have, free = ray.cluster_resources(), ray.available_resources()
-    said = [
+    counts = [
         f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}"
         for kind in ("CPU", "GPU")
         if kind == "CPU" or kind in have
     ]
-    return f"the cluster has {' and '.join(said)} free"
+    return f"the cluster has {' and '.join(counts)} free"
 
 
 def node_reachable(actor_id: str | None) -> bool:
-    """Return whether the node of an actor takes connections; Ray notices later that it does not."""
+    """Return whether the node of an actor accepts connections, which is known before Ray knows."""
     if actor_id is None:
         return True
     try:
         place = ray_state.actors(actor_id).get("Address", {}).get("NodeID")
         found = {node["NodeID"]: node for node in ray.nodes()}.get(place)
     except (RaySystemError, RpcError):
-        return True  # the head cannot be asked, so nothing is known of the node
+        return True  # without the head node nothing is known of the actor's node
     if found is None or not found["Alive"]:
         return False
     return _listens(found["NodeManagerAddress"], found["NodeManagerPort"])
@@ -247,7 +247,7 @@ def _listens(host: str, port: int) -> bool:
 
 
 def _require_listener(address: str) -> None:
-    """See that something takes connections: Ray itself tries for minutes, and does not say so.
+    """Check that something accepts connections: Ray itself retries silently for minutes.
 
     Raises:
         OSError: nothing does.
@@ -258,11 +258,12 @@ def _require_listener(address: str) -> None:
         found = services.get_ray_address_from_environment(address, None)
     if "//" in found:
         raise ValueError(
-            "is a URL; an address is HOST:PORT of the head, and `submit` takes a dashboard's URL"
+            "is a URL; an address is HOST:PORT of the head node; only `submit` accepts a "
+            "dashboard's URL"
         )
     host, _, port = found.rpartition(":")
     if not host or not port.isdigit():
-        return  # a form of address that Ray knows and we do not
+        return  # another form of address, left to Ray
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_SECONDS).close()
     except OSError as error:
@@ -283,12 +284,16 @@ def _facts(address: str, dashboard: str) -> ClusterFacts:
 
 
 def _require(facts: ClusterFacts, *, num_cpus: int, num_gpus: int) -> None:
-    """Refuse what would otherwise wait for ever: Ray does not say that a request cannot fit."""
+    """Refuse a run that cannot fit: Ray would wait for ever without a message.
+
+    Raises:
+        ClusterError: the cluster is too small, even when fully grown.
+    """
     cpus, gpus, grown = facts.cpus, facts.gpus, ""
     if facts.address != "local" and (num_cpus > cpus or num_gpus > gpus):
-        file = cluster_file_here()  # a cluster that grows has no worker before it is asked for one
+        file = cluster_file_here()  # an autoscaled cluster starts workers on request only
         if awaited(file, facts.num_nodes):
-            return  # whoever waits for them says so
+            return  # the pool announces that it waits for them
         most_cpus, most_gpus = max_resources(file, "CPU"), max_resources(file, "GPU")
         if most_cpus > cpus or most_gpus > gpus:
             cpus, gpus, grown = max(cpus, most_cpus), max(gpus, most_gpus), ", fully grown,"
@@ -310,14 +315,14 @@ def _protect_token() -> None:
 
 
 def schema_refusal(values: Mapping[str, Any]) -> str:
-    """Return why ``ray up`` would refuse a cluster file, in a line; empty where it would not."""
-    # Not at the top: the launcher's modules are of use to one command only.
+    """Return why ``ray up`` would refuse a cluster file, in one line; empty if it would not."""
+    # Not at the top: only one command needs the launcher's modules.
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    said = io.StringIO()  # what preparing prints is of use to `ray up` only
+    discarded = io.StringIO()  # what this prints is meant for users of `ray up`
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded):
             validate_config(prepare_config(copy.deepcopy(dict(values))))
     except ValidationError as error:
         where = ".".join(map(str, error.absolute_path))

@@ -1,4 +1,4 @@
-"""Where the work runs: on a Ray cluster, or in this process.
+"""The executor that runs calls on a Ray cluster.
 
 Actors are plain classes; they become Ray actors here and nowhere else, so that a test can build and
 call them like any object. One thread waits for answers and fetches only small ones that are ready:
@@ -49,15 +49,15 @@ SYSTEM_ERRORS = (
     OutOfMemoryError,
 )
 STACK_SIGNAL = signal.SIGUSR2
-STACK_SECONDS = 5.0  # within which a worker's node shows its stack
-STACK_FILE = "compress-cluster-stack-"  # then the process's number
+STACK_SECONDS = 5.0  # within which a worker's node returns its stack trace
+STACK_FILE = "compress-cluster-stack-"  # followed by the process id
 
 
 class RayExecutor:
     """Runs every call on the Ray cluster this process is connected to."""
 
     def __init__(self, *, watchers: preemption.Watchers | None = None) -> None:
-        """Use the current connection; ``watchers`` are told of nodes that come during the run."""
+        """Use the current connection; ``watchers`` also cover nodes that join during the run."""
         self._watchers = watchers
 
     def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
@@ -75,8 +75,8 @@ class RayExecutor:
         )
         handle = remote.remote(*args)
         if token := hub.token_in_use():
-            # As an argument of a call: it goes from process to process, and is in no environment,
-            # no description of the actor or its call, and no file.
+            # As an argument of a call: it is sent from process to process, and appears in no
+            # environment, no description of the actor or its call, and no file.
             handle.__ray_call__.remote(_lend, token)
         return handle
 
@@ -85,13 +85,13 @@ class RayExecutor:
         return handle.__ray_call__.remote(_settled)
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
-        """Return object refs; nothing is fetched."""
+        """Start a call and return its object refs; nothing is fetched."""
         bound = getattr(handle, method).options(num_returns=num_returns, name=label)
         tickets = bound.remote(*args)
         return tickets if num_returns == 1 else tuple(tickets)  # Ray gives a list
 
     def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
-        """Wait for the first answer, and take those that came with it."""
+        """Wait for the first answer; return all tickets that are ready then."""
         done, _ = ray.wait(list(tickets), num_returns=1, timeout=seconds, fetch_local=False)
         if done and len(tickets) > 1:
             done, _ = ray.wait(
@@ -100,7 +100,7 @@ class RayExecutor:
         return list(done)
 
     def result(self, ticket: Any) -> Any:
-        """Fetch a small answer; tell a lost argument from a lost worker."""
+        """Fetch a small answer; distinguish a lost argument from a lost worker."""
         try:
             return ray.get(ticket)
         except RayTaskError as error:
@@ -109,18 +109,18 @@ class RayExecutor:
             raise WorkerLost(_reason(error), _first_line(error)) from error
 
     def kill(self, handle: Any) -> None:
-        """End the actor's process; Ray says nothing where it is gone already."""
+        """End the actor's process; Ray raises nothing if it has ended already."""
         ray.kill(handle, no_restart=True)
 
     def kill_process(self, where: ActorLocation) -> None:
-        """Have a task on the process's own node end it; nobody waits for that."""
+        """Kill a process by a task on its own node, without waiting for it."""
         if where.pid:
             _run_on_same_node(where, _ended)
 
     def stack(self, where: ActorLocation) -> str:
-        """Have a task on the worker's own node make the process write its stack, and read it.
+        """Return a worker's stack trace, written on a signal from a task on the worker's own node.
 
-        The worker is not asked: it may hold the interpreter, or wait for ever in a library.
+        The worker is not called: it may hold the interpreter, or wait for ever in a library.
         """
         if not where.pid:
             return ""
@@ -129,32 +129,32 @@ class RayExecutor:
         except GetTimeoutError:
             return f"its node did not answer within {STACK_SECONDS:g} s"
         except RayError as error:
-            return f"its node cannot be asked: {_first_line(error)}"
+            return f"its node cannot be reached: {_first_line(error)}"
         return found
 
     def draining(self) -> Mapping[str, float]:
-        """Return node -> seconds left, of the nodes that were told that they will go."""
+        """Return node -> seconds left, of the nodes that are draining."""
         if self._watchers is not None:
             self._watchers.cover()
         return preemption.draining()
 
     def request_resources(self, bundles: Sequence[Mapping[str, float]]) -> None:
-        """Ask the autoscaler, where there is one."""
+        """Request resources from the autoscaler, if there is one."""
         ray_cluster.request_resources(bundles)
 
     def capacity(self) -> str:
-        """Return what the cluster has and what of it is free, in words."""
+        """Return the cluster's total and free CPUs and GPUs as text."""
         return ray_cluster.capacity()
 
 
 def _lend(actor: Any, token: str) -> None:
-    """Let this process read from the Hub as its driver does; the first call that it gets."""
+    """Let this process read from the Hub with its driver's token; the actor's first call."""
     del actor
     hub.lend(token)
 
 
 def _settled(actor: Any) -> ActorLocation:
-    """Say where this process is, and have it show its stack whenever it gets the signal."""
+    """Return where this process runs; make it write its stack trace whenever it gets the signal."""
     del actor
     _remove_stale()
     descriptor, path = tempfile.mkstemp(prefix=f"{STACK_FILE}{os.getpid()}-", suffix=".txt")
@@ -165,7 +165,7 @@ def _settled(actor: Any) -> ActorLocation:
 
 
 def _remove_stale() -> None:
-    """Remove the stacks of processes that are gone: a worker is killed, it removes nothing."""
+    """Remove the stack files of ended processes: a killed worker cannot remove its own."""
     for path in Path(tempfile.gettempdir()).glob(f"{STACK_FILE}[0-9]*-*"):
         with contextlib.suppress(ValueError, OSError):  # another user's process, or file
             pid = int(path.name.removeprefix(STACK_FILE).partition("-")[0])
@@ -176,7 +176,7 @@ def _remove_stale() -> None:
 
 
 def _run_on_same_node(where: ActorLocation, work: Callable[[ActorLocation], Any]) -> Any:
-    """Start a task on the node of a process, that takes no core; return its ticket."""
+    """Start a task that reserves no core on the node of a process; return its ticket."""
     task = ray.remote(work).options(
         num_cpus=0,
         max_retries=0,
@@ -196,22 +196,22 @@ def _shown_stack(where: ActorLocation) -> str:
     try:
         os.kill(where.pid, STACK_SIGNAL)
     except ProcessLookupError:
-        return "its process is gone"
+        return "its process no longer runs"
     for _ in range(20):
         time.sleep(0.1)
         with contextlib.suppress(OSError):
             text = path.read_text(encoding="utf-8", errors="replace")[before:]
             if text:
                 return text
-    return "its process does not react to signals: it is stopped, or waits for a device"
+    return "its process does not react to signals: it is stopped, or waiting for a device"
 
 
 def _of_a_call(error: RayTaskError) -> Exception:
-    """Return what a call raised, in our own words."""
+    """Return what a call raised as one of the errors of `Executor.result`."""
     cause: Any = error
     while isinstance(cause, RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
-    # The actor that answers is well: what is lost is an argument, or the actor that had made it.
+    # The actor that answers is healthy: an argument was lost, or the actor that made it.
     if isinstance(error, SYSTEM_ERRORS) or isinstance(cause, SYSTEM_ERRORS):
         return InputLost(_first_line(error))
     if isinstance(cause, CompressionError):
@@ -223,13 +223,13 @@ def _of_a_call(error: RayTaskError) -> Exception:
 
 
 def _out_of_memory(cause: Exception) -> bool:
-    """Return whether a host or a device had no memory left; torch is not imported for it."""
+    """Return whether a host or device was out of memory, without importing torch."""
     named = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(cause)
 
 
 def _reason(error: Exception) -> FailureClass:
-    """Return the class of a loss: whether the node went, or the process alone."""
+    """Return the class of a loss: of the node, or of the process only."""
     if isinstance(error, OutOfMemoryError):
         return FailureClass.OUT_OF_MEMORY
     if getattr(error, "preempted", False):
@@ -237,7 +237,7 @@ def _reason(error: Exception) -> FailureClass:
     if isinstance(error, NodeDiedError) or "node has died" in str(error):
         return FailureClass.NODE_LOST
     if isinstance(error, ActorUnavailableError) and not ray_cluster.node_reachable(error.actor_id):
-        return FailureClass.NODE_LOST  # Ray itself does not know yet
+        return FailureClass.NODE_LOST  # before Ray itself notices
     return FailureClass.WORKER_CRASHED
 
 

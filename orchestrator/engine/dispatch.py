@@ -1,4 +1,4 @@
-"""Units whose inputs are done go to workers that are free; a lost worker's unit goes to another."""
+"""Dispatch units to free workers once their inputs are done; retry a lost worker's unit."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,20 +25,20 @@ def run_units(
     ledger: Ledger,
     journal: Journal,
 ) -> None:
-    """Do all units that have no record, each on whichever worker is free.
+    """Do all units that have no record, each on any free worker.
 
     Raises:
         CompressionError: a unit's own error, or a unit failed the same way too often.
-        KeyboardInterrupt: the user asked to stop; what was under way has its record.
+        KeyboardInterrupt: the user requested a stop; the units that were running have records.
     """
     _Dispatch(pool, units, job, ledger=ledger, journal=journal).run()
 
 
 class _Dispatch:
-    """One phase of units under way.
+    """The running units of one phase.
 
-    A unit is on one slot, or on two where the first of them is silent: whichever answers first has
-    done it. Both write the same bytes under the same name.
+    A unit runs on one slot, or on two if the first does not answer in time: the first answer
+    counts. Both write the same bytes under the same name.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class _Dispatch:
             elif not self._running:
                 raise KeyboardInterrupt
             for ticket in self._pool.ready(list(self._running)):
-                if ticket in self._running:  # else its slot was given up in this very round
+                if ticket in self._running:  # else its slot was replaced in this round
                     self._take(ticket)
             self._leave_draining_nodes()
             self._handle_stalled()
@@ -77,7 +77,7 @@ class _Dispatch:
                 self._start(slot, unit)
 
     def _left_to_others(self, slot: int) -> list[str]:
-        """Return the units that a worker failed, while there is one that did not."""
+        """Return the units that failed on this slot and have other slots left to run on."""
         return [
             unit
             for unit, slots in self._failed_on.items()
@@ -116,12 +116,12 @@ class _Dispatch:
                            start=done.started, seconds=done.seconds,
                            peak_bytes=done.peak_bytes,
                            written_bytes=done.written_bytes)  # fmt: skip
-        for slot in self._slots_of(unit):  # the other one of two: nobody waits for it
+        for slot in self._slots_of(unit):  # the other of two: its answer is not needed
             self._leave(slot)
             self._pool.renew(slot, listens=False)
 
     def _fail(self, slot: int, unit: Unit, error: Exception) -> None:
-        """Give a unit to another worker, and its slot a new one where that is needed.
+        """Put a unit back in the queue, and replace its worker where that is needed.
 
         Raises:
             CompressionError: the run stops.
@@ -135,7 +135,7 @@ class _Dispatch:
             self._frontier.give_back(unit)
 
     def _failed(self, slot: int, unit: Unit) -> Call:
-        """Return a unit on a worker as the supervisor knows it."""
+        """Return a unit on a worker as a `Call` for the supervisor."""
         setup = self._pool.setup(slot)
         return Call(
             name=unit.name,
@@ -159,7 +159,7 @@ class _Dispatch:
         return [slot for slot, running in self._running.values() if running is unit]
 
     def _leave_draining_nodes(self) -> None:
-        """Let what fits end where it is; have the rest done elsewhere at once."""
+        """Let units finish that fit in the time left; move the others to other nodes at once."""
         busy = dict(self._running.values())
         for slot in range(self._pool.num_workers):
             left = self._pool.seconds_left(slot)
@@ -171,7 +171,7 @@ class _Dispatch:
                 self._frontier.give_back(busy[slot])
 
     def _handle_stalled(self) -> None:
-        """Have a unit whose worker is silent done by an idle one too; give up who stays silent."""
+        """Start a late unit on an idle worker too; replace a worker that stays silent."""
         for slot, unit in list(self._running.values()):
             if self._pending.stalled(slot):
                 lost = WorkerLost(FailureClass.STALLED, f"{unit.name} did not answer")
@@ -182,7 +182,7 @@ class _Dispatch:
 
 
 def task_of(unit: Unit) -> UnitTask:
-    """Return what a worker is told of a unit."""
+    """Return the message that describes a unit to a worker."""
     return UnitTask(
         unit=unit.name,
         kind=unit.kind,

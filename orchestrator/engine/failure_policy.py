@@ -1,8 +1,9 @@
-"""What can go wrong with a call, how often it may, and what follows: a table, and its one reader.
+"""The failure policy: how often each class of failures may occur, and what is done about it.
 
-Some failures are of machines: the work goes elsewhere, and only their number says that something is
-wrong with the cluster. Others are of the work: when it fails the same way on a second worker, a
-third try would only cost money. Then the run stops, with a reproducer that does the work again.
+Some failures come from machines: the work is retried elsewhere, and only their number shows that
+something is wrong with the cluster. Others come from the work: when it fails the same way on a
+second worker, a third attempt would only cost money. Then the run stops, with a reproducer that
+repeats the work.
 """
 
 from dataclasses import dataclass
@@ -11,22 +12,22 @@ from enum import Enum, auto
 from orchestrator.backend.executor import FailureClass, InputLost, WorkerFailed, WorkerLost
 from planners.errors import CompressionError, NumericsError, StorageError
 
-FAILURES = (CompressionError, InputLost, WorkerFailed, WorkerLost)  # what a call ends with
+FAILURES = (CompressionError, InputLost, WorkerFailed, WorkerLost)  # what a call may raise
 
 
 class Action(Enum):
     """What follows a failure."""
 
-    RETRY = auto()  # the work is done again; the worker that failed it stays
-    REPLACE = auto()  # the worker is given up, and the work is done by another
-    STOP = auto()  # the run ends with an error
+    RETRY = auto()  # retry the work; keep the worker that failed it
+    REPLACE = auto()  # replace the worker, and retry the work on another
+    STOP = auto()  # end the run with an error
 
 
 class Place(Enum):
-    """Where a call was made, as far as it decides what another try can be."""
+    """Where a call was made, as far as it decides how it can be retried."""
 
-    STAGE = auto()  # of a pass: after half a step nobody knows what the worker's sums are
-    ANY_WORKER = auto()  # a unit, and there are other workers for it
+    STAGE = auto()  # a stage of a pass: after a partial step the worker's sums are unknown
+    ANY_WORKER = auto()  # a unit that other workers can do
     NOWHERE_ELSE = auto()  # a unit of a single worker, a fresh process, generation
 
 
@@ -35,13 +36,13 @@ class Policy:
     """What is done about a class of failures.
 
     Attributes:
-        tries: how often one piece of work may meet it; the last of them stops the run.
-        budget: how often a run may meet it, in any work; one more and it is not being unlucky.
-        replaces: the worker is given up too; its process is gone, or not to be trusted.
-        hint: what would be right, once the run has stopped.
+        tries: how often one piece of work may fail so; the last time stops the run.
+        budget: how often a run may fail so, over all work; one more stops it.
+        replaces: the worker is replaced too: its process has ended or cannot be trusted.
+        hint: what the user should do once the run has stopped.
         deterministic: it fails the same way again unless another worker tries.
-        infrastructure: it is of the machines: in a pass, where one piece of work is long, only the
-            budget counts.
+        infrastructure: it comes from the machines: in a pass, where one piece of work is long, only
+            the budget counts.
     """
 
     tries: int
@@ -52,8 +53,8 @@ class Policy:
     infrastructure: bool = False
 
 
-RESUME_HINT = "what is done is kept; run the same command again"
-RESUME_WHEN_HEALTHY = f"{RESUME_HINT} when the cluster is well"
+RESUME_HINT = "finished work is kept; run the same command again to resume"
+RESUME_WHEN_HEALTHY = f"{RESUME_HINT} once the cluster is healthy"
 POLICIES = {
     FailureClass.PREEMPTED: Policy(
         tries=8, budget=500, replaces=True, hint=RESUME_HINT, infrastructure=True
@@ -67,8 +68,8 @@ POLICIES = {
         tries=2,
         budget=20,
         replaces=True,
-        # A smaller cut forms other products: the sums would be other bits in the middle of a run.
-        hint="what is done is kept; give workers more memory, or begin a new run with fewer "
+        # Smaller microbatches change the order of summation, and so the bits of the statistics.
+        hint="finished work is kept; give workers more memory, or start a new run with fewer "
         "--microbatch-tokens",
     ),
     FailureClass.LOST_INPUT: Policy(
@@ -95,29 +96,29 @@ def class_of(error: Exception) -> FailureClass:
         return FailureClass.STORAGE_ERROR
     if isinstance(error, NumericsError):
         return FailureClass.NUMERIC_FAILURE
-    ours = isinstance(error, CompressionError)
-    return FailureClass.USER_ERROR if ours else FailureClass.DEFECT
+    is_known = isinstance(error, CompressionError)
+    return FailureClass.USER_ERROR if is_known else FailureClass.DEFECT
 
 
 def decide(failure: FailureClass, place: Place, *, times: int) -> Action:
-    """Return what follows when a piece of work meets a class of failures for the n-th time."""
+    """Return what follows when a piece of work fails with a class for the ``times``-th time."""
     policy = POLICIES[failure]
     if policy.deterministic and place is Place.NOWHERE_ELSE:
         return Action.STOP
     if times >= policy.tries and not (policy.infrastructure and place is Place.STAGE):
         return Action.STOP
     if failure is FailureClass.LOST_INPUT:
-        return Action.RETRY  # the call never began: whatever its worker holds is as it was
+        return Action.RETRY  # the call never started: its worker's state is unchanged
     return Action.REPLACE if policy.replaces or place is Place.STAGE else Action.RETRY
 
 
 TROUBLE = tuple(POLICIES)
-RECOVERY_TEXT: dict[str, str] = {  # what is done about it, after the words that say what happened
-    **dict.fromkeys(POLICIES, "It is tried again."),
-    **{name: "Its work goes on elsewhere." for name, p in POLICIES.items() if p.replaces},
-    "notice": "Its work moves.",
-    "waiting": "The run goes on when it has a place.",
+RECOVERY_TEXT: dict[str, str] = {  # what is done about it, printed after what happened
+    **dict.fromkeys(POLICIES, "Retrying."),
+    **{name: "Retrying on another worker." for name, p in POLICIES.items() if p.replaces},
+    "notice": "Its work moves to another node.",
+    "waiting": "The run continues once there is room for it.",
     "placed": "",
-    "silent": "Its stack is in the journal of the run.",
-    "stopping": "Ctrl-C again leaves at once.",
+    "silent": "Its stack trace is in the events of the run.",
+    "stopping": "Press Ctrl-C again to quit at once.",
 }

@@ -1,4 +1,4 @@
-"""A call in a process of its own, made again in another one where that may help."""
+"""Run a call in a process of its own, and retry it in another where that may help."""
 
 import time
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ def in_fresh_process(
     *,
     supervisor: Supervisor | None = None,
 ) -> UnitDone:
-    """Return what an evaluator in a process of its own says to a request.
+    """Return an evaluator's answer to a request, from a process of its own.
 
-    Where its supervisor says so, one that failed is followed by another; outside of a run the call
-    has one of its own.
+    The supervisor decides whether a failed process is followed by another; outside of a run the
+    call has a supervisor of its own.
 
     Raises:
-        ClusterError: too many were lost, or no machine could hold one.
+        ClusterError: too many processes were lost, or no machine had room for one.
         CompressionError: what the evaluator itself raised.
     """
     supervisor = supervisor or Supervisor(_ignore)
@@ -53,7 +53,7 @@ def in_fresh_process(
             try:
                 done: UnitDone = executor.result(ticket)
             except FAILURES as error:
-                supervisor.handle(call, error)  # it returns where another process may try
+                supervisor.handle(call, error)  # raises unless another process may try
                 continue
         finally:
             executor.kill(handle)
@@ -78,14 +78,14 @@ def _answered(
     """Return the ticket of a call that has answered.
 
     Raises:
-        ClusterError: its process found no place for too long.
+        ClusterError: no machine had room for its process for too long.
     """
     place, since = executor.locate(handle), time.monotonic()
     ticket = executor.call(handle, method, fresh.unit, request, label=fresh.unit)
     while not executor.ready([place], seconds=1.0):
         if time.monotonic() - since > PLACE_SECONDS:
             raise ClusterError(
-                f"{fresh.unit}: no machine could hold its process for {PLACE_SECONDS:.0f} s; "
+                f"{fresh.unit}: no machine had room for its process within {PLACE_SECONDS:.0f} s; "
                 f"{executor.capacity()}",
                 hint=RESUME_HINT,
             )

@@ -1,4 +1,4 @@
-"""Ctrl-C: once, to stop when what is under way is safe; twice, to leave now."""
+"""Ctrl-C: once, to stop as soon as unfinished work is saved; twice, to quit at once."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interruption:
-    """Whether the user has asked to stop."""
+    """Whether the user has requested a stop."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -16,9 +16,9 @@ class Interruption:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Give what the first Ctrl-C sets; the second raises KeyboardInterrupt, as without this block.
+    """Yield what the first Ctrl-C sets; the second raises KeyboardInterrupt.
 
-    Outside the main thread, where Python lets nobody handle signals, Ctrl-C does what it did.
+    Outside the main thread, where Python allows no signal handlers, Ctrl-C is left as it is.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
-"""Partial sums of a pass: what a replaced worker, or the next driver, goes on from.
+"""Partial sums of a pass: what a replacement worker, or the next driver, resumes from.
 
-They are saved only where that is worth it: a pass is often over before it pays. A record says which
-file of a layer counts; the names of the files hold who wrote them, so that a worker that was given
-up cannot overwrite what its successor goes on from.
+They are saved only where that pays: a pass is often over before it does. A record says which file
+of a layer counts; the file names contain the worker's incarnation, so that a replaced worker cannot
+overwrite what its successor resumes from.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,16 +15,16 @@ from orchestrator.rundir.ledger import Ledger
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
 from planners.units.units import Unit
 
-MIN_SECONDS = 60.0  # of work that may be lost: saving less is not worth it
-SHARE = 0.05  # of the time of a pass that saving may take
-BYTES_PER_SECOND = 1e8  # that a store takes, before the first save has been timed
+MIN_SECONDS = 60.0  # of work that may be lost: less is not worth saving
+SHARE = 0.05  # of a pass's time that saving may take
+BYTES_PER_SECOND = 1e8  # assumed speed of a store, until the first save is timed
 
 
 def interval(*, step_seconds: float, save_seconds: float) -> int:
-    """Return after how many microbatches to save, from what a step and a save take.
+    """Return after how many microbatches to save, from the durations of a step and a save.
 
-    Saving then takes at most `SHARE` of the time, and at most `MIN_SECONDS`, or what saving that
-    seldom makes of it, are lost with a worker.
+    Saving then takes at most `SHARE` of the time, and a lost worker loses at most `MIN_SECONDS` of
+    work, or ``save_seconds / SHARE`` if that is more.
     """
     worth = max(MIN_SECONDS, save_seconds / SHARE)
     return max(1, ceil(worth / max(step_seconds, 1e-6)))
@@ -34,12 +34,12 @@ class Partials:
     """The partial sums of a run, as the driver sees them."""
 
     def __init__(self, run: Directory, ledger: Ledger, units: Mapping[int, Unit]) -> None:
-        """Take the unit of each layer's sums, with the taps that are being summed."""
+        """Keep the unit of each layer's sums, with the taps that are being summed."""
         self._run, self._ledger = run, ledger
         self._units = {layer: _unit(unit) for layer, unit in units.items()}
 
     def found(self, layers: Iterable[int]) -> tuple[PartialSums, ...]:
-        """Return the newest of each layer; none where there is none of the same sums."""
+        """Return the newest partial sums of each layer; a layer without matching ones has none."""
         found = []
         for layer in sorted(layers):
             unit = self._units[layer]
@@ -51,7 +51,7 @@ class Partials:
         return tuple(found)
 
     def accept(self, done: SaveDone, *, worker: str) -> None:
-        """Record what a live worker has saved; what it replaces is removed."""
+        """Record what a live worker has saved, and remove the files it replaces."""
         for partial in done.partials:
             old = {p.file.path for p in self.found([partial.layer])} - {partial.file.path}
             saved = UnitDone(
@@ -69,11 +69,11 @@ class Partials:
                 self._run.delete(name)
 
     def forget(self, layer: int) -> None:
-        """Remove those of a layer: its statistics have a record."""
+        """Remove a layer's partial sums: its statistics have a record."""
         self._ledger.drop(self._units[layer])
 
     def clear(self) -> None:
-        """Remove what workers wrote that were lost before they could say so; no pass goes on."""
+        """Remove unrecorded files of lost workers; called while no pass is running."""
         for name in self._run.names(PARTIAL):
             self._run.delete(name)
 

@@ -1,10 +1,10 @@
-"""A pass: microbatches stream through the stages of a wave, in order, and survive lost workers.
+"""A pass: microbatches stream through the stages of a wave in order, and survive lost workers.
 
-One thread feeds bounded queues. A stage sums microbatches in order whatever happens: when a worker
-is lost, its replacement loads the same layers and goes on from their newest partial sums, or from
-the first microbatch, and whatever is lacking anywhere is passed once more by the stages before,
-back to the nearest one that still has it. A stage passes on what it has already summed without
-summing it twice, so the sums are the same bits as if nothing had happened.
+One thread feeds bounded queues. A stage always sums microbatches in order: when a worker is lost,
+its replacement loads the same layers and resumes from their newest partial sums, or from the first
+microbatch. Missing activations are recomputed by the earlier stages, back to the nearest one that
+still has them. A stage passes on what it has already summed without summing it twice, so the sums
+are the same bits as without the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ from planners.units.flow import Flow, accept, submissions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """Whether a pass keeps partial sums.
+    """How often a pass saves partial sums.
 
     Attributes:
-        partials: those of the run.
-        every: microbatches between two; 0 is never, ``by cost`` as
-            `orchestrator.engine.partial_sums.interval` says.
+        partials: the partial sums of the run.
+        every: microbatches between two saves; 0 is never, ``by cost`` uses
+            `orchestrator.engine.partial_sums.interval`.
         stage_bytes: what each stage writes.
     """
 
@@ -40,14 +40,14 @@ class Saving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPlan:
-    """What one pass does.
+    """The stages, inputs and outputs of one pass.
 
     Attributes:
-        kind: ``calibrate`` or ``evaluate``, as people see it.
-        assignments: one a stage, in order.
-        microbatches: what is fed, in order; the index is the position in this sequence.
-        publish: for each stage, what it publishes when it has seen all microbatches.
-        saving: of the sums before they are published; None where there are no sums.
+        kind: ``calibrate`` or ``evaluate``, as shown to users.
+        assignments: one per stage, in order.
+        microbatches: the inputs, in order; the index is the position in this sequence.
+        publish: for each stage, the units it publishes after all microbatches.
+        saving: of the sums before they are published; None if there are no sums.
     """
 
     kind: str
@@ -59,15 +59,15 @@ class PassPlan:
 
 @dataclass(slots=True)
 class _StageState(Flow):
-    """Where one stage is, with what is published and loaded beside the flow.
+    """The state of one stage: its flow, and its calls that load, save and publish.
 
     Attributes:
         saved: microbatches that are in its newest partial sums.
-        publishing: ticket -> what is being published.
-        to_publish: what is to be published once everything is summed.
+        publishing: ticket -> the unit being published.
+        to_publish: units to publish once everything is summed.
         loading: ticket, while layers are being loaded.
         saving: ticket, while partial sums are being written.
-        save_seconds: what the last save took, or 0.
+        save_seconds: duration of the last save, or 0.
     """
 
     saved: int = 0
@@ -96,7 +96,7 @@ class Pass:
         on_step: Callable[[int, Microbatch, StepDone], None],
         on_published: Callable[[UnitTask, UnitDone], None],
     ) -> None:
-        """Take the plan; ``on_step`` hears the number of the stage in the chain, from 0."""
+        """Prepare a pass; ``on_step`` is called with the stage's number in the chain, from 0."""
         self._pool, self._plan = pool, plan
         self._on_step, self._on_published = on_step, on_published
         self._stages = [_StageState(to_publish=list(units)) for units in plan.publish]
@@ -117,7 +117,7 @@ class Pass:
 
     @property
     def finished(self) -> bool:
-        """Whether every stage has seen every microbatch and published what it should."""
+        """Whether every stage has seen every microbatch and published all its units."""
         total = len(self._plan.microbatches)
         return all(
             stage.done == total and not (stage.to_publish or stage.tickets)
@@ -125,7 +125,7 @@ class Pass:
         )
 
     def begin(self) -> None:
-        """Have all stages load their layers."""
+        """Start loading the layers of all stages."""
         for at in range(len(self._stages)):
             self._load(at)
 
@@ -145,7 +145,7 @@ class Pass:
         )  # fmt: skip
 
     def feed(self) -> None:
-        """Make every call that may be made now."""
+        """Make every call that can be made now."""
         total = len(self._plan.microbatches)
         for at, stage in enumerate(self._stages):
             stage.paused, stage.starting = self._pauses(at), stage.loading is not None
@@ -164,12 +164,12 @@ class Pass:
                 self._restart(at)
 
     def _pauses(self, at: int) -> bool:
-        """Return whether a stage is given nothing new for now."""
-        going = self._pool.seconds_left(self._slots[at]) is not None
-        return going or self._stages[at].loading is not None or self._pool.interruption.requested
+        """Return whether a stage gets no new microbatch for now."""
+        draining = self._pool.seconds_left(self._slots[at]) is not None
+        return draining or self._stages[at].loading is not None or self._pool.interruption.requested
 
     def _saves(self, at: int) -> bool:
-        """Return whether the sums of a stage are to be written now."""
+        """Return whether the sums of a stage should be saved now."""
         stage, saving = self._stages[at], self._plan.saving
         unsaved = stage.done - stage.saved
         busy = stage.saving is not None or stage.loading is not None
@@ -189,19 +189,19 @@ class Pass:
         return step is not None and unsaved >= interval(step_seconds=step, save_seconds=seconds)
 
     def _leaves(self, at: int) -> bool:
-        """Return whether a stage moves now: its node goes, and nothing is left to wait for."""
+        """Return whether a stage leaves its draining node now: it has no call worth waiting for."""
         stage, left = self._stages[at], self._pool.seconds_left(self._slots[at])
         if left is None or (not stage.tickets and not stage.to_publish and self._over(at)):
             return False
         return not stage.tickets or not self._fits(at, left)
 
     def _over(self, at: int) -> bool:
-        """Return whether nobody needs a stage any more."""
+        """Return whether this stage and all later ones are done."""
         total = len(self._plan.microbatches)
         return all(stage.done == total for stage in self._stages[at:])
 
     def _fits(self, at: int, left: float) -> bool:
-        """Return whether what a stage does now is likely to end before its node does."""
+        """Return whether a stage's current call is likely to end before its node is preempted."""
         return self._pending.fits(self._slots[at], left)
 
     def _submit(self, at: int, index: int) -> None:
@@ -228,9 +228,9 @@ class Pass:
         return f"layers {assignment.first}-{assignment.last - 1}"
 
     def take(self, ticket: Any) -> None:
-        """Hear the answer to a call, unless it is of another pass."""
+        """Process the answer to a call, unless it belongs to another pass."""
         at = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
-        if at is None:  # nor of a worker that was given up in this very round
+        if at is None:  # of another pass, or of a worker that was replaced in this round
             return
         self._pending.answered(self._slots[at], ticket)
         try:
@@ -261,14 +261,14 @@ class Pass:
 
     def _accept_save(self, at: int, answer: Any) -> None:
         saving, stage = self._plan.saving, self._stages[at]
-        assert saving is not None  # it was asked for
+        assert saving is not None  # a save was requested
         self._pool.record_peaks([answer])
         saving.partials.accept(answer, worker=self._pool.setup(self._slots[at]).name)
         stage.save_seconds = answer.seconds
         stage.saved = min((p.next for p in answer.partials), default=stage.done)
 
     def give_up_stalled(self) -> None:
-        """Replace the workers that have been silent for too long."""
+        """Replace the workers that have not answered for too long."""
         for at in range(len(self._stages)):
             if self._pending.stalled(self._slots[at]):
                 label = self._pending.label(self._slots[at])
@@ -276,7 +276,7 @@ class Pass:
                 self._fail(at, self._pending.ticket(self._slots[at]), lost)
 
     def _fail(self, at: int, ticket: Any, error: Exception) -> None:
-        """Go on with another worker, or with an input that is computed again.
+        """Continue with another worker, or with a recomputed input.
 
         Raises:
             CompressionError: the run stops.
@@ -290,12 +290,12 @@ class Pass:
             self._restart(at)
 
     def end(self) -> None:
-        """Give calls of the same names all their tries again: those of the next pass."""
+        """Reset the attempts of failed calls: the next pass has calls of the same names."""
         for name in self._failed_calls:
             self._pool.supervisor.finish(name)
 
     def _failed(self, at: int, ticket: Any) -> Call:
-        """Return a call as the supervisor knows it: by its layers and sequences."""
+        """Return a call as the supervisor's `Call`, named by its layers and sequences."""
         stage, assignment = self._stages[at], self._plan.assignments[at]
         setup = self._pool.setup(self._slots[at])
         sent = None
@@ -312,43 +312,43 @@ class Pass:
         )
 
     def _restart(self, at: int) -> None:
-        """Have the new worker of a stage go on from what is saved."""
+        """Resume a stage on its new worker from what is saved."""
         stage = self._stages[at]
         self._pending.forget(self._slots[at])
         stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
         stage.publishing, stage.saving = {}, None
-        if stage.to_publish:  # sums went with the worker; what is published or told stays done
+        if stage.to_publish:  # sums were lost with the worker; published units stay done
             stage.saved = 0
         stage.restart(0 if stage.to_publish else stage.done)
         self._load(at)
 
     def _lose_input(self, at: int, ticket: Any) -> None:
-        """Have a microbatch computed again whose activations went with their node."""
+        """Recompute a microbatch whose activations were lost with their node."""
         stage = self._stages[at]
         index, _ = stage.inflight.pop(ticket)
         self._stages[at - 1].outputs.pop(index, None)
-        if index >= stage.done:  # those behind it were not summed either: it was not their turn
+        if index >= stage.done:  # later ones were not summed either: sums are taken in order
             stage.inflight = {t: call for t, call in stage.inflight.items() if call[0] < index}
             stage.next = index
 
 
 def run_side_by_side(pool: Pool, passes: Sequence[Pass]) -> None:
-    """Return when all of these passes are through; no two share a slot.
+    """Run passes side by side until all are finished; no two share a slot.
 
     Raises:
         CompressionError: a worker found broken input or numbers, or too many were lost.
-        KeyboardInterrupt: the user asked to stop; what was under way is safe.
+        KeyboardInterrupt: the user requested a stop; unfinished work is saved.
     """
     for each in passes:
         each.begin()
-    while going := [each for each in passes if not each.finished]:
-        _go_round(pool, going)
+    while unfinished := [each for each in passes if not each.finished]:
+        _run_round(pool, unfinished)
     for each in passes:
         each.end()
 
 
-def _go_round(pool: Pool, passes: Sequence[Pass]) -> None:
-    """Make the calls of each pass that may be made, and hear the answers that are there."""
+def _run_round(pool: Pool, passes: Sequence[Pass]) -> None:
+    """Make the calls of each pass that can be made now, and process the answers."""
     for each in passes:
         each.feed()
     tickets = [ticket for each in passes for ticket in each.tickets]

@@ -1,9 +1,9 @@
-"""The reproducer of a failure: a file that says what was asked, of what, with which versions.
+"""The reproducer of a failure: a file with the failed call, its inputs and all versions.
 
     compress-cluster reproduce RUN/failures/layer-00003.json
 
-does the work once more, in one process without a cluster, and shows the traceback. It reads the
-run and writes nothing into it.
+repeats the work in one process without a cluster, and shows the traceback. It reads the run and
+writes nothing into it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ FOLDER = "failures"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCall:
-    """What a worker got that was to do a unit."""
+    """The messages that a worker gets to do a unit."""
 
     task: UnitTask
     job: CompressionJob
@@ -42,7 +42,7 @@ class UnitCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassCall:
-    """What a stage got: layers to load, and a microbatch to pass, unless it failed to load."""
+    """The messages that a stage gets: layers to load, and a microbatch unless loading failed."""
 
     assignment: Assignment
     microbatch: Microbatch | None
@@ -50,13 +50,13 @@ class PassCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reproducer:
-    """What it takes to make a failed call again.
+    """What is needed to repeat a failed call.
 
     Attributes:
         setup: threads and device of the worker.
-        call: the messages that it got.
+        call: the messages that the worker got.
         inputs: the units whose files it reads.
-        fingerprint: of what determines its bytes, where it is a unit.
+        fingerprint: of what determines its bytes, if it is a unit.
     """
 
     setup: WorkerSetup
@@ -71,7 +71,7 @@ class Reproducer:
         return call.job.run_uri if isinstance(call, UnitCall) else call.assignment.run_uri
 
 
-# Both ways from one place, by the types: what a layer's options are keyed by stays a number.
+# Serialised and parsed by the same types, so that layer numbers as keys stay numbers.
 CALL: TypeAdapter[UnitCall | PassCall] = TypeAdapter(UnitCall | PassCall)
 SETUP = TypeAdapter(WorkerSetup)
 
@@ -79,14 +79,14 @@ SETUP = TypeAdapter(WorkerSetup)
 def write_reproducer(
     unit: str, reproducer: Reproducer, error: Exception, *, failure: str, met: Sequence[str]
 ) -> str:
-    """Write the reproducer of a failure into its run; return the command that does it again.
+    """Write the reproducer of a failure into its run; return the command that repeats the work.
 
     Args:
         unit: name of the work, and of the file.
-        reproducer: what the call was.
+        reproducer: the failed call.
         error: what it raised.
-        failure: the class of that.
-        met: the classes that this work met so far, this one included.
+        failure: the class of the failure.
+        met: the classes of this work's failures so far, including this one.
     """
     run, name = Directory(reproducer.run_uri), f"{FOLDER}/{unit}.json"
     command = shlex.join(["compress-cluster", "reproduce", run.path(name)])
@@ -129,7 +129,7 @@ def read_reproducer(location: str) -> tuple[UnitCall | PassCall, WorkerSetup]:
 
 
 def reproduce(call: UnitCall | PassCall, setup: WorkerSetup) -> None:
-    """Do the work of a reproducer once more, in this process; return if it does not fail.
+    """Repeat the work of a reproducer in this process; return if it does not fail.
 
     Raises:
         Exception: what the work raised.
@@ -145,7 +145,7 @@ def reproduce(call: UnitCall | PassCall, setup: WorkerSetup) -> None:
 
 
 class _ReadOnly(Directory):
-    """A run that is read where it lies and written elsewhere, so that nothing in it changes."""
+    """A run directory that is read in place and written to a scratch directory."""
 
     def __init__(self, uri: str, scratch: Directory) -> None:
         super().__init__(uri)
@@ -153,15 +153,15 @@ class _ReadOnly(Directory):
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingStream]:
-        """Give a stream into the scratch directory."""
+        """Yield a stream into the scratch directory."""
         with self._scratch.writing(name) as stream:
             yield stream
 
 
 def _pass(assignment: Assignment, sent: Microbatch | None, setup: WorkerSetup) -> None:
-    """Load the layers that a stage held; pass a microbatch to them, from its tokens on.
+    """Load the layers that a stage held, and run a microbatch through them from its tokens on.
 
-    What came before them is computed here, a layer at a time, so that no other worker is needed.
+    The layers before are computed here too, one at a time, so that no other worker is needed.
     """
     if sent is None:
         Stage(setup).load(assignment)

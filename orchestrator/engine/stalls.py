@@ -1,4 +1,4 @@
-"""Calls that do not answer: noticed, shown with the stack of their process, and given up."""
+"""Detect calls that do not answer, report their stack traces, and say when to give them up."""
 
 import time
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from orchestrator.engine.worker_pool import Pool
 
 @dataclass(slots=True)
 class _Call:
-    """One call that has not answered; ``since`` is when it was made, or the one before answered."""
+    """A call that has not answered, since it was made or the one before it answered."""
 
     ticket: Any
     kind: str
@@ -19,18 +19,18 @@ class _Call:
 
 
 class PendingCalls:
-    """The calls on each slot, in order; a worker does the first of them."""
+    """The unanswered calls on each slot, in order; a worker is doing the first of them."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._calls: dict[int, list[_Call]] = {}
 
     def begins(self, slot: int, ticket: Any, kind: str, label: str) -> None:
-        """Note a call that was made."""
+        """Record a call that was made."""
         self._calls.setdefault(slot, []).append(_Call(ticket, kind, label, time.monotonic()))
 
     def answered(self, slot: int, ticket: Any) -> None:
-        """Note that a call has answered, and what it took."""
+        """Record that a call has answered, and how long it took."""
         now = time.monotonic()
         calls = self._calls.get(slot, [])
         for number, call in enumerate(calls):
@@ -43,19 +43,19 @@ class PendingCalls:
                 return
 
     def forget(self, slot: int) -> None:
-        """Expect nothing from a slot any more."""
+        """Forget all calls on a slot."""
         self._calls.pop(slot, None)
 
     def label(self, slot: int) -> str:
-        """Return what the worker of a slot is doing."""
+        """Return the label of the call that the worker of a slot is doing."""
         return self._calls[slot][0].label
 
     def ticket(self, slot: int) -> Any:
-        """Return the call that the worker of a slot is at."""
+        """Return the ticket of the call that the worker of a slot is doing."""
         return self._calls[slot][0].ticket
 
     def fits(self, slot: int, left: float) -> bool:
-        """Return whether what a worker is doing is likely to end within so many seconds."""
+        """Return whether a worker's current call is likely to end within ``left`` seconds."""
         calls = self._calls.get(slot)
         if not calls:
             return False
@@ -63,7 +63,7 @@ class PendingCalls:
         return self._pool.deadlines.fits(calls[0].kind, begun_seconds_ago=ago, left=left)
 
     def late(self, slot: int) -> bool:
-        """Return whether a call is late; the first time, tell what its process is doing."""
+        """Return whether a call is late; the first time, report its process's stack trace."""
         call = self._first(slot)
         if call is None or not self._silent(call) > self._pool.deadlines.limit(call.kind):
             return False
@@ -73,7 +73,7 @@ class PendingCalls:
         return True
 
     def stalled(self, slot: int) -> bool:
-        """Return whether a call is so late that its worker is to be given up."""
+        """Return whether a call is so late that its worker should be replaced."""
         call = self._first(slot)
         if call is None or not self.late(slot):
             return False
@@ -84,7 +84,7 @@ class PendingCalls:
         if not calls:
             return None
         if not self._pool.is_running(slot):
-            calls[0].since = time.monotonic()  # nobody is at it yet
+            calls[0].since = time.monotonic()  # its worker has not started yet
             return None
         return calls[0]
 

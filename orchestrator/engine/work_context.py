@@ -1,4 +1,4 @@
-"""Where work is done and recorded, and who does it."""
+"""What the phases of a run share: its directory, ledger, journal and workers."""
 
 import contextlib
 import time
@@ -13,7 +13,7 @@ from orchestrator.rundir.ledger import Ledger
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkContext:
-    """Where work is done and recorded, and who does it."""
+    """What the phases of a run share: its directory, ledger, journal and workers."""
 
     run: Directory
     ledger: Ledger
@@ -22,13 +22,13 @@ class WorkContext:
 
     @contextlib.contextmanager
     def phase(self, name: str, *, total: int) -> Iterator[None]:
-        """Tell listeners that a phase of so many units begins, and how long it took.
+        """Emit the start of a phase of ``total`` units, and its end with its duration.
 
         Raises:
-            KeyboardInterrupt: the user asked to stop.
+            KeyboardInterrupt: the user requested a stop.
         """
         if self.pool.interruption.requested:
-            raise KeyboardInterrupt  # between two phases: nothing is under way
+            raise KeyboardInterrupt  # between two phases: nothing is running
         started = time.time()
         self.journal.emit("phase begins", unit=name, tokens=total)
         try:

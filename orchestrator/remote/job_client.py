@@ -1,7 +1,7 @@
-"""Jobs on a cluster that is elsewhere, through the job API of Ray's dashboard.
+"""Jobs on a remote cluster, through the job API of Ray's dashboard.
 
-Plain HTTP and no Ray: a laptop needs neither the cluster's version nor a port of it besides the one
-that `ray dashboard` tunnels.
+Plain HTTP without Ray: a laptop needs neither the cluster's Ray version nor any port of the cluster
+other than the one that `ray dashboard` tunnels.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from planners.errors import ClusterError, ConfigError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_SECONDS = 10.0
 NO_AGENT = "No available agent"  # what Ray says before its first node has registered
-AGENT_SECONDS = 180.0  # a head that has just begun on a busy machine takes a minute and more
-QUIET_SECONDS = 3.0  # after which a wait is told: the head itself answers after 10
+AGENT_SECONDS = 180.0  # a new head node on a busy machine needs more than a minute
+QUIET_SECONDS = 3.0  # a longer wait is announced: the head node itself answers after 10
 AGENT = (
-    "on the head, `ray status` and dashboard_agent.log in /tmp/ray/session_latest/logs say why; "
-    "`ray stop`, then the command that began the cluster, starts the agent anew"
+    "on the head node, `ray status` and dashboard_agent.log in /tmp/ray/session_latest/logs show "
+    "why; `ray stop`, then the command that started the cluster, restarts the agent"
 )
-SUBMIT_SECONDS = 60.0  # the head starts a process before it answers
+SUBMIT_SECONDS = 60.0  # the head node starts a process before it answers
 OWNER_ONLY = 0o600
 REFUSED = (401, 403)
 NOT_FOUND = 404
@@ -40,7 +40,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: the token is for this server, not for where it points."""
+    """Follow no redirect: the token is for this server only, not for a redirect's target."""
 
     def redirect_request(self, *args: Any) -> None:
         """Return no new request."""
@@ -51,40 +51,42 @@ class JobClient:
     """The job API of one cluster."""
 
     def __init__(self, address: str) -> None:
-        """Name a cluster; nothing is sent.
+        """Check the address of a cluster; nothing is sent.
 
         Raises:
-            ConfigError: the address is none, holds a password, or would send a job over the
-                network to a cluster that lets everybody in.
+            ConfigError: the address is not a URL, holds a password, or would send a job over the
+                network to a cluster that requires no token.
         """
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(
                 f"--to {address}: must be the URL of a dashboard, such as {DEFAULT_ADDRESS}",
-                hint="`ray dashboard cluster.yaml` makes one on this machine",
+                hint="`ray dashboard cluster.yaml` makes one available on this machine",
             )
         if parts.username or parts.password:
-            raise ConfigError("--to: no user or password in the URL; it is written into files")
+            raise ConfigError(
+                "--to: the URL must not contain a user or password; it is written into files"
+            )
         self.address = address.rstrip("/")
         self._token = _token()
         if not self._token and not is_loopback(parts.hostname):
             raise ConfigError(
-                f"--to {address}: is not this machine, and there is no token: whoever listens "
-                "would get the job, and whoever can reach it runs code there",
-                hint="`ray dashboard cluster.yaml` makes a tunnel from 127.0.0.1; the token of a "
-                "cluster is in ~/.ray/auth_token",
+                f"--to {address}: is not this machine, and no token is set: the job could be read "
+                "on the network, and anybody who can reach the dashboard could run code there",
+                hint="`ray dashboard cluster.yaml` opens a tunnel from 127.0.0.1; a cluster's "
+                "token is in ~/.ray/auth_token",
             )
-        # No proxy of the environment stands between this machine and a loopback address.
+        # A proxy named in the environment must not be used for a loopback address.
         proxies: dict[str, str] | None = {} if is_loopback(parts.hostname) else None
         self._opener = urllib.request.build_opener(
             _NoRedirect(), urllib.request.ProxyHandler(proxies)
         )
 
     def ray_version(self) -> str:
-        """Return the version of Ray there.
+        """Return the cluster's Ray version.
 
         Raises:
-            ClusterError: there is no cluster, or it does not let this client in.
+            ClusterError: there is no cluster, or it refuses access.
         """
         found = self._call("GET", "/api/version")
         return str(found.get("ray_version", "unknown"))
@@ -98,28 +100,28 @@ class JobClient:
         metadata: dict[str, str],
         say: Callable[[str], None],
     ) -> None:
-        """Start a command on the head; it goes on when this process ends.
+        """Start a command on the head node; it keeps running when this process ends.
 
         Args:
             entrypoint: the command.
-            submission_id: its name there.
+            submission_id: its name on the cluster.
             env: its environment.
-            metadata: what the cluster keeps with it.
-            say: hears what is waited for, once that takes seconds.
+            metadata: what the cluster stores with it.
+            say: prints what is being waited for, once that takes seconds.
 
         Raises:
-            ClusterError: there is no cluster, or it does not take the job.
+            ClusterError: there is no cluster, or it does not accept the job.
         """
         job = {
             "entrypoint": entrypoint,
             "submission_id": submission_id,
             "runtime_env": {"env_vars": env},
             "metadata": metadata,
-            "entrypoint_num_cpus": 0,  # the head has none to give
+            "entrypoint_num_cpus": 0,  # the head node offers none
         }
         waiting = (
-            f"waiting for the job agent of the head at {self.address}; a head that has just begun "
-            f"has none yet, and after {AGENT_SECONDS:.0f} s this gives up"
+            f"waiting for the job agent of the head node at {self.address}, for up to "
+            f"{AGENT_SECONDS:.0f} s; it starts some time after the head node"
         )
         timer = Timer(QUIET_SECONDS, say, [waiting])
         timer.daemon = True
@@ -136,8 +138,8 @@ class JobClient:
             except _NotYetError as error:
                 if time.monotonic() > until:
                     raise ClusterError(
-                        f"the cluster at {self.address} takes no job: the job agent of its head "
-                        f"did not answer within {AGENT_SECONDS:.0f} s",
+                        f"the cluster at {self.address} accepts no jobs: the job agent of its head "
+                        f"node did not answer within {AGENT_SECONDS:.0f} s",
                         hint=AGENT,
                     ) from error
                 time.sleep(1.0)
@@ -145,32 +147,32 @@ class JobClient:
                 return
 
     def lend(self, secret: str) -> str:
-        """Leave a secret in the memory of the head for a job to take; return the name it is under.
+        """Store a secret in the head node's memory for one job to take; return its name there.
 
-        It is no part of the job, which everybody with the cluster's token can look at, and is in
-        no file. `ray_cluster.take` removes it; what nobody takes Ray removes within minutes.
+        It is not part of the job, which everybody with the cluster's token can read, and is written
+        to no file. `ray_cluster.take` removes it; otherwise Ray removes it within minutes.
 
         Raises:
-            ConfigError: it would go over a network in clear.
-            ClusterError: there is no cluster, or it does not take it.
+            ConfigError: it would be sent over a network unencrypted.
+            ClusterError: there is no cluster, or it does not accept the secret.
         """
         parts = urlsplit(self.address)
         if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
             raise ConfigError(
-                f"--to {self.address}: the token for the Hub would go over the network in clear",
-                hint="`ray dashboard cluster.yaml` makes a tunnel from 127.0.0.1",
+                f"--to {self.address}: the Hub token would be sent over the network unencrypted",
+                hint="`ray dashboard cluster.yaml` opens a tunnel from 127.0.0.1",
             )
-        name = f"compress-cluster-{uuid4().hex}.zip"  # Ray keeps packages so, by any name
+        name = f"compress-cluster-{uuid4().hex}.zip"  # a package name as Ray accepts it
         path = f"/api/packages/gcs/{name}"
         self._send("PUT", path, (LENT + secret).encode())
-        self._send("GET", path)  # from now on Ray counts the minutes
+        self._send("GET", path)  # starts Ray's expiry time
         return name
 
     def info(self, submission_id: str) -> dict[str, Any] | None:
-        """Return what is known of a job, or None where the cluster knows none of that name.
+        """Return the cluster's information on a job, or None if it has no job of that name.
 
         Raises:
-            ClusterError: there is no cluster, or it does not let this client in.
+            ClusterError: there is no cluster, or it refuses access.
         """
         try:
             found: dict[str, Any] = self._call("GET", f"/api/jobs/{submission_id}")
@@ -179,18 +181,18 @@ class JobClient:
         return found
 
     def logs(self, submission_id: str) -> str:
-        """Return all that a job has printed so far.
+        """Return everything a job has printed so far.
 
         Raises:
-            ClusterError: there is no cluster, or it knows no such job.
+            ClusterError: there is no cluster, or it has no such job.
         """
         return str(self._call("GET", f"/api/jobs/{submission_id}/logs").get("logs", ""))
 
     def stop(self, submission_id: str) -> bool:
-        """Ask a job to end, as Ctrl-C would; return whether it was running.
+        """Request that a job stops, as Ctrl-C would; return whether it was running.
 
         Raises:
-            ClusterError: there is no cluster, or it knows no such job.
+            ClusterError: there is no cluster, or it has no such job.
         """
         return bool(self._call("POST", f"/api/jobs/{submission_id}/stop", {}).get("stopped"))
 
@@ -206,9 +208,9 @@ class JobClient:
         try:
             found = json.loads(self._send(verb, path, data, seconds=seconds))
         except ValueError as error:
-            raise ClusterError(f"{self.address} is no dashboard of Ray: {error}") from error
+            raise ClusterError(f"{self.address} is not a Ray dashboard: {error}") from error
         if not isinstance(found, dict):
-            raise ClusterError(f"{self.address} is no dashboard of Ray")
+            raise ClusterError(f"{self.address} is not a Ray dashboard")
         return found
 
     def _send(
@@ -226,11 +228,11 @@ class JobClient:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from error
-        except TimeoutError as error:  # it took the request; an URLError is none
+        except TimeoutError as error:  # the request was sent; a URLError is not a TimeoutError
             raise ClusterError(
                 f"the cluster at {self.address} did not answer within {seconds:.0f} s", hint=AGENT
             ) from error
-        except (OSError, HTTPException) as error:  # URLError is one
+        except (OSError, HTTPException) as error:  # URLError is an OSError
             reason = getattr(error, "reason", error)
             raise ClusterError(
                 f"no cluster at {self.address}: {reason}",
@@ -241,9 +243,9 @@ class JobClient:
 
     def _refusal(self, error: urllib.error.HTTPError) -> ClusterError:
         if error.code in REFUSED:
-            which = "is not the one of this cluster" if self._token else "is missing"
+            problem = "is not this cluster's" if self._token else "is missing"
             return ClusterError(
-                f"{self.address} does not let this machine in: the token {which}",
+                f"{self.address} refuses access: the token {problem}",
                 hint="copy ~/.ray/auth_token from the machine that started the cluster, or set "
                 "RAY_AUTH_TOKEN",
             )
@@ -252,23 +254,23 @@ class JobClient:
         kind = _NotFoundError if error.code == NOT_FOUND else ClusterError
         if NO_AGENT in text:
             kind = _NotYetError
-        said = lines[-1].strip() if lines else error.reason
-        if text.startswith("Traceback"):  # of the head's own: the name of a class says nothing here
-            said = said.partition(": ")[2] or said
+        message = lines[-1].strip() if lines else error.reason
+        if text.startswith("Traceback"):  # from the head node: drop the exception's class name
+            message = message.partition(": ")[2] or message
         hint = AGENT if error.code >= SERVER_FAULT else ""
-        return kind(f"{self.address} answers {error.code}: {said}", hint=hint)
+        return kind(f"{self.address} answered {error.code}: {message}", hint=hint)
 
 
 class _NotYetError(ClusterError):
-    """The cluster is so young that nothing there can start a job yet."""
+    """The cluster has just started and cannot start a job yet."""
 
 
 class _NotFoundError(ClusterError):
-    """The cluster is there, what was asked for is not."""
+    """The cluster answers, but does not have what was requested."""
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine alone."""
+    """Return whether a host name or address means this machine only."""
     if host == "localhost":
         return True
     try:
@@ -278,12 +280,12 @@ def is_loopback(host: str) -> bool:
 
 
 def token_file() -> Path:
-    """Return where the token of clusters lies, as Ray looks for it."""
+    """Return the path of the cluster token, as Ray finds it."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
 def _token() -> str:
-    """Return the token, as Ray finds it; its file is readable by its owner only from here on."""
+    """Return the token, as Ray finds it; make its file readable by its owner only."""
     given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if given:
         return given

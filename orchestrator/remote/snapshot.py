@@ -175,10 +175,10 @@ class Watcher:
         if beat != self._beat[0]:
             self._beat = (beat, time.monotonic())
         silent = time.monotonic() - self._beat[1] > SILENT_SECONDS
-        said = f"process {holder['pid']} on {holder['host']}"
+        process = f"process {holder['pid']} on {holder['host']}"
         if lease.is_dead(holder) or silent:
-            return "stopped", f"{said} is gone"
-        return "running", said
+            return "stopped", f"{process} no longer runs"
+        return "running", process
 
 
 def _layers(run: Directory, num_layers: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run as a job: sent to a cluster, found again from its run directory alone, kept alive there."""
+"""A run as a job: submitted to a cluster, and found again from its run directory alone."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Where the driver of a run was sent.
+    """Where the driver of a run was submitted.
 
     Attributes:
-        address: of the dashboard, as the sender saw it.
-        submission_id: its name there.
+        address: of the dashboard, as seen from the submitting machine.
+        submission_id: the job's name on the cluster.
         submitted: seconds since the epoch.
         tries: drivers that may be started, one after the other.
-        version: of this package at the sender.
+        version: of this package on the submitting machine.
     """
 
     address: str
@@ -51,27 +51,27 @@ def submit(
     terms: Mapping[str, float] | None = None,
     say: Callable[[str], None],
 ) -> Job:
-    """Send a run to a cluster and note in its run directory where it went.
+    """Submit a run to a cluster and record that in its run directory.
 
     A model on the Hub is looked up here, so that a refusal comes at once and every driver of the
-    run reads the same commit. The token that it was looked up with is lent to the job.
+    run reads the same commit. The token used for the look-up is lent to the job.
 
     Args:
         config: the recipe.
         address: of the cluster's dashboard.
         tries: drivers that may be started, one after the other.
         terms: ``price`` and ``preemptions_per_hour`` of a worker, for the run to plan with.
-        say: hears what is waited for, once that takes seconds.
+        say: prints what is being waited for, once that takes seconds.
 
     Raises:
-        ConfigError: the run has no directory that both can see, or is already under way.
+        ConfigError: the run has no directory that both can see, or is already running.
         ModelError: the model is on the Hub and may not be read, or the Hub cannot be reached.
-        ClusterError: there is no cluster, it has another Ray, or it does not let this client in.
+        ClusterError: there is no cluster, it has another Ray version, or it refuses access.
         StorageError: the run directory cannot be written.
     """
     if not config.out:
         raise ConfigError(
-            "--out: must be given: this machine and the cluster meet there",
+            "--out: is required: this machine and the cluster exchange files there",
             hint="--out s3://BUCKET/runs/NAME, or a folder that both share",
         )
     run = Directory(config.out)
@@ -100,7 +100,7 @@ def submit(
     if token:
         words += ["--lent", client.lend(token)]
     entrypoint = shlex.join([*words, "--recipe", json.dumps(recipe, sort_keys=True)])
-    # Before it is sent: a job that the cluster took and did not say so can still be found.
+    # Written first: a job that the cluster accepted without an answer can still be found.
     run.write(JOB, json.dumps(asdict(job), indent=1, sort_keys=True).encode())
     try:
         client.submit(
@@ -118,7 +118,7 @@ def submit(
 
 
 def job_of(run: Directory) -> Job | None:
-    """Return where the driver of a run was sent, or None where it was not; a torn note is none."""
+    """Return where a run was submitted, or None if it was not or its record is incomplete."""
     if run.size(JOB) is None:
         return None
     try:
@@ -128,7 +128,7 @@ def job_of(run: Directory) -> Job | None:
 
 
 def required_job(run: Directory) -> Job:
-    """Return where the driver of a run was sent.
+    """Return where a run was submitted.
 
     Raises:
         StorageError: the run was not submitted.
@@ -136,16 +136,17 @@ def required_job(run: Directory) -> Job:
     job = job_of(run)
     if job is None:
         raise StorageError(
-            f"{run.uri}: was not submitted to a cluster", hint="compress-cluster submit does that"
+            f"{run.uri}: was not submitted to a cluster",
+            hint="`compress-cluster submit` submits it",
         )
     return job
 
 
 def state(job: Job) -> str:
-    """Return what a job's cluster says of it: ``RUNNING``, ``FAILED``, ...; or why it says nothing.
+    """Return a job's state on its cluster, ``RUNNING``, ``FAILED``, ..., or why it is unknown.
 
     Raises:
-        ConfigError: the address in the note is none.
+        ConfigError: the address in the run directory's job record is not a URL.
     """
     try:
         info = JobClient(job.address).info(job.submission_id)
@@ -155,55 +156,55 @@ def state(job: Job) -> str:
 
 
 def described(run: Directory) -> dict[str, Any] | None:
-    """Return the job of a run with its ``state``, or None where it was not submitted."""
+    """Return the job of a run with its ``state``, or None if it was not submitted."""
     job = job_of(run)
     return None if job is None else {**asdict(job), "state": state(job)}
 
 
 def follow(run: Directory, *, to_end: bool) -> Iterator[str]:
-    """Yield what the job of a run prints; to its end, or what there is.
+    """Yield what the job of a run prints, until it ends or only what it has printed so far.
 
     Raises:
         StorageError: the run was not submitted.
-        ClusterError: there is no cluster, or it knows no such job.
+        ClusterError: there is no cluster, or it has no such job.
     """
     job = required_job(run)
-    client, told = JobClient(job.address), 0
+    client, printed = JobClient(job.address), 0
     while True:
         info = client.info(job.submission_id)
         if info is None:
             raise ClusterError(
-                f"the cluster at {job.address} knows no job {job.submission_id}",
-                hint="it is another cluster, or was started anew; submit again goes on",
+                f"the cluster at {job.address} has no job {job.submission_id}",
+                hint="it is another cluster, or was restarted; submit again to resume",
             )
         text = client.logs(job.submission_id)
-        if len(text) > told:
-            yield text[told:]
-            told = len(text)
+        if len(text) > printed:
+            yield text[printed:]
+            printed = len(text)
         if not to_end or info["status"] in ENDED:
             return
         time.sleep(POLL_SECONDS)
 
 
 def cancel(run: Directory) -> bool:
-    """Ask the job of a run to end, as Ctrl-C would; return whether it was running.
+    """Request that the job of a run stops, as Ctrl-C would; return whether it was running.
 
     Raises:
         StorageError: the run was not submitted.
-        ClusterError: there is no cluster, or it knows no such job.
+        ClusterError: there is no cluster, or it has no such job.
     """
     job = required_job(run)
     return JobClient(job.address).stop(job.submission_id)
 
 
 def words_of(terms: Mapping[str, float]) -> list[str]:
-    """Return what workers cost and how long they last as a command line says it."""
+    """Return the worker's price and preemption rate as command-line options."""
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in terms.items()]
     return [word for pair in pairs for word in pair]
 
 
 def _looked_up(model: str) -> tuple[str, str]:
-    """Return a model's name with its commit, and the token it was found with; of the Hub only.
+    """Return a Hub model's name with its commit, and the token used; other models are unchanged.
 
     Raises:
         ModelError: it may not be read, or the Hub cannot be reached.
@@ -220,6 +221,6 @@ def _refuse_second(run: Directory) -> None:
     job = job_of(run)
     if job is not None and state(job) in ("PENDING", "RUNNING"):
         raise ConfigError(
-            f"{run.uri}: is under way already, as job {job.submission_id} at {job.address}",
+            f"{run.uri}: is already running, as job {job.submission_id} at {job.address}",
             hint=f"compress-cluster watch {run.uri}, or cancel it first",
         )

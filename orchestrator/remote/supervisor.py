@@ -1,4 +1,4 @@
-"""The job on the cluster's head: run the driver, and restart it where it was killed."""
+"""The job on the cluster's head node: run the driver, and restart it if it was killed."""
 
 import contextlib
 import signal
@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.remote.submission import PACKAGE, words_of
 from planners.errors import ClusterError
 
-RETRY_EXIT_CODES = (1, 4, 6)  # a defect, the cluster, storage: another try may do better
+RETRY_EXIT_CODES = (1, 4, 6)  # a defect, the cluster, storage: a retry may succeed
 INTERRUPTED = 130
 PAUSE_SECONDS = 5.0  # before the next try; doubled each time
 
@@ -22,24 +22,24 @@ PAUSE_SECONDS = 5.0  # before the next try; doubled each time
 def keep_alive(
     command: list[str], *, tries: int, say: Callable[[str], None], secret: str = ""
 ) -> int:
-    """Run a command until it succeeds, fails for good, or has been tried so often.
+    """Run a command until it succeeds or fails for good; return the last exit code.
 
-    A driver that was killed is started again, and so is one that the cluster or storage failed;
-    wrong input would only be wrong again. Returns the exit code of the last one.
+    A driver that was killed is restarted, and so is one that failed for the cluster or storage;
+    invalid input would only fail again.
 
     Args:
         command: with its arguments.
-        tries: at most.
-        say: is told why there is another try.
-        secret: given to each on its standard input.
+        tries: attempts at most.
+        say: prints why there is another attempt.
+        secret: passed to each driver on its standard input.
     """
     pause = PAUSE_SECONDS
     for attempt in range(1, tries + 1):
         code = _run(command, secret)
-        if code == 0 or attempt == tries or not _may_do_better(code):
+        if code == 0 or attempt == tries or not _may_succeed(code):
             return code if code >= 0 else 128 - code
-        died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
-        say(f"the driver {died}; try {attempt + 1} of {tries} begins in {pause:.0f} s")
+        ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        say(f"the driver {ended}; attempt {attempt + 1} of {tries} starts in {pause:.0f} s")
         time.sleep(pause)
         pause *= 2
     raise AssertionError("tries is 1 or more")
@@ -54,24 +54,24 @@ def do_job(
     terms: Mapping[str, float] | None = None,
     secret: str = "",
 ) -> int:
-    """Do on the head what `submit` sent; return the exit code.
+    """Run on the head node what `submit` sent; return the exit code.
 
     Args:
         recipe: as JSON.
-        sent_by: version of this package at the sender.
+        sent_by: version of this package on the submitting machine.
         tries: drivers that may be started.
-        say: is told why another one is.
-        terms: what workers cost and how long they last.
-        secret: the token for the Hub that drivers and their workers read the model with.
+        say: prints why another one is started.
+        terms: a worker's price and preemption rate.
+        secret: the Hub token with which drivers and their workers read the model.
 
     Raises:
-        ClusterError: this package is of another version here than where it was sent from.
+        ClusterError: this package has another version here than on the submitting machine.
     """
     here = metadata.version(PACKAGE)
     if sent_by != here:
         raise ClusterError(
-            f"{PACKAGE} is {here} on the cluster and {sent_by} where this was sent from",
-            hint="make wheel and `ray up` again, or install the cluster's version",
+            f"{PACKAGE} is {here} on the cluster and {sent_by} on the submitting machine",
+            hint="`make wheel` and `ray up` again, or install the cluster's version",
         )
     with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
         path = Path(folder) / "recipe.yaml"
@@ -84,7 +84,7 @@ def do_job(
 
 
 def _run(command: list[str], secret: str) -> int:
-    """Return the exit code of a command; a request to end goes on to it, and is waited for."""
+    """Return the exit code of a command; pass a request to stop on to it, and wait for it."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE if secret else None, text=True)
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit code says why
@@ -94,7 +94,7 @@ def _run(command: list[str], secret: str) -> int:
     def pass_on(number: int, frame: Any) -> None:
         del number, frame
         asked.append(True)
-        process.send_signal(signal.SIGINT)  # stops as Ctrl-C does: what is done is kept
+        process.send_signal(signal.SIGINT)  # stops as Ctrl-C does: finished work is kept
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
@@ -108,7 +108,7 @@ def _run(command: list[str], secret: str) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _may_do_better(code: int) -> bool:
-    """Return whether another try is worth it; to be told to stop is no failure."""
-    told = (-signal.SIGTERM, -signal.SIGINT)
-    return code in RETRY_EXIT_CODES or (code < 0 and code not in told)
+def _may_succeed(code: int) -> bool:
+    """Return whether a retry may succeed; a request to stop is not a failure."""
+    requested = (-signal.SIGTERM, -signal.SIGINT)
+    return code in RETRY_EXIT_CODES or (code < 0 and code not in requested)

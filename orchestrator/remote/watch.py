@@ -1,4 +1,4 @@
-"""Follows a run until it ends: a live screen on a terminal, lines of a log elsewhere."""
+"""Follow a run until it ends: a live screen on a terminal, log lines elsewhere."""
 
 import time
 
@@ -10,19 +10,19 @@ from orchestrator.remote.snapshot import Snapshot, Watcher
 from orchestrator.remote.watch_screen import lines, screen
 from planners.errors import StorageError
 
-LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 5.0  # between two looks
+LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 5.0  # between two snapshots
 
 
 def watch(uri: str, console: Console, *, price: float, once: bool) -> None:
-    """Show a run on a console until it is READY, or nobody works on it any more.
+    """Show a run on a console until it is READY or no driver works on it any more.
 
     Raises:
-        StorageError: there is no run, and none was submitted to come.
+        StorageError: there is no run, and none was submitted.
     """
     watcher = Watcher(uri)
     first = watcher.snapshot()
     if first.verdict == "not begun" and submission.job_of(watcher.run) is None:
-        raise StorageError(f"{uri}: there is no run here", hint="give the --out of a run")
+        raise StorageError(f"{uri}: there is no run here", hint="pass the --out of a run")
     if console.is_terminal and not once:
         _live(console, watcher, first, price)
     elif once:
@@ -55,7 +55,7 @@ def _log(console: Console, watcher: Watcher, snapshot: Snapshot) -> None:
 
 
 def _ended(watcher: Watcher, snapshot: Snapshot) -> bool:
-    """Return whether nothing more will happen; a job's driver may yet come, or come again."""
+    """Return whether nothing more will happen: a job's driver may still start, or be restarted."""
     if snapshot.verdict in ("READY", "running"):
         return snapshot.verdict == "READY"
     job = submission.job_of(watcher.run)

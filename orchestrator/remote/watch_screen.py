@@ -1,4 +1,4 @@
-"""A snapshot as a screen, and as lines of a log."""
+"""Show a snapshot as a screen, and as log lines."""
 
 import time
 from collections import Counter
@@ -18,7 +18,7 @@ from orchestrator.report.terminal import TONES
 from orchestrator.rundir.journal import Event
 from planners.units.kinds import DONE, MEASURED, PHASES, STATES, SUMMED, WAITING
 
-CELLS = {  # a letter too: colour alone tells some people nothing
+CELLS = {  # a letter too: some people cannot tell the colours apart
     WAITING: ("·", "bright_black"),
     SUMMED: ("s", "black on cyan"),
     MEASURED: ("m", "black on yellow"),
@@ -30,9 +30,9 @@ MAX_WORKERS = 12
 
 
 def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> RenderableType:
-    """Return a run as a screen of so many columns.
+    """Return a run as a screen of ``width`` columns.
 
-    ``price`` is of a worker-hour; where it is 0, what the run was told is taken.
+    ``price`` is per worker-hour; 0 uses the price that the run was given.
     """
     parts: list[RenderableType] = [_head(snapshot, price or snapshot.price_per_hour), Text()]
     if snapshot.phase is not None:
@@ -46,10 +46,10 @@ def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> Rende
 
 
 def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
-    """Yield what a log should say of a snapshot that it did not say of the one before."""
-    told = [] if before is None else list(before.events)
+    """Yield the log lines of what is new in a snapshot since the one before."""
+    printed = [] if before is None else list(before.events)
     for event in now.events:
-        if event not in told:
+        if event not in printed:
             yield f"{_clock(event['at'])} {_words(event)}"
     known = [] if before is None else [line.partition(" ")[0] for line in _over_plan(before)]
     yield from (line for line in _over_plan(now) if line.partition(" ")[0] not in known)
@@ -60,16 +60,16 @@ def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
 
 
 def _head(snapshot: Snapshot, price: float) -> RenderableType:
-    said, left = [seconds_text(snapshot.seconds)], snapshot.left
+    facts, left = [seconds_text(snapshot.seconds)], snapshot.left
     if left is not None:
         low, middle, high = (seconds_text(each) for each in (left.p10, left.p50, left.p90))
-        said.append(f"{middle} left ({low} to {high})")
+        facts.append(f"{middle} left ({low} to {high})")
     if price:
         money = f"{snapshot.worker_hours * price:,.2f} spent"
         if left is not None:
-            come = left.p50 / 3600 * max(1, len(snapshot.workers)) * price
-            money += f", {come:,.2f} to come"
-        said.append(money)
+            remaining = left.p50 / 3600 * max(1, len(snapshot.workers)) * price
+            money += f", {remaining:,.2f} remaining"
+        facts.append(money)
     lost = [f"{count} {kind}" for kind, count in snapshot.troubles.items()]
     colour = VERDICTS.get(snapshot.verdict, "bold")
     if snapshot.tone:
@@ -84,11 +84,11 @@ def _head(snapshot: Snapshot, price: float) -> RenderableType:
     if snapshot.holder:
         where.append(f"  {snapshot.holder}")
     quality = [Text(snapshot.quality, style=TONES[snapshot.tone])] if snapshot.quality else []
-    return Group(head, *quality, Text(" · ".join(said)), where)
+    return Group(head, *quality, Text(" · ".join(facts)), where)
 
 
 def _progress(phase: Phase, now: float, width: int) -> RenderableType:
-    """Return how far a phase is; before its first unit is done a bar that moves with the time."""
+    """Return the progress of a phase; a pulsing bar until its first unit is done."""
     table = Table.grid(padding=(0, 1))
     bar = ProgressBar(
         total=max(1, phase.total),
@@ -98,21 +98,21 @@ def _progress(phase: Phase, now: float, width: int) -> RenderableType:
         animation_time=now,
     )
     elapsed = max(0.0, now - phase.begun)
-    said = f"{_phase_rest(phase)} · {seconds_text(elapsed)} so far"
+    text = f"{_phase_rest(phase)} · {seconds_text(elapsed)} so far"
     if not phase.done and phase.planned:
-        said += f", planned {seconds_text(phase.planned)}"
-    table.add_row(Text(phase.name, style="bold"), bar, Text(said))
+        text += f", planned {seconds_text(phase.planned)}"
+    table.add_row(Text(phase.name, style="bold"), bar, Text(text))
     words = "" if phase.done or phase.name not in PHASES else PHASES[phase.name].first_words
     return Group(table, Text(words, style="dim")) if words else table
 
 
 def _phase_rest(phase: Phase) -> str:
-    said = [f"{phase.done}/{phase.total}"]
+    parts = [f"{phase.done}/{phase.total}"]
     if phase.tokens_per_second:
-        said.append(f"{phase.tokens_per_second:,.0f} tok/s")
+        parts.append(f"{phase.tokens_per_second:,.0f} tok/s")
     if phase.seconds_left is not None:
-        said.append(f"{seconds_text(phase.seconds_left)} left of it")
-    return " · ".join(said)
+        parts.append(f"{seconds_text(phase.seconds_left)} left in this phase")
+    return " · ".join(parts)
 
 
 def _phase_words(phase: Phase) -> str:
@@ -140,7 +140,7 @@ def _grid(snapshot: Snapshot, width: int) -> RenderableType:
 def _workers(snapshot: Snapshot, now: float) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("worker", no_wrap=True)
-    table.add_column("last did", no_wrap=True, overflow="ellipsis")
+    table.add_column("last unit", no_wrap=True, overflow="ellipsis")
     table.add_column("ago", justify="right", no_wrap=True)
     table.add_column("units", justify="right", no_wrap=True)
     table.add_column("busy", justify="right", no_wrap=True)
@@ -158,13 +158,13 @@ def _workers(snapshot: Snapshot, now: float) -> RenderableType:
             Text(str(worker.lost), style="yellow") if worker.lost else "",
         )
     more = len(snapshot.workers) - MAX_WORKERS
-    said = [f"and {more} more"] if more > 0 else []
+    notes = [f"and {more} more"] if more > 0 else []
     if snapshot.device:
-        said.append(f"each on {snapshot.device}")
+        notes.append(f"each on {snapshot.device}")
     if snapshot.worker_bytes:
-        said.append(f"planned memory {bytes_text(snapshot.worker_bytes)}")
+        notes.append(f"planned memory {bytes_text(snapshot.worker_bytes)}")
     lines = [Text(line, style="yellow") for line in _over_plan(snapshot)]
-    return Group(table, *([Text(" · ".join(said), style="dim")] if said else []), *lines)
+    return Group(table, *([Text(" · ".join(notes), style="dim")] if notes else []), *lines)
 
 
 def _over_plan(snapshot: Snapshot) -> list[str]:
@@ -182,7 +182,7 @@ def _event_line(event: Event, width: int) -> RenderableType:
 def _words(event: Event) -> str:
     kind, unit = event["kind"], event["unit"]
     if kind == "phase begins":
-        return f"{unit} begins"
+        return f"{unit} started"
     if kind == "phase ends":
         return f"{unit} done in {seconds_text(event['seconds'])}"
     detail = event["detail"].removeprefix(f"{kind}: ")

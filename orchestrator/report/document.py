@@ -1,4 +1,4 @@
-"""The lists inside a report document as frozen data; a key that is missing has its default here."""
+"""The lists in a report document as frozen data; missing keys get their defaults here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One place on the residual stream, its spectrum and where it was cut.
+    """One site on the residual stream, its spectrum and its cut.
 
     Attributes:
-        name: what people call the site.
+        name: as shown to users.
         where: ``attention``, ``mlp`` or ``head``; ``site`` for any other.
         points: (component, eigenvalue relative to the largest), descending, positive only.
-        energy_kept: 0 to 1; None when it was not computed.
+        energy_kept: 0 to 1; None if it was not computed.
         rung: which step of the factorisation ladder gave the basis.
     """
 
@@ -37,9 +37,9 @@ class Layer:
     """One decoder block before and after.
 
     Attributes:
-        widths: kept width by module; ``widths_before`` the dense ones where they are known.
-        error: relative error of the layer's output on the probe; None when not measured.
-        cuts: module -> (method, what it kept), where several methods compete.
+        widths: kept width by module; ``widths_before`` the dense ones, if they are known.
+        error: relative error of the layer's output on the probe; None if not measured.
+        cuts: module -> (method, what it kept), if several methods compete.
     """
 
     index: int
@@ -64,7 +64,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that happened at a moment of the run."""
+    """An event of the run, with its time in seconds since the start."""
 
     at: float
     what: str
@@ -72,7 +72,7 @@ class Event:
 
 
 def section(report: Document, *path: str) -> Document:
-    """Return the mapping at that path, empty where there is none."""
+    """Return the mapping at that path, empty if there is none."""
     found: Any = report
     for key in path:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -80,7 +80,7 @@ def section(report: Document, *path: str) -> Document:
 
 
 def rows(report: Document, key: str) -> tuple[Document, ...]:
-    """Return the list of mappings under a key, empty where there is none."""
+    """Return the list of mappings under a key, empty if there is none."""
     found = report.get(key)
     if not isinstance(found, Sequence) or isinstance(found, str):
         return ()
@@ -127,7 +127,7 @@ def layers(report: Document) -> tuple[Layer, ...]:
 
 
 def spans(report: Document) -> tuple[Span, ...]:
-    """Return the work of all workers by start."""
+    """Return the work of all workers, sorted by start."""
     found = []
     for row in rows(report, "timeline"):
         start, end = number(row.get("start")), number(row.get("end"))
@@ -146,7 +146,7 @@ def spans(report: Document) -> tuple[Span, ...]:
 
 
 def events(report: Document) -> tuple[Event, ...]:
-    """Return what happened, by time."""
+    """Return the events of the run, sorted by time."""
     found = [
         Event(
             at=number(row.get("at")) or 0.0,

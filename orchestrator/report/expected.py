@@ -1,4 +1,4 @@
-"""What was planned beside what it was: seconds by phase and bytes of a worker."""
+"""Compare planned and measured values: seconds by phase and bytes of a worker."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from orchestrator.report.document import Document, section
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """One thing that was planned.
+    """A planned value and the measured one.
 
     Attributes:
-        what: a phase, all of them, or the worker's memory.
+        what: a phase, the total, or the worker's memory.
         planned: the median of the simulated runs.
-        between: what one run in ten stays below, and nine in ten; empty where nothing was drawn.
-        actual: what it was.
-        change: actual over planned, as people read it.
+        between: the 10th and 90th percentile of the simulated runs; empty if there were none.
+        actual: the measured value.
+        change: actual over planned, as text.
     """
 
     what: str
@@ -26,7 +26,7 @@ class Expectation:
 
 
 def expectations(report: Document) -> list[Expectation]:
-    """Return what can be compared; nothing where nothing was planned."""
+    """Return all values that were both planned and measured."""
     forecast, seconds = section(report, "plan", "forecast"), section(report, "seconds")
     phases = section(forecast, "phases")
     planned = {name: section(phases, name) for name in phases}
@@ -47,7 +47,7 @@ def expectations(report: Document) -> list[Expectation]:
     ]
     memory = section(report, "memory")
     held, peak = memory.get("planned_worker_bytes"), memory.get("worker_peak_bytes")
-    if rows and held and peak:  # no peak is what a driver reports that found all work done
+    if rows and held and peak:  # a driver that found all work done reports no peak
         rows.append(
             Expectation(
                 what="memory of a worker",
@@ -61,5 +61,5 @@ def expectations(report: Document) -> list[Expectation]:
 
 
 def source(report: Document) -> str:
-    """Return in words where the planned times are from."""
+    """Return the source of the planned times as text."""
     return str(section(report, "plan", "forecast").get("source") or "")

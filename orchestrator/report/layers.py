@@ -1,4 +1,4 @@
-"""What every layer lost: parameters, widths, and error on the probe."""
+"""Plots of what every layer lost: parameters, widths, and error on the probe."""
 
 import math
 from collections.abc import Sequence
@@ -28,26 +28,26 @@ from orchestrator.report.svg import (
 )
 
 _BAR = 0.72
-_SHORTCUTS = " A shortcut matrix counts as what it is: stored parameters."
+_SHORTCUTS = " Shortcut matrices count as stored parameters."
 _MAX_WIDTHS = 8
 _MANY = 24
 _BY_FOUR = (4, 7, 8)
 
 
 def parameters(layers: Sequence[Layer]) -> Plot | None:
-    """Return the parameters of every layer before and after."""
+    """Return a plot of the parameters of every layer before and after."""
     if not any(layer.before for layer in layers):
         return None
     fractions = [quotient(layer.after, layer.before) or 0.0 for layer in layers]
     before, after = sum(x.before for x in layers), sum(x.after for x in layers)
-    told = f"{between(percent(min(fractions)), percent(max(fractions)))} of their parameters"
-    turned = any("residual" in layer.widths and _cut(layer, "residual") for layer in layers)
+    kept = f"{between(percent(min(fractions)), percent(max(fractions)))} of their parameters"
+    is_sliced = any("residual" in layer.widths and _cut(layer, "residual") for layer in layers)
     words = Words(
         key="parameters",
         title="Parameters per layer",
-        description=f"{counted(len(layers), 'layer')}: {told} stay; together {count(after)} of "
-        f"{count(before)}.",
-        caption=f"Layers keep {told}, without embedding and head." + _SHORTCUTS * turned,
+        description=f"{counted(len(layers), 'layer')} keep {kept}, {count(after)} of "
+        f"{count(before)} in total.",
+        caption=f"Layers keep {kept}, without embedding and head." + _SHORTCUTS * is_sliced,
         legend=(("before", BEFORE, "box"), ("after", KEPT, "box")),
     )
 
@@ -66,7 +66,7 @@ def parameters(layers: Sequence[Layer]) -> Plot | None:
 
 
 def widths(layers: Sequence[Layer]) -> Plot | None:
-    """Return the kept widths of every layer, one panel a module."""
+    """Return a plot of the kept widths of every layer, one panel per module."""
     names = sorted({name for layer in layers for name in layer.widths if _cut(layer, name)})
     names = names[:_MAX_WIDTHS]
     if not names:
@@ -75,8 +75,8 @@ def widths(layers: Sequence[Layer]) -> Plot | None:
     words = Words(
         key="widths",
         title="Kept width per layer",
-        description="; ".join(_width_told(layers, name) for name in names) + ".",
-        caption="One panel for each width that was cut; every axis starts at 0.",
+        description="; ".join(_width_text(layers, name) for name in names) + ".",
+        caption="One panel per width that was cut; every axis starts at 0.",
         legend=(*((("before", BEFORE, "box"),) if dense else ()), ("kept", KEPT, "box")),
     )
 
@@ -109,7 +109,7 @@ def widths(layers: Sequence[Layer]) -> Plot | None:
 
 
 def errors(layers: Sequence[Layer]) -> Plot | None:
-    """Return the relative error of every layer's output; None when none was measured."""
+    """Return a plot of the relative error of every layer's output; None if none was measured."""
     measured = [(layer.index, layer.error) for layer in layers if layer.error is not None]
     if not measured:
         return None
@@ -120,8 +120,8 @@ def errors(layers: Sequence[Layer]) -> Plot | None:
         title="Error per layer",
         description=f"Relative error of {counted(len(measured), 'layer')}: "
         f"{between(decimal(smallest), decimal(largest))}; layer {worst} has the largest.",
-        caption="Relative error of the layer's output on the probe sequences, each layer fed with "
-        f"its dense input. Layer {worst} has the largest: {percent(largest, digits=2)}.",
+        caption="Relative error of each layer's output on the probe sequences, with the layer's "
+        f"dense input. Layer {worst} has the largest: {percent(largest, digits=2)}.",
     )
 
     def paint(sheet: Sheet) -> None:
@@ -142,7 +142,7 @@ def _cut(layer: Layer, name: str) -> bool:
     return layer.widths[name] != layer.widths_before.get(name)
 
 
-def _width_told(layers: Sequence[Layer], name: str) -> str:
+def _width_text(layers: Sequence[Layer], name: str) -> str:
     kept = [layer.widths[name] for layer in layers if name in layer.widths]
     span = count(kept[0]) if min(kept) == max(kept) else f"{count(min(kept))} to {count(max(kept))}"
     return f"{name}: {span}"

@@ -1,4 +1,4 @@
-"""Numbers as people read them; what was not measured is a dash, never a zero."""
+"""Format numbers for people; a value that was not measured is a dash, never a zero."""
 
 import math
 from datetime import datetime
@@ -13,12 +13,12 @@ _COUNT_UNITS = ("", "k", "M", "B", "T", "P", "E", "Z")
 _FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
 _STEP = 1000.0
 _MINUTE = 60.0
-_WITH_SECONDS = 600.0  # from here on nobody counts them
+_WITH_SECONDS = 600.0  # longer durations are shown without seconds
 _DECIMAL_BELOW = 10.0
 
 
 def number(value: object) -> float | None:
-    """Return the value as a finite float, or None for whatever is not one."""
+    """Return the value as a finite float, or None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -31,7 +31,7 @@ def count(value: object) -> str:
 
 
 def counted(value: int, noun: str) -> str:
-    """Return a count of things: ``1 layer``, ``80 layers``."""
+    """Return a count with its noun: ``1 layer``, ``80 layers``."""
     return f"{value:,}{NBSP}{noun}" + ("" if value == 1 else "s")
 
 
@@ -48,8 +48,8 @@ def short_count(value: object) -> str:
 def bytes_text(value: object) -> str:
     """Return bytes with three significant digits in decimal units: ``4.96 MB``.
 
-    Memory, files and transfers all are told so, as sizes of models and devices are; only options
-    that take GiB say GiB.
+    Used for memory, files and transfers, as sizes of models and devices are given so; only options
+    in GiB are shown in GiB.
     """
     return _scaled(value, _BYTE_UNITS)
 
@@ -60,13 +60,13 @@ def flops_text(value: object) -> str:
 
 
 def short_tick(value: float) -> str:
-    """Return a count for an axis, no digit more than it needs: ``60 k``."""
+    """Return a count for an axis, without unneeded digits: ``60 k``."""
     scaled, unit = _step_down(value, _COUNT_UNITS)
     return f"{scaled:.4g}{NBSP}{unit}".rstrip()
 
 
 def time_text(text: str) -> str:
-    """Return an ISO time as ``2026-03-14 09:26 UTC``; whatever else it is, as it is."""
+    """Return an ISO time as ``2026-03-14 09:26 UTC``; any other text unchanged."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -100,7 +100,7 @@ def percent(fraction: object, *, digits: int = 1) -> str:
 
 
 def kept_percent(fraction: object) -> str:
-    """Return a fraction close to 1 with as many digits as tell it from 1."""
+    """Return a fraction close to 1 with as many digits as distinguish it from 1."""
     found = number(fraction)
     if found is None:
         return MISSING
@@ -121,7 +121,7 @@ def decimal(value: object) -> str:
 
 
 def quotient(after: object, before: object) -> float | None:
-    """Return after / before, or None where either is unknown or before is 0."""
+    """Return after / before, or None if either is unknown or before is 0."""
     top, bottom = number(after), number(before)
     return None if top is None or not bottom else top / bottom
 
@@ -160,5 +160,5 @@ def _step_down(value: float, units: tuple[str, ...]) -> tuple[float, str]:
 
 
 def _digits(value: float) -> int:
-    """Return the decimals that leave three significant digits of a value below 1000."""
+    """Return the number of decimals for three significant digits of a value below 1000."""
     return max(0, 2 - math.floor(math.log10(abs(value))))

@@ -1,16 +1,16 @@
-"""Workers that took more memory than the plan gave them, in words."""
+"""Report workers that used more memory than planned."""
 
 from collections.abc import Mapping
 
 from orchestrator.report.numbers import bytes_text, change
 
-MARGIN = 0.1  # over the plan by less is not told: allocators keep some of what was freed
+MARGIN = 0.1  # less over the plan is not reported: allocators keep some of the freed memory
 
 
 def over_plan(measured: Mapping[str, int], planned: int) -> list[str]:
-    """Return a line for each worker whose peak is over its plan by more than a margin."""
+    """Return a line for each worker whose peak exceeds its plan by more than `MARGIN`."""
     return [
-        f"{worker} is over its plan: {bytes_text(planned)} planned, {bytes_text(peak)} measured "
+        f"{worker} exceeds its plan: {bytes_text(planned)} planned, {bytes_text(peak)} measured "
         f"({change(peak / planned)})"
         for worker, peak in measured.items()
         if planned and peak > (1 + MARGIN) * planned

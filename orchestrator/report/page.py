@@ -47,9 +47,9 @@ class Setting:
 
 
 def render_page(report: Document) -> str:
-    """Return the whole HTML page; the same report gives the same bytes.
+    """Return the HTML page; the same report gives the same bytes.
 
-    ``report`` holds the keys of ``report.json``. A section whose data is missing is left out.
+    ``report`` has the keys of ``report.json``. Sections without data are left out.
     """
     environment = Environment(
         loader=PackageLoader("orchestrator.report", ""),
@@ -127,7 +127,7 @@ def _facts(report: Document) -> dict[str, Any]:
 
 
 def _breakable(text: str) -> Markup:
-    """Return the text, escaped, with places where a narrow line may end: in no number."""
+    """Return the escaped text with possible line breaks, none of them inside a number."""
     return Markup("<wbr>").join(re.split(r"(?<=[._/])(?!(?<=\d\.)\d)", text))
 
 
@@ -149,7 +149,7 @@ def _phases(report: Document) -> list[Bar]:
             note=numbers.percent(numbers.quotient(value, total), digits=0) if total else "",
         )
         for key, value in known.items()
-        if value  # a phase that had nothing to do is no phase
+        if value  # phases without work are left out
     ]
 
 
@@ -158,7 +158,7 @@ def _memory(report: Document) -> list[Bar]:
     planned = numbers.number(memory.get("planned_worker_bytes"))
     if planned is None:
         planned = numbers.number(section(report, "plan").get("worker_bytes"))
-    # Zero is what a driver reports that found all of it done by an earlier one.
+    # A driver that found all work done by an earlier one reports 0.
     worker = numbers.number(memory.get("worker_peak_bytes")) or None
     ratio = numbers.quotient(worker, planned)
     found = (
@@ -199,7 +199,7 @@ def _provenance(report: Document) -> list[tuple[str, str]]:
             found.append((name, str(report[key])))
     if numbers.number(report.get("resumed_units")) is not None:
         resumed = numbers.count(report["resumed_units"])
-        found.append(("Units taken from an earlier attempt", resumed))
+        found.append(("Units resumed from an earlier attempt", resumed))
     return found
 
 

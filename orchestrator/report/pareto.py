@@ -1,4 +1,4 @@
-"""A sweep as one self-contained HTML page: what each size costs with each method, and the front."""
+"""A sweep as a self-contained HTML page: perplexity by size and method, with the Pareto front."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _POINT, _RING = 5.0, 11.0
 
 
 def render_pareto(sweep: Document) -> str:
-    """Return the whole HTML page of a document that ``pareto.json`` holds."""
+    """Return the HTML page of the document in ``pareto.json``."""
     environment = Environment(
         loader=PackageLoader("orchestrator.report", ""),
         autoescape=True,
@@ -64,14 +64,14 @@ def render_pareto(sweep: Document) -> str:
 
 
 def front(points: Sequence[dict[str, Any]], *, dense: float) -> Plot:
-    """Return perplexity over the true fraction kept, a line a method, the front marked."""
+    """Return a plot of perplexity over the true fraction kept, one line per method."""
     names = sorted({point["method"] for point in points})
     looks = {
         name: (KIND_COLOURS[i % len(KIND_COLOURS)], *_SHAPES[i % len(_SHAPES)])
         for i, name in enumerate(names)
     }
     best = [point for point in points if point["on_front"]]
-    told = "; ".join(
+    listed = "; ".join(
         f"{p['name']} keeps {numbers.percent(p['keep_fraction'])} "
         f"at {numbers.decimal(p['perplexity'])}"
         for p in best
@@ -79,9 +79,9 @@ def front(points: Sequence[dict[str, Any]], *, dense: float) -> Plot:
     words = Words(
         key="front",
         title="Perplexity over size",
-        description=f"Dense perplexity {numbers.decimal(dense)}. On the front: {told}.",
-        caption="Lower and further left is better. A ringed point is on the front: none that is as "
-        "small is as good. Size is the true share of the parameters that stays.",
+        description=f"Dense perplexity {numbers.decimal(dense)}. On the front: {listed}.",
+        caption="Lower and further left is better. A ringed point is on the Pareto front: no other "
+        "point of its size or smaller is as good. Size is the true fraction of parameters kept.",
         legend=(
             *((label(name), looks[name][0], looks[name][2]) for name in names),
             ("dense", BEFORE, "line"),

@@ -1,9 +1,8 @@
-"""What a result lost beside what is usual: a word, its colour, and what to try.
+"""Rate a result against what is usual: a rating, its colour, and what to try.
 
-READY says that the files are what was computed and that they load. How good the model is, is
-another matter: the loss it gained, ``log(perplexity after / before)`` in nats a token, is held
-against what the same method costs where as much was removed. Two models stand for the sizes there
-are:
+READY means that the files are what was computed and that they load, not that the model is good.
+For that the added loss, ``log(perplexity after / before)`` in nats per token, is compared with what
+the same method costs when as much is removed. Two models represent the range of sizes:
 
 - from `LARGE` parameters, Llama-2-7B on WikiText-2 as published: MoDeGPT (arXiv:2408.09632) at
   sequences of 4096, SliceGPT (arXiv:2401.15024) at its true fractions and SVD-LLM
@@ -11,9 +10,9 @@ are:
 - below, SmolLM2-135M-Instruct on WikiText-2, measured with this program on 2026-11-26 (calibrated
   on 48 x 1024 tokens, evaluated on 20 x 1024). Small models lose more.
 
-Between the points a line is drawn, from nothing lost where nothing is removed. Text, length of the
-sequences and model move such numbers, so up to `SLACK` times as much still counts as usual. A
-method that is not in the table is held against the costliest that is.
+Between the points the loss is interpolated linearly, from 0 where nothing is removed. Text,
+sequence length and model change such numbers, so up to `SLACK` times as much still counts as usual.
+A method that is not in the table is compared with the costliest one that is.
 """
 
 import math
@@ -24,13 +23,13 @@ from orchestrator.report.document import Document, rows, section
 from orchestrator.report.numbers import counted, number, quotient, short_count
 
 LARGE = 1e9  # parameters
-TOY = 2e7  # parameters: below, perplexity compares methods and says nothing of large models
+TOY = 2e7  # parameters: below, perplexity compares methods but predicts nothing for large models
 SLACK = 1.25
-CLOSE = 0.05  # nats: the perplexity of the dense model within 5 %
-FINE = math.log(1.25)  # nats: what MoDeGPT costs Llama-2-7B at 0.8 (1.20 times) is below
+CLOSE = 0.05  # nats: within 5 % of the dense model's perplexity
+FINE = math.log(1.25)  # nats: MoDeGPT on Llama-2-7B at 0.8 costs less (1.20 times)
 BROKEN = math.log(10)  # nats: ten times the perplexity
-ENOUGH_TOKENS = 128 * 2048  # that the methods' papers calibrate on
-_STEP = 0.05  # of fractions that are proposed
+ENOUGH_TOKENS = 128 * 2048  # as used for calibration in the methods' papers
+_STEP = 0.05  # of proposed fractions
 
 # method -> (fraction removed, perplexity before, after)
 Points = Sequence[tuple[float, float, float]]
@@ -48,17 +47,17 @@ _OF_135M: Mapping[str, Points] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What a result lost, and how that is to be read.
+    """The loss of a result, and its rating.
 
     Attributes:
         word: ``close to the dense model``, ``usual for this size``, ``worse than usual`` or
             ``broken``.
-        excess_nats: log(perplexity after / before), a token; None where a perplexity is infinite.
-        usual_nats: what is usual for the method, with as much removed, at that size of model.
-        compared_with: the model of which that is known.
+        excess_nats: log(perplexity after / before) per token; None if a perplexity is infinite.
+        usual_nats: usual for the method, with as much removed, at that size of model.
+        compared_with: the model that the usual loss is known of.
         tone: ``good``, ``cost`` or ``bad``.
-        toy: the model is so small that its perplexity says nothing of large ones.
-        advice: what to try, options of the command line with a reason; nothing where it is good.
+        toy: the model is so small that its perplexity predicts nothing for large ones.
+        advice: what to try, command-line options with a reason; empty if the result is good.
     """
 
     word: str
@@ -73,7 +72,7 @@ class Quality:
 def judged(
     before: float, after: float, *, kept: float, parameters: float, names: Sequence[str]
 ) -> Quality:
-    """Return how a result is to be read.
+    """Return the rating of a result.
 
     Args:
         before: perplexity of the dense model.
@@ -106,7 +105,7 @@ def judged(
 
 
 def quality(report: Document) -> Quality | None:
-    """Return how the result of a report is to be read; None where it was not measured."""
+    """Return the rating of a report's result; None if it was not measured."""
     parameters, evaluation = section(report, "parameters"), section(report, "evaluation")
     sides = [section(evaluation, side).get("perplexity") for side in ("dense", "compressed")]
     kept = quotient(parameters.get("after"), parameters.get("before"))
@@ -127,20 +126,20 @@ def quality(report: Document) -> Quality | None:
 
 
 def told(found: Quality, names: Sequence[str]) -> str:
-    """Return in a sentence what was lost, and what of that is usual."""
+    """Return in a sentence how much was lost, and how much is usual."""
     if found.excess_nats is None:
         return "Quality: broken; the perplexity of the result is not finite."
     of = f"{' + '.join(names) or 'such a method'} at this size"
     word = found.word.replace("this size", of)
     if found.word == "usual for this size" and found.tone == "cost":
         word += ", but far from the dense model"
-    said = f"Quality: {word}. It lost {found.excess_nats:.2f} nats a token; "
-    said += f"{found.usual_nats:.2f} are usual ({found.compared_with})."
-    return said + (" A model this small compares methods, no more." if found.toy else "")
+    text = f"Quality: {word}. It lost {found.excess_nats:.2f} nats per token; "
+    text += f"{found.usual_nats:.2f} are usual ({found.compared_with})."
+    return text + (" A model this small can only compare methods." if found.toy else "")
 
 
 def _expected(curve: Points, removed: float) -> float:
-    """Return the nats on the line through no loss and the points; the last part goes on."""
+    """Return the nats by linear interpolation from no loss, extrapolated after the last point."""
     points = [(0.0, 0.0), *((x, math.log(after / before)) for x, before, after in curve)]
     ends = next((i for i in range(1, len(points)) if removed <= points[i][0]), len(points) - 1)
     (left, low), (right, high) = points[ends - 1 : ends + 1]
@@ -148,14 +147,14 @@ def _expected(curve: Points, removed: float) -> float:
 
 
 def _advice(report: Document, steps: Sequence[Document], kept: float) -> Iterator[str]:
-    """Yield at most three things to try that this run has not done, what helps most first."""
+    """Yield up to three things to try that this run has not done, the most helpful first."""
     more = min(0.95, max(_STEP, _STEP * math.floor((1 + kept) / 2 / _STEP + 1e-9)))
     larger = f"a larger size: --keep-fraction {more:g}" if more > kept else ""
     if len(steps) != 1:
-        yield "larger fractions in --step, the last one first"
+        yield "larger fractions in --step, starting with the last step"
         return
-    ours = [*_method_advice(steps[0], kept), _data_advice(report)]
-    yield from [text for text in ours if text][: 2 if larger else 3]
+    advice = [*_method_advice(steps[0], kept), _data_advice(report)]
+    yield from [text for text in advice if text][: 2 if larger else 3]
     if larger:
         yield larger
 
@@ -163,12 +162,12 @@ def _advice(report: Document, steps: Sequence[Document], kept: float) -> Iterato
 def _method_advice(step: Document, kept: float) -> Iterator[str]:
     options = section(step, "options")
     if step.get("name") != "modegpt":
-        yield f"--method modegpt --keep-fraction {kept:.2f}: of the methods here it loses least"
+        yield f"--method modegpt --keep-fraction {kept:.2f}: it loses the least of all methods"
         return
     if options.get("allocation") != "marginal":
-        yield "--option allocation=marginal: widths by what each cut costs"
+        yield "--option allocation=marginal: widths by the cost of each cut"
     elif not options.get("candidates") and options.get("servable") != "native":
-        yield "--option candidates=modegpt,svdllm: the cheaper of two for each module"
+        yield "--option candidates=modegpt,svdllm: the better of two methods for each module"
     if options.get("refit") is False:
         yield "--option refit=true: a second pass, used where it helps on held-out text"
 
@@ -179,5 +178,5 @@ def _data_advice(report: Document) -> str:
     if not sequences or not length or sequences * length >= ENOUGH_TOKENS:
         return ""
     enough = counted(math.ceil(ENOUGH_TOKENS / length), "sequence")
-    had = f"{short_count(sequences * length)} tokens were used"
-    return f"more calibration data: {had}, the papers' {short_count(ENOUGH_TOKENS)} are {enough}"
+    used = f"{short_count(sequences * length)} tokens were used"
+    return f"more calibration data: {used}; the papers use {short_count(ENOUGH_TOKENS)}, {enough}"

@@ -43,7 +43,7 @@ _SUPERSCRIPTS = str.maketrans(
 
 
 def panels(sites: Sequence[Site]) -> Plot | None:
-    """Return one small spectrum a site; of many sites, some spread over the depth."""
+    """Return a plot with one panel per site; of many sites, some spread over the depth."""
     drawn = [site for site in sites if site.points]
     if not drawn:
         return None
@@ -51,7 +51,7 @@ def panels(sites: Sequence[Site]) -> Plot | None:
     words = Words(
         key="spectra",
         title="PCA spectrum and cut",
-        description=f"{_counted(shown, drawn)}. " + "; ".join(map(_told, shown)) + ".",
+        description=f"{_counted(shown, drawn)}. " + "; ".join(map(_text, shown)) + ".",
         caption=f"{_counted(shown, drawn)}. Eigenvalues of the covariance, relative to the "
         "largest of the site, on a logarithmic scale; the dashed line is the cut.",
         legend=(("kept", KEPT, "line"), ("cut away", CUT, "line")),
@@ -77,7 +77,7 @@ def panels(sites: Sequence[Site]) -> Plot | None:
 
 
 def depth_map(sites: Sequence[Site]) -> Plot | None:
-    """Return all spectra as one picture, site by site; None when the panels show them all."""
+    """Return a heat map of all spectra by site; None if the panels show all sites."""
     drawn = [site for site in sites if site.points and site.dim]
     if len(drawn) <= MAX_PANELS:
         return None
@@ -89,9 +89,9 @@ def depth_map(sites: Sequence[Site]) -> Plot | None:
         title="All spectra through the depth of the model",
         description=f"{counted(len(drawn), 'site')} through the depth of the model; the cut "
         f"keeps {between(percent(min(cuts)), percent(max(cuts)))} of the components.",
-        caption="One column a site, its largest component at the bottom. The stronger the colour, "
-        "the larger the eigenvalue relative to the largest of its site (faintest: "
-        f"{_power(low)}). What lies above the line was cut away.",
+        caption="One column per site, with the largest component at the bottom. A stronger colour "
+        "is a larger eigenvalue relative to the largest of its site (faintest: "
+        f"{_power(low)}). Components above the line were cut.",
         legend=(("cut", CUT, "line"),),
     )
 
@@ -119,7 +119,7 @@ def depth_map(sites: Sequence[Site]) -> Plot | None:
 
 
 def energy(sites: Sequence[Site]) -> Plot | None:
-    """Return the energy kept at every site."""
+    """Return a plot of the energy kept at every site."""
     drawn = [(site, site.energy_kept) for site in sites if site.energy_kept is not None]
     if not drawn:
         return None
@@ -158,7 +158,7 @@ def energy(sites: Sequence[Site]) -> Plot | None:
 
 
 def chosen(sites: Sequence[Site]) -> list[Site]:
-    """Return at most ``MAX_PANELS`` sites: all, or some spread evenly with the worst among them."""
+    """Return at most ``MAX_PANELS`` sites: all, or an even selection that includes the worst."""
     if len(sites) <= MAX_PANELS:
         return list(sites)
     worst = min(range(len(sites)), key=lambda i: _kept(sites[i]))
@@ -212,13 +212,13 @@ def _counted(shown: Sequence[Site], drawn: Sequence[Site]) -> str:
     return f"{len(shown)} of {len(drawn)} sites, with the one that keeps least"
 
 
-def _told(site: Site) -> str:
+def _text(site: Site) -> str:
     kept = f", {kept_percent(site.energy_kept)} of the energy" if site.energy_kept else ""
     return f"{site.name} keeps {site.keep_dim} of {site.dim} components{kept}"
 
 
 def _floor(sites: Sequence[Site]) -> float:
-    """Return the lowest power of ten to draw, below which lies little but rounding."""
+    """Return the lowest power of ten to draw; values below are mostly rounding errors."""
     values = [value for site in sites for _, value in site.points]
     low = math.floor(math.log10(float(np.quantile(values, _TAIL))))
     return min(-1.0, max(_FLOOR, low))
@@ -241,6 +241,6 @@ def _binned(site: Site, low: float) -> NDArray[np.float64]:
 
 
 def _shades() -> ListedColormap:
-    """Return one hue from almost clear to full, so that it stands on a light and a dark page."""
+    """Return a colour map of one hue with rising opacity, for light and dark pages."""
     red, green, blue = to_rgb(_SHADE)
     return ListedColormap([(red, green, blue, a) for a in np.linspace(0.04, 1.0, 256).tolist()])

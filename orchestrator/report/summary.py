@@ -1,4 +1,4 @@
-"""What a run came to, in one sentence and one table; the page and the terminal say the same."""
+"""The result of a run in one sentence and one table, for both the page and the terminal."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ class Comparison:
 
 
 def title(report: Document) -> str:
-    """Return what the report is about."""
+    """Return the title of a report: the model and its methods."""
     given = report.get("title")
     if given:
         return str(given)
@@ -61,12 +61,12 @@ def verdict(report: Document) -> str:
 
 
 def is_ready(report: Document) -> bool:
-    """Return whether the checkpoint proved itself."""
+    """Return whether the checkpoint has passed verification."""
     return verdict(report) == "READY"
 
 
 def tone(report: Document) -> str:
-    """Return ``good``, ``cost`` or ``bad``: how the verdict looks, good where the result is."""
+    """Return ``good``, ``cost`` or ``bad``, the tone in which the verdict is shown."""
     found = quality(report)
     if not is_ready(report):
         return "bad"
@@ -74,13 +74,13 @@ def tone(report: Document) -> str:
 
 
 def quality_note(report: Document) -> str:
-    """Return what was lost beside what is usual; empty where nothing was measured."""
+    """Return the loss in quality compared with what is usual; empty if not measured."""
     found = quality(report)
     return "" if found is None else told(found, method_names(report))
 
 
 def advice(report: Document) -> Sequence[str]:
-    """Return what to try where the result is not good."""
+    """Return what to try if the result is not good."""
     found = quality(report)
     return () if found is None else found.advice
 
@@ -101,33 +101,33 @@ def keep_fraction(report: Document) -> float | None:
 def sentence(report: Document) -> str:
     """Return the result in one sentence."""
     parameters, evaluation = section(report, "parameters"), section(report, "evaluation")
-    said = " + ".join(method_names(report)) or "The compressed model"
-    said += f" keeps {percent(keep_fraction(report))} of the parameters"
+    text = " + ".join(method_names(report)) or "The compressed model"
+    text += f" keeps {percent(keep_fraction(report))} of the parameters"
     if number(parameters.get("before")):
-        said += f" ({short_count(parameters['after'])} of {short_count(parameters['before'])})"
+        text += f" ({short_count(parameters['after'])} of {short_count(parameters['before'])})"
     dense = section(evaluation, "dense").get("perplexity")
     compressed = section(evaluation, "compressed").get("perplexity")
     ratio = quotient(compressed, dense)
     if ratio is not None:
-        said += f"; perplexity goes from {decimal(dense)} to {decimal(compressed)}"
-        said += f" ({change(ratio)})"
+        text += f"; perplexity goes from {decimal(dense)} to {decimal(compressed)}"
+        text += f" ({change(ratio)})"
     speed = _speed(report, "decode_tokens_per_second")
     if speed is not None:
         ranges = speed_ranges(report).get("decode")
         noise = ranges is not None and crosses_one(ranges)
-        said += (
+        text += (
             ", and decoding is as fast, within the noise"
             if noise
             else (f", and decoding runs at {times(speed)} the speed")
         )
-    return said + "."
+    return text + "."
 
 
 def speed_ranges(report: Document) -> dict[str, tuple[float, float]]:
-    """Return between which ratios, compressed over dense, the rounds of prefill and decode lie.
+    """Return the range of the speed ratio, compressed over dense, of prefill and decode.
 
-    The models take turns, so that what slows the machine down for a while slows both. Empty where
-    the rounds are not known.
+    The range is over the rounds. The models take turns, so that a slow phase of the machine slows
+    both. Empty if the rounds are not known.
     """
     rounds = [section(report, "throughput", s).get("rounds") or () for s in ("dense", "compressed")]
     pairs = list(zip(*rounds, strict=False))
@@ -140,12 +140,12 @@ def speed_ranges(report: Document) -> dict[str, tuple[float, float]]:
 
 
 def crosses_one(ranges: tuple[float, float]) -> bool:
-    """Return whether rounds disagree on which of the two is faster."""
+    """Return whether the rounds disagree on which of the two models is faster."""
     return ranges[0] < 1.0 < ranges[1]
 
 
 def comparisons(report: Document) -> tuple[Comparison, ...]:
-    """Return the before/after table; measures that neither side has are left out."""
+    """Return the before/after table, without measures that neither side has."""
     parameters = section(report, "parameters")
     size = section(report, "bytes")
     evaluation = {side: section(report, "evaluation", side) for side in ("dense", "compressed")}
@@ -170,10 +170,10 @@ def comparisons(report: Document) -> tuple[Comparison, ...]:
 
 
 def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
-    """Return the results of two runs, one in the place of before and the other in that of after.
+    """Return the results of two runs, the first as before and the second as after.
 
-    Speeds are those relative to each run's own dense model: the runs were timed at other times.
-    What neither has is left out.
+    Speeds are relative to each run's own dense model, as the runs were timed at different times.
+    Measures that neither run has are left out.
     """
 
     def pair(value: Callable[[Document], Any]) -> tuple[Any, Any]:
@@ -195,81 +195,83 @@ def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
 
 
 def tiles(report: Document) -> tuple[Comparison, ...]:
-    """Return the few measures that stand at the top of the page."""
+    """Return the measures shown at the top of the page."""
     return tuple(row for row in comparisons(report) if row.name in _TILES)
 
 
 def asked(report: Document) -> str:
-    """Return what was asked for and what that nominally means, beside the true fraction."""
+    """Return the requested size and its nominal meaning, with the true fraction."""
     target = section(report, "target")
-    said = []
+    parts = []
     if number(target.get("keep_fraction")) is not None:
-        said.append(f"asked for {percent(target['keep_fraction'])} of the parameters")
+        parts.append(f"requested {percent(target['keep_fraction'])} of the parameters")
     if number(target.get("slice")) is not None:
-        said.append(f"asked for a nominal slice of {percent(target['slice'])} of the width")
+        parts.append(f"requested a nominal slice of {percent(target['slice'])} of the width")
     actual = number(target.get("actual_keep_fraction"))
     if actual is None:
         actual = keep_fraction(report)
     if actual is not None:
-        said.append(f"kept {percent(actual, digits=2)} of the true parameter count")
+        parts.append(f"kept {percent(actual, digits=2)} of the true parameter count")
     if number(target.get("nominal")) is not None and number(target.get("slice")) is None:
-        said.append(f"a nominal slice of {percent(target['nominal'])}")
-    text = "; ".join(said)
-    return text[:1].upper() + text[1:] + ("." if said else "")
+        parts.append(f"a nominal slice of {percent(target['nominal'])}")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + ("." if parts else "")
 
 
 def measured_on(report: Document) -> str:
     """Return what the perplexity was measured on."""
     evaluation = section(report, "evaluation")
-    said = []
+    parts = []
     if number(evaluation.get("num_tokens")):
-        said.append(f"{count(evaluation['num_tokens'])} predicted tokens")
+        parts.append(f"{count(evaluation['num_tokens'])} predicted tokens")
     if number(evaluation.get("sequence_length")):
-        said.append(f"in sequences of {count(evaluation['sequence_length'])}, not overlapping")
-    if not said:
+        parts.append(f"in sequences of {count(evaluation['sequence_length'])}, not overlapping")
+    if not parts:
         return ""
     source = evaluation.get("source")
-    return f"Perplexity over {' '.join(said)}" + (f"; source {source}." if source else ".")
+    return f"Perplexity over {' '.join(parts)}" + (f"; source {source}." if source else ".")
 
 
 def cut_modules(report: Document) -> list[str]:
-    """Return the modules that several methods competed for, where one of them cut any."""
+    """Return the modules that several methods competed for and that were cut."""
     return sorted({module for layer in layers(report) for module in layer.cuts})
 
 
 def makers_note(report: Document) -> str:
-    """Return in how many layers each method shrank a module; empty where one method did all."""
-    said = []
+    """Return in how many layers each method shrank a module; empty if there was one method."""
+    parts = []
     for module in cut_modules(report):
         makers = Counter(layer.cuts.get(module, ("", ""))[0] for layer in layers(report))
-        whole = makers.pop("", 0)
-        words = [f"{method} in {counted(number, 'layer')}" for method, number in makers.items()]
-        said.append(f"{module}: {', '.join(words + [f'whole in {whole}'] * bool(whole))}")
-    return f"Of several methods the cheapest was taken. {'; '.join(said)}." if said else ""
+        uncut = makers.pop("", 0)
+        counts = [f"{method} in {counted(number, 'layer')}" for method, number in makers.items()]
+        parts.append(f"{module}: {', '.join(counts + [f'uncut in {uncut}'] * bool(uncut))}")
+    if not parts:
+        return ""
+    return f"Each module was cut by the method that costs least. {'; '.join(parts)}."
 
 
 def refit_note(report: Document) -> str:
-    """Return what the second pass found on held-out sequences; empty where there was none."""
+    """Return the result of the refit on held-out sequences; empty if there was no refit."""
     found = section(report, "refit")
     losses = section(found, "held_out_perplexity")
     if not losses:
         return ""
     after = f"perplexity {decimal(losses.get('refitted'))} instead of "
     after += f"{decimal(losses.get('drafted'))} (dense {decimal(losses.get('dense'))})"
-    used = "the refitted layers are used" if found.get("used") else "the layers stand as drafted"
+    used = "the refitted layers are used" if found.get("used") else "the drafted layers are kept"
     return f"Refit, on held-out calibration sequences: {after}; {used}."
 
 
 def statistics_note(report: Document) -> str:
-    """Return whose statistics were taken, and for what there were too few tokens, if any."""
+    """Return whose statistics were reused, and which had too few tokens, if any."""
     found = section(report, "statistics")
-    where = str(found.get("reused_from") or "").partition("?")[0]  # a store's address stays out
-    said = [f"Statistics were taken from {where} as far as it had them."] if where else []
-    return " ".join(said + [f"Warning: {each}." for each in found.get("few_tokens", ())])
+    where = str(found.get("reused_from") or "").partition("?")[0]  # without the store's address
+    notes = [f"Statistics were reused from {where} where available."] if where else []
+    return " ".join(notes + [f"Warning: {each}." for each in found.get("few_tokens", ())])
 
 
 def memory_note(report: Document) -> str:
-    """Return which workers took more memory than was planned; empty where none did."""
+    """Return which workers used more memory than planned; empty if none did."""
     memory = section(report, "memory")
     measured = {name: int(peak) for name, peak in section(memory, "workers").items()}
     lines = over_plan(measured, int(memory.get("planned_worker_bytes") or 0))
@@ -277,41 +279,41 @@ def memory_note(report: Document) -> str:
 
 
 def throughput_note(report: Document) -> str:
-    """Return how the timing was done and how far its rounds agree; empty where nothing is known."""
+    """Return how the models were timed and how far the rounds agree; empty if not known."""
     return " ".join(part for part in (_how_timed(report), _agreement(report)) if part)
 
 
 def _how_timed(report: Document) -> str:
-    """Return over how many workers models went that do not fit one, or why they were not timed."""
-    said = []
+    """Return over how many workers a model was timed that does not fit one, or why it was not."""
+    notes = []
     for side in ("dense", "compressed"):
         found = section(report, "throughput", side)
         if found.get("not_measured"):
-            said.append(f"The {side} model was not timed: {found['not_measured']}.")
+            notes.append(f"The {side} model was not timed: {found['not_measured']}.")
         elif found.get("stages"):
             count = found["stages"]
             workers = f"{count} workers" if count > 1 else "1 worker"
-            said.append(f"The {side} model was timed through {workers}, by itself.")
-    return " ".join(said)
+            notes.append(f"The {side} model was timed over {workers}, on its own.")
+    return " ".join(notes)
 
 
 def _agreement(report: Document) -> str:
     ranges = speed_ranges(report)
     if not ranges:
         return ""
-    said = [f"{what} {low:.2f} to {high:.2f}\u00d7" for what, (low, high) in ranges.items()]
-    noise = " A range that crosses 1 is noise." if any(map(crosses_one, ranges.values())) else ""
-    return f"Speed relative to the dense model, round by round: {', '.join(said)}.{noise}"
+    parts = [f"{what} {low:.2f} to {high:.2f}\u00d7" for what, (low, high) in ranges.items()]
+    noise = " A range that includes 1 is noise." if any(map(crosses_one, ranges.values())) else ""
+    return f"Speed relative to the dense model, range over the rounds: {', '.join(parts)}.{noise}"
 
 
 def checkpoint_path(report: Document) -> str:
-    """Return where the compressed checkpoint lies."""
-    folder = str(report.get("out") or "RUN").partition("?")[0]  # a store's address stays out of it
+    """Return the path of the compressed checkpoint."""
+    folder = str(report.get("out") or "RUN").partition("?")[0]  # without the store's address
     return f"{folder.rstrip('/')}/model"
 
 
 def loading_call(report: Document, path: str) -> str:
-    """Return the expression that loads the checkpoint; a native one needs no code of its own."""
+    """Return the expression that loads the checkpoint; a native one needs no custom code."""
     native = section(report, "method").get("native") is True
     return f"AutoModelForCausalLM.from_pretrained({path}{'' if native else _REMOTE})"
 

@@ -1,7 +1,7 @@
-"""A plot as inline SVG: drawn for a desk and for a phone, painted in the colours of the page.
+"""Plots as inline SVG: drawn for wide and narrow screens, in the colours of the page.
 
-A painter uses the colours named here. They are placeholders that no one sees: in the SVG each
-becomes a custom property of the page's style sheet, so one drawing serves light and dark.
+Plots are painted in the placeholder colours defined here. In the SVG each becomes a custom property
+of the page's style sheet, so that one drawing works in light and dark mode.
 """
 
 import io
@@ -85,13 +85,13 @@ _FIRST_FOREIGN = 0x250
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """What is said about a plot.
+    """The texts of a plot.
 
     Attributes:
         key: name of the plot, unique in the page.
         title: what it shows; also the short text alternative.
-        description: the text alternative for who cannot see it: the finding, in numbers.
-        caption: what a reader needs to read it right.
+        description: the long text alternative: the finding, in numbers.
+        caption: how to read the plot.
         legend: (label, colour, shape) with a shape of the style sheet: box, line, dot, square,
             diamond or dash.
     """
@@ -104,13 +104,13 @@ class Words:
 
     @property
     def keys(self) -> tuple[tuple[str, str, str], ...]:
-        """The legend with colours as the style sheet knows them."""
+        """The legend with the style sheet's colours."""
         return tuple((label, _PROPERTIES[colour], shape) for label, colour, shape in self.legend)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """A plot with its words and both drawings, each a complete ``<svg>`` element."""
+    """A plot with its texts and both drawings, each a complete ``<svg>`` element."""
 
     words: Words
     wide: str
@@ -119,19 +119,19 @@ class Plot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """The paper a painter draws on."""
+    """The figure to paint on, and whether it is for a narrow screen."""
 
     figure: Figure
     narrow: bool
 
 
 def draw(words: Words, paint: Callable[[Sheet], None], *, height: Callable[[bool], float]) -> Plot:
-    """Return the plot drawn twice; ``height`` gives inches, told whether the sheet is narrow."""
+    """Return the plot, drawn wide and narrow; ``height`` returns inches, given ``narrow``."""
     drawings = []
     for narrow in (False, True):
         size = (NARROW_INCHES if narrow else WIDE_INCHES, height(narrow))
         with mpl.rc_context():
-            mpl.rcdefaults()  # whatever the user prefers elsewhere, this page looks like itself
+            mpl.rcdefaults()  # independent of the user's matplotlib settings
             mpl.rcParams.update(_STYLE)
             figure = Figure(figsize=size, layout="constrained")
             paint(Sheet(figure=figure, narrow=narrow))
@@ -142,19 +142,19 @@ def draw(words: Words, paint: Callable[[Sheet], None], *, height: Callable[[bool
 
 
 def label(text: str) -> str:
-    """Return a foreign name fit for an axis: short, and in letters the layout can measure."""
+    """Return a name as an axis label: short, and in characters that the layout can measure."""
     plain = "".join(c if c.isprintable() and ord(c) < _FIRST_FOREIGN else "?" for c in text)
     return plain if len(plain) <= MAX_LABEL else f"{plain[: MAX_LABEL - 1]}\u2026"
 
 
 def number_axis(axes: Axes, positions: Sequence[int]) -> None:
-    """Let the x axis count layers or sites: whole numbers only, no space for halves outside."""
+    """Set up the x axis for layers or sites: whole numbers only, with a narrow margin."""
     axes.set_xlim(min(positions) - 0.6, max(positions) + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
 
 
 def _inline(document: str, words: Words, variant: str) -> str:
-    """Return the SVG as an element of the page: no ids but its own, no fonts, no metadata."""
+    """Return the SVG as an element of the page: with unique ids, without fonts and metadata."""
     root = ElementTree.fromstring(document)
     prefix = f"{words.key}-{variant}"
     referenced = _references(root)

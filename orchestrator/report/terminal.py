@@ -1,4 +1,4 @@
-"""What a run came to, for the terminal: the verdict, before and after, and what to do next."""
+"""The result of a run on the terminal: the verdict, before and after, and what to do next."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -60,7 +60,7 @@ def _places(report: Document) -> list[Text]:
         version = section(report, "environment").get("transformers")
         tested = f"  # transformers {version}" if version else ""
         rows.append(("load", summary.loading_call(report, repr(path)) + tested))
-    # Left to the terminal to wrap, so that what is copied has no break in it.
+    # Wrapped by the terminal, so that copied text has no line breaks.
     return [
         Text.assemble((f"{name:<12}", "dim"), _printable(value), no_wrap=True, overflow="ignore")
         for name, value in rows
@@ -72,5 +72,5 @@ def _plain(text: str) -> Text:
 
 
 def _printable(text: str) -> str:
-    """Return the text without characters that would steer a terminal."""
+    """Return the text without control characters."""
     return "".join(c if c.isprintable() or c == NBSP else "\ufffd" for c in text)

@@ -1,4 +1,4 @@
-"""Who worked on what, when, and what went wrong on the way."""
+"""The timeline plot: the work of each worker over time, and the events of the run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -111,7 +111,7 @@ def by_kind(spans: Sequence[Span]) -> list[tuple[str, int, float]]:
 
 
 def busy_fraction(spans: Sequence[Span]) -> float:
-    """Return how much of the time between its first and last unit a worker worked, over all."""
+    """Return the fraction of time that workers were busy between their first and last unit."""
     busy = there = 0.0
     for _, group in groupby(sorted(spans, key=lambda s: (s.worker, s.start)), lambda s: s.worker):
         mine = list(group)
@@ -129,7 +129,7 @@ def slot_of(kind: str) -> int:
 
 
 def _unit(total: float) -> tuple[str, float]:
-    """Return the largest unit of time of which the run took a few, and its seconds."""
+    """Return the largest unit of time that the run took several of, and its seconds."""
     fitting = (unit for unit in _UNITS if total >= _MIN_LENGTH * unit[1])
     return next(fitting, _UNITS[-1])
 

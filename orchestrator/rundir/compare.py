@@ -1,4 +1,4 @@
-"""In what two runs differ: recipe, data, versions, what each layer kept and lost, evaluation."""
+"""Compare two runs: recipe, data, versions, what each layer kept and lost, evaluation."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from planners.errors import StorageError
 from planners.units.kinds import DONE, kind_of, layer_of
 
 DATA = ("model revision", "tokenizer files", "calibration data", "evaluation data")
-PLACES = ("out",)  # of a recipe: two runs never share them
+PLACES = ("out",)  # recipe keys that two runs never share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One thing that is not the same in two runs; None is what a run has not, or not yet."""
+    """A value that differs between two runs; None if a run does not have it (yet)."""
 
     what: str
     a: object
@@ -27,12 +27,12 @@ class Difference:
 
 
 def differences(a: Directory, b: Directory) -> dict[str, list[Difference]]:
-    """Return section -> what differs; an empty list where nothing does.
+    """Return section -> differences; an empty list if there are none.
 
-    Runs that are not finished are compared in what they have: layers by their records.
+    Unfinished runs are compared as far as they are: layers by their records.
 
     Raises:
-        StorageError: one of them is no run, or its plan or recipe is torn.
+        StorageError: one of them is not a run, or its plan or recipe is incomplete or corrupt.
     """
     first, second = _facts(a), _facts(b)
     return {name: _between(first[name], second[name]) for name in first}
@@ -44,7 +44,7 @@ def _facts(run: Directory) -> dict[str, dict[str, object]]:
     report = finished_report(run) or {}
     records = read_records(run)
     if not isinstance(identity, dict):
-        raise StorageError(f"{run.path('plan.json')}: is torn")
+        raise StorageError(f"{run.path('plan.json')}: is incomplete or corrupt")
     return {
         "recipe": _flat(_recipe(run)),
         "data": {key: identity.get(key) for key in DATA},
@@ -57,7 +57,7 @@ def _facts(run: Directory) -> dict[str, dict[str, object]]:
 
 
 def _layers(report: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, object]:
-    """Return what each layer kept and lost, by the report, or by the records of an open run."""
+    """Return what each layer kept and lost, from the report or an unfinished run's records."""
     if report:
         rows = {f"layer {row['layer']}": row for row in report["layers"]}
         kept = {
@@ -72,8 +72,8 @@ def _layers(report: Mapping[str, Any], records: Mapping[str, Record]) -> dict[st
     for name, record in sorted(records.items()):
         kind = kind_of(name)
         if kind is not None and kind.state == DONE:
-            said = {k: record.values[k] for k in ("error", "errors") if k in record.values}
-            found[f"layer {layer_of(name)}"] = said
+            lost = {k: record.values[k] for k in ("error", "errors") if k in record.values}
+            found[f"layer {layer_of(name)}"] = lost
     return _flat(found)
 
 
@@ -102,19 +102,19 @@ def _recipe(run: Directory) -> dict[str, object]:
     try:
         recipe = yaml.safe_load(run.read("run.yaml"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StorageError(f"{run.path('run.yaml')}: is torn") from error
+        raise StorageError(f"{run.path('run.yaml')}: is incomplete or corrupt") from error
     if not isinstance(recipe, dict):
-        raise StorageError(f"{run.path('run.yaml')}: is torn")
+        raise StorageError(f"{run.path('run.yaml')}: is incomplete or corrupt")
     return {key: value for key, value in recipe.items() if key not in PLACES}
 
 
 def _json(run: Directory, name: str) -> dict[str, Any]:
     if run.size(name) is None:
-        raise StorageError(f"{run.uri}: there is no run here", hint="give the --out of a run")
+        raise StorageError(f"{run.uri}: there is no run here", hint="pass the --out of a run")
     try:
         found = json.loads(run.read(name))
     except ValueError as error:
-        raise StorageError(f"{run.path(name)}: is torn") from error
+        raise StorageError(f"{run.path(name)}: is incomplete or corrupt") from error
     if not isinstance(found, dict):
-        raise StorageError(f"{run.path(name)}: is torn")
+        raise StorageError(f"{run.path(name)}: is incomplete or corrupt")
     return found

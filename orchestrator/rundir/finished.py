@@ -1,4 +1,4 @@
-"""Knowing a run that is READY by its files alone; nothing here takes long to import."""
+"""Recognise a READY run by its files; nothing here is slow to import."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from orchestrator.rundir.layout import READY, REPORT, RESULT
 
 
 def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] | None:
-    """Return the report of a run that is READY, or None where work is left.
+    """Return the report of a run that is READY, or None if work is left.
 
-    A result whose files are no longer those of the records is not READY: the mark is taken away.
+    If the result's files no longer match their records, the run is not READY: the mark is removed.
 
     Args:
         run: the run directory.
@@ -24,7 +24,7 @@ def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] |
     try:
         report = json.loads(data)
     except ValueError:
-        return None  # torn; both follow from the records, and are written again
+        return None  # incomplete; both are rewritten from the records
     mark = unsealed(run.read(READY))
     if mark is None or mark.get("report") != sha256(data) or not isinstance(report, dict):
         return None
@@ -32,12 +32,12 @@ def finished_report(run: Directory, *, hashes: bool = False) -> dict[str, Any] |
         run.delete(READY)
         return None
     for name in torn_records(run):
-        run.delete(name)  # of units whose files were dropped; the report has their numbers
+        run.delete(name)  # of units whose files were removed; the report has their numbers
     return report
 
 
 def _result_is_whole(run: Directory, units: object, *, hashes: bool) -> bool:
-    """Return whether all units of a result have their records, and their files are as recorded."""
+    """Return whether all units of a result have records, and their files match them."""
     records = read_records(run)
     if not isinstance(units, list) or not all(unit in records for unit in units):
         return False
@@ -50,5 +50,5 @@ def _result_is_whole(run: Directory, units: object, *, hashes: bool) -> bool:
 
 
 def sha256(data: bytes) -> str:
-    """Return the hash that READY keeps of its report."""
+    """Return the hash of a report, as READY contains it."""
     return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""What happened, as rows: told to whoever listens, kept in ``events/*.parquet``."""
+"""The events of a run, as rows: passed to a listener, and stored in ``events/*.parquet``."""
 
 import time
 from collections.abc import Callable
@@ -24,13 +24,13 @@ SCHEMA = pa.schema(
         ("written_bytes", pa.int64()),
     ]
 )
-FLUSH_SECONDS = 20.0  # so that whoever looks from outside sees what goes on
+FLUSH_SECONDS = 20.0  # so that `watch` and `status` see recent events
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 
 class Journal:
-    """Collects events of one driver; every flush adds one file."""
+    """Collects the events of one driver; every flush writes one file."""
 
     def __init__(self, run: Directory, listener: Listener) -> None:
         self._run = run
@@ -40,7 +40,7 @@ class Journal:
         self._flushed = time.monotonic()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Note one event.
+        """Record one event and pass it to the listener.
 
         Fields: ``unit``, ``worker``, ``start``, ``seconds``, ``tokens``, ``detail``,
         ``peak_bytes`` of the worker's memory so far, ``written_bytes`` of the unit's files.
@@ -74,10 +74,10 @@ def read_events(run: Directory) -> list[Event]:
         try:
             rows += parquet.read_table(pa.BufferReader(run.read(name)), schema=SCHEMA).to_pylist()
         except (pa.ArrowException, OSError):
-            continue  # torn: it tells what happened, and proves nothing
+            continue  # incomplete: no result depends on events
     return sorted(rows, key=lambda row: row["at"])
 
 
 def quiet(event: dict[str, Any]) -> None:
-    """Show nothing."""
+    """Ignore an event: a listener that shows nothing."""
     del event

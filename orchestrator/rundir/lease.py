@@ -1,4 +1,4 @@
-"""One driver for one run directory: a file that says who, with a heartbeat."""
+"""One driver per run directory: a lease file that names the driver, with a heartbeat."""
 
 import contextlib
 import json
@@ -17,50 +17,52 @@ from actors.storage.files import Directory
 from planners.errors import StorageError
 
 NAME = "lease.json"
-COMING = re.compile(re.escape(NAME) + r"\.[0-9a-f]{32}")  # of a driver that comes: its nonce
-LOOK_SECONDS = 0.5  # a lease that was looked at is good for so long
+COMING = re.compile(
+    re.escape(NAME) + r"\.[0-9a-f]{32}"
+)  # the file of a starting driver, with its nonce
+LOOK_SECONDS = 0.5  # a lease that was checked is valid for this long
 MAX_BYTES = 10_000
 MAX_TEXT = 255  # characters of a host's name
 MAX_SINCE = 4e9  # seconds since the epoch; the year 2096
 HEARTBEAT_SECONDS = 4.0
 EXPIRY_SECONDS = 16.0
-BACK_OFF = 4.0  # at most so many times as long as the try took that met another driver
+BACK_OFF = 4.0  # maximum wait, times the duration of the attempt that met another driver
 
 
 class Hold:
-    """A lease as its holder sees it: another driver may take it from one that it takes for dead."""
+    """A lease as its holder sees it; another driver may take it over when the heartbeat stops."""
 
     def __init__(self, run: Directory, nonce: str) -> None:
         self._run, self._nonce = run, nonce
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     def require(self) -> None:
-        """See that it is still held, before anything is written that counts.
+        """Check that the lease is still held, before a record is written.
 
         Raises:
             StorageError: another driver took over.
         """
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._checked < LOOK_SECONDS:
             return
         now = holder(self._run)
         if now is not None and now["nonce"] != self._nonce:
             raise StorageError(
-                f"{self._run.uri} was taken over by process {now['pid']} on {now['host']}, which "
-                "took this one for dead",
-                hint="it goes on with the run; nothing more is written from here",
+                f"{self._run.uri} was taken over by process {now['pid']} on {now['host']}: this "
+                "process's heartbeat had stopped",
+                hint="that process continues the run; this one writes nothing more",
             )
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
 
 @contextlib.contextmanager
 def held(run: Directory) -> Iterator[Hold]:
-    """Hold the lease of a run for the length of a block.
+    """Hold the lease of a run for the duration of a block.
 
-    A holder that is a dead process of this host is replaced at once. A holder elsewhere, or one
-    that cannot be told, is replaced when its heartbeat has stood still for one expiry.
+    A holder that is a dead process of this host is replaced at once. A holder on another host is
+    replaced when its heartbeat has not changed for `EXPIRY_SECONDS`.
 
     Raises:
-        StorageError: another live driver holds it; the message says who, and since when.
+        StorageError: another live driver holds it; the message names its process, host and start.
     """
     me = {
         "nonce": uuid4().hex,
@@ -70,10 +72,10 @@ def held(run: Directory) -> Iterator[Hold]:
         "since": time.time(),
         "beat": 0,
     }
-    gone = _wait_for_holder(run)
+    expired = _wait_for_holder(run)
     with _alone(run, str(me["nonce"])):
         now = holder(run)
-        if now is not None and now != gone:
+        if now is not None and now != expired:
             raise _held(run, now)
         _write(run, me)
     stop = threading.Event()
@@ -89,7 +91,7 @@ def held(run: Directory) -> Iterator[Hold]:
 
 
 def holder(run: Directory) -> dict[str, Any] | None:
-    """Return who holds a run, or None where nobody does; a torn lease counts as none."""
+    """Return the lease of a run, or None if it has no holder; an incomplete one counts as none."""
     size = run.size(NAME)
     if size is None or size > MAX_BYTES:
         return None
@@ -101,7 +103,7 @@ def holder(run: Directory) -> dict[str, Any] | None:
 
 
 def _is_sound(lease: dict[str, Any]) -> bool:
-    """Return whether every field is one that a driver writes: anybody may have written the file."""
+    """Return whether every field has a valid value: anybody may have written the file."""
     texts = all(
         isinstance(lease.get(k), str) and lease[k].isprintable() and len(lease[k]) <= MAX_TEXT
         for k in ("nonce", "host", "started")
@@ -118,7 +120,11 @@ def is_dead(lease: dict[str, Any]) -> bool:
 
 
 def _wait_for_holder(run: Directory) -> dict[str, Any] | None:
-    """Return the lease of a holder that is gone, or None where there is none."""
+    """Return the lease of a holder that no longer runs, or None if there is none.
+
+    Raises:
+        StorageError: the holder is alive.
+    """
     first = holder(run)
     if first is None or is_dead(first):
         return first
@@ -145,11 +151,11 @@ def _held(run: Directory, lease: dict[str, Any]) -> StorageError:
 
 @contextlib.contextmanager
 def _alone(run: Directory, nonce: str) -> Iterator[None]:
-    """Keep other drivers out while this one looks who holds the run and writes its own name.
+    """Keep other drivers out while this one checks the lease and writes its own.
 
-    `pyarrow.fs` offers no conditional write. So each driver first leaves a file that says that it
-    comes, and looks for those of others after. Of two at least one finds the other's, in whatever
-    order and however slowly they are written, and whoever finds one steps back for a while.
+    `pyarrow.fs` offers no conditional write. So each driver first writes a file of its own, and
+    then looks for those of others. Of two drivers at least one finds the other's file, in whatever
+    order and however slowly they are written; a driver that finds one backs off for a while.
     """
     mine = f"{NAME}.{nonce}"
     since: dict[str, float] = {}  # other drivers' files, and when they were first seen
@@ -164,7 +170,7 @@ def _alone(run: Directory, nonce: str) -> Iterator[None]:
                 break
             run.delete(mine)
             for name in since:
-                if now - since[name] > EXPIRY_SECONDS:  # its driver died on the way
+                if now - since[name] > EXPIRY_SECONDS:  # its driver died
                     run.delete(name)
             time.sleep(random.uniform(0, BACK_OFF) * (time.monotonic() - begun))
         yield
@@ -175,7 +181,7 @@ def _alone(run: Directory, nonce: str) -> Iterator[None]:
 def _beat(run: Directory, me: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_SECONDS):
         me["beat"] += 1
-        # A store that is away for a moment must not end the run; the next beat tries again.
+        # A store that fails for a moment must not end the run; the next beat tries again.
         with contextlib.suppress(StorageError):
             if _is_of_another(run, me):
                 return
@@ -183,7 +189,7 @@ def _beat(run: Directory, me: dict[str, Any], stop: threading.Event) -> None:
 
 
 def _is_of_another(run: Directory, me: dict[str, Any]) -> bool:
-    """Return whether another driver took over from one that was taken for dead."""
+    """Return whether another driver has taken over the lease."""
     now = holder(run)
     return now is not None and now["nonce"] != me["nonce"]
 

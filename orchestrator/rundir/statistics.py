@@ -1,4 +1,4 @@
-"""The statistics that a run kept: what they are, whether they are whole, who may use them."""
+"""The statistics that a run kept: list, describe and verify them."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from orchestrator.rundir.layout import CALIBRATION_TOKENS
 from planners.errors import ModelError, StorageError
 from planners.units.kinds import KINDS, kind_of, layer_of
 
-# What makes the sums what they are; a method, its options and its target do not.
+# What determines the statistics' values; a method, its options and its target do not.
 MODEL = "model revision"
 IDENTITY = (
     "schema",
@@ -23,11 +23,11 @@ IDENTITY = (
     "threads",
     "device",
 )
-SHORT = 12  # digits of a hash that tell it from others
+SHORT = 12  # digits of a hash that are shown
 
 
 def list_(run: Directory) -> list[dict[str, Any]]:
-    """Return one row a layer: its taps, tokens, files and bytes.
+    """Return one row per layer: its taps, tokens, files and bytes.
 
     Raises:
         StorageError: there is no run, or it kept no statistics.
@@ -45,7 +45,7 @@ def list_(run: Directory) -> list[dict[str, Any]]:
 
 
 def describe(run: Directory) -> dict[str, Any]:
-    """Return what the statistics of a run are of, and what they hold.
+    """Return the model and data of a run's statistics, and their contents.
 
     Raises:
         StorageError: there is no run, or it kept no statistics.
@@ -66,22 +66,22 @@ def describe(run: Directory) -> dict[str, Any]:
 
 
 def verify(run: Directory) -> dict[str, Any]:
-    """Compare every file with its record, and see that its sums can be sums.
+    """Compare every file with its record, and check that its sums are plausible.
 
     Raises:
-        StorageError: a file is missing or another than its record says, or a sum cannot be one;
+        StorageError: a file is missing or does not match its record, or its sums are impossible;
             the message names it.
     """
     records = _records(run)
     if not any(run.size(file.path) is not None for record in records for file in record.files):
-        _kept(run)  # says that there are none
+        _kept(run)  # raises: there are none
     num_files = num_bytes = 0
     for record in records:
         for file in record.files:
             if run.size(file.path) is None:
                 raise StorageError(f"{run.path(file.path)}: there is no such file")
             if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
-                raise StorageError(f"{run.path(file.path)}: is not what its record says it was")
+                raise StorageError(f"{run.path(file.path)}: does not match its record")
             tokens = int(str(record.values.get("num_tokens", 0)))
             try:
                 check_sums(run, file.path, num_tokens=tokens)
@@ -102,29 +102,29 @@ def _kept(run: Directory) -> list[Record]:
     if not kept:
         plan_of(run)
         raise StorageError(
-            f"{run.uri}: kept no statistics", hint="a run keeps them with --keep-statistics"
+            f"{run.uri}: kept no statistics", hint="--keep-statistics makes a run keep them"
         )
     return kept
 
 
 def plan_of(run: Directory) -> dict[str, Any]:
-    """Return what made a run that run.
+    """Return the plan of a run, with its identity.
 
     Raises:
-        StorageError: there is none, or it is broken.
+        StorageError: there is no run, or its plan is broken.
     """
     if run.size("plan.json") is None:
-        raise StorageError(f"{run.uri}: there is no run here", hint="give the --out of a run")
+        raise StorageError(f"{run.uri}: there is no run here", hint="pass the --out of a run")
     try:
         found = json.loads(run.read("plan.json"))
         dict(found["identity"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{run.path('plan.json')}: is not a plan of ours") from error
+        raise StorageError(f"{run.path('plan.json')}: is not the plan of a run") from error
     plan: dict[str, Any] = found
     return plan
 
 
 def short(value: object) -> str:
-    """Return a value as a message shows it: of a hash its first digits."""
+    """Return a value as shown in messages: a hash by its first digits."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:SHORT]}…"  # noqa: PLR2004 a hash

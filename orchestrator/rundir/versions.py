@@ -1,4 +1,4 @@
-"""What a run is made with: versions and platform, as they are written into every run."""
+"""Versions of the libraries and the platform, as written into every run."""
 
 import platform
 from importlib import metadata

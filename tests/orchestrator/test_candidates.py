@@ -117,8 +117,8 @@ def test_the_result_is_verified_and_the_report_says_who_shrank_what(undisturbed)
         assert ("mlp" in row["errors"]) == (own.get("mlp") == "modegpt")
         assert ("q_proj" in row["errors"]) == (own.get("qk") == "svdllm")
     page = render_page(report)
-    assert "Which method shrank what" in page
-    assert "Of several methods the cheapest was taken." in page
+    assert "Method used for each module" in page
+    assert "Each module was cut by the method that costs least." in page
 
 
 def test_the_result_loads_and_computes_what_was_evaluated(model, undisturbed):

@@ -157,7 +157,7 @@ def test_steps_that_remove_nothing_change_nothing(model, tmp_path):
         step("slicegpt", 0.0),
     ])  # fmt: skip
     idle = [words for words in said if words.startswith("removes nothing")]
-    reused = [words for words in said if words.startswith("takes the statistics that are there")]
+    reused = [words for words in said if words.startswith("reuses the existing statistics")]
     assert (len(idle), len(reused)) == (2, len(said) - 3), said
     logits = logits_of(tmp_path / "model", some_ids(), trust_remote_code=True)
     assert relative(logits, logits_of(model, some_ids())) < 1e-4
@@ -178,7 +178,7 @@ def told(model, out, steps, **how):
 def test_behind_a_pure_rotation_statistics_are_turned_and_not_measured_again(model, tmp_path):
     steps = [step("slicegpt", 0.0), step("modegpt", 0.8, **PROBE)]
     said = told(model, tmp_path, steps, keep_statistics=True)
-    assert "only turned the residual stream" in said[1]
+    assert "only rotated the residual stream" in said[1]
     records = records_of(tmp_path)
     assert "carried-layer-00000" in records
     assert "statistics-layer-00000" not in records
@@ -231,7 +231,7 @@ def test_a_step_that_does_nothing_says_so(model, tmp_path):
     first = step("modegpt", 1.0, modules="mlp", allocation="uniform")
     last = step("modegpt", 0.95, modules="vo", allocation="uniform")
     said = told(model, tmp_path, [first, last])
-    assert said[1] == "removes nothing and writes nothing: what it leaves is what it began with"
+    assert said[1] == "removes nothing and writes nothing: its result is its input"
     assert "step 1, modegpt, removed nothing" in said[2]
     assert records_of(tmp_path / "steps/1-modegpt")["step"].values["found"]["idle"] is True
 

@@ -173,5 +173,5 @@ def test_a_name_is_told_apart_without_asking_anybody(tmp_path, monkeypatch):
 
 def test_the_token_does_not_go_over_a_network_in_clear(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    with pytest.raises(ConfigError, match="over the network in clear"):
+    with pytest.raises(ConfigError, match="over the network unencrypted"):
         JobClient("http://192.0.2.1:8265").lend(TOKEN)

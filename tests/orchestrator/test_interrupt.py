@@ -65,7 +65,7 @@ def wait_for(holds, process):
 def test_once_saves_what_is_under_way_and_says_how_to_go_on(model, tmp_path):
     code, said = interrupt(model, tmp_path / "run", times=1)
     assert code == 130
-    assert "what is under way is saved first" in said
+    assert "saving unfinished work first" in said
     assert "to go on: compress-cluster run" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "lease.json").exists()

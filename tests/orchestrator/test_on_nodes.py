@@ -154,14 +154,16 @@ def test_a_worker_without_a_machine_is_waited_for_in_words_and_not_for_ever(
 ):
     monkeypatch.setattr("orchestrator.engine.worker_pool.ANNOUNCE_SECONDS", 1.0)
     events = []
-    with pytest.raises(ClusterError, match=r"no machine could hold worker-\d for 6 s") as caught:
+    with pytest.raises(
+        ClusterError, match=r"no machine had room for worker-\d within 6 s"
+    ) as caught:
         compress_local(
             model, tmp_path, executor=RayExecutor(), listener=events.append, workers=3,
             place_seconds=6,
         )  # fmt: skip
     assert "needs 1 CPU" in str(caught.value)
     assert "0 of 3 CPU" in str(caught.value)
-    assert "what is done is kept" in caught.value.hint
+    assert "finished work is kept" in caught.value.hint
     assert "waiting" in [e["kind"] for e in events]
 
 

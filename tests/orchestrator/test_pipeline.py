@@ -220,7 +220,7 @@ def test_a_unit_that_loses_every_worker_ends_the_run_and_is_named(model, tmp_pat
     executor = UnreliableExecutor(0, max_losses=10_000, loss=1.0, during=("work",))
     with pytest.raises(ClusterError, match=r"basis-site-\d+ lost its worker 4 times") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
-    assert "what is done is kept" in caught.value.hint
+    assert "finished work is kept" in caught.value.hint
     compress_local(model, tmp_path)  # and the same command goes on
 
 
@@ -228,5 +228,5 @@ def test_a_pass_that_loses_every_worker_ends_the_run(model, tmp_path):
     executor = UnreliableExecutor(0, max_losses=10_000, loss=0.7, during=("load", "step"))
     with pytest.raises(ClusterError, match="workers were lost") as caught:
         compress_local(model, tmp_path, executor=executor, workers=2)
-    assert "what is done is kept" in caught.value.hint
+    assert "finished work is kept" in caught.value.hint
     assert executor.num_lost_workers == POLICIES[FailureClass.NODE_LOST].budget + 1

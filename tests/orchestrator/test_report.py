@@ -369,7 +369,7 @@ def test_nothing_is_said_of_a_throughput_that_was_not_measured() -> None:
     report = sample_report()
     del report["throughput"]
     assert "Decode" not in terminal_text(report)
-    assert "round by round" not in render_page(report)
+    assert "range over the rounds" not in render_page(report)
 
 
 def test_a_speed_on_which_the_rounds_disagree_is_called_noise() -> None:
@@ -391,12 +391,12 @@ def test_a_speed_on_which_the_rounds_disagree_is_called_noise() -> None:
 def test_it_says_whose_statistics_were_taken() -> None:
     report = sample_report() | {"statistics": {"reused_from": "runs/base"}}
     for text in (render_page(report), terminal_text(report)):
-        assert "Statistics were taken from runs/base" in text.replace("<wbr>", "")
+        assert "Statistics were reused from runs/base" in text.replace("<wbr>", "")
     assert "Statistics were taken" not in terminal_text(sample_report())
 
 
 @pytest.mark.parametrize(
-    ("used", "words"), [(True, "refitted layers are used"), (False, "layers stand as drafted")]
+    ("used", "words"), [(True, "refitted layers are used"), (False, "drafted layers are kept")]
 )
 def test_a_second_pass_says_what_it_found_and_what_is_used(used: bool, words: str) -> None:
     losses = {"dense": 2.5, "drafted": 3.25, "refitted": 2.88}
@@ -477,7 +477,7 @@ def test_a_worker_over_its_plan_is_named_on_the_page_and_on_the_terminal():
     report = sample_report()
     report["memory"]["workers"] = {"worker-0": 296_000_000, "worker-1": 148_000_000}
     report["memory"]["planned_worker_bytes"] = 140_000_000
-    line = "worker-0 is over its plan: 140 MB planned, 296 MB measured (+111.4 %)"
+    line = "worker-0 exceeds its plan: 140 MB planned, 296 MB measured (+111.4 %)"
     console = Console(width=200, color_system=None, file=io.StringIO())
     console.print(render_terminal(report))
     for text in (console.file.getvalue(), render_page(report)):

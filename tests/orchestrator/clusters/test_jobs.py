@@ -89,7 +89,7 @@ def test_a_job_is_not_sent_over_the_network_to_a_cluster_that_lets_everybody_in(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match="there is no token"):
+    with pytest.raises(ConfigError, match="no token is set"):
         JobClient("http://198.51.100.1:8265")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     JobClient("http://198.51.100.1:8265")  # names it; nothing is sent
@@ -166,10 +166,10 @@ def test_a_head_without_a_job_agent_is_waited_for_aloud_and_then_named(no_agent,
         main(["submit", "tiny", "--to", no_agent, "--out", str(tmp_path / "run"), "--json"])
     assert refused.value.code == 4
     said = capsys.readouterr()
-    assert said.err.startswith("waiting for the job agent of the head at ")
+    assert said.err.startswith("waiting for the job agent of the head node at ")
     error = json.loads(said.out)["error"]
     assert error["class"] == "ClusterError"
-    assert "the job agent of its head did not answer" in error["message"]
+    assert "the job agent of its head node did not answer" in error["message"]
     for way_out in ("ray status", "dashboard_agent.log", "ray stop"):
         assert way_out in error["hint"]
     assert not (tmp_path / "run" / "job.json").exists()

@@ -66,14 +66,14 @@ def test_a_driver_that_is_killed_is_started_again_and_the_run_is_found_by_its_di
     with pytest.raises(SystemExit) as refused:
         main(["submit", *options_of(model, out, at_home)])
     assert refused.value.code == 2
-    assert "is under way already" in capsys.readouterr().err
+    assert "is already running" in capsys.readouterr().err
 
     run = Directory(str(out))
     holder = wait_for(lambda: read_records(run) and lease.holder(run), "record")
     os.kill(holder["pid"], signal.SIGKILL)
     main(["logs", str(out), "--follow"])
     said = capsys.readouterr().out
-    assert "the driver was killed by SIGKILL; try 2 of 2 begins" in said
+    assert "the driver was killed by SIGKILL; attempt 2 of 2 starts" in said
     assert (out / "READY").exists()
     assert json.loads((out / "plan.json").read_text())["forecast"]["price_per_hour"] == 2.5
     second = read_records(run)
@@ -138,7 +138,7 @@ def test_a_missing_or_wrong_token_is_told_apart(live_cluster, monkeypatch, tmp_p
     with pytest.raises(ClusterError, match="the token is missing"):
         JobClient(live_cluster.url).ray_version()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    with pytest.raises(ClusterError, match="is not the one of this cluster"):
+    with pytest.raises(ClusterError, match="the token is not this cluster's"):
         JobClient(live_cluster.url).ray_version()
 
 
