@@ -178,7 +178,7 @@ def test_a_head_without_a_job_agent_is_waited_for_aloud_and_then_named(no_agent,
 def test_a_traceback_of_the_head_is_told_without_the_names_of_its_classes(no_agent, monkeypatch):
     said = b"Traceback (most recent call last):\n  File ...\naiohttp.X: Cannot connect to host"
     monkeypatch.setattr(_NoAgent, "said", said)
-    with pytest.raises(ClusterError, match="answers 500: Cannot connect to host") as refused:
+    with pytest.raises(ClusterError, match="answered 500: Cannot connect to host") as refused:
         JobClient(no_agent).stop("one")
     assert "dashboard_agent.log" in refused.value.hint
 
