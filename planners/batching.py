@@ -1,18 +1,18 @@
-"""How token sequences are cut into what passes a model at one time."""
+"""How token sequences are divided into microbatches."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatching:
-    """How many token sequences pass a model, in which pieces and which dtype.
+    """How many token sequences pass through a model, in which microbatches and which dtype.
 
     Attributes:
-        sequences: all together.
+        sequences: in total.
         sequence_length: tokens of each.
-        microbatch_sequences: that go through a stage in one call; products are formed in it.
+        microbatch_sequences: sequences in one call of a stage; each product is over one call.
         dtype: of the forward pass.
-        shards: parts that are summed by themselves and then added, at most one a microbatch.
+        shards: parts that are summed separately and then added; at most one per microbatch.
     """
 
     sequences: int
@@ -23,7 +23,7 @@ class TokenBatching:
 
     @property
     def tokens(self) -> int:
-        """All together."""
+        """Tokens in total."""
         return self.sequences * self.sequence_length
 
     @property
@@ -33,7 +33,7 @@ class TokenBatching:
 
     @property
     def num_microbatches(self) -> int:
-        """Calls that all sequences take."""
+        """Number of calls for all sequences."""
         return -(-self.sequences // self.microbatch_sequences)
 
     @property
@@ -46,7 +46,10 @@ class TokenBatching:
 def batching_of(
     sequences: int, sequence_length: int, *, microbatch_tokens: int, dtype: str, shards: int = 1
 ) -> TokenBatching:
-    """Return the largest microbatches of up to so many tokens, a sequence at the least."""
+    """Return the batching with the largest microbatches within ``microbatch_tokens``.
+
+    A microbatch has at least one sequence.
+    """
     size = min(sequences, max(1, microbatch_tokens // sequence_length))
     return TokenBatching(
         sequences=sequences,

@@ -1,4 +1,4 @@
-"""Data as canonical JSON, and its fingerprint."""
+"""Canonical JSON of data, and its fingerprint."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCHEMA_VERSION = 2  # of what a run directory holds: raised when an older one cannot be gone on with
+SCHEMA_VERSION = 2  # of a run directory: raised when runs of older versions cannot be resumed
 
 
 def to_json(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The models that have a short name: their published configs, so that a plan needs no download."""
+"""Models with a short name, and their published configs, so that a plan needs no download."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +34,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def shape_of(name: str) -> ModelShape:
-    """Return the integers of a model of the catalogue."""
+    """Return the shape of a model of the catalogue."""
     config = CONFIGS[name]
     return load("llama").shape_of(config, config["dtype"])

@@ -1,4 +1,4 @@
-"""What planners know of a method: options, targets, allocation."""
+"""What the planners know about a method: options, targets, allocation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class OptionSpec:
 
     Attributes:
         name: of the option.
-        default: where it is not given; values have its type.
-        choices: all possible values; empty where any of the type is.
-        minimum: smallest possible number.
+        default: used if it is not given; values have its type.
+        choices: all allowed values; empty if any value of the type is.
+        minimum: smallest allowed number.
         help: as ``--help`` prints it.
-        per_layer: one layer may have another value than the others: it decides nothing but the
-            bytes of that layer, no widths, statistics or other units.
+        per_layer: a layer may have a value of its own, because the option affects only the bytes
+            of that layer: no widths, statistics or other units.
     """
 
     name: str
@@ -34,10 +34,10 @@ class OptionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """How small: one of the two is set.
+    """The requested size: one of the two is set.
 
     Attributes:
-        keep_fraction: true parameters kept over parameters before, whole model, in (0, 1].
+        keep_fraction: parameters after / before, true counts of the whole model, in (0, 1].
         slice: nominal fraction of the residual width to remove, in [0, 1).
     """
 
@@ -47,14 +47,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
-    """How one method shrinks one module of a layer, from one step to the next.
+    """The sizes to which one method can cut one module of a layer, step by step.
 
     Attributes:
-        sizes: what it can keep of the module, ascending: a width, or the sum of the ranks of its
-            linears. The whole module is not among them. More parameters stay with every step.
-        whole: the size of the whole module.
-        levels: those at which damage is measured, descending.
-        cut: (layer, size) -> the layer with this module of that size, its others as they are.
+        sizes: of the cut module, ascending: a width, or the sum of the ranks of its linears. The
+            uncut module is not among them. Each step keeps more parameters.
+        whole: the size of the uncut module.
+        levels: the sizes at which damage is measured, descending.
+        cut: (layer, size) -> the layer with this module at that size, its others unchanged.
     """
 
     sizes: range
@@ -65,12 +65,12 @@ class Ladder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The widths of a result, and who is to reach them.
+    """The widths of a result, and which method cuts each module to them.
 
     Attributes:
         form: the widths.
         makers: of each layer, module -> the method that shrinks it, where several methods compete;
-            empty where one method does all.
+            empty for a single method.
     """
 
     form: ModelForm
@@ -83,7 +83,7 @@ class Candidate:
 
     Attributes:
         spec: of the method.
-        options: with which it takes part.
+        options: with which it competes.
     """
 
     spec: "MethodSpec"
@@ -92,29 +92,29 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodSpec:
-    """What the planners may know of a method; its tensor functions stay in its file.
+    """What the planners know about a method; its tensor functions are in its file.
 
     Attributes:
         name: the file's name.
-        revision: raised when the same input would give other bytes.
+        revision: raised when the same input would give different bytes.
         source: paper, as ``arXiv:NNNN.NNNNN``.
-        modules: what it shrinks.
+        modules: the modules it can shrink.
         options: everything that can be set, with defaults.
-        residual: it turns the basis of the residual stream: a layer needs its sites' bases.
-        only_shrinks: what it does shows in widths and ranks; a model that keeps all of them keeps
-            every number. A method that changes numbers or their dtype alone must not say so.
+        residual: it rotates the residual stream, so a layer unit needs the bases of its sites.
+        only_shrinks: every change shows in widths and ranks: a model that keeps all of them keeps
+            all values. False for a method that can change values or dtypes alone.
         statistics: options -> the sums it needs of every layer.
-        refuses: why it cannot take this model with these options, or an empty string.
+        refuses: (shape, options) -> why it does not support the model, or an empty string.
         form: (shape, start, target, options) -> the widths that meet the target without any
-            statistics; what the method does not shrink stays as it is in the start.
+            statistics; what the method does not shrink stays as in ``start``.
         cuts: options -> the modules that it shrinks with these options; all of them if empty.
-        measures: options -> what must be found out of each layer before widths are final: nothing,
+        measures: options -> what must be measured on each layer before widths are final: nothing,
             ``influence``, ``damage`` or ``losses``.
-        allocate: (shape, start, target, options, findings of each layer) -> the final widths.
-        ladders: (shape, layer, options) -> qk, vo or mlp -> how it shrinks that module alone.
-        joins: modules of qk, vo and mlp -> its options where it competes for these; None where it
-            cannot.
-        candidates: all methods that compete, this one first; none where it is alone.
+        allocate: (shape, start, target, options, measurements of each layer) -> final widths.
+        ladders: (shape, layer, options) -> module (qk, vo or mlp) -> its ladder.
+        joins: modules of qk, vo and mlp -> the options with which it competes for these; None if
+            it cannot compete.
+        candidates: all methods that compete, this one first; empty for a single method.
     """
 
     name: str
@@ -143,5 +143,5 @@ class MethodSpec:
     candidates: tuple[Candidate, ...] = ()
 
     def shrinks(self, options: Mapping[str, Option]) -> tuple[str, ...]:
-        """Return the modules that take part with these options."""
+        """Return the modules that it shrinks with these options."""
         return self.cuts(options) or self.modules

@@ -1,6 +1,6 @@
-"""The words that cross every border: what a model is, what it becomes, who does which part.
+"""The plan of a run as data: the model, its result, and which stage holds which layers.
 
-Everything here is frozen data that survives JSON both ways, so that a plan can be written, read by
+Everything here is frozen and converts to JSON and back, so that a plan can be written, read by
 another process, compared and fingerprinted.
 """
 
@@ -19,7 +19,7 @@ class StagePlan:
     Attributes:
         first: first layer.
         last: one past the last layer.
-        embedding: this stage looks tokens up.
+        embedding: this stage embeds the tokens.
         head: this stage computes losses.
         bytes: planned peak of its worker by kind: weights, statistics, boundaries, workspace.
     """
@@ -33,21 +33,21 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """Everything decided before the first tensor is read.
+    """Everything that is decided before the first tensor is read.
 
     Attributes:
         shape: of the model.
         form: of the result.
-        waves: the stages that are held at one time by each chain.
+        waves: the stages of each chain that are in memory at one time.
         parameters_before: of the input model.
         parameters_after: of the result.
         bytes_before: of the weights of the input model, as stored.
         bytes_after: of those of the result.
-        calibration_tokens: all together.
+        calibration_tokens: in total.
         calibration_flops: of the pass, all workers together.
         worker_bytes: planned peak of the fullest worker.
-        disk_bytes: that the run directory takes at its fullest.
-        chains: how many times the stages of a wave are held, each with shards of its own.
+        disk_bytes: peak size of the run directory.
+        chains: copies of the stages of a wave, each with shards of its own.
     """
 
     shape: ModelShape
@@ -65,7 +65,7 @@ class RunPlan:
 
     @property
     def num_workers(self) -> int:
-        """Workers that have something to do in the widest wave."""
+        """Workers that the widest wave uses."""
         return self.chains * max(map(len, self.waves))
 
     @property

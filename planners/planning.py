@@ -1,4 +1,4 @@
-"""Model, method, target and workers -> the plan of a run."""
+"""Make the plan of a run from model, method, target and workers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,16 +29,16 @@ from planners.units.shards import chain_stages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """How much data passes the model, in which pieces, on how many workers.
+    """How much data passes through the model, in which pieces, on how many workers.
 
     Attributes:
         batching: of the calibration tokens.
         evaluation_dtype: of the pass that measures losses; that of calibration where it is empty.
         statistics_dtype: of grams on disk.
-        num_workers: workers at hand.
+        num_workers: available workers.
         worker_bytes: memory of each.
-        extra_statistics: summed too, for others.
-        mapped: the sums are read as pages of local files, and on no device of their own.
+        extra_statistics: summed too, for other methods.
+        mapped: units read the sums as mapped pages of local files, without memory of their own.
     """
 
     batching: TokenBatching
@@ -50,7 +50,7 @@ class Workload:
     mapped: bool = False
 
 
-def make_plan(  # noqa: PLR0913 what a plan is made of
+def make_plan(  # noqa: PLR0913 the inputs of a plan
     shape: ModelShape,
     spec: MethodSpec,
     options: Mapping[str, Option],
@@ -66,14 +66,14 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
         shape: of the model.
         spec: of the method.
         options: of the method, complete.
-        target: how small.
+        target: requested size.
         work: data and workers.
-        start: what the step begins with; the model that nothing touched if None.
-        others: methods with their options, to be named where they would fit and this one does not.
+        start: what the step starts from; the uncompressed model if None.
+        others: methods with their options, to suggest if they would fit and this one does not.
 
     Raises:
-        PlanError: the method refuses the model, the target is out of reach, or a layer does not
-            fit a worker: then by how many bytes, and the cheapest ways to fit.
+        PlanError: the method does not support the model, the target cannot be met, or a layer does
+            not fit a worker; the message then has the missing bytes and the cheapest ways to fit.
     """
     _require_possible(shape, spec, options, target=target, work=work)
     start = start or dense_start(shape)
@@ -93,7 +93,7 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
         ways = ways_to_fit(attempt, shortfall, others=others)
         raise PlanError(
             f"a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small for one layer",
-            hint="what would fit, the cheapest first: " + "; ".join(ways),
+            hint="what would fit, cheapest first: " + "; ".join(ways),
         )
     stages = chain_stages(work.num_workers, batching.shards)
     waves = place(shape, load, num_workers=stages, worker_bytes=work.worker_bytes)
@@ -102,14 +102,14 @@ def make_plan(  # noqa: PLR0913 what a plan is made of
     stored = BYTES_OF[work.statistics_dtype]
     layers = start.form.layers
     sums = sum(statistic_elements(shape, s, f) for s in statistics for f in layers) * stored
-    # A chain of sites keeps the stream it reads and the one it writes.
+    # The sequential schedule keeps the activations it reads and those it writes.
     sequential = options.get("schedule") == "sequential"
     streams = 2 if sequential else int(len(waves) > 1)
     stream = tokens * shape.hidden * BYTES_OF[batching.dtype]
     boundaries = streams * stream
-    if sequential:  # a gram for each shard of a site
+    if sequential:  # and a gram for each shard of a site
         boundaries += int(options["shards"]) * shape.hidden**2 * 8
-    if batching.shards > 1:  # those of one wave lie there until they are added
+    if batching.shards > 1:  # the sums of one wave stay on disk until they are added
         held = max(wave[-1].last - wave[0].first for wave in waves)
         widest = max(sum(statistic_elements(shape, s, f) for s in statistics) for f in layers)
         boundaries += batching.shards * held * widest * 8
@@ -155,15 +155,15 @@ def _require_possible(
 ) -> None:
     reason = spec.refuses(shape, options)
     if reason:
-        raise PlanError(f"{spec.name} cannot take this model: {reason}")
+        raise PlanError(f"{spec.name} does not support this model: {reason}")
     if target.slice is not None and not spec.residual:
         raise PlanError(
-            f"slice: is {target.slice}, a fraction of the residual width, which {spec.name} keeps",
+            f"slice: {target.slice} is a fraction of the residual width, which {spec.name} keeps",
             hint="use --keep-fraction, the true fraction of the parameters",
         )
     if options.get("refit") and work.batching.sequences < refit.MIN_SEQUENCES:
         raise PlanError(
-            f"refit: {work.batching.sequences} calibration sequence is too few; some are held out",
+            f"refit: {work.batching.sequences} calibration sequence is too few: some are held out",
             hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
         )
 
@@ -207,13 +207,13 @@ def _load(
 def _shortfall(
     shape: ModelShape, tried: Attempt, *, target: Target, work: Workload, start: Start
 ) -> int:
-    """Return the bytes that a worker lacks for another way of doing the step.
+    """Return the bytes that a worker lacks for a changed version of the step.
 
     Raises:
-        PlanError: that way cannot be planned at all.
+        PlanError: the changed step cannot be planned at all.
     """
     if tried.spec.refuses(shape, tried.options):
-        raise PlanError(f"{tried.spec.name} cannot take this model")
+        raise PlanError(f"{tried.spec.name} does not support this model")
     changed = replace(work, batching=tried.batching)
     form = tried.spec.form(shape, start, target, tried.options)
     load = _load(shape, tried.spec, tried.options, form=form, start=start, work=changed)

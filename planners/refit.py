@@ -1,14 +1,14 @@
-"""Refit: the option that methods share, which sequences it holds out, and what it tries."""
+"""Refit, the second pass: its option, the sequences it holds out, the dampings it tries."""
 
 import math
 
 from planners.method import OptionSpec
 from planners.model.shape import ModelShape
 
-REVISION = 1  # raised when the same input would give other bytes
-HELD_OUT = 8  # one sequence in so many, at the end, is held out
+REVISION = 1  # raised when the same input would give different bytes
+HELD_OUT = 8  # one sequence in eight, at the end, is held out
 MIN_SEQUENCES = 2  # one to fit, one to choose by
-# Relative to the mean of the gram's diagonal; held-out sequences choose one, or none at all.
+# Relative to the mean of the gram's diagonal; the held-out loss chooses one, or no refit at all.
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 OPTION = OptionSpec(
@@ -19,16 +19,16 @@ OPTION = OptionSpec(
 )
 
 DRAFT_COPIES = 2  # of the layers, as drafted and as refitted, until one of them is the result
-LIVE_BOUNDARIES = 3  # before a layer, between its halves, and behind it
-STREAMS = 2 + 1 / HELD_OUT  # dense, refitted, and as drafted on what is held out
+LIVE_BOUNDARIES = 3  # before a layer, between its halves, and after it
+STREAMS = 2 + 1 / HELD_OUT  # dense, refitted, and drafted on the held-out sequences alone
 GRAMS = 4  # of fitted and of held-out tokens, damped, and its factor
-LAYERS = 4  # dense, drafted, refitted so far, and the one that is built
+LAYERS = 4  # dense, drafted, refitted so far, and the one being built
 
 Rows = list[tuple[int, int]]
 
 
 def workspace_bytes(shape: ModelShape, *, layer_bytes: int) -> int:
-    """Return what refitting one layer needs on top of a forward pass."""
+    """Return the bytes that refitting one layer needs on top of a forward pass."""
     dim, out_dim = max(
         (inner, out) for out, inner in map(shape.linear_dims, ("o_proj", "down_proj"))
     )
@@ -36,12 +36,12 @@ def workspace_bytes(shape: ModelShape, *, layer_bytes: int) -> int:
 
 
 def disk_bytes(result_bytes: int, *, stream_bytes: int) -> int:
-    """Return what the second pass keeps on disk until the result is chosen."""
+    """Return the bytes that the second pass keeps on disk until the result is chosen."""
     return DRAFT_COPIES * result_bytes + math.ceil(LIVE_BOUNDARIES * STREAMS * stream_bytes)
 
 
 def cuts(num_sequences: int, *, size: int) -> tuple[Rows, Rows]:
-    """Return the microbatches that are fitted and those that are held out, as row ranges."""
+    """Return the fitted and the held-out microbatches, as row ranges."""
     held = num_sequences - max(1, num_sequences // HELD_OUT)
 
     def cut(first: int, last: int) -> Rows:

@@ -1,4 +1,4 @@
-"""Several methods in one recipe: which go together, and what a step hands to the next one."""
+"""Several methods in one recipe: which can be combined, and what a step leaves for the next."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ Step = tuple[MethodSpec, Mapping[str, Option]]
 
 
 def require_disjoint(steps: Sequence[Step]) -> None:
-    """See that no two steps shrink the same thing.
+    """Check that no two steps shrink the same linear.
 
     Raises:
         ConfigError: two do; the message names both.
@@ -23,23 +23,23 @@ def require_disjoint(steps: Sequence[Step]) -> None:
             shared = _parts(spec, options) & _parts(other, others)
             if shared:
                 raise ConfigError(
-                    f"steps[{later}]: {spec.name} shrinks {_said(spec, options)}, and steps"
-                    f"[{earlier}], {other.name}, has shrunk {_said(other, others)}: both touch "
+                    f"steps[{later}]: {spec.name} shrinks {_modules(spec, options)}, and steps"
+                    f"[{earlier}], {other.name}, shrinks {_modules(other, others)}: both change "
                     f"{', '.join(sorted(shared))}",
-                    hint="give each step other modules, such as modules=mlp,vo",
+                    hint="give each step different modules, such as modules=mlp,vo",
                 )
 
 
 def is_identity(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
     """Return whether a step with this form removes nothing, so that its output is its input.
 
-    Only of a method that does nothing else: widths do not tell what became of the numbers.
+    False for methods that can change values without changing widths.
     """
     return spec.only_shrinks and replace(form, native=start.native) == start
 
 
 def is_pure_rotation(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:
-    """Return whether a step keeps every axis of the residual stream, and turns them."""
+    """Return whether a step rotates the residual stream and keeps every axis of it."""
     widths = {
         width
         for layer in form.layers
@@ -52,5 +52,5 @@ def _parts(spec: MethodSpec, options: Mapping[str, Option]) -> set[str]:
     return {p for module in spec.shrinks(options) for p in LINEARS_OF.get(module, (module,))}
 
 
-def _said(spec: MethodSpec, options: Mapping[str, Option]) -> str:
+def _modules(spec: MethodSpec, options: Mapping[str, Option]) -> str:
     return ", ".join(spec.shrinks(options))

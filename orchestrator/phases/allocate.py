@@ -1,4 +1,4 @@
-"""A few floats a layer -> the widths of every layer, exactly within the budget."""
+"""Allocate the widths of every layer within the budget, from a few measured numbers a layer."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from planners.units.units import Unit, damage_units, losses_units
 
 
 def allocate(context: RunContext) -> RunContext:
-    """Return a context with its final widths, measuring first what the method wants to know.
+    """Return a context with its final widths; first measure what the method needs for them.
 
     Raises:
         PlanError: the budget cannot be met.
@@ -30,18 +30,18 @@ def allocate(context: RunContext) -> RunContext:
         )
     except NumericsError as error:
         raise found_behind(error, prepared.identity.batching.dtype) from error
-    said = {
+    content = {
         "measured": spec.measures(options),
         "findings": _small(findings),
         "form": to_json(allocation.form),
         **({"makers": to_json(allocation.makers)} if allocation.makers else {}),
     }
-    context.run.write("allocation.json", json.dumps(said, indent=1, sort_keys=True).encode())
+    context.run.write("allocation.json", json.dumps(content, indent=1, sort_keys=True).encode())
     return replace(context, form=allocation.form, makers=allocation.makers)
 
 
 def _findings(context: RunContext, units: list[Unit]) -> list[Mapping[str, object]]:
-    """Return what was found out of each layer; what others who compete would do to it, too."""
+    """Return the measurements of each layer, with those of all competing methods."""
     joining = _joining(context)
     findings: list[Mapping[str, object]] = []
     for own, *others in zip(units[: len(context.sums)], *joining.values(), strict=True):
@@ -54,7 +54,7 @@ def _findings(context: RunContext, units: list[Unit]) -> list[Mapping[str, objec
 
 
 def measured(context: RunContext) -> list[Unit]:
-    """Return the units whose records hold what was asked for, doing those that are not done."""
+    """Return the units whose records hold the measurements; do those that have no record."""
     units = measuring(context)
     if not units:
         return list(context.sums)
@@ -69,7 +69,7 @@ def measured(context: RunContext) -> list[Unit]:
 
 
 def measuring(context: RunContext) -> list[Unit]:
-    """Return the units that measure what the sums do not tell; nothing where they tell all."""
+    """Return the measuring units; none where the statistics alone are enough."""
     spec, options = context.prepared.spec, context.prepared.options
     wanted = spec.measures(options)
     if wanted in ("", "influence"):
@@ -85,11 +85,11 @@ def measuring(context: RunContext) -> list[Unit]:
             modules=spec.shrinks(options),
             form=context.prepared.plan.form,
         )
-    raise PlanError(f"{spec.name}: nobody measures {wanted!r}")
+    raise PlanError(f"{spec.name}: no unit measures {wanted!r}")
 
 
 def _joining(context: RunContext) -> dict[str, list[Unit]]:
-    """Return method -> the units that measure its cuts, of those that compete with the own one."""
+    """Return competing method -> the units that measure its cuts."""
     return {
         each.spec.name: damage_units(
             context.sums,

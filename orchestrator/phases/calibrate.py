@@ -1,4 +1,4 @@
-"""Streaming the calibration tokens, and the evaluation tokens of the dense model, through it."""
+"""Stream the calibration tokens through the stages, and sum the statistics of every layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ from planners.units.units import Unit
 
 
 def boundary_name(stream: str, layer: int, index: int) -> str:
-    """Return the file of the activations that enter a layer."""
+    """Return the name of the file of the activations that enter a layer."""
     return f"boundary/{stream}-layer-{layer:05d}-mb-{index:05d}.safetensors"
 
 
-def assignments(  # noqa: PLR0913 each is a field of what it returns
+def assignments(  # noqa: PLR0913 each is a field of an Assignment
     wave: Sequence[StagePlan],
     *,
     run_uri: str,
@@ -59,7 +59,7 @@ class _Shard:
     Attributes:
         number: from 0.
         microbatches: first, one past the last.
-        units: that lack a record, one a layer.
+        units: one a layer, those without a record.
         partials: its sums so far.
     """
 
@@ -77,7 +77,7 @@ def calibrate(context: RunContext) -> None:
     """Accumulate the statistics of every layer that has no record, wave by wave.
 
     Raises:
-        CompressionError: a weight is broken, or too many workers were lost.
+        CompressionError: a weight is invalid, or too many workers were lost.
     """
     plan = context.prepared.plan
     todo = context.ledger.todo([unit for unit in context.sums if unit.taps])
@@ -102,16 +102,16 @@ def calibrate(context: RunContext) -> None:
 
 
 def _lacking(context: RunContext, unit: Unit) -> Unit:
-    """Return what is to be summed for a layer: the taps that no file of it holds yet."""
+    """Return the unit that sums the missing taps of a layer: those that none of its files holds."""
     missing = context.ledger.missing_taps(unit)
     if missing == set(unit.taps):
         return unit
-    # Sums that are there already stay as they are; what is added gets a file of its own.
+    # Existing sums stay as they are; added ones are written to a separate file.
     return replace(unit, taps=tuple(sorted(missing)), suffix=f"-{fingerprint(sorted(missing))[:8]}")
 
 
 def _shards(context: RunContext, lacking: Sequence[Unit], num_microbatches: int) -> list[_Shard]:
-    """Return all shards, with the units of each that lack a record."""
+    """Return all shards, each with its units that have no record."""
     num_layers = context.prepared.plan.shape.num_layers
     missing = _missing(lacking, context)
     cuts = shard_cuts(context.prepared.identity.batching.shards, num_microbatches)
@@ -143,7 +143,7 @@ def _pass(
     *,
     first_slot: int,
 ) -> Pass:
-    """Return the pass of one shard through one wave, on a chain that begins with a slot."""
+    """Return the pass of one shard through one wave, on the chain that starts at ``first_slot``."""
     prepared, wave = context.prepared, context.prepared.plan.waves[number]
     into, out = wave[0].first, wave[-1].last
     units = {unit.name: unit for unit in shard.of(wave)}
@@ -165,7 +165,7 @@ def _pass(
     def on_published(task: UnitTask, done: UnitDone) -> None:
         seen = done.values["num_tokens"]
         if seen != tokens:
-            raise NumericsError(f"{task.unit}: {seen} tokens were summed, not {tokens}")
+            raise NumericsError(f"{task.unit}: summed {seen} tokens, expected {tokens}")
         context.ledger.commit(units[task.unit], done, attempt=1)
         shard.partials.forget(task.index)
         context.journal.emit(task.kind, unit=task.unit, worker=done.worker,
@@ -214,7 +214,7 @@ def _pass(
 
 
 def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
-    """Add the shards of these layers, where there are several; they are dropped behind it."""
+    """Add the shards of these layers, where there are several, and remove their files."""
     count = context.prepared.identity.batching.shards
     if count == 1:
         return
@@ -224,13 +224,13 @@ def _add_up(context: RunContext, lacking: Sequence[Unit]) -> None:
 
 
 def _stored_dtype(context: RunContext) -> str:
-    """Return how grams are written behind a pass: what is still to be added is not rounded."""
+    """Return the dtype in which a pass writes grams; sums of shards are added unrounded."""
     identity = context.prepared.identity
     return identity.statistics_dtype if identity.batching.shards == 1 else "float64"
 
 
 def _steps_left(wave: Sequence[StagePlan], shards: Sequence[_Shard]) -> int:
-    """Return how many microbatches the stages of a wave have before them."""
+    """Return how many microbatches the stages of a wave still have to process."""
     left = 0
     for shard in shards:
         start, stop = shard.microbatches
@@ -256,23 +256,23 @@ def boundary_unit(context: RunContext, layer: int, index: int) -> Unit:
 
 
 def _passing(context: RunContext, shards: Sequence[_Shard]) -> list[list[_Shard]]:
-    """Return the shards that pass each wave: to be summed there, or for the wave behind it."""
+    """Return the shards that pass each wave: to be summed in it, or in a later wave."""
     found: list[list[_Shard]] = []
-    behind: set[int] = set()
+    later: set[int] = set()
     for wave in reversed(context.prepared.plan.waves):
         here = [
             shard
             for shard in shards
             if shard.of(wave)
-            or (shard.number in behind and not _has_passed(context, shard, wave[-1].last))
+            or (shard.number in later and not _has_passed(context, shard, wave[-1].last))
         ]
         found.insert(0, here)
-        behind = {shard.number for shard in here}
+        later = {shard.number for shard in here}
     return found
 
 
 def _has_passed(context: RunContext, shard: _Shard, layer: int) -> bool:
-    """Return whether the activations of a shard that enter a layer are all there."""
+    """Return whether all activations of a shard that enter a layer are stored."""
     return all(
         context.ledger.done(boundary_unit(context, layer, index))
         for index in range(*shard.microbatches)
@@ -285,7 +285,7 @@ def _forget_boundaries(context: RunContext, layer: int, count: int) -> None:
 
 
 def _missing(units: Sequence[Unit], context: RunContext) -> frozenset[Statistic]:
-    """Return the statistics that at least one of these units lacks."""
+    """Return the statistics that at least one of these units still has to sum."""
     names = {tap for unit in units for tap in unit.taps}
     return frozenset(s for s in context.prepared.statistics if str(s) in names)
 
@@ -303,7 +303,7 @@ def _boundary_done(unit: Unit, done: StepDone, entry: FileEntry) -> UnitDone:
 
 
 def tell_missing(context: RunContext) -> None:
-    """Tell listeners which statistics another run was to give and has not."""
+    """Emit an event with the statistics that the reused run does not have."""
     uri = context.prepared.statistics_uri
     missing = {tap for unit in context.sums for tap in context.ledger.missing_taps(unit)}
     if uri and missing:

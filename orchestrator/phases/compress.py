@@ -1,4 +1,4 @@
-"""Compress: basis, layer, embedding and head units on whichever worker is free."""
+"""Compress: do the basis, layer, embedding and head units, each on any free worker."""
 
 from orchestrator.phases.context import RunContext
 from planners.units.units import needed

@@ -1,4 +1,4 @@
-"""What every phase of a run is handed."""
+"""The context that every phase of a run receives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,16 +30,16 @@ from planners.units.units import (
 
 @dataclass(frozen=True, kw_only=True)  # no slots: its units are made once, and kept
 class RunContext(WorkContext):
-    """A run under way, or one step of it: what is to be done, what is done, and who does it.
+    """A run in progress, or one step of it: its plan, its records and its workers.
 
-    Its units follow from these fields: with other widths it is another context.
+    Its units follow from these fields: other widths make another context.
 
     Attributes:
-        prepared: what is to be done.
-        form: widths of the result; not final before they are allocated.
+        prepared: the prepared run.
+        form: widths of the result; final once they are allocated.
         makers: of each layer, module -> the method that shrinks it, where several compete.
-        turned: the step before, where its statistics are turned and not measured again.
-        steps: what the steps before were, as a report says it.
+        turned: the step before, where its statistics are rotated instead of measured again.
+        steps: the steps before, as the report describes them.
     """
 
     prepared: Prepared
@@ -74,7 +74,7 @@ class RunContext(WorkContext):
         return tuple(self._with_own_options(unit) for unit in units)
 
     def _with_own_options(self, unit: Unit) -> Unit:
-        """Return a layer's unit as that of the options that it alone has."""
+        """Return a layer's unit with the options of that layer in its fingerprint."""
         own = self.prepared.config.layer_options.get(unit.index)
         if not own or not KINDS[unit.kind].own_options:
             return unit
@@ -83,7 +83,7 @@ class RunContext(WorkContext):
 
     @cached_property
     def refitting(self) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-        """The second pass and the layers that come of it; nothing where there is none."""
+        """The units of the second pass and the layers it results in; both empty without refit."""
         drafts = [unit for unit in self.made if unit.kind == "draft"]
         chain, chosen = refit_units(drafts) if drafts else ((), ())
         return tuple(chain), tuple(chosen)
@@ -96,27 +96,27 @@ class RunContext(WorkContext):
 
     @property
     def is_idle(self) -> bool:
-        """It is a step before others that removes nothing: what it leaves is its input."""
+        """Whether it is an earlier step that removes nothing, so that its output is its input."""
         prepared = self.prepared
         is_last = bool(prepared.config.steps) or not self.steps
         return not is_last and is_identity(prepared.start.form, self.form, prepared.spec)
 
     def do(self, units: Sequence[Unit], **other: Any) -> None:
-        """Do all units that have no record, each on whichever worker is free.
+        """Do all units that have no record, each on any free worker.
 
         Args:
-            units: each behind its inputs.
-            other: fields of the job that are not the run's own, such as another method.
+            units: each after its inputs.
+            other: fields of the job that differ from the run's own, such as another method.
 
         Raises:
             CompressionError: a unit's own error, or a unit failed the same way too often.
-            KeyboardInterrupt: the user asked to stop; what was under way has its record.
+            KeyboardInterrupt: the user asked to stop; running units were finished and recorded.
         """
         job = replace(self.job(), **other)
         run_units(self.pool, units, job, ledger=self.ledger, journal=self.journal)
 
     def in_fresh_process(self, unit: Unit, method: str, request: object) -> UnitDone:
-        """Return an evaluator's answer to a request, and tell the journal; record nothing."""
+        """Return an evaluator's answer to a request, and emit its event; write no record."""
         config = self.prepared.config
         fresh = FreshProcess(unit=unit.name, threads=config.threads, device=config.device)
         supervisor = self.pool.supervisor
@@ -132,7 +132,7 @@ class RunContext(WorkContext):
         return model_parameters(self.prepared.plan.shape, self.form)
 
     def job(self) -> CompressionJob:
-        """Return what compression units share, with the files of the statistics as they are now."""
+        """Return what compression units share, with the current files of the statistics."""
         prepared = self.prepared
         return CompressionJob(
             run_uri=self.run.uri,

@@ -1,4 +1,4 @@
-"""Perplexity through the stages that calibrate; what a process of its own says to a request."""
+"""Measure perplexity, through the same stages that calibrate."""
 
 import math
 from dataclasses import dataclass, replace
@@ -52,10 +52,10 @@ def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
 
 
 def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Loss:
-    """Return the loss of a model on the evaluation tokens, part by part, each with a record.
+    """Return the loss of a model on the evaluation tokens; each part of them has a record.
 
     Raises:
-        NumericsError: a part has a loss that is not a number.
+        NumericsError: the loss of a part is not finite.
     """
     rows = plan.batching.microbatches
     units = [_part(plan, subject, index, ab) for index, ab in enumerate(rows)]
@@ -86,7 +86,7 @@ def _evaluate_wave(
     ]
     run_side_by_side(context.pool, passes)
     into = wave[0].first
-    if into:  # not before: a replaced worker begins with them again
+    if into:  # only now: a replacement worker starts from them again
         for number in range(len(left)):
             context.run.delete(boundary_name(f"evaluation-{what[0].name}", into, number))
 
@@ -98,7 +98,7 @@ def _evaluation_pass(
     left: list[tuple[Unit, tuple[int, int]]],
     chain: tuple[int, tuple[int, int]],
 ) -> Pass:
-    """Return the pass of some of the parts through one chain: its first slot, and which parts."""
+    """Return the pass of some parts through one chain, given as its first slot and its parts."""
     subject, wave = what[0], plan.waves[what[1]]
     first_slot, (start, stop) = chain
     into, out, last = wave[0].first, wave[-1].last, wave[-1].head

@@ -1,4 +1,4 @@
-"""Write the report, mark the run READY, remove what only the work needed."""
+"""Write the report, mark the run READY, remove temporary files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from planners.units.units import Unit
 
 
 def finish(context: RunContext, report: Mapping[str, Any]) -> None:
-    """Write the report, mark the run READY, and drop what only the work needed."""
+    """Write the report, mark the run READY, and remove the files that only the work needed."""
     run = context.run
     data = json_bytes(report)
     run.write(REPORT, data)
@@ -23,11 +23,11 @@ def finish(context: RunContext, report: Mapping[str, Any]) -> None:
         "identity": facts,
         "created": report["created"],
         "report": sha256(data),
-        # A basis is not of the result: its files are dropped, its numbers are in the report.
+        # A basis is no part of the result: its files are removed, its numbers are in the report.
         "units": sorted({*(u.name for u in context.units if _in_result(context, u)), STITCH}),
     }
     run.write(READY, sealed(mark))
-    # Last: a driver that dies before READY finds everything that its successor needs.
+    # Last: if the driver dies before READY, its successor still finds every file it needs.
     for name in spent_files(run, keep_statistics=context.prepared.config.keep_statistics):
         run.delete(name)
 

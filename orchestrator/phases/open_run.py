@@ -1,4 +1,4 @@
-"""Open a run directory, and know another run from this one."""
+"""Open a run directory; refuse one that holds a different run."""
 
 import json
 from collections.abc import Mapping
@@ -27,22 +27,22 @@ from planners.errors import ConfigError, DataError, StorageError
 
 
 def check_run(prepared: Prepared) -> bool:
-    """Return whether the directory holds this run already; nothing is written.
+    """Return whether the directory already holds this run; write nothing.
 
     Raises:
-        ConfigError: the directory holds another run, or the statistics to reuse are of another
-            model or data; the message says what differs.
-        StorageError: it holds something that is no run.
+        ConfigError: the directory holds a different run, or the statistics to reuse belong to
+            another model or other data; the message says what differs.
+        StorageError: the directory holds files that are not a run's.
     """
     require_same(prepared)
     known = _is_this_run(prepared)
     if not known:
-        _refuse_what_is_no_run(prepared.run)
+        _refuse_unrelated_files(prepared.run)
     return known
 
 
 def open_run(prepared: Prepared) -> None:
-    """Write the recipe, plan, environment and tokens, or see that they are those of this run.
+    """Write the recipe, plan, environment and tokens, or check that they belong to this run.
 
     Raises:
         ConfigError: see `check_run`.
@@ -52,15 +52,15 @@ def open_run(prepared: Prepared) -> None:
 
 
 def write_run(prepared: Prepared, *, known: bool) -> None:
-    """Write the recipe, plan, environment and tokens; ``known`` is what `check_run` says.
+    """Write the recipe, plan, environment and tokens; ``known`` is the answer of `check_run`.
 
     Raises:
         StorageError: the directory cannot be written.
     """
     run = prepared.run
     if not known:
-        run.delete(READY)  # of a run whose plan was torn
-    # First: from here on, whatever else lies here is of this run.
+        run.delete(READY)  # left by a run whose plan was only partly written
+    # First: from here on, every other file in the directory belongs to this run.
     write_plan(prepared)
     for name, tokens, source in (
         (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
@@ -73,7 +73,7 @@ def write_run(prepared: Prepared, *, known: bool) -> None:
 
 
 def write_plan(prepared: Prepared) -> None:
-    """Write what a run is, what it does and what that was expected to take."""
+    """Write the identity of a run, its plan and its forecast."""
     content: dict[str, Any] = {
         "title": prepared.title,
         "identity": to_json(prepared.facts),
@@ -96,28 +96,28 @@ def recipe_of(run: Directory) -> RunConfig:
     try:
         config = RunConfig.model_validate(yaml.safe_load(run.read("run.yaml")))
     except (yaml.YAMLError, ValidationError) as error:
-        raise StorageError(f"{run.path('run.yaml')}: is not a recipe of ours: {error}") from error
+        raise StorageError(f"{run.path('run.yaml')}: is not a valid recipe: {error}") from error
     return config.model_copy(update={"out": run.uri})
 
 
-def _refuse_what_is_no_run(run: Directory) -> None:
-    """Refuse to spread a run among files that are not of one, such as a model's or a home's."""
+def _refuse_unrelated_files(run: Directory) -> None:
+    """Refuse to mix a run with unrelated files, such as those of a model or a home directory."""
     if run.size("run.yaml") is not None or run.size("plan.json") is not None:
-        return  # of a run whose plan was torn or lost
-    strange = [
+        return  # a run whose plan was only partly written, or was lost
+    unrelated = [
         name
         for name in run.entries()
         if not name.startswith((".", LEASE, JOB)) and not name.endswith(".tmp")
     ]
-    if strange:
+    if unrelated:
         raise StorageError(
-            f"{run.uri}: holds {strange[0]!r} and is no run directory",
+            f"{run.uri}: holds {unrelated[0]!r} and is not a run directory",
             hint="use another --out: a new or an empty directory",
         )
 
 
 def _is_this_run(prepared: Prepared) -> bool:
-    """Return whether the directory holds this run, and not none yet."""
+    """Return whether the directory holds this run; False if it holds none yet."""
     run, facts = prepared.run, to_json(prepared.facts)
     if run.size("plan.json") is None:
         return False
@@ -126,22 +126,22 @@ def _is_this_run(prepared: Prepared) -> bool:
         old = plan["identity"]
         differ = [key for key in facts if old.get(key) != facts[key]]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return False  # torn by a crash before anything else was written
+        return False  # partly written: a crash came before anything else was written
     if "schema" in differ:
         raise ConfigError(
-            f"{run.uri} holds a run of another version of compress-cluster: its files are of "
-            f"schema {old.get('schema', 1)}, those of this version of {facts['schema']}",
-            hint="use another --out, or the version that began this run",
+            f"{run.uri} holds a run of another version of compress-cluster: its files have schema "
+            f"{old.get('schema', 1)}, this version needs schema {facts['schema']}",
+            hint="use another --out, or the version that started this run",
         )
     if differ:
-        said = [f"{key} was {short(old.get(key))}, is {short(facts[key])}" for key in differ]
-        there = "the options of the run that is there"
+        changes = [f"{key} was {short(old.get(key))}, is {short(facts[key])}" for key in differ]
+        remedy = "repeat the options of the existing run"
         if MODEL in differ and (changed := _changed_parts(plan, prepared)):
-            said.insert(0, changed)
-            there = "put back the model that the run there began with"
+            changes.insert(0, changed)
+            remedy = "restore the model that the existing run started with"
         raise ConfigError(
-            f"{run.uri} holds another run: {'; '.join(said)}",
-            hint=f"use another --out, or {there}",
+            f"{run.uri} holds a different run: {'; '.join(changes)}",
+            hint=f"use another --out, or {remedy}",
         )
     return True
 
@@ -156,14 +156,13 @@ def _holds_tokens(run: Directory, name: str, tokens: np.ndarray) -> bool:
 
 
 def require_same(prepared: Prepared) -> None:
-    """See that the statistics a run is to reuse are those that it would make itself.
+    """Check that the statistics a run is to reuse are those it would compute itself.
 
     Raises:
-        ConfigError: they are of another model, other data or made otherwise; the message says what
-            differs.
+        ConfigError: another model, other data or other settings; the message says what differs.
         StorageError: there is no run.
     """
-    first = prepared.origin  # of several steps the first alone begins with the model
+    first = prepared.origin  # only the first of several steps reads the input model
     if not first.statistics_uri:
         return
     run, facts = Directory(first.statistics_uri), first.facts
@@ -171,27 +170,27 @@ def require_same(prepared: Prepared) -> None:
     theirs = plan["identity"]
     if "steps" in theirs:
         raise ConfigError(
-            f"stats: {run.uri} is a run of several steps; what it kept is of the model between two",
-            hint=f"give its first step: {run.below('steps/1-' + theirs['steps'][0]['method'])}",
+            f"stats: {run.uri} has several steps; its statistics are of an intermediate model",
+            hint=f"use its first step: {run.below('steps/1-' + theirs['steps'][0]['method'])}",
         )
     differ = [key for key in IDENTITY if theirs.get(key) != facts[key]]
     if "schema" in differ:
         raise ConfigError(
-            f"stats: {run.uri} is a run of another version of compress-cluster: its files are of "
-            f"schema {theirs.get('schema', 1)}, those of this version of {facts['schema']}",
-            hint="leave out --stats, or use the version that made those statistics",
+            f"stats: {run.uri} is a run of another version of compress-cluster: its files have "
+            f"schema {theirs.get('schema', 1)}, this version needs schema {facts['schema']}",
+            hint="leave out --stats, or use the version that computed those statistics",
         )
     if differ:
-        said = [f"{k} is {short(facts[k])}, theirs {short(theirs.get(k))}" for k in differ]
+        changes = [f"{k} is {short(facts[k])}, there {short(theirs.get(k))}" for k in differ]
         if MODEL in differ and (changed := _changed_parts(plan, first)):
-            said.insert(0, changed)
+            changes.insert(0, changed)
         raise ConfigError(
-            f"stats: the statistics of {run.uri} cannot serve this run: {'; '.join(said)}",
-            hint="give the same model, calibration data and settings, or leave out --stats",
+            f"stats: the statistics of {run.uri} cannot be used for this run: {'; '.join(changes)}",
+            hint="use the same model, calibration data and settings, or leave out --stats",
         )
 
 
 def _changed_parts(plan: Mapping[str, Any], prepared: Prepared) -> str:
-    """Return which parts of the model are not what they were when a plan was written, in words."""
+    """Describe which parts of the model changed since a plan was written."""
     old = plan.get("model")
     return difference(old, prepared.origin.contents) if isinstance(old, dict) else ""

@@ -1,4 +1,4 @@
-"""Records and measurements -> the report's one document, as ``report.json`` holds it."""
+"""Build the content of ``report.json`` from records and measurements."""
 
 import math
 import resource
@@ -36,7 +36,7 @@ def outcome(
     throughput: Mapping[str, Any],
     checks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the report of a run whose every phase is done."""
+    """Return the report of a run whose phases are all done."""
     prepared, plan = context.prepared, context.prepared.plan
     events = read_events(context.run)
     begun = min(event["at"] for event in events)
@@ -118,7 +118,7 @@ def outcome(
 
 
 def _peaks(events: list[dict[str, Any]]) -> dict[str, int]:
-    """Return worker -> the most memory that it said it had used, to any driver of the run."""
+    """Return worker -> the peak memory that it reported, to any driver of the run."""
     found: Counter[str] = Counter()
     for event in events:
         if event["worker"].startswith("worker-"):
@@ -127,14 +127,14 @@ def _peaks(events: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _reused(context: RunContext) -> str:
-    """Return the run whose statistics were taken, as it was named; empty where there is none."""
+    """Return the run whose statistics were reused, as the user named it; empty if none."""
     prepared = context.prepared
     return prepared.statistics_uri or prepared.config.stats or ""
 
 
 def _few_tokens(context: RunContext) -> list[str]:
     prepared = context.prepared
-    said = [
+    warnings = [
         few_tokens(
             step.plan.shape,
             step.spec.statistics(step.options),
@@ -144,14 +144,14 @@ def _few_tokens(context: RunContext) -> list[str]:
         )
         for step in (*prepared.former, prepared)
     ]
-    return list(dict.fromkeys(filter(None, said)))
+    return list(dict.fromkeys(filter(None, warnings)))
 
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 
 def _failures(events: list[dict[str, Any]]) -> dict[str, int]:
-    """Return class -> how often this run met it, over all its drivers; not those it never met."""
+    """Return failure class -> how often it occurred, over all drivers; only those that occurred."""
     met = Counter(event["kind"] for event in events)
     last = (event["detail"] for event in events if event["kind"] == "gave up")
     met.update(detail.partition(":")[0] for detail in last)
@@ -222,7 +222,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
 
 
 def step_facts(context: RunContext) -> dict[str, Any]:
-    """Return what a report says of one of several steps once its files are gone."""
+    """Return what the report needs of one of several steps after its files are removed."""
     after, before = context.parameters_after, context.prepared.plan.parameters_before
     return {
         "parameters": after,
@@ -234,9 +234,9 @@ def step_facts(context: RunContext) -> dict[str, Any]:
 
 
 def _cuts(context: RunContext) -> list[dict[str, Any]]:
-    """Return for each layer what each module was cut to and by whom, where several methods compete.
+    """Return for each layer the size of each module and its method, where several compete.
 
-    A module that is not there is whole.
+    Modules that were not cut are left out.
     """
     pairs = zip(context.prepared.start.form.layers, context.form.layers, strict=True)
     return [
@@ -249,7 +249,7 @@ def _cuts(context: RunContext) -> list[dict[str, Any]]:
 
 
 def _all_cuts(context: RunContext) -> list[dict[str, Any]]:
-    """Return the cuts of each layer by all steps; nothing where no methods compete."""
+    """Return the cuts of each layer over all steps; empty where no methods compete."""
     rows = [step["cuts"] for step in context.steps if "cuts" in step]
     rows += [_cuts(context)] if context.makers else []
     layers = zip(*rows, strict=True)
@@ -293,12 +293,12 @@ def _errors(context: RunContext) -> list[dict[str, Any]]:
 
 
 def _refit(context: RunContext) -> dict[str, Any] | None:
-    """Return what the second pass found on the held-out sequences, where there was one."""
+    """Return the held-out losses of the second pass; None without one."""
     if not context.refitting[0]:
         return None
     losses, used = refit_losses(context)
-    said = {name: loss.perplexity for name, loss in losses.items()}
-    perplexities = {name: each if math.isfinite(each) else None for name, each in said.items()}
+    found = {name: loss.perplexity for name, loss in losses.items()}
+    perplexities = {name: each if math.isfinite(each) else None for name, each in found.items()}
     num_tokens = losses["refitted"].num_tokens
     return {"used": used, "num_tokens": num_tokens, "held_out_perplexity": perplexities}
 
@@ -318,12 +318,12 @@ def _timeline(events: list[dict[str, Any]], begun: float) -> list[dict[str, Any]
 
 
 def _defaults(values: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted keys of a recipe that were not asked for."""
+    """Return the dotted keys of a recipe that have their default because they were not given."""
     keys = []
     for key, value in values.items():
-        asked = given.get(key)
+        own = given.get(key)
         if isinstance(value, Mapping):
-            keys += _defaults(value, asked or {}, f"{prefix}{key}.")
+            keys += _defaults(value, own or {}, f"{prefix}{key}.")
         elif key not in given:
             keys.append(prefix + key)
     return keys

@@ -1,4 +1,4 @@
-"""The second pass: dense and compressed layers side by side, and which layers are the result."""
+"""The second pass: refit drafted layers to dense activations, and keep the better ones."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from planners.units.units import Unit
 
 
 def refit(context: RunContext) -> None:
-    """Refit the drafted layers where the recipe says so, and make the better ones the result.
+    """Refit the drafted layers if the recipe asks for it, and make the better ones the result.
 
     Raises:
         CompressionError: see `RunContext.do`.
@@ -27,7 +27,7 @@ def refit(context: RunContext) -> None:
 
 
 def refit_losses(context: RunContext) -> tuple[dict[str, Loss], bool]:
-    """Return the held-out losses of the dense, drafted and refitted model; if the last is used."""
+    """Return the losses of the dense, drafted and refitted models, and if the refit is used."""
     values = context.ledger.record(context.refitting[0][-1]).values
     nats, num_tokens, used = values["nats"], values["num_tokens"], values["used"]
     assert isinstance(nats, dict)  # written by our own unit
@@ -36,9 +36,9 @@ def refit_losses(context: RunContext) -> tuple[dict[str, Loss], bool]:
 
 
 def _reopen(context: RunContext, chain: Sequence[Unit]) -> None:
-    """Count units of the chain as not done whose boundary is gone though the next one needs it.
+    """Reopen units of the chain whose boundary was removed although the next unit needs it.
 
-    A boundary lives no longer than the layer that reads it, so it is not among a record's files.
+    A boundary is removed once the next layer has read it, so it is not among a record's files.
     """
     needed = False
     for unit in reversed(chain):

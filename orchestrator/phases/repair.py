@@ -1,4 +1,4 @@
-"""A result with a wrong byte is made whole before it is READY, by redoing only what that takes."""
+"""Find corrupt files of a result before it is READY, and recompute only the units they need."""
 
 from orchestrator.phases.allocate import allocate, measuring
 from orchestrator.phases.context import RunContext
@@ -8,16 +8,16 @@ from planners.errors import StorageError
 from planners.units.kinds import KINDS, MODEL, STATISTICS
 from planners.units.units import Unit
 
-REPAIRS = 2  # a disk that spoils the same files again and again is to be replaced
+REPAIRS = 2  # a disk that corrupts the same files again and again must be replaced
 
 
 def skip_unneeded(context: RunContext) -> None:
-    """Count units as done whose files were dropped, unless something that is left to do reads them.
+    """Count units whose files were removed as done, unless an unfinished unit reads them.
 
-    So a layer file that is lost after READY, when the statistics are gone, costs the statistics of
-    its own layer, not those of all.
+    So after READY, when the statistics are removed, a lost layer file costs recomputing the
+    statistics of its own layer, not those of all layers.
     """
-    context.ledger.mark_unneeded([])  # what was spared before may be read now
+    context.ledger.mark_unneeded([])  # a unit skipped earlier may be needed now
     form = _known_widths(context)
     if form is None:
         return
@@ -28,10 +28,10 @@ def skip_unneeded(context: RunContext) -> None:
 
 
 def repair_result(context: RunContext) -> None:
-    """Compare every byte of the result with its records, and do again what is not as recorded.
+    """Compare every byte of the result with its records, and recompute what differs.
 
     Raises:
-        StorageError: the same storage spoils what is written again and again.
+        StorageError: the storage repeatedly corrupts what is written.
         CompressionError: a unit's own error.
     """
     for _ in range(REPAIRS):
@@ -46,20 +46,20 @@ def verify_bytes(context: RunContext) -> None:
     """Compare every byte of the result with its records.
 
     Raises:
-        StorageError: a file is not as recorded.
+        StorageError: a file differs from its record.
     """
     wrong = corrupt_files(context)
     if wrong:
         raise StorageError(
-            f"{context.run.path(wrong[0])}: is not what was written there"
-            + (f"; nor are {len(wrong) - 1} other files" if wrong[1:] else ""),
-            hint="run the same command again, which does these files again; where it comes back, "
-            "the storage is at fault",
+            f"{context.run.path(wrong[0])}: differs from what was written"
+            + (f"; so do {len(wrong) - 1} other files" if wrong[1:] else ""),
+            hint="run the same command again to recompute them; if it happens again, the storage "
+            "is faulty",
         )
 
 
 def corrupt_files(context: RunContext) -> list[str]:
-    """Return the files of the result that are not as recorded; their units count as not done."""
+    """Return the files of the result that differ from their records; reopen their units."""
     wrong = context.ledger.corrupt_files([*context.units, stitch_unit(context)])
     if wrong:
         context.journal.emit("damaged", detail=", ".join(wrong))
@@ -67,10 +67,10 @@ def corrupt_files(context: RunContext) -> list[str]:
 
 
 def _known_widths(context: RunContext) -> RunContext | None:
-    """Return the context with the widths that an earlier driver fixed, if its numbers are here."""
+    """Return the context with the widths that an earlier driver chose, if its records exist."""
     prepared, ledger = context.prepared, context.ledger
     if prepared.options.get("refit"):
-        return None  # its units pass streams on that are no unit's files
+        return None  # its units pass on activations that are not among the files of any unit
     if not all(ledger.is_known(unit) for unit in context.sums if unit.taps):
         return None
     if not all(ledger.done(unit) for unit in measuring(context)):
@@ -79,11 +79,11 @@ def _known_widths(context: RunContext) -> RunContext | None:
 
 
 def _needed(made: list[Unit], context: RunContext) -> set[str]:
-    """Return the units that are not done and lead to a file of the result, or to its report."""
+    """Return the unfinished units that a file of the result, or its report, depends on."""
     by_name = {unit.name: unit for unit in made}
     needed: set[str] = set()
     wanted = {MODEL, STATISTICS} if context.prepared.config.keep_statistics else {MODEL}
-    # A basis nobody reads any more has numbers for the report: without its record they are lost.
+    # The report has numbers of each basis: without the record of a basis they are lost.
     left = [
         unit
         for unit in made
@@ -93,6 +93,6 @@ def _needed(made: list[Unit], context: RunContext) -> set[str]:
         unit = left.pop()
         if unit.name not in needed and not context.ledger.done(unit):
             needed.add(unit.name)
-            # What carried statistics read is of the step before, which is seen to by itself.
+            # Carried statistics read files of the step before, which is repaired separately.
             left += [by_name[name] for name in unit.inputs if name in by_name]
     return needed

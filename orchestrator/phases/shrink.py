@@ -1,4 +1,4 @@
-"""The phases between an input model and its result: a new one is put in here, and nowhere else."""
+"""The phases between an input model and its result, in order; a new phase is added here only."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,14 @@ from orchestrator.phases.stitch import stitch
 def shrink(
     context: RunContext, *, choose_widths: Callable[[RunContext], RunContext] = allocate
 ) -> RunContext:
-    """Do what is left of every phase, and return the context with the widths of the result.
+    """Do what is left of each phase, and return the context with the widths of the result.
 
     Args:
         context: a run or a step of one; units that have a record are not done again.
-        choose_widths: called once the statistics are there; returns the context with its widths.
+        choose_widths: called after calibration; returns the context with its widths.
 
     Raises:
-        CompressionError: see `planners.errors`; what is done is kept.
+        CompressionError: see `planners.errors`; finished units keep their records.
     """
     calibrate(context)
     context = choose_widths(context)

@@ -1,4 +1,4 @@
-"""Layer files -> one Hugging Face checkpoint: writes an index, moves no tensor."""
+"""Make the layer files one Hugging Face checkpoint: write index and config, move no tensor."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ CODE = "modeling_compressed.py"
 
 
 def stitch_unit(context: RunContext) -> Unit:
-    """Return the unit whose fingerprint stands for every byte of the result."""
+    """Return the unit whose fingerprint determines every byte of the result."""
     key = {
         "schema": SCHEMA_VERSION,
         "kind": "stitch",
@@ -38,7 +38,7 @@ def stitch_unit(context: RunContext) -> Unit:
 
 
 def stitch(context: RunContext) -> None:
-    """Write everything of the checkpoint that is not a layer file."""
+    """Write the files of the checkpoint that no unit writes: index, config, code, tokenizer."""
     unit = stitch_unit(context)
     if not context.ledger.todo([unit]):
         return
@@ -89,9 +89,9 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
         files.append(run.write(f"model/{CODE}", _code()))
     if tokenizer_hash(source) != prepared.tokenizer_hash:
         raise ModelError(
-            f"{source.uri}: the tokenizer, or generation_config.json, is not what it was when this "
-            "run began with the model",
-            hint="put it back and run the same command again; for the model as it is now, use "
+            f"{source.uri}: the tokenizer or generation_config.json has changed since this run "
+            "started",
+            hint="restore it and run the same command again; to use the model as it is now, give "
             "another --out",
         )
     present = [name for name in TAKEN_OVER if source.size(name) is not None]
@@ -110,7 +110,7 @@ def _code() -> bytes:
 
 
 def _index(context: RunContext) -> dict[str, Any]:
-    """Return which file holds each tensor, and the bytes of all of them without their headers."""
+    """Return the index: the file of each tensor, and the bytes of all tensors without headers."""
     weight_map: dict[str, str] = {}
     total = 0
     names = weight_files(context.form)
@@ -118,9 +118,9 @@ def _index(context: RunContext) -> dict[str, Any]:
     for unit in context.units:
         tensors = context.ledger.record(unit).values.get("tensors", {})
         assert isinstance(tensors, dict)  # written by our own units
-        for name, said in tensors.items():
+        for name, tensor in tensors.items():
             weight_map[name] = names["norm" if name == norm else unit.name]
-            total += math.prod(said["shape"]) * TORCH_DTYPE[said["dtype"]].itemsize
+            total += math.prod(tensor["shape"]) * TORCH_DTYPE[tensor["dtype"]].itemsize
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -158,15 +158,15 @@ def _needs(compression: Mapping[str, Any]) -> str:
 
 
 def _options(compression: Mapping[str, Any]) -> str:
-    def said(options: Mapping[str, Any]) -> str:
+    def listed(options: Mapping[str, Any]) -> str:
         return ", ".join(f"{k}={v}" for k, v in options.items())
 
     if "steps" not in compression:
-        return f"Options: {said(compression['options'])}."
+        return f"Options: {listed(compression['options'])}."
     lines = []
     for number, step in enumerate(compression["steps"], start=1):
         size = ", ".join(f"{k} {step[k]}" for k in ("keep_fraction", "slice") if k in step)
-        lines.append(f"\n{number}. {step['method']}, {size}: {said(step['options'])}")
+        lines.append(f"\n{number}. {step['method']}, {size}: {listed(step['options'])}")
     return "Steps, each with what is left of the input model after it:\n" + "".join(lines) + "\n\n"
 
 

@@ -1,7 +1,7 @@
-"""How fast models generate: in one process where all of them fit, else through stages in turn.
+"""Measure generation: all models in one process where they fit, else one by one through stages.
 
-What fits is the plan's arithmetic. Through stages the sequences go over as few workers as hold the
-model; each keeps the keys and values of its layers, and the driver sees nothing but token ids.
+Whether they fit is computed from the plan's formulas. Stages use the fewest workers that hold the
+model; each keeps the keys and values of its layers, and the driver receives nothing but token ids.
 """
 
 import statistics
@@ -32,7 +32,7 @@ PROMPT_TOKENS, BATCH, NEW_TOKENS, ROUNDS = 128, 4, 32, 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """Who may hold a model that is timed.
+    """The workers available for timing a model.
 
     Attributes:
         number: of them, at most.
@@ -90,7 +90,7 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
 
 
 def fits_one(request: ThroughputRequest, workers: Workers) -> bool:
-    """Return whether all the models fit one worker at the same time."""
+    """Return whether one worker can hold all the models at the same time."""
     models = [Checkpoint(uri, model_store=request.model_store) for uri in request.uris.values()]
     return sum(whole_bytes(m.shape, _load(m, request)) for m in models) <= workers.bytes
 
@@ -98,14 +98,14 @@ def fits_one(request: ThroughputRequest, workers: Workers) -> bool:
 def through_stages(
     request: ThroughputRequest, workers: Workers, pool_of: Callable[[int], Pool]
 ) -> UnitDone:
-    """Return the speeds of models that are held one after the other by as few workers as can be.
+    """Time the models one after the other, each on the fewest workers that hold it.
 
-    Of a model that all the workers together do not hold, the values say so.
+    The values of a model that does not fit all workers together say so.
 
     Args:
         request: the models, and what they generate.
-        workers: at hand.
-        pool_of: returns a pool of so many.
+        workers: available ones.
+        pool_of: number of workers -> a pool of that size.
 
     Raises:
         ClusterError: too many workers were lost.
@@ -148,16 +148,17 @@ def _too_large(model: Checkpoint, load: Load, workers: Workers) -> str:
     needed = whole_bytes(model.shape, load)
     count = f"{workers.number} workers" if workers.number > 1 else "1 worker"
     return (
-        f"generating takes {needed:,} bytes in all, and {count} of {workers.bytes:,} cannot do it"
+        f"generation needs {needed:,} bytes in total; {count} of {workers.bytes:,} bytes cannot "
+        "hold it"
     )
 
 
 class _AgainError(Exception):
-    """A call failed, and its worker was replaced where that is needed: all is done again."""
+    """A call failed and its worker was replaced if needed: restart the measurement."""
 
 
 class _Chain:
-    """A model over the slots of a pool, one stage each, that generates."""
+    """A model that generates across the slots of a pool, one stage in each."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class _Chain:
         )
 
     def measured(self) -> dict[str, Any]:
-        """Return medians of the rounds after one that is not counted, and the rounds."""
+        """Return the medians over the rounds, and the rounds; a first warm-up round is dropped."""
         while True:
             try:
                 loads = [
@@ -200,28 +201,28 @@ class _Chain:
             }
 
     def _round(self) -> tuple[float, float]:
-        """Return prefill and decode tokens per second, from the first call to the last id."""
+        """Return prefill and decode tokens per second, from the first call to the last token id."""
         batch, prompt = self._request.batch, self._request.prompt
         ids = np.random.default_rng(0).integers(0, self._vocabulary, size=(batch, prompt))
         begun = time.perf_counter()
         packed = Packed(shape=ids.shape, dtype="int64", buffer=ids.reshape(-1).view(np.uint8))
-        calls = self._turn(packed, 0)
+        calls = self._through_stages(packed, 0)
         self._wait([calls[-1][1]])
         prefilled = time.perf_counter()
-        self._hear(calls)
+        self._collect(calls)
         begun_again, decoding = time.perf_counter(), []
         for number in range(self._request.new_tokens):
-            # Each is asked for before the one before has come: ids go from worker to worker.
-            calls = self._turn(calls[-1][2], prompt + number)
+            # Submitted before the previous token has arrived: ids go from worker to worker.
+            calls = self._through_stages(calls[-1][2], prompt + number)
             decoding += calls
         self._wait([decoding[-1][1]])
         decode_seconds = time.perf_counter() - begun_again
-        self._hear(decoding)
+        self._collect(decoding)
         new_tokens = batch * self._request.new_tokens
         return batch * prompt / (prefilled - begun), new_tokens / decode_seconds
 
-    def _turn(self, packed: Any, start: int) -> list[tuple[int, Any, Any]]:
-        """Have tokens pass all stages; return slot, ticket and ticket of the output of each."""
+    def _through_stages(self, packed: Any, start: int) -> list[tuple[int, Any, Any]]:
+        """Send tokens through all stages; return slot, ticket and output ticket of each call."""
         calls = []
         for slot in range(len(self._assignments)):
             done, packed = self._pool.call(
@@ -230,16 +231,17 @@ class _Chain:
             calls.append((slot, done, packed))
         return calls
 
-    def _hear(self, calls: Sequence[tuple[int, Any, Any]]) -> None:
-        heard = self._answers([(slot, done) for slot, done, _ in calls])
-        for (slot, _, _), done in zip(calls, heard, strict=True):
+    def _collect(self, calls: Sequence[tuple[int, Any, Any]]) -> None:
+        """Wait for calls, and note the memory that their workers hold."""
+        answers = self._answers([(slot, done) for slot, done, _ in calls])
+        for (slot, _, _), done in zip(calls, answers, strict=True):
             self._held[slot] = max(self._held[slot], done.held_bytes)
 
     def _answers(self, calls: Sequence[tuple[int, Any]]) -> list[Any]:
-        """Return the answers, in order, once all are there.
+        """Return the answers, in order, once all have arrived.
 
         Raises:
-            _AgainError: a call failed, and may be tried again.
+            _AgainError: a call failed and may be retried.
         """
         self._wait([ticket for _, ticket in calls])
         return [self._answer(slot, ticket) for slot, ticket in calls]
@@ -252,7 +254,7 @@ class _Chain:
         """
         while waiting:
             if self._pool.interruption.requested:
-                raise KeyboardInterrupt  # nothing is lost but this measurement
+                raise KeyboardInterrupt  # only this measurement is lost
             answered = self._pool.ready(waiting, needed=range(len(self._assignments)))
             waiting = [ticket for ticket in waiting if ticket not in answered]
 

@@ -1,4 +1,4 @@
-"""Reload the result from its directory alone, in a fresh process, and compare."""
+"""Load the result from its directory alone, in a fresh process, and check it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +11,17 @@ from planners.errors import NumericsError
 from planners.overflow import OTHER_WEIGHTS
 from planners.units.units import Unit
 
-SEQUENCES, TOKENS = 2, 64  # what the result is run on
-FITS = 0.4  # of a worker's memory: the model, a float32 copy of it, and activations
+SEQUENCES, TOKENS = 2, 64  # that the result is run on
+# Share of a worker's memory that the float32 model may take: it is held beside the stored one and
+# activations.
+FITS = 0.4
 
 
 def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
     """Return the checks of the written result.
 
     Raises:
-        NumericsError: a check did not hold; the message says which, and nothing is marked READY.
+        NumericsError: a check failed; the message says which, and the run is not marked READY.
     """
     key = {"schema": SCHEMA_VERSION, "kind": "verify", "of": subject.identity}
     unit = Unit(name="verify", kind="verify", index=-1, inputs=(), fingerprint=fingerprint(key))
@@ -40,10 +42,10 @@ def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
         assert isinstance(checks, list)  # written by our own evaluator
         failed = [c for c in checks if not c["passed"]]
         if failed:
-            said = "; ".join(f"{c['name']} ({c['detail']})" for c in failed)
+            failures = "; ".join(f"{c['name']} ({c['detail']})" for c in failed)
             half = plan.shape.dtype == "float16"
             raise NumericsError(
-                f"the result does not prove itself: {said}", hint=OTHER_WEIGHTS if half else ""
+                f"the result failed verification: {failures}", hint=OTHER_WEIGHTS if half else ""
             )
         context.ledger.commit(unit, done, attempt=1)
     return done.values

@@ -1,1 +1,1 @@
-"""Everything that can be wrong is found here, before a worker is held."""
+"""Validation and planning: find everything that can be wrong before workers are reserved."""

@@ -1,4 +1,4 @@
-"""What is evaluated, and how it is cut."""
+"""Which model is evaluated, and how its tokens and layers are divided."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from planners.plan import StagePlan
 
 
 def exact_dtype(device: str, stored: str) -> str:
-    """Return what losses are measured in.
+    """Return the dtype in which losses are measured.
 
-    On a CPU float32 is exact and fast; on a device the model's own dtype is what is served.
+    On a CPU float32 is exact and fast; on an accelerator models are served in their own dtype.
     """
     return "float32" if device == "cpu" else stored
 
@@ -23,8 +23,9 @@ class Subject:
         name: ``dense`` or ``compressed``.
         uri: its checkpoint.
         identity: fingerprint of what determines its weights.
-        contents: as workers must find them; nothing for a result, whose bytes its records tell.
-        model_store: a directory that links in the checkpoint may lead into, or empty.
+        contents: hashes that workers compare with what they read; empty for a result, whose
+            hashes are in its records.
+        model_store: a directory that links in the checkpoint may point into, or empty.
     """
 
     name: str
@@ -36,12 +37,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPlan:
-    """What a model is evaluated on, and how it is cut.
+    """What a model is evaluated on, and how the work is divided.
 
     Attributes:
         family: names its tensors.
         waves: stages and waves.
-        chains: how many times the stages of a wave are held, each for a share of the parts.
+        chains: copies of the stages of a wave, each for a share of the parts.
         batching: of the evaluation tokens; a microbatch is a part.
         tokens_hash: of the evaluation tokens.
         threads: of one unit.
@@ -58,5 +59,5 @@ class EvaluationPlan:
 
     @property
     def num_workers(self) -> int:
-        """Workers that have something to do in the widest wave."""
+        """Workers that the widest wave uses."""
         return self.chains * max(map(len, self.waves))

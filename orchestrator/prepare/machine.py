@@ -1,4 +1,4 @@
-"""Device and memory that a run may plan with."""
+"""The device and memory that a run may use."""
 
 import os
 from typing import Literal
@@ -17,7 +17,7 @@ USABLE = 0.8  # share of a machine's memory that its workers may plan with
 def workload_of(
     config: RunConfig, batching: TokenBatching, *, device: str, stored_dtype: str
 ) -> Workload:
-    """Return what a recipe asks of its workers.
+    """Return the workload that a recipe gives its workers.
 
     Args:
         config: the recipe.
@@ -39,11 +39,11 @@ def workload_of(
 def chosen_device(device: str, address: str) -> Literal["cpu", "cuda"]:
     """Return where workers compute; ``device`` is as given, ``address`` that of the cluster.
 
-    ``auto`` is what the workers have: CUDA on a cluster with any GPU, or that can grow one; without
-    a cluster, on a machine with one.
+    ``auto`` is CUDA on a cluster that has a GPU or can scale up to one, and, without a cluster, on
+    a machine that has one.
 
     Raises:
-        ClusterError: the cluster cannot be asked.
+        ClusterError: the cluster cannot be reached.
     """
     if device != "auto":
         return "cuda" if device == "cuda" else "cpu"
@@ -52,18 +52,18 @@ def chosen_device(device: str, address: str) -> Literal["cpu", "cuda"]:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
     from orchestrator.backend.ray_cluster import (
-        most_gpus,  # imports Ray: seconds, where none is asked
+        most_gpus,  # here, because importing Ray takes seconds
     )
 
     try:
         return "cuda" if most_gpus(address) > 0 else "cpu"
     except ClusterError as error:
-        hint = f"{error.hint}; a plan with --device cpu or cuda asks no cluster"
+        hint = f"{error.hint}; with --device cpu or cuda a plan needs no cluster"
         raise ClusterError(str(error), hint=hint) from error
 
 
 def usable_gib(device: str, workers: int) -> float:
-    """Return a worker's share of this machine, or of the smallest device here: it has one alone."""
+    """Return the GiB of a worker: its share of this machine, or all of the smallest GPU here."""
     if device == "cuda":
         import torch
 

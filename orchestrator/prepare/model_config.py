@@ -1,4 +1,4 @@
-"""The ``config.json`` of a result, from that of the model it is made of and its widths."""
+"""The ``config.json`` of a result, made from that of its input model and its widths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ OF_A_CACHE = ("sliding_window", "layer_types", "attention_chunk_size", "kv_shari
 
 
 def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
-    """Return the config of a model of these widths; ``config`` may be compressed already."""
+    """Return the config of a model of these widths; ``config`` may be of a compressed model."""
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}  # dtype's old name
     return (_native if form.native else _remote)({**kept, "dtype": shape.dtype}, shape, form)
 
@@ -31,11 +31,11 @@ def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
     """Return the stock config of the narrower model; eps makes up for the narrower norm."""
     layer = form.layers[0]
     width = layer.residual_in
-    # A Llama's layers do not read these, but the cache of any model of transformers does.
+    # The layers of a Llama do not read these keys, but the KV cache of transformers does.
     unread = OF_A_CACHE if shape.model_type == "llama" else ()
     return {
         **{k: v for k, v in config.items() if k not in unread},
-        # The config of a model that was saved without its head names a class that has none.
+        # The config of a model saved without its head names a class without one.
         "architectures": [load_family(shape.family).classes[shape.model_type]],
         "hidden_size": width,
         "head_dim": shape.head_dim,
@@ -68,7 +68,7 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
 
 
 def _with_windows(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config in which the same keys say of any model which layers have a window."""
+    """Return a config that gives the sliding windows of any model in the same keys."""
     each = windows(config)
     used = [window for window in each if window is not None]
     found = {k: v for k, v in config.items() if k != "layer_types"}
@@ -80,17 +80,17 @@ def _with_windows(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def least_transformers() -> str:
-    """Return the oldest release of transformers that the code of a result runs with."""
+    """Return the oldest transformers release that the code of a result works with."""
     from actors.modeling.modeling_compressed import LEAST_TRANSFORMERS
 
     return LEAST_TRANSFORMERS
 
 
 def stored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result's config as it is written: with the keys that its code reads, no other.
+    """Return a result's config as it is written: only the keys that its code reads.
 
-    One that needs code is stored under the original's model type, by which transformers chooses a
-    tokenizer, with an activation that no stock class has: none is built around these weights.
+    A result that needs code keeps the original's model type, by which transformers chooses a
+    tokenizer, but an activation that no stock class has, so none can be built with these weights.
     """
     if "layer_forms" not in config:
         return dict(config)

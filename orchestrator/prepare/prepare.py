@@ -1,4 +1,4 @@
-"""The door: everything that can be wrong is found here, before a worker or a device is held."""
+"""Validate a recipe, its model and its data, and plan the run, before workers are reserved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,26 +31,27 @@ WINDOW = "sliding_window"
 def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     """Return a run whose model, data, method and plan have been checked.
 
-    All of the model is read, for what it is and whether its values are finite.
+    The whole model is read, to hash it and to check that its values are finite.
 
     Args:
         given: the recipe.
-        only_plan: nothing will be done: leave the weights of 1 GB and more unread, unless they are
-            to be compared with those that statistics are of. The run has no revision then.
+        only_plan: the run will not start: do not read the weights of models of 1 GB and more,
+            unless they must be compared with the model of reused statistics. The run then has no
+            revision.
 
     Raises:
-        ConfigError: an option is wrong, or the target is out of reach.
+        ConfigError: an option is wrong, or the target cannot be met.
         ModelError: the model is missing, broken or not supported.
         DataError: there is too little text, or it cannot be read.
-        StorageError: the run directory is none that can be named.
-        ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
+        StorageError: the name of the run directory is not valid.
+        ClusterError: ``device`` is auto, and the cluster cannot be reached to choose it.
     """
     named = [methods.spec(step.method) for step in given.chain]
     options = resolve_steps(given, named)
     specs = chosen_methods(given, options)
     require_disjoint(list(zip(specs, options, strict=True)))
     if given.out:
-        Directory(given.out)  # before it is shown to anybody
+        Directory(given.out)  # checks the name before anything prints it
     source = resolve_model(given.model, copy=given.address == "local")
     store = resolve_store(given.model_store)
     checkpoint = Checkpoint(source.uri, model_store=store)
@@ -66,7 +67,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         longest_key=longest_sequence(checkpoint.config)[1],
         options=options,
         device=device,
-        calibration_dtype=exact_dtype(device, shape.dtype),  # type: ignore[arg-type] # checked at the door
+        calibration_dtype=exact_dtype(device, shape.dtype),  # type: ignore[arg-type] # validated above
         worker_gib=round(usable_gib(device, given.workers), 1),
     )
     layer_options = resolve_layer_options(specs[0], given.layer_options)
@@ -143,7 +144,7 @@ def _tokens(
 
 
 def longest_sequence(config: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the longest sequence that plain causal attention is right for, and what says so."""
+    """Return the longest sequence for which plain causal attention is exact, and its config key."""
     original = {**config, "model_type": config.get("compressed_from", config["model_type"])}
     longest = {**DEFAULTS[original["model_type"]], **original}["max_position_embeddings"]
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004

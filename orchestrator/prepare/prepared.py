@@ -1,4 +1,4 @@
-"""A run that is ready to start: what was checked, decided and read."""
+"""A run that is ready to start: everything that was checked, decided and read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,34 +21,34 @@ from planners.planning import Workload
 from planners.units.units import Identity
 
 
-@dataclass(frozen=True, kw_only=True)  # no slots: its facts are put together once, and kept
+@dataclass(frozen=True, kw_only=True)  # no slots: facts is a cached property
 class Prepared:
     """A run that is ready to start.
 
     Attributes:
-        config: the recipe with nothing left open.
-        given: the recipe as it was asked for.
+        config: the recipe with every key resolved.
+        given: the recipe as the user wrote it.
         model_uri: the input checkpoint.
         model_config: its ``config.json``.
-        revision: content hash of it; empty where a large model was only planned for.
-        contents: what that is the hash of (`actors.storage.contents`).
-        tokenizer_hash: of the files that the result takes over, generation_config.json among them.
+        revision: its content hash; empty if a large model was planned for without reading it.
+        contents: what the revision is the hash of (`actors.storage.contents`).
+        tokenizer_hash: of the files copied into the result, generation_config.json among them.
         spec: of the method.
         options: of the method, complete.
-        plan: what will be done.
+        plan: widths, stages, waves and sizes.
         identity: what determines the bytes.
         calibration: token ids, (sequences, tokens), int64.
         evaluation: token ids, (sequences, tokens), int64.
         evaluation_hash: sha256 of the latter.
         source_bytes: bytes of the input's tensors.
         statistics_uri: another run whose statistics are reused, or empty.
-        extra_statistics: summed too, because others will want them.
+        extra_statistics: summed too, because other methods will need them.
         start: widths of the input model, and what budgets are fractions of.
-        work: how much data passes the model.
-        former: the steps before this one, where several methods are applied in turn. What only
-            their work will tell, such as the content hash of this one's input, is not known yet.
-        carries: the next step's statistics follow from this one's, and are not measured again.
-        expected: what the run was to take, for the report to compare.
+        work: how much data passes through the model.
+        former: the steps before this one, where several methods are applied in turn. What depends
+            on their results, such as the content hash of this one's input, is not known yet.
+        carries: the next step's statistics are rotated from this one's, not measured again.
+        expected: the forecast of the run, for the report to compare with.
     """
 
     config: RunConfig
@@ -81,33 +81,33 @@ class Prepared:
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What the calibration pass sums."""
+        """The statistics that the calibration pass sums."""
         return self.spec.statistics(self.options) | self.extra_statistics
 
     @property
     def title(self) -> str:
-        """Model, methods and targets in a line."""
-        said = [self.config.model]
+        """Model, methods and targets in one line."""
+        parts = [self.config.model]
         for step in (*self.former, self):
             target = step.config.target
             size = f"slice {target.slice}" if target.slice is not None else ""
-            said += [step.spec.name, size or f"keep {target.keep_fraction}"]
-        return " · ".join(said)
+            parts += [step.spec.name, size or f"keep {target.keep_fraction}"]
+        return " · ".join(parts)
 
     @property
     def origin(self) -> "Prepared":
-        """The first step, whose input is the model that the run began with."""
+        """The first step, whose input is the model that the run started with."""
         return self.former[0] if self.former else self
 
     def asked(self) -> dict[str, Any]:
-        """Return the method of this step and how small its result is to be."""
+        """Return the method of this step and the requested size of its result."""
         target = self.config.target
         sizes = {"keep_fraction": target.keep_fraction, "slice": target.slice}
         return {"method": self.spec.name, **{k: v for k, v in sizes.items() if v is not None}}
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What makes this run this run: another value of any is another run."""
+        """The identity of the run: a change of any value makes it a different run."""
         target = self.config.target
         steps = {
             "steps": [
@@ -124,7 +124,7 @@ class Prepared:
             "method": self.spec.name,
             "method revision": self.spec.revision,
             "options": dict(self.options),
-            # None, not empty: runs from before there were any have none either.
+            # None, not empty: runs of older versions do not have the key.
             "layer options": self.config.layer_options or None,
             "candidate revisions": revisions(self.spec) or None,
             "keep_fraction": target.keep_fraction,
@@ -147,12 +147,12 @@ class Prepared:
 
 
 def revisions(spec: MethodSpec) -> dict[str, int]:
-    """Return the revision of each method that competes; nothing where a method is alone."""
+    """Return method -> revision of those that compete; empty for a single method."""
     return {each.spec.name: each.spec.revision for each in spec.candidates}
 
 
 def dense_subject(prepared: Prepared) -> Subject:
-    """Return the input model as something to be evaluated."""
+    """Return the input model as a subject of evaluation."""
     origin = prepared.origin
     return Subject(
         name="dense",

@@ -1,4 +1,4 @@
-"""Check an evaluation that is no part of a run."""
+"""Validate and plan an evaluation outside a run."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class PreparedEvaluation:
         subject: the checkpoint.
         plan: stages and parts.
         ids: evaluation tokens, (sequences, tokens), int64.
-        source: where they are from.
+        source: of the tokens, as in a recipe.
     """
 
     subject: Subject
@@ -34,12 +34,12 @@ class PreparedEvaluation:
 
 
 def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
-    """Return an evaluation of the checkpoint that a recipe names as its model.
+    """Return a planned evaluation of the checkpoint that a recipe names as its model.
 
     Raises:
         ModelError: the checkpoint is missing, broken or not supported.
         DataError: there is too little text, or it cannot be read.
-        ClusterError: ``device`` is auto, and the cluster that says what that is cannot be asked.
+        ClusterError: ``device`` is auto, and the cluster cannot be reached to choose it.
     """
     source = resolve_model(given.model, copy=given.address == "local")
     store = resolve_store(given.model_store)
@@ -62,7 +62,9 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         bos=given.calibration.bos,
         seed=given.seed,
     )
-    if longest_key == WINDOW:  # layers attend to all before; further than trained is only worse
+    if (
+        longest_key == WINDOW
+    ):  # layers attend to all earlier tokens; longer than trained is only worse
         check_length(ids.shape[1], longest, longest_key, where="evaluation: has sequences of")
     batching = batching_of(
         *ids.shape,
@@ -72,7 +74,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     worker_gib = given.worker_gib or usable_gib(device, given.workers)
     load = load_of(shape, frozenset(), batching, start=checkpoint.form)
     return PreparedEvaluation(
-        # Its record is kept nowhere, so it needs no identity, and the weights no reading for one.
+        # No record is kept, so there is no need to read the weights for an identity.
         subject=Subject(name="model", uri=source.uri, identity="", model_store=store),
         plan=EvaluationPlan(
             family=shape.family,

@@ -1,4 +1,4 @@
-"""Several methods at the door: each step planned on what the steps before it will leave."""
+"""Plan several methods in turn: each step on the model that the steps before it will produce."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
-    """The model that a step begins with.
+    """The model that a step starts from.
 
     Attributes:
         config: its ``config.json``.
-        shape: integers of the model whose layers the forms are of: the one that the run began
-            with, or a narrower stock model that a step has left.
-        start: its widths, and what budgets are fractions of.
+        shape: integers of the model that the forms refer to: the input of the run, or a narrower
+            stock model that an earlier step produced.
+        start: its widths, and the parameter count that budgets are fractions of.
     """
 
     config: Mapping[str, Any]
@@ -39,7 +39,7 @@ class StepInput:
     start: Start
 
     def after(self, form: ModelForm) -> "StepInput":
-        """Return what a step with this form leaves for the next one."""
+        """Return the input of the step after one with this form."""
         config = result_config(self.config, self.shape, form)
         if not form.native:
             return replace(self, config=config, start=replace(self.start, form=form))
@@ -59,7 +59,7 @@ def planned(
 ) -> RunPlan:
     """Return the plan of a step; ``path`` is its place in the recipe, for errors.
 
-    ``others`` are methods to be named where they would fit and this one does not.
+    ``others`` are methods to suggest if they would fit and this one does not.
 
     Raises:
         PlanError: see `planners.planning.make_plan`.
@@ -76,15 +76,15 @@ def planned(
 
 
 def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) -> "Prepared":
-    """Return the last step of a recipe, which knows those before it.
+    """Return the last step of a recipe, linked to the steps before it.
 
     Args:
         first: the first step, its plan included.
         steps: method and options of each.
-        checkpoint: the model that the run begins with.
+        checkpoint: the input model of the run.
 
     Raises:
-        PlanError: a step cannot take what those before it leave; the message has its path.
+        PlanError: a step does not support the output of those before it; the message has its path.
     """
     config = first.config
     if len(steps) == 1:
@@ -107,12 +107,12 @@ def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) ->
             )
         )
         source = source.after(found[-1].plan.form)
-    foreseen = _with_shared_sums(found, checkpoint)
-    return replace(foreseen[-1], former=tuple(foreseen[:-1]))
+    shared = _with_shared_sums(found, checkpoint)
+    return replace(shared[-1], former=tuple(shared[:-1]))
 
 
 def step_config(config: RunConfig, index: int) -> RunConfig:
-    """Return the recipe of one step alone; the last one is the run's own, in its directory."""
+    """Return the recipe of one step; that of the last is the run's own, in the run directory."""
     step = config.chain[index]
     own: dict[str, Any] = {
         "method": step.method,
@@ -127,7 +127,7 @@ def step_config(config: RunConfig, index: int) -> RunConfig:
 
 
 def _with_shared_sums(steps: "Sequence[Prepared]", checkpoint: Checkpoint) -> "list[Prepared]":
-    """Return the steps, each summing what the next one can take over from it, in one pass."""
+    """Return the steps, each also summing the statistics that the next can carry over from it."""
     found = [steps[-1]]
     for step in reversed(steps[:-1]):
         if _carries(step, checkpoint):
@@ -142,7 +142,7 @@ def _with_shared_sums(steps: "Sequence[Prepared]", checkpoint: Checkpoint) -> "l
 
 
 def _carries(step: "Prepared", checkpoint: Checkpoint) -> bool:
-    """Return whether it is known now that the statistics behind a step follow from its own."""
+    """Return whether the statistics after a step are sure to follow from its own by rotation."""
     form, spec = step.plan.form, step.spec
     if spec.measures(step.options):
         return False  # its widths are not final yet
@@ -150,7 +150,7 @@ def _carries(step: "Prepared", checkpoint: Checkpoint) -> bool:
         return True
     if not is_pure_rotation(step.plan.shape, form, spec):
         return False
-    # Behind it the norms have no scale: what the blocks read is divided by it.
+    # After a rotation the norms have no scale: the inputs of the blocks are divided by it.
     family = load_family(step.plan.shape.family)
     names = [
         f"{family.layer.format(i=layer)}.{norm}.weight"

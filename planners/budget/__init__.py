@@ -1,1 +1,1 @@
-"""A budget and what cuts cost -> the width or rank of each module."""
+"""Allocation: a budget and the damage of cuts give the width or rank of each module."""

@@ -1,8 +1,8 @@
-"""Several methods for the same modules: the option that names them, and what they are as one.
+"""Several methods that compete for the same modules: the option, and their combined spec.
 
-The method that a run names is asked how its budget is shared out and on what damage is measured;
-the others join it with their own cuts of its modules. What comes of it has the form of a method's
-spec, so that whoever plans with one needs not know that there are several.
+The method that a run names sets the budget and how damage is measured; the others join it with
+their own cuts of its modules. The combination is a `MethodSpec` too, so that planning does not
+depend on whether there are several.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,27 +16,27 @@ from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 NAME = "candidates"
-# An option without a default is there only where it is given: then one method alone is what it was.
+# Without a default the option is present only if given, so a single method's options do not change.
 OPTION = OptionSpec(
     name=NAME,
     default="",
     help="with allocation=marginal: methods that compete for each module of each layer, this one "
     "and others, such as modegpt,svdllm",
 )
-MEASURING = ("grid", "damage", "probe_tokens")  # options that all who compete share
+MEASURING = ("grid", "damage", "probe_tokens")  # options that all candidates share
 
 
 def shares(options: Mapping[str, Option]) -> list[float]:
     """Return the kept fractions at which damage is measured.
 
     Raises:
-        ValueError: they are no numbers.
+        ValueError: one is not a number.
     """
     return [float(share) for share in str(options["grid"]).split(",")]
 
 
 def others(name: str, options: Mapping[str, Option]) -> list[str]:
-    """Return the methods beside one that are to compete with it, each once, sorted."""
+    """Return the other methods that compete with ``name``, each once, sorted."""
     named = {each.strip() for each in str(options.get(NAME, "")).split(",")}
     return sorted(named - {"", name})
 
@@ -44,7 +44,7 @@ def others(name: str, options: Mapping[str, Option]) -> list[str]:
 def combined_spec(
     spec: MethodSpec, options: Mapping[str, Option], joining: Sequence[MethodSpec]
 ) -> MethodSpec:
-    """Return a method together with others that compete for its modules.
+    """Return the spec of a method combined with others that compete for its modules.
 
     Raises:
         ConfigError: they cannot compete; the message says why.
@@ -52,7 +52,7 @@ def combined_spec(
     names = ", ".join(each.name for each in joining)
     if spec.measures(options) != "damage":
         raise ConfigError(
-            f"options.{NAME}: {names} cannot compete with {spec.name} where no damage is measured",
+            f"options.{NAME}: {names} cannot compete with {spec.name} unless damage is measured",
             hint="use allocation=marginal, and servable=remote",
         )
     own = replace(spec, candidates=())
@@ -109,7 +109,7 @@ def combined_spec(
 
 
 def ladders_of(candidates: Sequence[Candidate], shape: ModelShape, start: Start) -> list[Ladders]:
-    """Return for each layer how each method shrinks each of its modules; layers alike share it."""
+    """Return the ladders of each layer, by method and module; equal layers share them."""
     known: list[tuple[LayerForm, Ladders]] = []
     found = []
     for layer in start.form.layers:
@@ -126,11 +126,11 @@ def ladders_of(candidates: Sequence[Candidate], shape: ModelShape, start: Start)
 def _joined(spec: MethodSpec, options: Mapping[str, Option], other: MethodSpec) -> Candidate:
     modules = spec.shrinks(options)
     if other.joins is None:
-        why = "turns the residual stream" if other.residual else "shrinks no module alone"
+        why = "rotates the residual stream" if other.residual else "cannot shrink a module alone"
         raise ConfigError(
-            f"options.{NAME}: {other.name} {why}, and cannot compete with {spec.name} for "
+            f"options.{NAME}: {other.name} {why}, so it cannot compete with {spec.name} for "
             f"{', '.join(modules)}",
-            hint="make it a step of its own",
+            hint="apply it in a step of its own",
         )
     joined = other.joins(modules)
     if not joined:
@@ -140,7 +140,7 @@ def _joined(spec: MethodSpec, options: Mapping[str, Option], other: MethodSpec) 
 
 
 def _by_method(own: str, finding: Mapping[str, object]) -> dict[str, object]:
-    """Return method -> curves: the own ones stand where they stand without others."""
+    """Return method -> curves; those of ``own`` are stored as for a single method."""
     rest = finding[NAME]
-    assert isinstance(rest, Mapping)  # put together by the driver
+    assert isinstance(rest, Mapping)  # combined by the driver
     return {own: finding["curves"], **rest}

@@ -1,4 +1,4 @@
-"""A path of cuts, taken one after the other, only as far as a budget demands."""
+"""Greedy allocation: take the cuts of a path in order until the budget is met."""
 
 import math
 from bisect import bisect_left
@@ -15,12 +15,12 @@ from planners.model.shape import ModelShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a module is cut to, and by whom.
+    """The size to which a module is cut, and the method that cuts it.
 
     Attributes:
         ladder: of the method on this module.
         size: one of the ladder's sizes.
-        method: empty where there is one only.
+        method: empty for a single method.
     """
 
     ladder: Ladder
@@ -28,7 +28,7 @@ class Choice:
     method: str = ""
 
 
-Chosen = Mapping[str, Choice]  # module -> what it is cut to; a module that is whole is not there
+Chosen = Mapping[str, Choice]  # module -> its cut; modules that are not cut are left out
 Loss = Callable[[int, str, Choice], float]  # (layer, module, choice) -> estimated damage
 
 
@@ -40,7 +40,7 @@ def cut_to(layer: LayerForm, chosen: Chosen) -> LayerForm:
 
 
 def shrunk(start: Start, chosen: Sequence[Chosen]) -> Iterator[LayerForm]:
-    """Yield every layer of a start with what was chosen for it."""
+    """Yield every layer with its chosen cuts."""
     yield from map(cut_to, start.form.layers, chosen)
 
 
@@ -55,17 +55,17 @@ def spend_budget(
 ) -> list[dict[str, Choice]]:
     """Return the largest model within the budget on a path of cuts (layer, module, choice).
 
-    Each cut is taken in whole steps, and only as far as the budget demands. Between the levels of
-    two methods there are no steps: where the budget ends there, the module is cut further by the
-    one or less far by the other, whichever is estimated to lose less.
+    Cuts are taken in whole steps, and only until the budget is met. Between the levels of two
+    methods there are no steps: if the budget is met there, the module is cut further by one or
+    less far by the other, whichever has the smaller estimated damage.
 
     Args:
         shape: of the model.
-        chosen: of each layer, what is cut before the first step.
-        path: the cuts in their order.
+        chosen: of each layer, the cuts made before the first step.
+        path: the cuts in order.
         keep_fraction: target, whole model.
-        start: what is cut.
-        loss: the estimate, where a path goes from one method to another.
+        start: the model that is cut.
+        loss: the estimated damage, where a path changes from one method to another.
 
     Raises:
         PlanError: the end of the path is over the budget; the message says how small it can get.
@@ -73,7 +73,7 @@ def spend_budget(
     budget = most_parameters(start, keep_fraction)
     found = [dict(layer) for layer in chosen]
     sizes = [layer_parameters(shape, form) for form in shrunk(start, found)]
-    # What is no layer stays as it is.
+    # The tensors outside the layers are unchanged.
     whole = sum(layer_parameters(shape, form) for form in start.form.layers)
     count = model_parameters(shape, start.form) - whole + sum(sizes)
 
@@ -102,7 +102,7 @@ def spend_budget(
 
 
 def _ends(now: Choice | None, goal: Choice, fits: Callable[[Choice], bool]) -> list[Choice]:
-    """Return where a cut may end: with the goal's method, and with the one that is left for it."""
+    """Return where a cut may end: with the goal's method, or further with the current one."""
     ends = [_as_far_as_needed(now, goal, fits)]
     if now is not None and now.method != goal.method and fits(ends[0]):
         last = replace(now, size=now.ladder.levels[-1])
@@ -113,7 +113,7 @@ def _ends(now: Choice | None, goal: Choice, fits: Callable[[Choice], bool]) -> l
 
 
 def _as_far_as_needed(now: Choice | None, goal: Choice, fits: Callable[[Choice], bool]) -> Choice:
-    """Return the largest size from the goal up to what there is now that fits, else the goal."""
+    """Return the largest size that fits between the goal and the current size, else the goal."""
     sizes = goal.ladder.sizes
     same = now is not None and now.method == goal.method
     end = bisect_left(sizes, now.size) if same and now is not None else len(sizes)
@@ -125,12 +125,12 @@ def _as_far_as_needed(now: Choice | None, goal: Choice, fits: Callable[[Choice],
 
 
 def most_parameters(start: Start, keep_fraction: float) -> int:
-    """Return the most parameters that may stay; a fraction written as a float may be a hair off."""
+    """Return the parameter budget; the tolerance is for fractions that a float does not hold."""
     return math.floor(keep_fraction * start.parameters_before + 1e-6)
 
 
 def refuse_budget(smallest: float, keep_fraction: float) -> None:
-    """Say how small a method can get.
+    """Refuse a budget with the smallest fraction that can be met.
 
     Raises:
         PlanError: always.

@@ -1,9 +1,9 @@
-"""Measured damage of cuts, of one method or of several -> widths that spend a budget best.
+"""Allocate widths by the measured damage of cuts, of one method or of several.
 
-Each module of each layer has one curve, from parameters removed to damage, on which the levels of
-all methods stand that can shrink it. Its lower convex hull is walked, always the segment with the
-least damage per parameter next, until the budget is met. Which method shrinks the module is thereby
-decided for each layer: the one that its last level belongs to.
+Each module of each layer has one curve from parameters removed to damage, with the levels of all
+methods that can shrink it. The segments of its lower convex hull are taken in the order of least
+damage per parameter, until the budget is met. That also chooses the method for each module of each
+layer: the one that its last level belongs to.
 """
 
 from bisect import bisect_left
@@ -19,18 +19,18 @@ from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
 
-Ladders = Mapping[str, Mapping[str, Ladder]]  # method -> module -> how it is shrunk
+Ladders = Mapping[str, Mapping[str, Ladder]]  # method -> module -> its ladder
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # method -> module -> levels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """A cut whose damage is known.
+    """A cut with measured damage.
 
     Attributes:
         saved: parameters that it removes.
-        damage: that it does.
-        choice: the cut; None is the whole module.
+        damage: as measured.
+        choice: the cut; None is the uncut module.
     """
 
     saved: int
@@ -46,7 +46,7 @@ def by_measured_damage(
     round_to: int,
     start: Start | None = None,
 ) -> ModelForm:
-    """Return inner widths that spend the budget where a parameter costs the least damage.
+    """Return inner widths within the budget that remove parameters where damage is least.
 
     A larger budget never makes any width smaller.
 
@@ -56,7 +56,7 @@ def by_measured_damage(
             at damage 0.
         keep_fraction: target, whole model.
         round_to: step of the FFN width.
-        start: what is cut; None is the model that nothing touched.
+        start: the model that is cut; the uncompressed one if None.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
@@ -83,15 +83,15 @@ def cheapest(
     keep_fraction: float,
     start: Start,
 ) -> Allocation:
-    """Return the widths and ranks of every layer, and which method is to reach them.
+    """Return the widths and ranks of every layer, and the method of each module.
 
     Args:
         shape: of the model.
-        curves: of each layer, what was measured: sizes of the ladders with their damage. The whole
-            module is known to have none.
+        curves: of each layer, the measured sizes of the ladders with their damage. The uncut
+            module has none.
         ladders: of each layer.
         keep_fraction: target, whole model.
-        start: what is cut.
+        start: the model that is cut.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
@@ -129,7 +129,7 @@ def cheapest(
 def require_levels(
     shape: ModelShape, ladders: Sequence[Ladders], *, keep_fraction: float, start: Start
 ) -> None:
-    """See that a budget can be met, before anything is measured.
+    """Check that a budget can be met, before anything is measured.
 
     Raises:
         PlanError: it is below the lowest levels of all modules; the message says how small it can
@@ -158,12 +158,12 @@ def lowest(shape: ModelShape, ladders: Sequence[Ladders], *, start: Start) -> Mo
 
 
 def lower_hull(levels: Sequence[Level]) -> list[tuple[float, Choice]]:
-    """Return the segments of a curve's lower convex hull: damage per parameter, and their ends.
+    """Return the segments of a curve's lower convex hull: damage per parameter, and end point.
 
-    The slopes ascend. Of two levels that save as much, only the one with less damage counts.
+    The slopes ascend. Of levels that save equally much, only the one with least damage counts.
     """
     hull: list[Level] = []
-    # Sorting is stable: of equals the method that is named first is taken.
+    # Sorting is stable: of equal levels the first-named method wins.
     for level in sorted(levels, key=lambda level: (level.saved, level.damage)):
         if hull and level.saved == hull[-1].saved:
             continue
@@ -174,10 +174,10 @@ def lower_hull(levels: Sequence[Level]) -> list[tuple[float, Choice]]:
 
 
 def read_curves(found: object) -> dict[str, list[tuple[int, float]]]:
-    """Return module -> (size, damage), as a unit has found them.
+    """Return module -> (size, damage) as measured by a unit.
 
     Raises:
-        TypeError: they are no such thing.
+        TypeError: ``found`` is not a mapping.
     """
     if not isinstance(found, Mapping):
         raise TypeError(f"curves is a {type(found).__name__}")
@@ -197,7 +197,7 @@ def _level(
 
 
 def _elements(shape: ModelShape, layer: LayerForm, module: str) -> int:
-    """Return what a module stores, but for v's bias and o's: a cut moves the one to the other."""
+    """Return the elements of a module, without the biases of v and o, which a cut may move."""
     weights = sum(linear_weights(shape, layer, name) for name in LINEARS_OF[module])
     if module == "mlp":
         return weights + 2 * layer.intermediate * int(shape.mlp_bias)
@@ -217,7 +217,7 @@ def _slope(a: Level, b: Level) -> float:
 
 def _between_levels(levels: Sequence[Level], wanted: Level) -> float:
     """Return the damage of a cut on the straight line between two levels of its own method."""
-    assert wanted.choice is not None  # the whole module is never estimated
+    assert wanted.choice is not None  # the uncut module is never estimated
     method = wanted.choice.method
     own = [level for level in levels if level.choice is None or level.choice.method == method]
     own.sort(key=lambda level: level.saved)

@@ -1,4 +1,4 @@
-"""A budget -> the ranks of linears that are stored as two factors."""
+"""Allocate the ranks of linears that are stored as two factors."""
 
 import math
 from bisect import bisect_right
@@ -15,13 +15,13 @@ from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.modules import LINEARS_OF
 from planners.model.shape import LINEARS, ModelShape
 
-LEAST_LOG = 1e-12  # of a loss: what loses nothing gives all it can, and not more
-FLOOR = 0.5  # of the share that its type keeps: what every matrix keeps at the least
+LEAST_LOG = 1e-12  # lower bound of log(1 + loss): a loss of 0 has a finite weight
+FLOOR = 0.5  # every matrix keeps at least this part of the share that its type keeps
 
-# Of its parameters, what a linear keeps at the most before it had better stay whole. One of two
-# factors loses at once what lies beyond half of its rank, and saves next to nothing there.
+# The largest share of its parameters that a factored linear keeps; above it the linear stays whole,
+# because two factors lose the directions beyond half of the rank at once and save next to nothing.
 MOST_SHARE = 0.8
-# Those first that lose the least for a parameter at that share: what only attention scores see.
+# Least loss per parameter at that share first: that is what only attention scores depend on.
 CUT_ORDER = ("q_proj", "k_proj", "up_proj", "gate_proj", "down_proj", "o_proj", "v_proj")
 
 Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its parameters
@@ -30,7 +30,7 @@ Shares = Callable[[int, str], float]  # (layer, linear) -> kept share of its par
 def one_share(
     shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
 ) -> ModelForm:
-    """Return one share of the parameters for all linears of these names, however close to 1.
+    """Return the form in which all linears of these names keep one share, however close to 1.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
@@ -46,12 +46,12 @@ def one_share(
 def uniform(
     shape: ModelShape, *, keep_fraction: float, names: Sequence[str], start: Start
 ) -> ModelForm:
-    """Return one share of the parameters for all linears of these names that are factored.
+    """Return the form in which all factored linears of these names keep one share.
 
-    Where the budget lets all keep more than `MOST_SHARE`, as few are factored as it demands, to
-    that share and in the order of `CUT_ORDER`, of each the last layers first; the others stay
-    whole. One of them has what is left over, so less than one rank is. Below it all are factored,
-    and up to one rank of each is left over.
+    If all could keep more than `MOST_SHARE`, only as many are factored as needed to meet the
+    budget, to that share, in the order of `CUT_ORDER` and from the last layer on; the others stay
+    whole. One of them gets what is left over, so that less than one rank is unused. Below that
+    share all are factored, and up to one rank of each is unused.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
@@ -73,28 +73,28 @@ def by_type(
     names: Sequence[str],
     start: Start,
 ) -> ModelForm:
-    """Return ranks by truncation loss, type by type: what would lose more gives less.
+    """Return ranks by truncation loss, type by type: matrices that lose more are cut less.
 
-    SVD-LLM v2 (arXiv:2503.12340): all matrices of one type (q_proj of all layers, ...) give the
-    same share together; of it layer i gives in proportion to ``1 / log(loss_i)``. Here it is
-    ``log(1 + loss)``, which is positive for any loss and the same for those of large models. The
-    share is found so that the true budget is met; less than one rank of it is left over.
+    SVD-LLM v2 (arXiv:2503.12340): each type of matrix (q_proj of all layers, ...) gives up the
+    same share in total; of it layer i gives up in proportion to ``1 / log(loss_i)``. Here it is
+    ``log(1 + loss)``, which is positive for any loss and nearly the same for the large losses of
+    large models. The share is chosen so that the true budget is met; less than one rank is unused.
 
-    The loss is that at one share for all, and says nothing of what a matrix loses at the rank that
-    it is left. So none keeps less than `FLOOR` of the share that its type keeps, up to a rank;
-    what it may not give, the others of its type give, in the same proportion. Without that, small
-    budgets leave the matrices of small loss next to nothing, and the model with them.
+    The loss is measured at one share for all and does not tell what a matrix loses at its final
+    rank. So none keeps less than `FLOOR` of the share of its type, up to a rank; the others of its
+    type give up the difference, in the same proportion. Otherwise small budgets would leave
+    matrices of small loss next to nothing, which ruins the model.
 
-    A budget that lets the types keep more than `MOST_SHARE` leaves linears whole, as in `uniform`,
-    of each type those that lose the most.
+    If the types could keep more than `MOST_SHARE`, linears stay whole as in `uniform`, of each
+    type those that lose the most.
 
     Args:
         shape: of the model.
         findings: of each layer, ``losses``: linear -> ``|x W - x W'|_F`` over the calibration
             tokens, W' of the rank that `one_share` gives it.
         keep_fraction: target, whole model.
-        names: linears that take part.
-        start: what is factored.
+        names: linears that are factored.
+        start: the model that is factored.
 
     Raises:
         NumericsError: a loss is not finite.
@@ -130,7 +130,7 @@ def filled(weights: Sequence[float], *, mean: float, most: float = 1.0) -> list[
     found = [0.0] * len(weights)
     left = mean * len(weights)
     for position, index in enumerate(order):
-        # From the largest weight on: those that c would lift over the most have it, the rest share.
+        # From the largest weight on: those that c would lift above ``most`` get it, the rest share.
         rest = math.fsum(weights[i] for i in order[position:])
         found[index] = min(most, max(0.0, left * weights[index] / rest))
         left -= found[index]
@@ -140,13 +140,13 @@ def filled(weights: Sequence[float], *, mean: float, most: float = 1.0) -> list[
 def rank_ladder(
     shape: ModelShape, layer: LayerForm, module: str, shares: Sequence[float]
 ) -> Ladder | None:
-    """Return how the linears of a module are factored, one rank of one of them at a time.
+    """Return the ladder of a module whose linears are factored, one rank of one linear per step.
 
     All keep about one share of their parameters; one that no rank makes smaller stays whole. A size
-    is the sum of the ranks, a whole linear counted as the first rank that saves nothing.
+    is the sum of the ranks; a whole linear counts as the first rank that saves nothing.
 
     Returns:
-        None where no linear of the module gets smaller, or a step before has factored one.
+        None if no linear of the module can get smaller, or an earlier step has factored one.
     """
     names = LINEARS_OF[module]
     if any(name in layer.ranks for name in names):
@@ -174,15 +174,15 @@ def rank_ladder(
 
 
 def _most(out_dim: int, in_dim: int) -> int:
-    """Return the largest rank of which both factors are smaller than the matrix."""
+    """Return the largest rank at which both factors together are smaller than the matrix."""
     return (out_dim * in_dim - 1) // (out_dim + in_dim)
 
 
-@lru_cache(maxsize=256)  # a few shapes of layers, each asked for in every layer
+@lru_cache(maxsize=256)  # a few distinct shapes, looked up for every layer
 def _rungs(
     dims: tuple[tuple[int, int], ...],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
-    """Return the ranks of some linears from all 1 to all whole, and the share at each next step."""
+    """Return the ranks of linears from all 1 to all whole, and the share kept at each next step."""
     steps = sorted(
         (min(1.0, rank * (out_dim + in_dim) / (out_dim * in_dim)), index)
         for index, (out_dim, in_dim) in enumerate(dims)
@@ -204,7 +204,7 @@ def _form(shape: ModelShape, start: Start, names: Sequence[str], shares: Shares)
             out_dim, in_dim = linear_dims(shape, layer, name)
             share = shares(index, name)
             rank = max(1, int(share * out_dim * in_dim / (out_dim + in_dim)))
-            # A matrix of full rank saves nothing, and stays whole.
+            # Factors of full rank save nothing: the matrix stays whole.
             if share < 1 and rank * (out_dim + in_dim) < out_dim * in_dim:
                 ranks[name] = rank
         layers.append(replace(layer, ranks=ranks))
@@ -219,10 +219,10 @@ def _raised(
     budget: int,
     first: Callable[[int, str], tuple[float, ...]] = lambda *_: (),
 ) -> ModelForm:
-    """Return the smaller form with as many of the larger one's ranks as the budget has room for.
+    """Return the smaller form with ranks raised towards the larger one, as the budget allows.
 
-    Linears (layer, name) with the smallest ``first`` are raised first, of those alike the first
-    layers.
+    Linears (layer, name) with the smallest ``first`` are raised first; of equal ones, those of the
+    first layers.
     """
     layers = list(small.layers)
     room = budget - model_parameters(shape, small)
@@ -240,7 +240,7 @@ def _raised(
 def _steps(
     shape: ModelShape, layer: LayerForm, name: str, goal: int | None
 ) -> list[dict[str, int]]:
-    """Return the ranks of a layer with one linear one rank up, and so on until ``goal``."""
+    """Return the ranks of a layer with one linear raised by 1, 2, ... up to ``goal``."""
     rank = layer.ranks.get(name)
     if rank is None:
         return []
@@ -256,5 +256,5 @@ def _weight(layer: int, name: str, finding: Mapping[str, object]) -> float:
     losses = finding["losses"]
     loss = losses.get(name) if isinstance(losses, Mapping) else None
     if not isinstance(loss, int | float) or not math.isfinite(loss):
-        raise NumericsError(f"layer {layer}: the loss of {name} is {loss!r}, which is no number")
+        raise NumericsError(f"layer {layer}: the loss of {name} is {loss!r}, not a finite number")
     return 1 / max(math.log1p(max(loss, 0.0)), LEAST_LOG)

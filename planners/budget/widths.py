@@ -1,4 +1,4 @@
-"""A budget and what each cut costs -> how much of what to keep."""
+"""Allocate the inner widths of modules: uniform shares, or by the influence of layers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,11 @@ LOG_NOTHING = 40.0  # e^-40 of a width is less than rounding
 def largest_width(
     widths: Sequence[int], count: Callable[[int], int], *, before: int, keep_fraction: float
 ) -> int:
-    """Return the widest of ``widths`` that stays within the budget.
+    """Return the largest of ``widths`` within the budget.
 
     Args:
         widths: candidates, ascending.
-        count: width -> parameters of the whole model; does not fall with the width.
+        count: width -> parameters of the whole model; must not decrease with the width.
         before: parameters of the input model.
         keep_fraction: target, parameters after over parameters before.
 
@@ -59,7 +59,7 @@ def layer_widths(layer: LayerForm) -> Widths:
 
 
 def cut_layer(layer: LayerForm, widths: Mapping[str, int]) -> LayerForm:
-    """Return a layer with these inner widths; a cut v moves its bias into o's."""
+    """Return a layer with these inner widths; cutting v moves its bias into that of o."""
     moved = layer.v_bias and widths["vo"] < layer.vo_head_dim
     return replace(
         layer,
@@ -79,7 +79,7 @@ def form_of(
     Args:
         shape: of the model.
         widths: of each layer, module -> inner width.
-        start: what is cut; None is the model that nothing touched.
+        start: the model that is cut; the uncompressed one if None.
     """
     form = (start or dense_start(shape)).form
     layers = (cut_layer(*pair) for pair in zip(form.layers, widths, strict=False))
@@ -87,7 +87,7 @@ def form_of(
 
 
 def rounded(full: int, module: str, width: float, *, round_to: int) -> int:
-    """Return the nearest width that a module's step allows, at least one step, at most ``full``."""
+    """Return the nearest multiple of a module's step, at least one step and at most ``full``."""
     step = QUANTUM.get(module, round_to)
     if width >= full:
         return full
@@ -105,8 +105,8 @@ def uniform(
 ) -> ModelForm:
     """Return the largest model within the budget whose layers all keep one share of each width.
 
-    Where all take their next step at the same share, only as many take it as the budget demands,
-    unless they must be ``alike``.
+    If all would take the next step at the same share, only as many take it as needed to meet the
+    budget, unless all layers must be ``alike``.
 
     Raises:
         PlanError: the budget cannot be met; the message says how small it can get.
@@ -126,7 +126,7 @@ def uniform(
     return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
 
 
-def by_influence(  # noqa: PLR0913 the formula has as many
+def by_influence(  # noqa: PLR0913 the formula has as many inputs
     shape: ModelShape,
     findings: Sequence[Mapping[str, object]],
     *,
@@ -138,17 +138,17 @@ def by_influence(  # noqa: PLR0913 the formula has as many
 ) -> ModelForm:
     """Return widths by Block Influence: layer i loses ``c * softmax(-s_i / temperature)``.
 
-    MoDeGPT eq. 10-11 (arXiv:2408.09632); c is chosen so that the true budget is met. Where several
-    widths take their next step at the same c, only as many take it as the budget demands.
+    MoDeGPT eq. 10-11 (arXiv:2408.09632); c is chosen so that the true budget is met. If several
+    widths would take the next step at the same c, only as many take it as the budget needs.
 
     Args:
         shape: of the model.
         findings: of each layer, ``influence``: 1 - mean cosine between its input and output.
         keep_fraction: target, whole model.
-        modules: which take part.
+        modules: that are cut.
         round_to: step of the FFN width.
         temperature: of the softmax; influence is between 0 and 2.
-        start: what is cut; None is the model that nothing touched.
+        start: the model that is cut; the uncompressed one if None.
 
     Raises:
         NumericsError: an influence is not finite.
@@ -158,7 +158,7 @@ def by_influence(  # noqa: PLR0913 the formula has as many
     least, most = min(scores), max(scores)
     start = start or dense_start(shape)
     whole = [layer_widths(layer) for layer in start.form.layers]
-    # c on a logarithmic scale: from where no width loses anything to where all lose everything.
+    # c on a logarithmic scale, from removing nothing to removing all of every width.
     span = (most - least) / temperature + LOG_NOTHING
 
     def form(share: float) -> ModelForm:
@@ -182,7 +182,7 @@ def levels(full: int, module: str, shares: Sequence[float], *, round_to: int) ->
 
 
 def width_ladder(full: int, module: str, shares: Sequence[float], *, round_to: int) -> Ladder:
-    """Return how the inner width of a module is cut, step by step."""
+    """Return the ladder of the inner width of a module."""
     step = QUANTUM.get(module, round_to)
 
     def cut(layer: LayerForm, width: int) -> LayerForm:
@@ -204,10 +204,10 @@ def _between(
     round_to: int,
     start: Start,
 ) -> ModelForm:
-    """Return the largest form of a family in the budget, with what the next larger one has more.
+    """Return the largest model between the last form within the budget and the next one over it.
 
-    The widths that differ between the two are cut one by one, the last layer first, only as far as
-    the budget demands.
+    The widths that differ between the two are cut one by one, the last layer first, until the
+    budget is met.
     """
     within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
     small, large = (
@@ -241,7 +241,7 @@ def largest_share(
     keep_fraction: float,
     start: Start,
 ) -> ModelForm:
-    """Return the largest of a family of forms, growing with a share in [0, 1], in the budget."""
+    """Return the form of the largest share in [0, 1] that is within the budget."""
     return form(bracket(shape, form, keep_fraction=keep_fraction, start=start)[0])
 
 
@@ -252,7 +252,7 @@ def bracket(
     keep_fraction: float,
     start: Start,
 ) -> tuple[float, float]:
-    """Return a share within the budget and the next one over it; twice 1.0 where all is within."""
+    """Return a share within the budget and the next one over it; both 1.0 if all are within."""
     budget = most_parameters(start, keep_fraction)
     smallest = model_parameters(shape, form(0.0))
     if smallest > budget:
@@ -271,5 +271,5 @@ def bracket(
 
 def _influence(layer: int, value: object) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise NumericsError(f"layer {layer}: its influence is {value!r}, which is no number")
+        raise NumericsError(f"layer {layer}: its influence is {value!r}, not a finite number")
     return float(value)

@@ -15,8 +15,8 @@ class Family:
         name: the file's name.
         classes: ``model_type`` of the ``config.json`` files it covers -> transformers' class of it
             with a head.
-        base: what the names of all tensors but the head begin with; a model that was saved
-            without its class's head has names without it.
+        base: prefix of the names of all tensors but the head; a model saved without its head has
+            names without this prefix.
         layer: prefix of layer ``{i}`` in the state dict.
         linears: role, one of `planners.model.shape.LINEARS`, -> name below the layer.
         norms: ``attn_norm`` and ``mlp_norm`` -> name below the layer.
@@ -56,13 +56,13 @@ class Family:
         return tensors
 
     def with_base(self, name: str) -> str:
-        """Return a name of a model that was saved without a head, as the whole model has it."""
+        """Return the full name of a tensor of a model that was saved without its head."""
         whole = f"{self.base}.{name}"
-        ours = (self.embedding, self.final_norm, self.layer.partition("{")[0])
-        return whole if whole.startswith(ours) else name
+        covered = (self.embedding, self.final_norm, self.layer.partition("{")[0])
+        return whole if whole.startswith(covered) else name
 
     def below_layer(self, role: str) -> str:
-        """Return the name below its layer of a role, also of one that only compression makes."""
+        """Return the name of a role below its layer, including roles that compression adds."""
         part, dot, rest = role.partition(".")
         names = {**self.linears, **self.norms, "rope_pairs": "self_attn.rope_pairs"}
         return f"{names.get(part, part)}{dot}{rest}"
@@ -76,7 +76,7 @@ class Family:
         return name
 
     def head_among(self, names: Container[str]) -> str:
-        """Return the tensor of the head among those of a checkpoint: the embedding's if tied."""
+        """Return the name of the head's tensor in a checkpoint: the embedding's if tied."""
         return self.head if self.head in names else self.embedding
 
     def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,7 +1,7 @@
-"""The keys of a ``config.json`` as a stranger wrote them: refused, or of the type they should have.
+"""Validate the keys of a ``config.json``: return them with the right type, or refuse them.
 
-What transformers makes of the rest is seen where it is built; here is what decides sizes, would run
-code, or would give a worker numbers that it cannot use.
+Covers keys that determine sizes, would run code, or would give a worker numbers that it cannot use;
+transformers validates the rest when it builds a model.
 """
 
 import reprlib
@@ -12,15 +12,15 @@ from planners.errors import ModelError
 
 Config = Mapping[str, Any]
 
-MAX_DIM = 2**24  # no width or count of a real model comes near it; guards allocation sizes
+MAX_DIM = 2**24  # far above any width or count of a real model; guards allocation sizes
 MAX_CHARACTERS = 200  # of a value in a message
-MAX_NUMBER = 1e30  # a setting above it is a slip, and overflows in float32
+MAX_NUMBER = 1e30  # a setting above it is a mistake, and overflows in float32
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh", "relu"),
     "dtype": ("float32", "bfloat16", "float16"),
     "torch_dtype": ("float32", "bfloat16", "float16"),
-    # Another name may be that of a repository, whose code would be fetched and run.
+    # Another value may name a repository, whose code would be downloaded and run.
     "attn_implementation": ("sdpa", "eager"),
     "_attn_implementation": ("sdpa", "eager"),
 }
@@ -39,14 +39,14 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-ROPE_LISTS = ("short_factor", "long_factor")  # of a number for each pair of channels
+ROPE_LISTS = ("short_factor", "long_factor")  # one number for each pair of channels
 
 
 def positive(config: Config, key: str, default: int | None = None) -> int:
     """Return a size.
 
     Raises:
-        ModelError: it is missing and has no default, or is no possible size.
+        ModelError: it is missing and has no default, or is not a valid size.
     """
     value = config.get(key)
     if value is None:
@@ -59,7 +59,7 @@ def positive(config: Config, key: str, default: int | None = None) -> int:
 
 
 def flag(config: Config, key: str, *, default: bool) -> bool:
-    """Return a value that is true or false.
+    """Return a boolean.
 
     Raises:
         ModelError: it is neither.
@@ -71,7 +71,7 @@ def flag(config: Config, key: str, *, default: bool) -> bool:
 
 
 def check_settings(config: Config) -> None:
-    """Refuse keys that ask for other code or weights, and settings that no width depends on.
+    """Refuse keys that request other code or weights, and invalid settings other than widths.
 
     Raises:
         ModelError: the message names the key.
@@ -95,7 +95,7 @@ def check_settings(config: Config) -> None:
     positive(config, "sliding_window", 1)  # null in most models
     if config.get("is_causal") not in (None, True):
         raise ModelError(
-            "config.json: is_causal is false: every token would attend to later ones too; only "
+            "config.json: is_causal is false, so tokens would attend to later ones; only "
             "causal attention is supported"
         )
 
@@ -140,5 +140,5 @@ def _are_positive(values: object, count: int) -> bool:
 
 
 def _short(value: object) -> str:
-    """Return a value as it may stand in a message: one line, cut where it is long."""
+    """Return a value for a message: one line, truncated if long."""
     return "missing" if value is None else reprlib.repr(value)[:MAX_CHARACTERS]

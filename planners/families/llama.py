@@ -1,4 +1,4 @@
-"""Llama and the families that copy its names: Mistral and Qwen2."""
+"""Llama and the models with the same tensor names: Mistral and Qwen2."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,9 @@ from planners.families._config import check_rope, check_settings, flag, positive
 from planners.model.shape import ModelShape
 
 MAX_LAYERS = 4096
-FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types that Qwen2 knows
+FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types of Qwen2
 
-# What transformers takes for a key that is absent, where its model types differ.
+# The defaults of transformers for absent keys, where its model types differ.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
@@ -33,14 +33,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Return the sliding window of each layer, as transformers reads the keys; None is all before.
+    """Return the sliding window of each layer as transformers reads the keys; None is no window.
 
-    A Llama reads none of them, a Mistral one for all layers. A Qwen2 reads it only with
-    ``use_sliding_window``, and then from layer ``max_window_layers`` on, or where ``layer_types``
-    has it.
+    A Llama has no windows, a Mistral one for all layers. A Qwen2 has one only with
+    ``use_sliding_window``, and then from layer ``max_window_layers`` on, or in the layers that
+    ``layer_types`` names.
 
     Raises:
-        ModelError: a key says what transformers cannot run, or runs as another architecture.
+        ModelError: a key has a value that transformers cannot run, or runs as another architecture.
     """
     model_type, count = config["model_type"], positive(config, "num_hidden_layers")
     config = {**DEFAULTS[model_type], **config}

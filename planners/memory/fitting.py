@@ -1,4 +1,4 @@
-"""A plan that cannot fit: by how much, and the cheapest ways to fit, each planned again."""
+"""Advice for a plan that does not fit: the cheapest changes that fit, each checked by planning."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,13 +7,13 @@ from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.method import MethodSpec, Option
 
-MOST = 3  # ways that are named
+MOST = 3  # suggestions
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What is planned, as far as it can be changed to fit.
+    """The parts of a plan that can be changed to make it fit.
 
     Attributes:
         spec: of the method.
@@ -34,12 +34,12 @@ def ways_to_fit(
     *,
     others: Sequence[tuple[MethodSpec, Mapping[str, Option]]],
 ) -> list[str]:
-    """Return up to three ways to fit, cheapest first, in words, each with what it costs.
+    """Return up to three suggestions that fit, cheapest first, each with what it costs.
 
     Args:
-        attempt: what does not fit.
-        shortfall: bytes that a worker lacks; a PlanError where that cannot be planned at all.
-        others: methods that may fit where this one does not, with their options.
+        attempt: the plan that does not fit.
+        shortfall: attempt -> bytes that a worker lacks; raises PlanError if it cannot be planned.
+        others: methods that may fit if this one does not, with their options.
     """
     found = []
     for text, tried in _candidates(attempt, others):
@@ -51,14 +51,14 @@ def ways_to_fit(
             found.append(text)
     memory = attempt.worker_bytes + shortfall(attempt)
     enough = f"--worker-gib {memory / GIB:.2f} or more: workers with that much memory"
-    # More memory always fits; it is named last of three, for it costs money.
+    # More memory always fits; it comes last because it costs money.
     return [*found[: MOST - 1], enough]
 
 
 def _candidates(
     attempt: Attempt, others: Sequence[tuple[MethodSpec, Mapping[str, Option]]]
 ) -> Iterator[tuple[str, Attempt]]:
-    """Yield (words, attempt), the cheapest first: what keeps the result, then what changes it."""
+    """Yield (text, attempt), cheapest first; those that keep the result come before others."""
     batching = attempt.batching
     size = batching.microbatch_sequences
     while size > 1:
@@ -66,32 +66,32 @@ def _candidates(
         fewer = replace(batching, microbatch_sequences=size)
         calls = -(-batching.microbatch_sequences // size)
         words = f"--microbatch-tokens {fewer.microbatch_tokens}"
-        yield f"{words}: {calls} times as many calls", replace(attempt, batching=fewer)
+        yield f"{words}: {calls} times as many calls in each pass", replace(attempt, batching=fewer)
         if batching.dtype == "float32":
             yield (
-                f"{words} --calibration-dtype bfloat16: statistics of a pass "
+                f"{words} --calibration-dtype bfloat16: statistics from activations "
                 "with 8 bits of precision",
                 replace(attempt, batching=replace(fewer, dtype="bfloat16")),
             )
     if batching.dtype == "float32":
         yield (
-            "--calibration-dtype bfloat16: statistics of a pass with 8 bits of precision",
+            "--calibration-dtype bfloat16: statistics from activations with 8 bits of precision",
             replace(attempt, batching=replace(batching, dtype="bfloat16")),
         )
     yield from _options(attempt)
     smallest = replace(attempt, batching=replace(batching, microbatch_sequences=1))
     tokens = batching.sequence_length
     for spec, options in others:
-        words = f"--method {spec.name}: another method, another result"
+        words = f"--method {spec.name}: a different method and result"
         yield words, replace(attempt, spec=spec, options=options)
         yield (
-            f"--method {spec.name} --microbatch-tokens {tokens}: another method, another result",
+            f"--method {spec.name} --microbatch-tokens {tokens}: a different method and result",
             replace(smallest, spec=spec, options=options),
         )
 
 
 def _options(attempt: Attempt) -> Iterator[tuple[str, Attempt]]:
-    """Yield the same method with fewer modules, or without what it does on top."""
+    """Yield the same method with fewer modules, or without the refit."""
     if attempt.options.get("refit"):
         yield (
             "--option refit=false: a higher perplexity",
@@ -101,6 +101,6 @@ def _options(attempt: Attempt) -> Iterator[tuple[str, Attempt]]:
     for module in modules if len(modules) > 1 else []:
         left = ",".join(m for m in modules if m != module)
         yield (
-            f"--option modules={left}: {module} stays whole, the others shrink more",
+            f"--option modules={left}: {module} is not compressed, the others are compressed more",
             replace(attempt, options={**attempt.options, "modules": left}),
         )

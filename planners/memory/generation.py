@@ -1,4 +1,4 @@
-"""A model that generates: what it takes, and how many workers hold all of it at one time."""
+"""Memory of a model that generates, and how many workers hold all of it at the same time."""
 
 from planners.errors import PlanError
 from planners.memory.peaks import LIBRARIES, SINGLE, forward_bytes, load_bytes, table_bytes
@@ -10,13 +10,13 @@ from planners.plan import StagePlan
 
 
 def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: int) -> Load:
-    """Return what a worker holds that generates with some layers, in the dtype they are stored in.
+    """Return what a worker holds while it generates with some layers, in their stored dtype.
 
     Args:
         shape: of the dense model.
         form: widths of the model that generates.
         batch: sequences at one time.
-        tokens: of each, those of the prompt included.
+        tokens: of each, including the prompt.
     """
     width, dtype = BYTES_OF[shape.dtype], shape.dtype
     largest = max(form.layers, key=lambda layer: layer_parameters(shape, layer))
@@ -47,7 +47,7 @@ def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: i
 
 
 def whole_bytes(shape: ModelShape, load: Load) -> int:
-    """Return what one worker would take that held all layers."""
+    """Return the bytes of one worker that holds all layers."""
     return sum(load.stage(shape.num_layers, tables=2).values())
 
 

@@ -1,7 +1,7 @@
-"""What a worker holds at its peak, in bytes: while tokens pass, and in each kind of unit.
+"""Peak memory of a worker, in bytes: during a forward pass, and in each kind of unit.
 
-Counted from what the actors do, buffer by buffer; `benchmarks/plan_truth.py` compares it with what
-was measured. A unit of compression holds no layers of the pass: they were dropped before.
+Counted buffer by buffer from what the actors do; `benchmarks/plan_truth.py` compares it with
+measurements. A compression unit holds no layers of the pass: they are freed before it starts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +18,9 @@ from planners.model.shape import LINEARS, ModelShape
 from planners.model.taps import Statistic
 
 DOUBLE, SINGLE = 8, 4
-LOGIT_TOKENS = 1024  # rows of logits that exist at one time
+LOGIT_TOKENS = 1024  # rows of logits in memory at one time
 ROWS = 8192  # of a table that are in memory at one time
-LIBRARIES = 64 * 2**20  # what torch and transformers take at their first use, beside tensors
+LIBRARIES = 64 * 2**20  # what torch and transformers allocate at first use, beside tensors
 
 
 def forward_bytes(
@@ -32,16 +32,16 @@ def forward_bytes(
     dtype: str,
     form: LayerForm | None = None,
 ) -> int:
-    """Return what one layer's forward and its sums need beside weights and sums.
+    """Return what the forward pass and statistics of one layer need beside weights and sums.
 
-    ``tokens`` are those of all sequences. Without a ``form``, of a layer that nothing touched.
+    ``tokens`` are those of all sequences. Without a ``form``, of an uncompressed layer.
     """
     layer = form or dense_form(shape)
     width = BYTES_OF[dtype]
     hidden = max(layer.residual_in, layer.residual_mid, layer.residual_out)
     head_dim = max(layer.qk_head_dim, layer.vo_head_dim)
     heads, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-    # The residual, its normed copy and what they are made of; then attention, or the MLP.
+    # The residual, its normed copy and their inputs; then attention, or the MLP.
     attention = 3 * hidden + 4 * heads + 3 * kv
     mlp = 3 * hidden + 3 * layer.intermediate
     peak = max(
@@ -52,8 +52,8 @@ def forward_bytes(
         dim = tap_dim(shape, statistic.tap, layer)
         if not statistic.row.packed:
             continue
-        # The product of a block of rows in float32 exists beside the float64 sums; a narrower
-        # input, or one that is normed, has a float32 copy too.
+        # The float32 product of a block of rows is held beside the float64 sums; an input of a
+        # narrower dtype, or a normed one, has a float32 copy too.
         copies = int(width < SINGLE) + int(statistic.row.normed)
         kept = tokens * (3 * hidden + dim) * width
         product = min(dim, BLOCK_ROWS) * dim
@@ -62,11 +62,10 @@ def forward_bytes(
 
 
 def _scores(shape: ModelShape, form: LayerForm, tokens: int, sequence_length: int) -> int:
-    """Return what attention takes where it forms the scores of all heads at once.
+    """Return what attention needs if it forms the scores of all heads at once.
 
-    The kernels that go by blocks want query, key and value heads of one width. Without them there
-    are the scores, their softmax and a byte for each that tells which are masked, beside scaled
-    copies of queries and keys.
+    Blockwise kernels need query, key and value heads of one width. Without them there are the
+    scores, their softmax and a byte of mask for each, beside scaled copies of queries and keys.
     """
     if form.qk_head_dim == form.vo_head_dim:
         return 0
@@ -75,19 +74,19 @@ def _scores(shape: ModelShape, form: LayerForm, tokens: int, sequence_length: in
 
 
 def loss_bytes(shape: ModelShape, *, tokens: int, dtype: str) -> int:
-    """Return what the losses of one microbatch need beside the head."""
+    """Return the bytes that the losses of one microbatch need beside the head."""
     rows = min(tokens, LOGIT_TOKENS)
-    copies = 2 + int(BYTES_OF[dtype] < SINGLE)  # the logits, in float32 too, and their softmax
+    copies = 2 + int(BYTES_OF[dtype] < SINGLE)  # the logits, also in float32, and their softmax
     return rows * shape.vocab_size * SINGLE * copies + 3 * tokens * shape.hidden * BYTES_OF[dtype]
 
 
 def table_bytes(shape: ModelShape, *, dtype: str) -> int:
-    """Return the embedding, or the head, in a stage."""
+    """Return the bytes of the embedding, or the head, in a stage."""
     return shape.vocab_size * shape.hidden * BYTES_OF[dtype]
 
 
 def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) -> int:
-    """Return what loading needs beside what is loaded: the tensors as they are stored."""
+    """Return what loading a layer needs on top: its tensors in their stored dtype."""
     stored = BYTES_OF[shape.dtype]
     if stored == BYTES_OF[dtype]:
         return max(out * inner for out, inner in map(shape.linear_dims, LINEARS)) * stored
@@ -96,7 +95,7 @@ def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrinking:
-    """All that decides what the units of one method hold.
+    """Everything that determines the memory of the units of one method.
 
     Attributes:
         shape: of the model.
@@ -106,8 +105,8 @@ class Shrinking:
         tokens: of one microbatch, and of all of them.
         sequence_length: tokens of one sequence.
         dtype: of the pass.
-        start: widths of the input model; those of one that nothing touched if None.
-        mapped: the sums are pages of files and take no memory of their own.
+        start: widths of the input model; the uncompressed ones if None.
+        mapped: the sums are mapped pages of files, without memory of their own.
     """
 
     shape: ModelShape
@@ -122,17 +121,17 @@ class Shrinking:
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What the method needs to know of each layer."""
+        """The statistics that the method needs of each layer."""
         return self.spec.statistics(self.options)
 
     @property
     def held(self) -> frozenset[Statistic]:
-        """Those that take memory in a unit that reads them."""
+        """The statistics that take memory in a unit that reads them."""
         return frozenset() if self.mapped else self.statistics
 
     @cached_property
     def layers(self) -> list[tuple[LayerForm, LayerForm]]:
-        """Each layer before and after; layers alike are there once."""
+        """Each layer before and after; equal pairs once."""
         shape = self.shape
         before = self.start.layers if self.start else (dense_form(shape),) * shape.num_layers
         found: list[tuple[LayerForm, LayerForm]] = []
@@ -146,7 +145,7 @@ class Shrinking:
         return layer_parameters(self.shape, layer) * BYTES_OF[self.dtype]
 
     def passing(self, *layers: LayerForm) -> int:
-        """Return what the forward pass of the widest of these layers needs."""
+        """Return the bytes that the forward pass of the widest of these layers needs."""
         return max(
             forward_bytes(
                 self.shape,
@@ -161,31 +160,33 @@ class Shrinking:
 
 
 def nothing(step: Shrinking) -> int:
-    """Return 0, for a unit that holds no more than the others of its phase."""
+    """Return 0, for a unit that needs no more than the others of its phase."""
     del step
     return 0
 
 
 def table_unit(step: Shrinking) -> int:
-    """Return what writing the embedding or the head holds."""
+    """Return the peak of writing the embedding or the head."""
     shape = step.shape
     rows = min(ROWS, shape.vocab_size) * shape.hidden
     return rows * (BYTES_OF[shape.dtype] * 2 + (2 * SINGLE if step.spec.residual else 0))
 
 
 def basis_unit(step: Shrinking) -> int:
-    """Return what finding the axes of one site, or of all, holds."""
+    """Return the peak of computing the axes of one site, or of all."""
     if not step.spec.residual:
         return 0
     shape = step.shape
     square = shape.hidden**2 * DOUBLE
     if step.options.get("rotation") == "shared":
-        return (3 * shape.num_sites + 1) * square  # all grams, scaled, and side by side
+        return (
+            3 * shape.num_sites + 1
+        ) * square  # all grams, their scaled copies, and all of them side by side
     return eigh_bytes(shape.hidden) + square
 
 
 def stream_unit(step: Shrinking) -> int:
-    """Return what passing tokens on to a site behind a prefix that is cut holds."""
+    """Return the peak of passing tokens to a site through layers that are already compressed."""
     if not step.spec.residual or step.options.get("schedule") != "sequential":
         return 0
     gram = 4 * step.shape.hidden**2 * DOUBLE
@@ -193,15 +194,15 @@ def stream_unit(step: Shrinking) -> int:
 
 
 def layer_unit(step: Shrinking) -> int:
-    """Return what shrinking one layer holds."""
+    """Return the peak of shrinking one layer."""
     if step.spec.residual:
         shared = step.options.get("rotation") == "shared"
-        return max(_turned_layer(step.shape, *pair, shared=shared) for pair in step.layers)
+        return max(_rotated_layer(step.shape, *pair, shared=shared) for pair in step.layers)
     return max(_shrunk_layer(step.shape, *pair, step.held) for pair in step.layers)
 
 
 def damage_unit(step: Shrinking) -> int:
-    """Return what measuring the cuts of one layer holds."""
+    """Return the peak of measuring the cuts of one layer."""
     if step.spec.measures(step.options) != "damage":
         return 0
     makers = step.spec.candidates or (Candidate(spec=step.spec, options=step.options),)
@@ -213,7 +214,7 @@ def damage_unit(step: Shrinking) -> int:
 
 
 def refit_unit(step: Shrinking) -> int:
-    """Return what refitting one layer holds."""
+    """Return the peak of refitting one layer."""
     if not step.options.get("refit"):
         return 0
     streams = 3 * step.tokens[0] * step.shape.hidden * BYTES_OF[step.dtype]
@@ -228,7 +229,7 @@ def refit_unit(step: Shrinking) -> int:
 def _cuts(
     shape: ModelShape, layer: LayerForm, candidates: Sequence[Candidate]
 ) -> Iterator[LayerForm]:
-    """Yield a layer with one module cut, by each method that may be asked for it."""
+    """Yield a layer with one module cut, for each module and each competing method."""
     for each in candidates:
         for ladder in each.spec.ladders(shape, layer, each.options).values():
             for size in ladder.sizes[-1:]:  # a module of one pair cannot be cut
@@ -236,9 +237,9 @@ def _cuts(
 
 
 def _outputs(shape: ModelShape, layer: LayerForm, method: Candidate) -> int:
-    """Return how many outputs of a layer pass the layers behind it side by side.
+    """Return how many outputs of a layer pass through the later layers side by side.
 
-    With damage as the loss of the model: that of the whole layer, and one a level of each module.
+    With ``damage=loss``: that of the uncut layer, and one for each level of each module.
     """
     if method.options.get("damage") != "loss":
         return 0
@@ -246,26 +247,26 @@ def _outputs(shape: ModelShape, layer: LayerForm, method: Candidate) -> int:
     return 1 + sum(len(ladder.levels) for ladder in ladders)
 
 
-def _turned_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shared: bool) -> int:
-    """Return a layer with its bases, the result, and what the largest product takes beside them.
+def _rotated_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shared: bool) -> int:
+    """Return the bytes of a layer, its bases, the result, and the buffer of the largest product.
 
     That is a basis in float32, or a shortcut in float64. A block of rows, its scaled copy and its
-    product come and go; the allocator keeps about as much again of those that went.
+    product are allocated again and again; the allocator keeps about as much of freed ones.
     """
     widths = (form.residual_in, form.residual_mid, form.residual_out)
     whole = layer_parameters(shape, start) + layer_parameters(shape, form)
     bases = shape.hidden * (widths[0] if shared else sum(widths)) * DOUBLE
     block = min(PANEL, max(shape.hidden, start.intermediate))
     blocks = 2 * 3 * block * shape.hidden * SINGLE
-    turning = max(widths) * shape.hidden * SINGLE
+    rotating = max(widths) * shape.hidden * SINGLE
     shortcut = 0 if shared else widths[1] * max(widths[0], widths[2]) * DOUBLE
-    return whole * BYTES_OF[shape.dtype] + bases + blocks + max(turning, shortcut)
+    return whole * BYTES_OF[shape.dtype] + bases + blocks + max(rotating, shortcut)
 
 
 def _shrunk_layer(
     shape: ModelShape, start: LayerForm, form: LayerForm, statistics: frozenset[Statistic]
 ) -> int:
-    """Return a layer with its sums, the result, and the largest factorisation beside them."""
+    """Return the bytes of a layer, its sums, the result, and the largest factorisation."""
     stored = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
     whole = layer_parameters(shape, start) + layer_parameters(shape, form)
@@ -285,9 +286,9 @@ def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
 
 
 def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int) -> int:
-    """Return measuring the cuts of a layer: the layer, two cut ones, and the probe's way.
+    """Return the bytes of measuring cuts: the layer, two cut copies, and the probe's activations.
 
-    ``outputs`` are those of the layer that are kept until all of them pass the layers behind.
+    ``outputs`` is how many outputs of the layer are kept to pass through the later layers.
     """
     shape, dtype = step.shape, step.dtype
     width = BYTES_OF[dtype]
@@ -306,19 +307,19 @@ def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int)
         )
         for each in (start, form)
     )
-    # What is measured as damage is float32, the output and its difference beside it.
+    # Damage is computed in float32, with the output and its difference beside it.
     passing = max(probe_bytes, 3 * probe * shape.hidden * SINGLE)
     if outputs:
         held += outputs * probe * shape.hidden * width
         head = table_bytes(shape, dtype=dtype) + loss_bytes(shape, tokens=probe, dtype=dtype)
         passing = max(passing, head)
     factoring = _factorisation(shape, start, form) + _axes(shape, start, form)
-    # The factor serves all levels, so it is there while each of them is tried.
+    # The factor is shared by all levels, so it is held while each of them is measured.
     return int(held + sums + factoring + cells * width + passing)
 
 
 def _axes(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
-    """Return the axes of all linears that are factored, and the factors of their grams."""
+    """Return the bytes of the axes of all factored linears, and of the factors of their grams."""
     total = 0
     for name in form.ranks.keys() - start.ranks.keys():
         out_dim, in_dim = linear_dims(shape, start, name)

@@ -1,4 +1,4 @@
-"""Layers, their sizes and the workers at hand -> stages and waves."""
+"""Place layers on workers: their sizes and the available workers give stages and waves."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,12 +19,12 @@ from planners.model.taps import Statistic
 from planners.plan import StagePlan
 
 WINDOW = 4  # microbatches that may wait before a stage
-MAX_INFLIGHT = 2  # microbatches submitted to a stage and not yet answered
+MAX_INFLIGHT = 2  # microbatches submitted to a stage that have not returned yet
 BOUNDARIES_HELD = (
     2  # boundary activations in a worker's own memory; those that wait are in shared memory
 )
 UNBOUNDED = 2**62
-STORE_MARGIN = 4  # times what waits at one time: the object store frees late
+STORE_MARGIN = 4  # times what waits at one time, because the object store frees memory late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +33,13 @@ class Load:
 
     Attributes:
         layer: weights of one dense layer.
-        statistics: sums of one layer; of a model that generates, its keys and values.
+        statistics: sums of one layer; during generation, its keys and values.
         microbatch: one boundary activation.
-        workspace: what one layer's forward, or its losses, or its loading need on top.
-        table: the embedding, or the head: what each end of the model holds beside layers.
-        unit: the peak of the largest unit of compression, for which layers are dropped.
-        libraries: what the libraries take beside tensors.
-        evaluation: the same while losses are measured, where that takes a wider dtype.
+        workspace: what the forward pass, loss or loading of one layer needs on top.
+        table: the embedding, or the head, which the first and last stage hold beside layers.
+        unit: the peak of the largest compression unit; layers are freed before it.
+        libraries: what the libraries use beside tensors.
+        evaluation: the load while losses are measured, if that uses a wider dtype.
     """
 
     layer: int
@@ -52,7 +52,7 @@ class Load:
     evaluation: "Load | None" = None
 
     def stage(self, num_layers: int, *, tables: int = 0) -> dict[str, int]:
-        """Return the planned bytes by kind of a worker that holds so many layers and tables."""
+        """Return kind -> planned bytes of a worker that holds this many layers and tables."""
         held = {
             "weights": num_layers * self.layer + tables * self.table,
             "statistics": num_layers * self.statistics,
@@ -65,8 +65,8 @@ class Load:
         return {**held, "workspace": max(self.workspace, max(others) - sum(held.values()))}
 
     def shortfall(self, worker_bytes: int, *, num_layers: int) -> int:
-        """Return the bytes that a worker lacks for one layer of so many; above 0 if any."""
-        tables = 2 if num_layers == 1 else 1  # a model of one layer has both its ends there
+        """Return the bytes that a worker lacks for one layer; 0 or less if one fits."""
+        tables = 2 if num_layers == 1 else 1  # the stage of a one-layer model holds both tables
         return sum(self.stage(1, tables=tables).values()) - worker_bytes
 
 
@@ -79,23 +79,23 @@ def load_of(
     start: ModelForm | None = None,
     result: ModelForm | None = None,
 ) -> Load:
-    """Return the bytes that a layer, its statistics and its microbatches take.
+    """Return the bytes of a layer, its statistics and its microbatches.
 
     Args:
         shape: of the model.
-        statistics: that are summed of each layer.
-        batching: of the tokens that pass.
-        unit: the peak of the largest unit of compression, where there is any.
-        start: widths of the model that passes; those of one that nothing touched if None. Where it
-            is given the dense model passes the same stages too, to be evaluated.
-        result: widths of the result, which passes them to be evaluated.
+        statistics: summed for each layer.
+        batching: of the tokens.
+        unit: the peak of the largest compression unit, if any.
+        start: widths of the model in the stages; the uncompressed model if None. If given, the
+            dense model is evaluated in the same stages too.
+        result: widths of the result, which is evaluated in the same stages.
     """
     dtype, tokens = batching.dtype, batching.microbatch_tokens
     width = BYTES_OF[dtype]
     start = start or dense_model_form(shape)
     widest = widest_layer(start)
     sums = sum(statistic_elements(shape, s, widest) for s in statistics)
-    forms = [dense_form(shape)]  # layers alike are counted once
+    forms = [dense_form(shape)]  # equal layers are counted once
     for layer in (*start.layers, *(result.layers if result is not None else ())):
         forms += [layer] * (layer not in forms)
 
@@ -111,7 +111,7 @@ def load_of(
 
     passing = max(passed(widest, statistics), *(passed(form, frozenset()) for form in forms))
     losing = loss_bytes(shape, tokens=tokens, dtype=dtype)
-    # Shortcuts of a former step may make a layer larger than the dense one.
+    # Shortcuts of an earlier step may make a layer larger than the dense one.
     largest = max((dense_form(shape), *start.layers), key=lambda f: layer_parameters(shape, f))
     loading = load_bytes(shape, dtype=dtype, form=largest)
     return Load(
@@ -132,9 +132,9 @@ def place(
 
     Args:
         shape: the model.
-        load: what a layer costs a worker.
-        num_workers: workers at hand, >= 1.
-        worker_bytes: memory of one worker; None where it is known to be enough.
+        load: bytes of a layer in a worker.
+        num_workers: available workers, >= 1.
+        worker_bytes: memory of one worker; None if it is known to be enough.
 
     Raises:
         PlanError: one layer does not fit a worker; the message says by how many bytes.
@@ -147,7 +147,7 @@ def place(
             f"a worker of {memory:,} bytes is {missing:,} bytes too small for one layer",
             hint="give workers more memory, or a smaller microbatch or sequence length",
         )
-    # A worker can hold one layer, so the last number of waves always fits.
+    # A worker can hold one layer, so one wave per layer always fits.
     for num_waves in range(1, shape.num_layers + 1):
         waves = _waves(shape.num_layers, load, num_waves=num_waves, num_stages=num_stages)
         if all(sum(stage.bytes.values()) <= memory for wave in waves for stage in wave):
@@ -158,7 +158,7 @@ def place(
 def _waves(
     num_layers: int, load: Load, *, num_waves: int, num_stages: int
 ) -> tuple[tuple[StagePlan, ...], ...]:
-    """Return the layers in so many waves of at most so many stages, both as even as can be."""
+    """Return the layers in ``num_waves`` waves of up to ``num_stages`` stages, evenly divided."""
     waves = []
     for first, last in _even_cuts(num_layers, num_waves):
         inner = _even_cuts(last - first, min(num_stages, last - first))
@@ -185,6 +185,6 @@ def shared_bytes(stage: StagePlan) -> int:
 
 
 def _even_cuts(count: int, parts: int) -> list[tuple[int, int]]:
-    """Return ``parts`` runs that cover ``count`` things and differ in length by at most one."""
+    """Return ``parts`` ranges that cover ``count`` items and differ in length by at most one."""
     edges = [i * count // parts for i in range(parts + 1)]
     return list(pairwise(edges))

@@ -1,6 +1,6 @@
-"""What factorisations hold at their peak, in bytes: formulas of what the numerics allocate.
+"""Peak memory of factorisations, in bytes: formulas of what the numerics allocate.
 
-Each formula has the largest moment of one kind of factorisation; the gram itself is not in it.
+Each formula gives the peak of one kind of factorisation, without the gram itself.
 """
 
 DOUBLE = 8  # bytes of a float64
@@ -8,15 +8,15 @@ PANEL = 1024  # columns that are solved at a time
 
 
 def nystrom_bytes(dim: int, out_dim: int) -> int:
-    """Return the factor, the turned output weights, and three panels of columns."""
+    """Return the bytes of the factor, the rotated output weights, and three panels of columns."""
     return DOUBLE * (dim * dim + dim * out_dim + 3 * dim * PANEL)
 
 
 def low_rank_bytes(out_dim: int, in_dim: int, rank: int) -> int:
-    """Return the largest of three moments: squares of the narrow side, its axes, both factors.
+    """Return the largest of three phases: squares of the narrow side, its axes, both factors.
 
-    A wide weight is in float64 for the outputs' gram and once more for its factor; a tall one is
-    met in blocks, beside the factor of its inputs' gram.
+    A wide weight is held in float64 for the outputs' gram and once more for its factor; a tall one
+    is processed in blocks, beside the factor of its inputs' gram.
     """
     narrow, long = min(out_dim, in_dim), max(out_dim, in_dim)
     square, panel = narrow * narrow, PANEL * (long + narrow)
@@ -36,5 +36,5 @@ def low_rank_bytes(out_dim: int, in_dim: int, rank: int) -> int:
 
 
 def eigh_bytes(dim: int) -> int:
-    """Return the matrix, its vectors, and twice that which LAPACK works in."""
+    """Return the bytes of the matrix, its vectors, and LAPACK's workspace of twice its size."""
     return DOUBLE * 4 * dim * dim

@@ -1,31 +1,31 @@
-"""How fast known devices are, where nobody has measured: published peaks, and what is had of them.
+"""Rates of known devices for forecasts without measurements: a share of their published peaks.
 
-Every number that comes of this page is called estimated. Peaks are those of NVIDIA's data sheets
-of each card (A10G: of the sheet that AWS publishes; B200: of HGX B200, an eighth of eight), dense:
-where a sheet says a rate with sparsity, half of it.
+Every forecast made from these numbers is labelled as estimated. Peaks are from NVIDIA's data sheet
+of each card (A10G: the sheet that AWS publishes; B200: one eighth of HGX B200), for dense products:
+where a sheet gives a rate with sparsity, half of it.
 """
 
 from dataclasses import dataclass
 
 from planners.units.work import Work
 
-# Shares of a published peak that the layers' products, and float64 products, reach in practice.
+# Shares of the published peak that the products of layers, and float64 products, reach in practice.
 MATMUL_SHARE, FLOAT64_SHARE = 0.55, 0.5
-EIGH_SHARE = 0.02  # of the float64 peak: an eigendecomposition is mostly not products
+EIGH_SHARE = 0.02  # of the float64 peak: little of an eigendecomposition is matrix products
 TERA, GIGA = 1e12, 1e9
-# Files and calls, which no device makes faster.
+# Files and calls: the same for every device.
 READ, WRITTEN, CALLS = 1.0 * GIGA, 0.4 * GIGA, 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What a vendor says of a device.
+    """The published peak rates of a device.
 
     Attributes:
         name: as in ``8xA100-80GB``.
         half: peak of bfloat16 or float16 products, in 10^12 operations a second.
         single: likewise float32.
-        double: likewise float64, with tensor cores where it has them for that.
+        double: likewise float64, with tensor cores if it has float64 ones.
         memory: bandwidth, in 10^12 bytes a second.
     """
 
@@ -36,7 +36,7 @@ class Device:
     memory: float
 
     def rates(self, dtype: str) -> Work:
-        """Return what it does of each kind of work in a second, with a pass in that dtype."""
+        """Return the rate of each kind of work, per second, with a forward pass in that dtype."""
         products = (self.single if dtype == "float32" else self.half) * TERA * MATMUL_SHARE
         double = self.double * TERA
         return Work(
@@ -67,7 +67,7 @@ DEVICES = {
 
 
 def cpu_rates(dtype: str, *, threads: int) -> Work:
-    """Return the rates of so many threads of a server core with 256-bit vectors."""
+    """Return the rates of ``threads`` threads of a server CPU with 256-bit vectors."""
     products = 60 * GIGA * threads
     return Work(
         matmul=products if dtype == "float32" else products / 2,

@@ -1,6 +1,6 @@
-"""What tasks read of an input model that lies on the Hub: bytes, and how fast they come.
+"""Bytes that tasks read of an input model on the Hub, and how fast they arrive.
 
-Nothing of it is kept on a worker's disk, so each task that needs weights reads them again.
+Workers keep no copy on disk, so each task that needs weights reads them again.
 """
 
 from planners.model.cost import BYTES_OF, layer_parameters
@@ -11,7 +11,7 @@ from planners.units.kinds import KINDS
 from planners.units.units import Unit
 
 # Bytes a second of one worker: assumed. It depends on the machine's network, the region and the
-# hour; a machine with 10 Gbit/s has been promised five times that.
+# time of day; a machine with 10 Gbit/s nominally has five times that.
 FROM_HUB = 0.25e9
 
 
@@ -26,25 +26,25 @@ def table_bytes(shape: ModelShape) -> int:
 
 
 def stage_bytes(shape: ModelShape, stage: StagePlan) -> int:
-    """Return what loading a stage of the input reads."""
+    """Return the bytes read to load a stage of the input."""
     ends = int(stage.embedding) + int(stage.head)
     return (stage.last - stage.first) * layer_bytes(shape) + ends * table_bytes(shape)
 
 
 def unit_bytes(shape: ModelShape, unit: Unit, *, to_the_end: bool = False) -> int:
-    """Return what a unit reads of the input.
+    """Return the bytes that a unit reads of the input.
 
     Args:
         shape: of the input.
         unit: the unit.
-        to_the_end: damage is measured on the model's loss, which takes all layers behind.
+        to_the_end: damage is measured on the model's loss, which needs all later layers.
     """
     reads = KINDS[unit.kind].reads
     if reads == "table":
         return 0 if unit.kind == "head" and shape.tied else table_bytes(shape)
     if reads != "layer":
         return 0
-    behind = 0
+    later = 0
     if unit.kind == "damage" and to_the_end:
-        behind = (shape.num_layers - unit.index - 1) * layer_bytes(shape) + table_bytes(shape)
-    return layer_bytes(shape) + behind
+        later = (shape.num_layers - unit.index - 1) * layer_bytes(shape) + table_bytes(shape)
+    return layer_bytes(shape) + later

@@ -1,8 +1,8 @@
-"""A run on paper: a discrete-event simulation of its phases under the policy that the run executes.
+"""Discrete-event simulation of the phases of a run, with the scheduling policy of a real run.
 
-Microbatches go where `planners.units.flow` says, units where `planners.units.frontier` says; what
-is simulated is only the clock: how long a task takes on this worker, when a spot worker is taken
-away, how long its replacement needs. One draw of it is a `SimulatedRun`; many draws give quantiles.
+Microbatches are scheduled by `planners.units.flow` and units by `planners.units.frontier`, as in a
+run; only time is simulated: how long a task takes on a worker, when a spot worker is preempted, how
+long its replacement takes. One draw is a `SimulatedRun`; many draws give quantiles.
 """
 
 import heapq
@@ -19,21 +19,21 @@ from planners.units.units import Unit
 
 HOUR = 3600.0
 QUANTILES = (0.1, 0.5, 0.9)
-MAX_LOSSES = 10_000  # in one simulated run: it would not end
+MAX_LOSSES = 10_000  # in one simulated run: beyond it the simulation would not end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPhase:
-    """Microbatches stream through chains of the same stages, each stage on a worker of its own.
+    """Microbatches stream through chains of equal stages, each stage on its own worker.
 
     Attributes:
         name: ``calibrate`` or ``evaluate``.
         loads: seconds to load each stage.
-        steps: seconds of one whole microbatch in each stage.
-        chains: for each chain, the size of each of its microbatches, as a share of a whole one.
-        publishes: for each stage, the seconds of each of its files of sums.
-        handover: seconds until the output of a stage is at the next one.
-        keep_every: microbatches after which sums are made durable; 0 is never.
+        steps: seconds of one full microbatch in each stage.
+        chains: for each chain, the sizes of its microbatches, as fractions of a full one.
+        publishes: for each stage, the seconds to write each of its files of sums.
+        handover: seconds to transfer the output of a stage to the next one.
+        keep_every: microbatches after which partial sums are saved; 0 is never.
     """
 
     name: str
@@ -47,11 +47,11 @@ class PassPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitsPhase:
-    """Units go to whichever worker is free once their inputs are done.
+    """Units run on any free worker once their inputs are done.
 
     Attributes:
         name: ``allocate``, ``compress`` or ``refit``.
-        units: in the order of their priority; inputs that are not among them are done.
+        units: in order of priority; inputs that are not among them are done already.
         seconds: of each, by name.
     """
 
@@ -62,7 +62,7 @@ class UnitsPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoloPhase:
-    """What the driver, or one process of its own, does while the workers wait."""
+    """Work of the driver, or of one separate process, while the workers wait."""
 
     name: str
     seconds: float
@@ -73,12 +73,13 @@ Phase = PassPhase | UnitsPhase | SoloPhase
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Risk:
-    """What is not certain.
+    """The random parts of a simulation.
 
     Attributes:
-        spread: of the logarithm of a task's seconds, by phase; the key ``""`` is for the others.
-        worker_spread: likewise of how fast a worker is, drawn once a worker.
-        losses_per_hour: how often one worker is taken away.
+        spread: standard deviation of the logarithm of a task's seconds, by phase; the key ``""`` is
+            for all others.
+        worker_spread: likewise of a worker's speed, drawn once per worker.
+        losses_per_hour: preemptions of one worker per hour.
         restart_seconds: until its replacement can load.
     """
 
@@ -94,9 +95,9 @@ class SimulatedRun:
 
     Attributes:
         seconds: from the first load to the end.
-        phases: seconds of each, in the order of the run; those of one name are one.
-        busy: seconds that workers computed, all together, what was lost with a worker included.
-        losses: workers that were taken away.
+        phases: name -> seconds, in the order of the run; phases of one name are added.
+        busy: seconds of computing, all workers together, including work lost with a worker.
+        losses: preempted workers.
     """
 
     seconds: float
@@ -107,7 +108,7 @@ class SimulatedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantiles:
-    """What one draw in ten stays below, one in two, and nine in ten."""
+    """The 10th, 50th and 90th percentiles."""
 
     p10: float
     p50: float
@@ -115,7 +116,7 @@ class Quantiles:
 
     @staticmethod
     def of(values: Iterable[float]) -> "Quantiles":
-        """Return the quantiles of a sample, each a value of the sample."""
+        """Return the percentiles of a sample, each one of its values."""
         found = sorted(values)
         at = [found[min(len(found) - 1, int(q * len(found)))] for q in QUANTILES]
         return Quantiles(p10=at[0], p50=at[1], p90=at[2])
@@ -123,14 +124,14 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunForecast:
-    """What many simulated runs come to.
+    """The quantiles over many simulated runs.
 
     Attributes:
         seconds: of the run.
         phases: likewise of each phase.
-        money: likewise, at the price of all workers for as long as it takes; None without a price.
-        losses: workers taken away.
-        busy: share of the workers' time in which they compute, median.
+        money: likewise, the price of all workers for the whole run; None without a price.
+        losses: preempted workers.
+        busy: share of the workers' time spent computing, median.
         draws: how many runs were simulated.
     """
 
@@ -151,27 +152,27 @@ def outlook(
     price_per_hour: float | None = None,
     draws: int = 100,
 ) -> RunForecast:
-    """Return the quantiles of so many simulated runs; the same arguments give the same numbers."""
-    courses = [
+    """Simulate ``draws`` runs and return their quantiles; equal arguments give equal numbers."""
+    runs = [
         simulate(phases, num_workers=num_workers, risk=risk, driver_seconds=driver_seconds, seed=n)
         for n in range(draws)
     ]
-    seconds = Quantiles.of(c.seconds for c in courses)
+    seconds = Quantiles.of(r.seconds for r in runs)
     money = None
     if price_per_hour is not None:
-        money = Quantiles.of(c.seconds / HOUR * num_workers * price_per_hour for c in courses)
+        money = Quantiles.of(r.seconds / HOUR * num_workers * price_per_hour for r in runs)
     return RunForecast(
         seconds=seconds,
-        phases={name: Quantiles.of(c.phases[name] for c in courses) for name in courses[0].phases},
+        phases={name: Quantiles.of(r.phases[name] for r in runs) for name in runs[0].phases},
         money=money,
-        losses=Quantiles.of(c.losses for c in courses),
-        busy=Quantiles.of(c.busy / max(c.seconds * num_workers, 1e-9) for c in courses).p50,
+        losses=Quantiles.of(r.losses for r in runs),
+        busy=Quantiles.of(r.busy / max(r.seconds * num_workers, 1e-9) for r in runs).p50,
         draws=draws,
     )
 
 
 def num_calls(phases: Sequence[Phase]) -> int:
-    """Return about how many calls these phases make: what simulating them costs."""
+    """Estimate the number of calls of these phases, which is the cost of simulating them."""
     passes = [p for p in phases if isinstance(p, PassPhase)]
     units = [p for p in phases if isinstance(p, UnitsPhase)]
     stepped = sum(len(p.steps) * (len(chain) + 2) for p in passes for chain in p.chains)
@@ -186,14 +187,14 @@ def simulate(
     driver_seconds: float = 0.0,
     seed: int = 0,
 ) -> SimulatedRun:
-    """Return one run of these phases, one after the other.
+    """Simulate one run of these phases, one after the other.
 
     Args:
         phases: each starts when the one before has ended.
         num_workers: at least as many as any pass has stages.
-        risk: what is drawn; nothing where it is None.
-        driver_seconds: that the one driver thread spends on each answer.
-        seed: of the draw.
+        risk: the random parts; None if there are none.
+        driver_seconds: time of the one driver thread for each answer.
+        seed: of the random numbers.
     """
     workers = _Workers(num_workers, risk or Risk(), driver_seconds, random.Random(seed))
     spent: dict[str, float] = {}
@@ -211,7 +212,7 @@ def simulate(
 
 @dataclass(order=True, slots=True)
 class _Event:
-    """Something that happens: a call answers, or a worker is taken away."""
+    """A call that returns, or a worker that is preempted."""
 
     at: float
     number: int
@@ -224,7 +225,7 @@ LOST = object()
 
 
 class _Workers:
-    """The clock, what each worker is busy with, and when it is taken away."""
+    """The clock, when each worker is free again, and when it is preempted."""
 
     def __init__(self, count: int, risk: Risk, driver_seconds: float, rng: random.Random) -> None:
         self.now = 0.0
@@ -244,14 +245,14 @@ class _Workers:
         return len(self._free)
 
     def noise(self, name: str) -> float:
-        """Return a factor on the seconds of one task of a phase."""
+        """Return a random factor for the seconds of one task of a phase."""
         spread = self._risk.spread
         return self._drawn(spread.get(name, spread.get("", 0.0)))
 
     def call(self, slot: int, seconds: float, what: Any, *, name: str, after: float = 0.0) -> Any:
-        """Have a worker do something behind all that it was given; return its ticket.
+        """Queue a call on a worker, after those it was given before; return its ticket.
 
-        ``after`` is how long its input takes to arrive.
+        ``after`` is how long the input takes to arrive.
         """
         took = seconds * self.noise(name) * self._speed[slot]
         begins = max(self._free[slot], self.now + after)
@@ -260,19 +261,19 @@ class _Workers:
         return self._push(self._free[slot], slot, what)
 
     def next(self) -> _Event:
-        """Move the clock to the next thing that happens to those that are there, and return it."""
+        """Advance the clock to the next event of the current workers, and return it."""
         while True:
             event = heapq.heappop(self._events)
             if event.incarnation != self._incarnation[event.slot]:
                 continue
-            # One thread takes the answers, one at a time.
+            # One driver thread handles the answers, one at a time.
             self.now = max(self.now, event.at) + self._driver_seconds
             if event.what is LOST:
                 self._replace(event.slot)
             return event
 
     def pass_time(self, seconds: float) -> None:
-        """Let time go by in which nobody is asked for anything."""
+        """Advance the clock while no worker has a call."""
         until = self.now + seconds
         while self._events and self._events[0].at <= until:
             event = heapq.heappop(self._events)
@@ -285,8 +286,8 @@ class _Workers:
         self.losses += 1
         if self.losses > MAX_LOSSES:
             raise PlanError(
-                f"workers are taken away faster than they get anything done: {MAX_LOSSES:,} losses",
-                hint="fewer --preemptions-per-hour, or more workers for a shorter run",
+                f"workers are preempted faster than they make progress: {MAX_LOSSES:,} preemptions",
+                hint="use a lower --preemptions-per-hour, or more workers for a shorter run",
             )
         self.busy -= max(0.0, self._free[slot] - self.now)
         self._incarnation[slot] += 1
@@ -318,15 +319,15 @@ def _run_pass(workers: _Workers, phase: PassPhase) -> None:
     ]
     for chain in chains:
         chain.begin()
-    going = sum(not chain.finished for chain in chains)
-    while going:
+    running = sum(not chain.finished for chain in chains)
+    while running:
         event = workers.next()
         if event.slot >= stages * len(chains):
-            continue  # a worker that this wave has no use for
+            continue  # a worker that this wave does not use
         chain = chains[event.slot // stages]
-        over = chain.finished
+        was_finished = chain.finished
         chain.take(event)
-        going += int(over) - int(chain.finished)
+        running += int(was_finished) - int(chain.finished)
 
 
 class _SimulatedChain:
@@ -344,8 +345,8 @@ class _SimulatedChain:
 
     @property
     def finished(self) -> bool:
-        """Whether all stages have seen and published all."""
-        # From the last: it is the one that is waited for.
+        """Whether all stages have processed all microbatches and published their sums."""
+        # From the last stage: it is the one that finishes last.
         return all(map(self._has_finished, reversed(range(len(self._stages)))))
 
     def begin(self) -> None:
@@ -355,13 +356,13 @@ class _SimulatedChain:
         self._feed(None)
 
     def take(self, event: _Event) -> None:
-        """Hear that a call has answered, or that a worker is gone."""
+        """Handle a call that returned, or a lost worker."""
         at = event.slot - self._first
         if event.what is LOST:
             self._restart(at)
             self._feed(None)
         else:
-            self._hear(at, event)
+            self._answered(at, event)
             self._feed(at)
 
     def _has_finished(self, at: int) -> bool:
@@ -390,7 +391,7 @@ class _SimulatedChain:
                 self._publishing[at] += len(self._to_publish[at])
                 self._to_publish[at] = []
 
-    def _hear(self, at: int, event: _Event) -> None:
+    def _answered(self, at: int, event: _Event) -> None:
         if event.what == "loaded":
             self._loading[at] = False
         elif event.what == "stepped":
@@ -420,7 +421,7 @@ def _run_units(workers: _Workers, phase: UnitsPhase) -> None:
             running[slot] = unit
         event = workers.next()
         if event.slot not in running:
-            continue  # a worker that had nothing to do was replaced
+            continue  # an idle worker was replaced
         unit = running.pop(event.slot)
         idle.append(event.slot)
         if event.what is LOST:

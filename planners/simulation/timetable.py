@@ -1,4 +1,4 @@
-"""A plan and how long things take -> the phases that `planners.simulation.simulate` simulates."""
+"""Make the phases that `planners.simulation.simulate` runs, from a plan and a cost model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,19 +29,19 @@ from planners.units.units import (
 )
 from planners.units.work import Work
 
-LINK = 1.0e9  # bytes a second from worker to worker, where nobody says
-PROMPT = 4 * 128  # tokens of one prefill of the timing at the end
+LINK = 1.0e9  # bytes a second from worker to worker, unless given
+PROMPT = 4 * 128  # tokens of one prefill of the throughput phase
 DECODES, ROUNDS = 32, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one kind of task took.
+    """A measurement of one kind of task.
 
     Attributes:
         seconds: median.
         spread: standard deviation of the logarithm.
-        work: of the task that was timed; others are longer by the ratio of their work.
+        work: of the timed task; other tasks are scaled by the ratio of their work.
     """
 
     seconds: float
@@ -54,15 +54,15 @@ class CostModel:
     """How long a task takes.
 
     Attributes:
-        rates: what a worker does of each kind of work in a second.
-        samples: kind of task -> what it took on the machine at hand; none where not measured.
+        rates: of each kind of work, per second and worker.
+        samples: kind of task -> its measurement on this machine; empty if not measured.
         start_seconds: until a new process can compute.
         driver_seconds: of the one driver thread, for each answer.
-        call_seconds: on top of each call, for its way to the worker and back.
+        call_seconds: overhead of each call, to the worker and back.
         link: bytes a second from worker to worker.
-        spread: of the logarithm of what is not measured.
-        source: in words: measured on what, or estimated from what.
-        notes: what else a reader must know to trust it.
+        spread: standard deviation of the logarithm for tasks that are not measured.
+        source: in words: what it was measured on or estimated from.
+        notes: what else a reader must know to judge it.
     """
 
     rates: Work
@@ -76,7 +76,7 @@ class CostModel:
     notes: tuple[str, ...] = ()
 
     def seconds(self, kind: str, task: Work) -> float:
-        """Return the seconds of a task, scaled from the sample of its kind where there is one."""
+        """Return the seconds of a task, scaled from the sample of its kind if there is one."""
         modelled = task.seconds(self.rates)
         sample = self.samples.get(kind)
         if sample is None:
@@ -84,22 +84,22 @@ class CostModel:
         return sample.seconds * modelled / sample.work.seconds(self.rates) + self.call_seconds
 
     def download_seconds(self, size: float) -> float:
-        """Return how much longer so many bytes take from the Hub than from where files lie."""
+        """Return how much longer reading ``size`` bytes takes from the Hub than from storage."""
         return max(0.0, size / FROM_HUB - size / self.rates.read)
 
     def spread_of(self, *kinds: str) -> float:
-        """Return the spread of the kinds of a phase: that of the widest that was measured."""
+        """Return the widest measured spread of these kinds of tasks; the default if none is."""
         found = [self.samples[kind].spread for kind in kinds if kind in self.samples]
         return max(found, default=self.spread)
 
 
 def timetable(job: Job, clock: CostModel, *, former: Sequence[CostModel] = ()) -> list[Phase]:
-    """Return the phases of a run in their order.
+    """Return the phases of a run, in order.
 
     Args:
         job: the run, or its last step.
-        clock: of that step.
-        former: of the steps before it; ``clock`` where none is given.
+        clock: the cost model of that step.
+        former: those of the steps before; ``clock`` if none are given.
     """
     phases: list[Phase] = [SoloPhase(name="calibrate", seconds=clock.start_seconds)]
     for step, own in zip(job.former, former or [clock] * len(job.former), strict=True):
@@ -130,7 +130,7 @@ def _calibrations(job: Job, clock: CostModel) -> list[Phase]:
 
 
 def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
-    """Return what one method does between its statistics and its result."""
+    """Return the phases of one method between its statistics and its result."""
     sums = _sums(job)
     phases: list[Phase] = []
     measures = job.spec.measures(job.options)
@@ -174,7 +174,7 @@ def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
 
 
 def transfer_bytes(job: Job) -> int:
-    """Return the bytes that go from stage to stage, or from wave to wave, in the whole run."""
+    """Return the bytes sent from stage to stage, or wave to wave, in the whole run."""
     edges = sum(len(wave) for wave in job.plan.waves) - 1
     width = BYTES_OF[job.data.dtype]
     passed = [j.data.tokens for j in (*job.former, job) if j.summed and not j.carried]
@@ -182,7 +182,7 @@ def transfer_bytes(job: Job) -> int:
 
 
 def download_bytes(job: Job) -> int:
-    """Return the bytes that the workers of the whole run read from the Hub; 0 of other inputs."""
+    """Return the bytes that all workers read from the Hub in the run; 0 for other inputs."""
     first, still = job.origin, CostModel(rates=Work(**dict.fromkeys(work.KINDS, 1.0)))
     if not first.from_hub:
         return 0
@@ -202,7 +202,7 @@ def _unit_download(job: Job, unit: Unit) -> int:
 
 
 def input_bytes(job: Job) -> int:
-    """Return the bytes of the weights of the model that the run begins with."""
+    """Return the bytes of the weights of the run's input model."""
     return job.origin.plan.parameters_before * BYTES_OF[job.shape.dtype]
 
 
@@ -228,10 +228,10 @@ def phase_work(job: Job) -> dict[str, Work]:
 
 
 def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = False) -> Work:
-    """Return one whole microbatch in one stage.
+    """Return the work of one full microbatch in one stage.
 
-    What is observed is the input of the step; what is not is evaluated: the dense model, or the
-    compressed one.
+    With ``observe`` it calibrates on the input of the step, else it evaluates the dense or the
+    compressed model.
     """
     tokens = job.data.microbatch_tokens
     shape = job.shape if observe or compressed else job.dense
@@ -239,7 +239,7 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
     for index in range(stage.first, stage.last):
         form = _form_of_pass(job, index, observe=observe, compressed=compressed)
         wanted = layer_statistics(job.summed, index, shape.num_layers) if observe else []
-        ends = observe and index == shape.num_layers - 1  # nobody reads what leaves it
+        ends = observe and index == shape.num_layers - 1  # the output of the last layer is not used
         linears = linears_before(last_tap(wanted)) if ends else LINEARS
         total += work.half_forward(shape, form, linears, tokens=tokens, data=job.data)
         if observe:
@@ -253,7 +253,7 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
 def stage_load_work(
     job: Job, stage: StagePlan, *, observe: bool = False, compressed: bool = False
 ) -> Work:
-    """Return loading one stage."""
+    """Return the work of loading one stage."""
     shape = job.shape if observe or compressed else job.dense
     total = work.CALL
     for index in range(stage.first, stage.last):
@@ -270,22 +270,22 @@ def _form_of_pass(job: Job, layer: int, *, observe: bool, compressed: bool) -> L
 
 
 def unit_work(job: Job, unit: Unit) -> Work:
-    """Return the work of one unit of compression.
+    """Return the work of one compression unit.
 
     Raises:
-        KeyError: nobody has said what such a unit does.
+        KeyError: its kind has no work estimate.
     """
     for other in job.spec.candidates[1:]:
         if unit.kind == "damage" and unit.name.startswith(f"damage-{other.spec.name}-"):
             job = replace(job, spec=other.spec, options=other.options)
     work_of = KINDS[unit.kind].work
     if work_of is None:
-        raise KeyError(f"nobody has said what {unit.kind!r} asks of a machine")
+        raise KeyError(f"units of kind {unit.kind!r} have no work estimate")
     return work_of(job, unit.index)
 
 
 def verify_work(job: Job) -> Work:
-    """Return reading, hashing, running and generating with the result, once each."""
+    """Return the work of reading, hashing, running and generating with the result, once each."""
     written, count = job.plan.bytes_after, job.plan.parameters_after
     tokens = 2 * 64 + 16 * 40
     return Work(
@@ -298,7 +298,7 @@ def verify_work(job: Job) -> Work:
 
 
 def throughput_work(job: Job) -> Work:
-    """Return prefill and decode of both models, in all their rounds."""
+    """Return the work of prefill and decode of both models, in all rounds."""
     total = Work(calls=1)
     for count in (job.plan.parameters_before, job.plan.parameters_after):
         width = BYTES_OF[job.shape.dtype]
@@ -315,18 +315,18 @@ def _sums(job: Job) -> list[Unit]:
 
 
 def _carried(job: Job) -> list[Unit]:
-    """Return one unit a layer that turns its sums; what it reads is there."""
+    """Return one unit a layer that rotates its sums; its inputs are done already."""
     return [replace(u, kind="carried", inputs=()) for u in _sums(job)]
 
 
 def _sizes(tokens: int, data: TokenBatching) -> list[float]:
-    """Return the microbatches of so many tokens, as shares of a whole one."""
+    """Return the microbatches of ``tokens`` tokens, as fractions of a full one."""
     whole, rest = divmod(tokens, data.microbatch_tokens)
     return [1.0] * whole + ([rest / data.microbatch_tokens] if rest else [])
 
 
 def _calibrate(job: Job, clock: CostModel, wave: Sequence[StagePlan]) -> list[Phase]:
-    """Return the passes of all shards through a wave, and what adds them up."""
+    """Return the passes of all shards through a wave, and the units that add their sums."""
     layers = job.input.layers
     publishes = [
         [
@@ -391,7 +391,7 @@ def _with_download(
 
 
 def _edges(job: Job, wave: Sequence[StagePlan], stage: StagePlan) -> Work:
-    """Return reading and writing one microbatch between this wave and those beside it."""
+    """Return the work of reading and writing one microbatch between adjacent waves."""
     size = job.data.microbatch_tokens * job.shape.hidden * BYTES_OF[job.data.dtype]
     read = size if stage == wave[0] and stage.first > 0 else 0
     written = size if stage == wave[-1] and stage.last < job.shape.num_layers else 0
@@ -404,7 +404,7 @@ def _handover(job: Job, clock: CostModel) -> float:
 
 
 def _units(units: Sequence[Unit], job: Job, clock: CostModel) -> UnitsPhase:
-    # Alike units take alike time; of a chain of thousands each is asked for once.
+    # Equal units take equal time: computed once, because a chain has thousands of them.
     known: dict[Any, float] = {}
     seconds = {}
     for unit in units:

@@ -144,7 +144,7 @@ def test_an_output_that_is_a_file(refused, given, tmp_path):
 def test_an_output_that_is_no_run(refused, given, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    refused(given(out="mine"), 6, "holds 'notes.txt' and is no run directory")
+    refused(given(out="mine"), 6, "holds 'notes.txt' and is not a run directory")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 

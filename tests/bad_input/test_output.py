@@ -82,7 +82,9 @@ def test_a_directory_that_is_read_only_is_refused(refused_out, tmp_path):
 
 def test_the_directory_of_another_run_is_refused_by_what_differs(refused_out, another):
     before = contents(another)
-    refused_out(ConfigError, another, "holds another run: ", "slice was 0.25, is 0.5", slice=0.5)
+    refused_out(
+        ConfigError, another, "holds a different run: ", "slice was 0.25, is 0.5", slice=0.5
+    )
     refused_out(ConfigError, another, "calibration data was ", calibration__sequences=3)
     assert contents(another) == before
 
@@ -95,7 +97,9 @@ def test_a_run_of_an_older_version_is_refused_as_such_and_left_alone(
     del plan["identity"]["schema"]
     (out / "plan.json").write_text(json.dumps(plan))
     before = contents(out)
-    refused_out(ConfigError, out, "another version of compress-cluster", "of schema 1, those of")
+    refused_out(
+        ConfigError, out, "another version of compress-cluster", "have schema 1, this version"
+    )
     refused_out(
         ConfigError, tmp_path / "new", "another version of compress-cluster", stats=str(out)
     )
@@ -108,13 +112,13 @@ def test_a_directory_of_other_things_is_refused_and_left_alone(refused_out, tmp_
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     first = Path(name).parts[0]
-    refused_out(StorageError, tmp_path / "out", f"holds '{first}' and is no run directory")
+    refused_out(StorageError, tmp_path / "out", f"holds '{first}' and is not a run directory")
     assert contents(tmp_path / "out") == {name: b"mine"}
 
 
 def test_the_model_itself_is_refused(refused_out, model):
     before = contents(model)
-    refused_out(StorageError, model, "and is no run directory")
+    refused_out(StorageError, model, "and is not a run directory")
     assert contents(model) == before
 
 

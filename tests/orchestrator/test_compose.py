@@ -455,7 +455,9 @@ REFUSED = {
     "steps[1]: keep_fraction 0.01 cannot be met": [
         step("modegpt", 0.9), step("slicegpt", 0.01),
     ],
-    "steps[0]: svdllm cannot take this model: modules has x": [step("svdllm", 0.9, modules="x")],
+    "steps[0]: svdllm does not support this model: modules has x": [
+        step("svdllm", 0.9, modules="x")
+    ],
 }  # fmt: skip
 
 

@@ -76,7 +76,9 @@ def test_the_same_command_on_an_edited_model_names_the_tensor(model, finished):
     assert check_run(prepared_run(model, finished, **UNIFORM))
     edited(model)
     edited(model, "model.norm.weight")
-    words = rf"holds another run: tensor {UP} of the model changed, and 1 more; model revision was"
+    words = (
+        rf"holds a different run: tensor {UP} of the model changed, and 1 more; model revision was"
+    )
     with pytest.raises(ConfigError, match=words):
         run(prepared_run(model, finished, **UNIFORM), listener=ignore)
 
@@ -129,7 +131,10 @@ def test_statistics_of_the_model_as_it_was_are_refused(model, finished, tmp_path
     given = {**UNIFORM, "keep_fraction": 0.7, "stats": str(finished)}
     assert not check_run(prepared_run(model, tmp_path, **given))
     edited(model)
-    words = rf"stats: .* cannot serve this run: tensor {UP} of the model changed; model revision is"
+    words = (
+        rf"stats: .* cannot be used for this run: tensor {UP} of the model changed; "
+        "model revision is"
+    )
     with pytest.raises(ConfigError, match=words):
         check_run(prepared_run(model, tmp_path, **given))
 
@@ -174,7 +179,9 @@ def test_a_sweep_and_its_points_are_of_the_model_as_it_was(model, finished):
     edited(model)
     base = prepared_run(model, finished, **UNIFORM)
     points = points_of(base, ["modegpt"], [0.9], {"allocation": "uniform"})
-    with pytest.raises(ConfigError, match=f"holds another run: tensor {UP} of the model changed"):
+    with pytest.raises(
+        ConfigError, match=f"holds a different run: tensor {UP} of the model changed"
+    ):
         sweep_on(base, points, LocalExecutor(), listener=ignore)
     with pytest.raises(ConfigError, match=f"stats: .*: tensor {UP} of the model changed"):
         check_run(points[0])  # as export does
@@ -193,7 +200,9 @@ def test_a_batch_refuses_what_it_did_with_the_model_as_it_was(model, tmp_path):
     (again,) = read_batch(str(path)).entries
     assert check_run(again.prepared)
     edited(model)
-    with pytest.raises(ConfigError, match=rf"runs, entry 1: .*one holds another run: tensor {UP}"):
+    with pytest.raises(
+        ConfigError, match=rf"runs, entry 1: .*one holds a different run: tensor {UP}"
+    ):
         read_batch(str(path))
 
 
@@ -203,7 +212,7 @@ def test_a_tokenizer_that_is_edited_makes_another_run_and_leaves_statistics_good
 ):
     given = {**UNIFORM, "stats": str(finished)}
     (model / name).write_text("{}\n" if name.endswith(".json") else "new")
-    with pytest.raises(ConfigError, match="holds another run: tokenizer files was"):
+    with pytest.raises(ConfigError, match="holds a different run: tokenizer files was"):
         check_run(prepared_run(model, finished, **UNIFORM))
     assert not check_run(prepared_run(model, tmp_path, **given))
 
@@ -213,7 +222,7 @@ def test_a_tokenizer_that_is_edited_during_a_run_does_not_come_into_its_result(m
         if event["kind"] == "phase begins" and event["unit"] == "stitch":
             (model / "generation_config.json").write_text('{"temperature": 2}')
 
-    with pytest.raises(ModelError, match=r"the tokenizer, or generation_config\.json, is not what"):
+    with pytest.raises(ModelError, match=r"the tokenizer or generation_config\.json has changed"):
         compress_local(model, tmp_path, listener=edit, **UNIFORM)
 
 

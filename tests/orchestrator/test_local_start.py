@@ -102,7 +102,7 @@ def test_what_ray_refuses_is_said_with_a_way_out(tmp_path, words, environment, e
 def test_a_cluster_that_cannot_be_asked_for_its_devices_is_named(tmp_path):
     said = refused(tmp_path, "--address", "127.0.0.1:1", "--dry-run")
     assert "nothing listens" in said
-    assert "--device cpu or cuda asks no cluster" in said
+    assert "with --device cpu or cuda a plan needs no cluster" in said
 
 
 @pytest.mark.ray

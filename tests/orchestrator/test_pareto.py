@@ -150,7 +150,7 @@ def test_a_point_that_cannot_be_done_is_refused_before_anything_is_calibrated(tm
     open_run(base)
     (point,) = points_of(base, ["slicegpt"], [0.8], {})
     open_run(prepared_run(model, point.config.out, method="svdllm", keep_fraction=0.7))
-    with pytest.raises(ConfigError, match=r"points/slicegpt-0\.8 holds another run"):
+    with pytest.raises(ConfigError, match=r"points/slicegpt-0\.8 holds a different run"):
         sweep_on(base, [point], LocalExecutor(), listener=lambda _: None)
     assert not read_events(Directory(base.config.out))
 

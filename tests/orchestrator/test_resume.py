@@ -172,7 +172,7 @@ def test_the_directory_of_another_run_is_refused_with_what_differs(model, tmp_pa
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(ConfigError) as caught:
         run_local(model, tmp_path, **changes)
-    assert all(word in str(caught.value) for word in [*words, "holds another run"])
+    assert all(word in str(caught.value) for word in [*words, "holds a different run"])
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -187,7 +187,7 @@ def test_another_model_is_another_run(model, tmp_path):
 def test_a_directory_with_a_model_of_the_user_is_left_alone(model, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(StorageError, match="is no run directory"):
+    with pytest.raises(StorageError, match="is not a run directory"):
         run_local(model, tmp_path)
 
 

@@ -192,7 +192,7 @@ def test_a_model_that_all_workers_do_not_hold_is_not_timed(model, tmp_path):
     workers = Workers(number=2, bytes=stage_bytes(model, request, 1))
     found = through_stages(request, workers, pools(LocalExecutor(), tmp_path)).values
     assert set(found[str(model)]) == {"not_measured"}
-    assert "in all, and 2 workers of" in found[str(model)]["not_measured"]
+    assert "in total; 2 workers of" in found[str(model)]["not_measured"]
     assert found[str(small)]["stages"] == 2
 
 

@@ -296,7 +296,7 @@ def test_the_statistics_are_those_of_all_who_compete_for_the_modules_that_take_p
             {"candidates": "svdlm"},
             "options.candidates: unknown method 'svdlm'; did you mean svdllm?",
         ),
-        ({"candidates": "slicegpt"}, "options.candidates: slicegpt turns the residual stream"),
+        ({"candidates": "slicegpt"}, "options.candidates: slicegpt rotates the residual stream"),
         ({"candidates": "svdllm", "allocation": "uniform"}, "where no damage is measured"),
         ({"candidates": "svdllm", "servable": "native"}, "where no damage is measured"),
     ],
