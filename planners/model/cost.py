@@ -72,7 +72,7 @@ def model_parameters(shape: ModelShape, form: ModelForm) -> int:
 
 
 def dense_model_form(shape: ModelShape) -> ModelForm:
-    """Return the form of the model that nothing touched."""
+    """Return the form of the uncompressed model."""
     return ModelForm(
         layers=(dense_form(shape),) * shape.num_layers,
         embedding_dim=shape.hidden,
@@ -89,12 +89,12 @@ def dense_parameters(shape: ModelShape) -> int:
 
 
 def dense_start(shape: ModelShape) -> Start:
-    """Return what the only step of a run begins with: the input model."""
+    """Return the start of the first step of a run: the input model."""
     return Start(form=dense_model_form(shape), parameters_before=dense_parameters(shape))
 
 
 def tap_dim(shape: ModelShape, tap: str, form: LayerForm | None = None) -> int:
-    """Return the width of the activations at a tap of a layer; one that nothing touched if None."""
+    """Return the width of the activations at a tap of a layer; an uncompressed one if None."""
     layer = form or dense_form(shape)
     return {
         "attn_in": layer.residual_in,
@@ -123,10 +123,10 @@ def statistic_elements(
 
 
 def linears_before(tap: str) -> tuple[str, ...]:
-    """Return the linears that a layer's forward pass has been through when it comes by a tap."""
-    behind = {"q_rope": 3, "k_rope": 3, "v": 3, "o_in": 3, "resid_mlp": 4, "mlp_in": 4,
-              "mlp_hidden": 6, "resid_out": 7}  # fmt: skip
-    return LINEARS[: behind.get(tap, 0)]
+    """Return the linears that a layer's forward pass applies before a tap."""
+    count = {"q_rope": 3, "k_rope": 3, "v": 3, "o_in": 3, "resid_mlp": 4, "mlp_in": 4,
+             "mlp_hidden": 6, "resid_out": 7}  # fmt: skip
+    return LINEARS[: count.get(tap, 0)]
 
 
 def forward_flops(
@@ -139,7 +139,7 @@ def forward_flops(
 ) -> int:
     """Return multiply-adds times two of the layers' forward pass, causal attention included.
 
-    ``last`` are the linears that the last layer goes through, where its output is not needed.
+    ``last`` are the linears of the last layer that are computed, if its output is not needed.
     """
     total = 0
     layers = (form or dense_model_form(shape)).layers
@@ -169,7 +169,7 @@ def gram_flops(
 
 
 def widest_layer(form: ModelForm) -> LayerForm:
-    """Return a layer of the largest of each width in a model; its ranks are those of all layers."""
+    """Return a layer with the largest of each width in a model, and the ranks all layers have."""
     layers = form.layers
     first = layers[0]
     shared = [name for name in first.ranks if all(name in layer.ranks for layer in layers)]

@@ -9,15 +9,15 @@ from planners.model.shape import ModelShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerForm:
-    """The widths of one layer after compression: what the shipped modeling file is built from.
+    """The widths of one layer after compression, from which the shipped modeling file is built.
 
-    A layer that nothing touched has the model's own widths, no shortcuts, its norm weights and no
+    An uncompressed layer has the model's own widths, no shortcuts, its norm weights and no
     ranks; see `dense_form`.
 
     Attributes:
-        residual_in: width of the residual stream that enters.
+        residual_in: width of the residual stream at the input.
         residual_mid: width between attention and MLP.
-        residual_out: width that leaves.
+        residual_out: width at the output.
         shortcuts: the residual passes a matrix at each of the two additions (SliceGPT).
         norm_weights: the norms keep their scale; False where it was folded into the next weights.
         intermediate: inner width of the MLP.
@@ -41,7 +41,7 @@ class LayerForm:
 
 
 def dense_form(shape: ModelShape) -> LayerForm:
-    """Return the form of a layer that nothing touched."""
+    """Return the form of an uncompressed layer."""
     return LayerForm(
         residual_in=shape.hidden,
         residual_mid=shape.hidden,
@@ -77,12 +77,12 @@ class ModelForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What a step begins with: the model that the steps before it have left.
+    """What a step starts from: the model that the steps before it produced.
 
     Attributes:
         form: widths of the step's input model.
-        parameters_before: distinct elements of the model that the run began with, which is what
-            every keep_fraction is a fraction of.
+        parameters_before: distinct elements of the run's input model, to which every
+            keep_fraction refers.
     """
 
     form: ModelForm

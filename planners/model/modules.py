@@ -1,4 +1,4 @@
-"""Which parts of a layer its modules are made of."""
+"""The linears and widths of each module of a layer."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ FIELDS_OF: Mapping[str, tuple[str, ...]] = {
 
 
 def kept_of(start: LayerForm, form: LayerForm, module: str) -> str:
-    """Return in words what is left of a module: its width, or the ranks of its linears."""
+    """Describe what is left of a module: its width, or the ranks of its linears."""
     linears = [name for name in LINEARS_OF[module] if form.ranks.get(name) != start.ranks.get(name)]
     if linears:
         return "ranks " + ", ".join(f"{name} {form.ranks[name]}" for name in linears)
@@ -31,7 +31,7 @@ def kept_of(start: LayerForm, form: LayerForm, module: str) -> str:
 
 
 def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> LayerForm:
-    """Return a layer with only these of its modules, qk, vo or mlp, as they are in ``form``."""
+    """Return ``start`` with these modules (qk, vo or mlp) as in ``form``."""
     linears = {name for module in modules for name in LINEARS_OF[module]}
     fields: dict[str, Any] = {
         name: getattr(form, name) for module in modules for name in FIELDS_OF[module]

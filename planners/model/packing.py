@@ -1,4 +1,4 @@
-"""How a symmetric matrix is stored once and not twice: integers only.
+"""Packed layout of a symmetric matrix, which stores each entry once: integers only.
 
 The upper triangle is cut into blocks of `ROWS` rows. The block that begins at row a holds columns
 a to the last, row-major; the blocks follow each other. So the small square on the diagonal of each
@@ -57,7 +57,7 @@ def dim_of_packed(num_elements: int) -> int:
     """Return the width of a packed matrix of so many numbers.
 
     Raises:
-        ValueError: no width gives that number.
+        ValueError: no width has that number of elements.
     """
     low, high = 0, num_elements
     while low < high:
@@ -67,5 +67,5 @@ def dim_of_packed(num_elements: int) -> int:
         else:
             high = middle
     if packed_elements(low) != num_elements:
-        raise ValueError(f"{num_elements} elements are no packed symmetric matrix")
+        raise ValueError(f"{num_elements} elements are not a packed symmetric matrix")
     return low

@@ -7,7 +7,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The integers of a decoder-only transformer: all that planning needs to know of it.
+    """The integers of a decoder-only transformer: all that planning needs to know about it.
 
     Attributes:
         family: file in ``planners/families`` that names its tensors.

@@ -36,12 +36,12 @@ class Statistic:
 def layer_statistics(
     statistics: frozenset[Statistic], layer: int, num_layers: int
 ) -> list[Statistic]:
-    """Return what one layer accumulates; only the last observes what leaves it."""
+    """Return the statistics that one layer sums; only the last layer observes its output."""
     last = layer == num_layers - 1
     return sorted(s for s in statistics if s.tap != "resid_out" or s.row.of_change or last)
 
 
-# Taps in the order in which a layer's forward pass comes by them.
+# Taps in the order of a layer's forward pass.
 TAPS = (
     "resid_attn",
     "attn_in",
@@ -57,5 +57,5 @@ TAPS = (
 
 
 def last_tap(statistics: Iterable[Statistic]) -> str:
-    """Return the last tap that these statistics of one layer see; nothing behind it matters."""
+    """Return the last tap that these statistics of one layer need."""
     return max((s.tap for s in statistics), key=TAPS.index, default=TAPS[0])

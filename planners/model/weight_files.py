@@ -1,4 +1,4 @@
-"""What the weight files of a result are called: what stock loaders and converters look for."""
+"""Names of the weight files of a result, as stock loaders and converters expect them."""
 
 from planners.model.form import ModelForm
 

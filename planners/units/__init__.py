@@ -1,1 +1,1 @@
-"""Units of work: what each depends on, what determines its bytes, which may start."""
+"""Units of work: their inputs, what determines their bytes, and which may start."""

@@ -1,8 +1,8 @@
-"""Which microbatch may go into which stage now: the rule that a pass and its simulation share.
+"""Which microbatch may be submitted to which stage: shared by a pass and its simulation.
 
-Queues are bounded: a stage has at most `MAX_INFLIGHT` calls under way, and at most `WINDOW` of its
-outputs wait before the stage behind it. A stage that lost what it had computed passes it once more,
-back to the nearest stage that still has it.
+Queues are bounded: a stage has at most `MAX_INFLIGHT` calls in flight, and at most `WINDOW` of its
+outputs wait for the next stage. Lost outputs are recomputed, from the nearest earlier stage that
+still has them.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -14,16 +14,16 @@ from planners.memory.placement import MAX_INFLIGHT, WINDOW
 
 @dataclass(slots=True)
 class Flow:
-    """Where one stage is in a pass.
+    """The progress of one stage in a pass.
 
     Attributes:
-        next: first microbatch that it has not been given yet.
+        next: first microbatch that was not submitted to it yet.
         done: microbatches that it has summed.
-        lacking: what the stage behind is to be given next; of interest where it has passed here.
-        inflight: ticket -> microbatch and its output to be.
-        outputs: what is computed and not yet consumed by the stage behind.
-        paused: it is given nothing for now.
-        starting: it has not said yet what it goes on from, so what it lacks is not known.
+        lacking: the microbatch that the next stage needs next; it may have passed here already.
+        inflight: ticket -> microbatch and its future output.
+        outputs: computed outputs that the next stage has not consumed yet.
+        paused: nothing is submitted to it for now.
+        starting: it has not reported where it resumes, so what it needs is not known.
     """
 
     next: int = 0
@@ -36,13 +36,13 @@ class Flow:
 
     @property
     def wanted(self) -> int:
-        """The microbatch to give it next: one it has to pass once more, or a new one."""
+        """The microbatch to submit next: one to recompute for the next stage, or a new one."""
         given = {index for index, _ in self.inflight.values()}
         passed = self.lacking < self.next and self.lacking not in self.outputs.keys() | given
         return self.lacking if passed else self.next
 
     def submit(self, ticket: Hashable, index: int, output: Any) -> None:
-        """Count a microbatch as given to the stage."""
+        """Count a microbatch as submitted to the stage."""
         self.inflight[ticket] = (index, output)
         self.next += int(index == self.next)
 
@@ -57,17 +57,17 @@ def submissions(
 ) -> Iterator[tuple[int, int]]:
     """Yield (stage, microbatch) of every call that may be made now, of ``total`` microbatches.
 
-    Each is to be counted by `Flow.submit` before the next is asked for.
+    Call `Flow.submit` for each before requesting the next.
 
     Args:
         stages: of the wave, in order.
         total: microbatches of the pass.
-        answered: the one stage where something changed since this was last asked; the same calls
-            come out as where all are looked at, sooner.
+        answered: the only stage that changed since the last call of this function: the result is
+            the same as when all stages are checked, but faster.
     """
     last = len(stages) - 1
     first = last if answered is None else min(answered + 1, last)
-    lacking = total if first == last else stages[first].lacking  # nothing is behind the last
+    lacking = total if first == last else stages[first].lacking  # there is no stage after the last
     for slot in range(first, -1, -1):
         stage, submitted = stages[slot], False
         stage.lacking = lacking
@@ -84,18 +84,18 @@ def accept(stages: Sequence[Flow], slot: int, ticket: Hashable) -> int:
     """Count a call as answered, and return its microbatch."""
     stage = stages[slot]
     index, output = stage.inflight.pop(ticket)
-    stage.done += int(index == stage.done)  # else passed once more, or out of its turn
+    stage.done += int(index == stage.done)  # else it was recomputed, or out of order
     last = slot == len(stages) - 1
     # Only now: a call that waits for the output of a lost worker would fail with it.
     if not last and (index >= stages[slot + 1].next or index == stage.lacking):
         stage.outputs[index] = output
-    if slot > 0:  # consumed: the object store may have its memory back
+    if slot > 0:  # consumed: the object store may free it
         stages[slot - 1].outputs.pop(index, None)
     return index
 
 
 def _may(stages: Sequence[Flow], slot: int, index: int, total: int) -> bool:
-    """Return whether the input of a stage is at hand and its output has a place to wait."""
+    """Return whether the input of a stage is available and its output has room to wait."""
     if index == total or stages[slot].paused:
         return False
     if slot > 0 and index not in stages[slot - 1].outputs:

@@ -9,7 +9,7 @@ class Frontier:
     """Which units may start: pure bookkeeping, without a clock or a cluster."""
 
     def __init__(self, units: Sequence[Unit], *, is_done: Callable[[Unit], bool]) -> None:
-        """Take the units in the order of their priority."""
+        """Start with these units, in order of priority."""
         self._left = [unit for unit in units if not is_done(unit)]
         self._open = {unit.name for unit in self._left}
         self._running: dict[str, Unit] = {}
@@ -24,7 +24,7 @@ class Frontier:
         """Return the next unit whose inputs are done, and count it as running.
 
         Args:
-            avoid: units that are to be done by somebody else.
+            avoid: units that another worker must do.
         """
         for unit in self._left:
             if unit.name not in avoid and not any(name in self._open for name in unit.inputs):
@@ -35,7 +35,7 @@ class Frontier:
         return None
 
     def finish(self, unit: Unit) -> None:
-        """Count a unit as done: those that wait for it may start."""
+        """Count a unit as done, so that units waiting for it may start."""
         del self._running[unit.name]
         self._open.discard(unit.name)
 

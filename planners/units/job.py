@@ -1,4 +1,4 @@
-"""A run as far as its time goes, and what each kind of its units asks of a machine."""
+"""The parts of a run that determine its time, and the work of each kind of unit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,20 +17,20 @@ from planners.units.work import Work
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A run as far as its time goes.
+    """The parts of a run, or of one step of it, that determine its time.
 
     Attributes:
         plan: its shapes, widths and waves.
         spec: of the method.
         options: of the method.
-        data: of calibration.
-        evaluation_tokens: that each of both models is measured on.
+        data: batching of the calibration tokens.
+        evaluation_tokens: on which each of the two models is evaluated.
         finish: verify and time the result, too.
         start: widths of the input model, where steps came before; None is the model itself.
         former: the steps before, where several methods are applied in turn.
-        carried: its statistics are those of the step before, turned.
-        reused: statistics that another run has kept.
-        from_hub: its input is read from the Hub, by whoever needs a part of it.
+        carried: its statistics are rotated from those of the step before.
+        reused: statistics taken from another run.
+        from_hub: its input is read from the Hub, by each worker that needs a part of it.
     """
 
     plan: RunPlan
@@ -47,51 +47,51 @@ class Job:
 
     @property
     def origin(self) -> "Job":
-        """The first step, whose input the run begins with."""
+        """The first step, which reads the input model of the run."""
         return self.former[0] if self.former else self
 
     @property
     def input(self) -> ModelForm:
-        """Of what the step begins with."""
+        """Widths of the step's input model."""
         return self.start or dense_model_form(self.shape)
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What the method needs to know of each layer."""
+        """The statistics that the method needs of each layer."""
         return self.spec.statistics(self.options)
 
     @property
     def summed(self) -> frozenset[Statistic]:
-        """Those statistics that this run sums itself."""
+        """The statistics that this run sums itself."""
         return self.statistics - self.reused
 
     @property
     def dense(self) -> ModelShape:
-        """Of the model that the run begins with."""
+        """Shape of the input model of the run."""
         return self.origin.shape
 
     @property
     def shape(self) -> ModelShape:
-        """Of the model."""
+        """Shape of the model."""
         return self.plan.shape
 
     @property
     def form(self) -> ModelForm:
-        """Of the result."""
+        """Widths of the result."""
         return self.plan.form
 
     @property
     def num_microbatches(self) -> int:
-        """Of the calibration tokens."""
+        """Microbatches of the calibration tokens."""
         return self.data.num_microbatches
 
     @property
     def shards(self) -> list[tuple[int, int]]:
-        """Of the tokens, in microbatches, where a method streams them from site to site."""
+        """Shards in ranges of microbatches, for a method that streams tokens from site to site."""
         return shard_cuts(int(self.options["shards"]), self.num_microbatches)
 
     def statistics_of(self, index: int) -> list[Statistic]:
-        """Return what the method needs to know of one layer."""
+        """Return the statistics that the method needs of one layer."""
         return layer_statistics(self.statistics, index, self.shape.num_layers)
 
     def site_dim(self, site: int) -> int:
@@ -103,51 +103,51 @@ class Job:
 
 
 def adding(job: Job, index: int) -> Work:
-    """Return adding the sums of all shards of a layer."""
+    """Return the work of adding the sums of all shards of a layer."""
     wanted = layer_statistics(job.summed, index, job.shape.num_layers)
     form = job.input.layers[index]
     return work.adding_work(job.shape, wanted, form, shards=job.data.shards)
 
 
 def carrying(job: Job, index: int) -> Work:
-    """Return rotating the sums of a layer."""
+    """Return the work of rotating the sums of a layer."""
     return work.carried_work(job.shape, job.statistics_of(index))
 
 
 def measuring(job: Job, index: int) -> Work:
-    """Return measuring what cuts of a layer do to its output."""
+    """Return the work of measuring the damage of cuts of a layer."""
     start = job.input.layers[index]
     ladders = job.spec.ladders(job.shape, start, job.options).values()
-    # Half of a module is where in its grid a cut is on average.
+    # On average a cut of the grid keeps half of a module.
     forms = [ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2]) for ladder in ladders]
     tokens = min(work.PROBE_TOKENS, job.data.tokens, int(job.options["probe_tokens"]))
     return work.damage_work(job.shape, forms, job.data, start, tokens=tokens)
 
 
 def truncating(job: Job, index: int) -> Work:
-    """Return measuring what truncation of a layer's linears loses."""
+    """Return the work of measuring the truncation losses of a layer's linears."""
     return work.losses_work(job.shape, job.form.layers[index], job.statistics_of(index))
 
 
 def decomposing(job: Job, site: int) -> Work:
-    """Return the axes of one site."""
+    """Return the work of computing the axes of one site."""
     if site == 2 * job.shape.num_layers and "resid_out" not in {s.tap for s in job.statistics}:
         return work.CALL  # kept whole: there is nothing to decompose
     return work.basis_work(job.shape, job.site_dim(site))
 
 
 def decomposing_all(job: Job, _: int) -> Work:
-    """Return the axes that all sites share."""
+    """Return the work of computing the axes that all sites share."""
     return work.basis_work(job.shape, job.form.embedding_dim, sites=job.shape.num_sites)
 
 
 def decomposing_streamed(job: Job, site: int) -> Work:
-    """Return the axes of one site behind a prefix that is cut already."""
+    """Return the work of computing the axes of one site after compressed layers."""
     return work.basis_work(job.shape, job.site_dim(site), sites=len(job.shards))
 
 
 def streaming(job: Job, index: int) -> Work:
-    """Return passing one shard on to a site."""
+    """Return the work of passing one shard to a site."""
     site, shard = divmod(index, len(job.shards))
     first, last = job.shards[shard]
     passed = job.data.microbatches[first:last]
@@ -158,7 +158,7 @@ def streaming(job: Job, index: int) -> Work:
 
 
 def shrinking(job: Job, index: int) -> Work:
-    """Return reading, shrinking and writing a layer."""
+    """Return the work of reading, shrinking and writing a layer."""
     return work.layer_work(
         job.shape,
         job.form.layers[index],
@@ -169,32 +169,32 @@ def shrinking(job: Job, index: int) -> Work:
 
 
 def embedding(job: Job, _: int) -> Work:
-    """Return writing the embedding."""
+    """Return the work of writing the embedding."""
     return work.table_work(job.shape, job.form.embedding_dim, residual=job.spec.residual)
 
 
 def head(job: Job, _: int) -> Work:
-    """Return writing the head, of which a tied one has no columns."""
+    """Return the work of writing the head; a tied head has no columns to write."""
     width = 0 if job.form.tied else job.form.head_dim
     return work.table_work(job.shape, width, residual=job.spec.residual)
 
 
 def refit_start(job: Job, _: int) -> Work:
-    """Return looking the tokens up for the second pass."""
+    """Return the work of embedding the tokens for the second pass."""
     return work.refit_start_work(job.shape, job.data)
 
 
 def refitting(job: Job, index: int) -> Work:
-    """Return refitting one layer."""
+    """Return the work of refitting one layer."""
     form, start = job.form.layers[index], job.input.layers[index]
     return work.refit_layer_work(job.shape, form, job.data, start)
 
 
 def refit_losses(job: Job, _: int) -> Work:
-    """Return the losses of the drafted and of the refitted model."""
+    """Return the work of the losses of the drafted and refitted models."""
     return work.refit_losses_work(job.shape, job.data)
 
 
 def choosing(job: Job, index: int) -> Work:
-    """Return copying one layer into the result."""
+    """Return the work of copying one layer into the result."""
     return work.chosen_work(job.shape, job.form.layers[index])

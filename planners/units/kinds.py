@@ -1,7 +1,8 @@
-"""The kinds of units and the phases that do them: one row each, and nobody else lists them.
+"""The table of the kinds of units, and of the phases that do them.
 
-A unit of work is named after what it is of: ``damage-layer-00003``, ``basis-site-00006``. A kind
-that a worker does by itself has a function in `actors.layer_units.registry`, under the same name.
+A unit is named by its kind and its layer or site: ``damage-layer-00003``, ``basis-site-00006``. A
+kind that a worker does by itself has a function in `actors.layer_units.registry`, under the same
+name.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,13 @@ MODEL, STATISTICS = "model", "statistics"  # what of a run's result the files of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of a run that a person is told of.
+    """A part of a run that is shown to users.
 
     Attributes:
         name: as events, forecasts and reports have it.
-        first_words: what is done until its first unit is.
+        first_words: shown until its first unit is done.
         by_workers: the workers of the run do it; else the driver, or a process of its own.
-        times: how often a run comes by it.
+        times: how often a run does it.
     """
 
     name: str
@@ -50,7 +51,7 @@ PHASES = {
         Phase(
             name="verify",
             by_workers=False,
-            first_words="a fresh process loads the result, compares, generates",
+            first_words="a fresh process loads, checks and runs the result",
         ),
         Phase(
             name="throughput",
@@ -80,8 +81,8 @@ class UnitKind:
         reads: of the weights of the input, ``layer`` or ``table``; empty if none.
         alike: where layers are alike, all its units take alike time.
         colour: in the report, the number of one of `orchestrator.report.svg.KIND_COLOURS`.
-        work: (job, index) -> what one unit asks of a machine; None where a pass does it.
-        peak_bytes: what the largest holds at its peak; 0 where a run has none.
+        work: (job, index) -> the work of one unit; None if a pass does it.
+        peak_bytes: peak memory of the largest unit; 0 if a run has none.
     """
 
     name: str
@@ -101,7 +102,7 @@ class UnitKind:
     peak_bytes: Callable[[Shrinking], int] = peaks.nothing
 
     def unit(self, index: int, *, by: str = "") -> str:
-        """Return the name of one unit; ``by`` is the method that it asks, of several."""
+        """Return the name of one unit; ``by`` is its method, if several compete."""
         first, _, last = self.stem.partition("-")
         stem = f"{first}-{by}-{last}" if by else self.stem
         return f"{stem}-{index:05d}" if self.of in ("layer", "site") else stem
@@ -110,7 +111,7 @@ class UnitKind:
 KINDS = {
     kind.name: kind
     for kind in (
-        # Whole microbatches in a stage, and the sums that it publishes behind them.
+        # Full microbatches in a stage, and the sums that it publishes after them.
         UnitKind(
             name="calibrate", stem="microbatch", phase="calibrate", of="microbatch",
             by_worker=False, colour=0,
@@ -246,11 +247,11 @@ def kinds_of(phase: str, *, many: bool = False) -> tuple[str, ...]:
 
 
 def behind(phase: str) -> tuple[str, ...]:
-    """Return the phases that begin once a phase is over for good."""
+    """Return the phases that come after a phase."""
     names = tuple(PHASES)
     return names[names.index(phase) + 1 :]
 
 
 def unit_bytes(step: Shrinking) -> int:
-    """Return the peak of the largest unit of compression."""
+    """Return the peak memory of the largest compression unit."""
     return max(peak(step) for peak in {kind.peak_bytes for kind in KINDS.values()})

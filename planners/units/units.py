@@ -1,4 +1,4 @@
-"""The units of work of a run, what each depends on, and what determines its bytes."""
+"""The units of work of a run, their inputs, and what determines their bytes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +20,14 @@ class Unit:
 
     Attributes:
         name: by layer, site or part; never by stage or worker.
-        kind: which function does it.
-        index: the layer or site; -1 where there is one of the kind.
+        kind: see `planners.units.kinds`.
+        index: the layer or site; -1 if there is only one unit of the kind.
         inputs: names of the units whose files it reads.
         fingerprint: sha256 of what determines its bytes.
-        taps: the statistics that its files must hold; more are welcome, and change none of these.
-        lasting: its record stays; else record and files go once all that read them are done.
-        suffix: of its file's name, where that is added to what is there already.
+        taps: the statistics that its files must hold; files may hold others too.
+        lasting: its record is kept; else record and files are removed once all units that read
+            them are done.
+        suffix: of its file's name, if the file is added to existing ones.
     """
 
     name: str
@@ -60,9 +61,9 @@ class Identity:
     statistics_dtype: str = "float64"
 
     def key(self) -> dict[str, Any]:
-        """Return what fingerprints are made of; other names would make every record another's.
+        """Return the content of fingerprints; renaming a key would invalidate every record.
 
-        How many tokens there are is in their hash.
+        The number of tokens is covered by their hash.
         """
         return {
             "model_revision": self.model_revision,
@@ -79,7 +80,7 @@ class Identity:
 def statistics_units(
     identity: Identity, statistics: frozenset[Statistic], num_layers: int
 ) -> list[Unit]:
-    """Return one unit a layer; what a layer's sums are does not depend on any method."""
+    """Return one unit a layer; the sums of a layer do not depend on the method."""
     common = {"schema": SCHEMA_VERSION, "kind": "statistics", **identity.key()}
     units = []
     for layer in range(num_layers):
@@ -95,10 +96,10 @@ def carried_units(
     sums: Sequence[Unit],
     layers: Sequence[Unit],
 ) -> list[Unit]:
-    """Return one unit a layer that turns the statistics of a step before into those behind it.
+    """Return one unit a layer that rotates the statistics from before a step to after it.
 
     Args:
-        identity: of the model that the step has left.
+        identity: of the output model of the step.
         statistics: what is carried over.
         sums: statistics units of the step.
         layers: its layer units; their inputs are the bases.
@@ -113,10 +114,10 @@ def carried_units(
 
 
 def needed(units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:
-    """Return the units to do: those that last, and what they cannot be done without.
+    """Return the units to do: lasting ones without a record, and the inputs that they need.
 
     Args:
-        units: each behind its inputs.
+        units: each after its inputs.
         done: whether a unit has its record and its files.
     """
     found: list[Unit] = []
@@ -129,7 +130,7 @@ def needed(units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]
 
 
 def spent(unit: Unit, units: Sequence[Unit], *, done: Callable[[Unit], bool]) -> list[Unit]:
-    """Return the inputs of a unit that do not last and that nobody has a use for any more."""
+    """Return the temporary inputs of a unit that no unit needs any more."""
     return [
         other
         for other in units
@@ -150,14 +151,14 @@ def compression_units(
 ) -> list[Unit]:
     """Return the stream, basis, layer, embedding and head units of one method.
 
-    Layers that are to be refitted are drafts: `refit_units` says what comes of them.
+    Layers that will be refitted are drafts, from which `refit_units` continues.
 
     Args:
         sums: the statistics units.
         spec: of the method.
         options: of the method, complete.
         form: widths of the result.
-        num_microbatches: of the calibration tokens, where units stream them.
+        num_microbatches: of the calibration tokens, for units that stream them.
         makers: of each layer, module -> the method that shrinks it, where several compete.
     """
     common: dict[str, Any] = {
@@ -191,7 +192,7 @@ def compression_units(
     return units
 
 
-# Options that change no damage: whose cuts are measured does not depend on who competes with them.
+# Options that do not affect damage: the cuts of a method are the same whoever competes with it.
 OF_NO_DAMAGE = ("allocation", "refit", "candidates")
 
 
@@ -203,9 +204,9 @@ def damage_units(
     options: Mapping[str, Option],
     by: str = "",
 ) -> list[Unit]:
-    """Return one unit a layer: the damage of every cut of a grid, on the layer's own inputs.
+    """Return one unit a layer: the damage of every cut of a grid, on the layer's dense inputs.
 
-    Where several methods compete, ``by`` names the one whose cuts are measured.
+    If several methods compete, ``by`` names the one whose cuts are measured.
     """
     key = {
         "schema": SCHEMA_VERSION,
@@ -224,7 +225,7 @@ def losses_units(
     modules: Sequence[str],
     form: ModelForm,
 ) -> list[Unit]:
-    """Return one unit a layer: what truncation to the ranks of a form loses of these linears."""
+    """Return one unit a layer: the loss of truncating these linears to the ranks of a form."""
     key = {
         "schema": SCHEMA_VERSION,
         "method": method,
@@ -239,10 +240,10 @@ def losses_units(
 
 
 def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
-    """Return the chain of the second pass, and one unit a layer that is the result of both.
+    """Return the chain of the second pass, and one unit a layer that copies the better version.
 
     The chain embeds the tokens, refits layer by layer, and ends with the losses of the drafts and
-    of the refitted layers, of which the layers of the result are the better ones.
+    of the refitted layers; the result has the version with the smaller loss.
     """
     key = {
         "schema": SCHEMA_VERSION,
@@ -250,7 +251,7 @@ def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
         "held_out": refit.HELD_OUT,
         "dampings": to_json(refit.DAMPINGS),
     }
-    # The sums of a draft carry the identity of the tokens, as all that follows from them does.
+    # The fingerprint of a draft includes that of its sums, and so the identity of the tokens.
     chain = [_unit("refit_start", -1, drafts[:1], key)]
     for draft in drafts:
         chain.append(_unit("refit_layer", draft.index, (chain[-1], draft), key))
@@ -283,10 +284,10 @@ def _basis_units(
 def _chain(
     tokens: Unit, common: Mapping[str, Any], dims: Sequence[int], num_shards: int
 ) -> list[Unit]:
-    """Return the stream units of each site, one a shard, and behind them the site's basis.
+    """Return the stream units of each site, one per shard, each followed by the site's basis.
 
     A shard of a site needs the basis of the site before and its own shard there; the first site
-    reads tokens alone.
+    reads only tokens.
     """
     units: list[Unit] = []
     before: list[Unit] = []  # the basis of the site before, and its streams

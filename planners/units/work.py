@@ -1,8 +1,8 @@
-"""What each task of a run asks of a machine: operations by kind, bytes read, written and touched.
+"""The work of each task of a run: operations by kind, bytes read, written and touched.
 
-Derived from shapes and forms alone, whatever the method is called: a residual method decomposes its
+Derived from shapes and forms alone, not from the method's name: a residual method decomposes its
 sites, a smaller FFN is a Nystrom refit, a narrower value head and a pair of factors each have their
-factorisation. A method whose maths is another is estimated too low or too high until it is timed.
+factorisation. For a method with other maths the estimate is wrong until it is timed.
 """
 
 from collections.abc import Iterable
@@ -25,13 +25,13 @@ from planners.model.taps import Statistic
 
 EIGH = 9  # operations of a symmetric eigendecomposition with all vectors, times n^3
 LEVELS = 6  # cuts of each module at which damage is measured, as in the default grid
-PROBE_TOKENS = 8192  # tokens on which it is measured, likewise
+PROBE_TOKENS = 8192  # tokens on which damage is measured, likewise
 ATTENTION, MLP = LINEARS[:4], LINEARS[4:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """An amount of work; the same fields hold what a machine does of each in a second.
+    """An amount of work; the same fields are also used for rates per second.
 
     Attributes:
         matmul: operations of products in the dtype of the pass.
@@ -41,7 +41,7 @@ class Work:
         touched: bytes that elementwise work moves through memory.
         read: bytes from files.
         written: bytes to files, hashed on the way.
-        calls: things with a fixed cost, whatever their size.
+        calls: operations of a fixed cost, whatever their size.
     """
 
     matmul: float = 0.0
@@ -62,7 +62,7 @@ class Work:
         return Work(**{name: getattr(self, name) * count for name in KINDS})
 
     def seconds(self, rates: "Work") -> float:
-        """Return how long it takes at these rates; nothing overlaps."""
+        """Return the seconds at these rates, without overlap."""
         return float(sum(getattr(self, name) / getattr(rates, name) for name in KINDS))
 
     @property
@@ -78,7 +78,7 @@ CALL = Work(calls=1)
 def half_forward(
     shape: ModelShape, form: LayerForm, linears: Iterable[str], *, tokens: int, data: TokenBatching
 ) -> Work:
-    """Return one half of a layer's forward pass: the linears named, attention with q's."""
+    """Return the work of these linears in a forward pass; attention counts with ``q_proj``."""
     names = tuple(linears)
     weights = sum(linear_parameters(shape, form, name) for name in names)
     width = BYTES_OF[data.dtype]
@@ -94,7 +94,7 @@ def half_forward(
 
 
 def layer_forward(shape: ModelShape, form: LayerForm, *, tokens: int, data: TokenBatching) -> Work:
-    """Return the forward pass of one layer."""
+    """Return the work of the forward pass of one layer."""
     return half_forward(shape, form, LINEARS, tokens=tokens, data=data)
 
 
@@ -118,20 +118,20 @@ def layer_statistics_work(
 
 
 def loss_work(shape: ModelShape, width: int, *, tokens: int) -> Work:
-    """Return the logits and losses of tokens."""
+    """Return the work of the logits and losses of tokens."""
     return Work(
         matmul=2 * tokens * width * shape.vocab_size, touched=tokens * shape.vocab_size * 16
     )
 
 
 def load_work(shape: ModelShape, form: LayerForm) -> Work:
-    """Return reading one layer and holding it in another dtype."""
+    """Return the work of reading one layer and converting its dtype."""
     count = layer_parameters(shape, form)
     return CALL + Work(read=count * BYTES_OF[shape.dtype], touched=count * 8)
 
 
 def table_load_work(shape: ModelShape, width: int) -> Work:
-    """Return reading the embedding or the head."""
+    """Return the work of reading the embedding or the head."""
     count = shape.vocab_size * width
     return Work(read=count * BYTES_OF[shape.dtype], touched=count * 8)
 
@@ -139,36 +139,36 @@ def table_load_work(shape: ModelShape, width: int) -> Work:
 def publish_work(
     shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None = None
 ) -> Work:
-    """Return writing one layer's sums."""
+    """Return the work of writing one layer's sums."""
     return CALL + Work(written=_gram_bytes(shape, statistics, form))
 
 
 def adding_work(
     shape: ModelShape, statistics: Iterable[Statistic], form: LayerForm | None, *, shards: int
 ) -> Work:
-    """Return adding the sums of all shards of one layer."""
+    """Return the work of adding the sums of all shards of one layer."""
     size = _gram_bytes(shape, statistics, form)
     return CALL + Work(read=shards * size, touched=3 * shards * size, written=size)
 
 
 def carried_work(shape: ModelShape, statistics: Iterable[Statistic]) -> Work:
-    """Return turning the sums of one layer behind a step that kept every axis."""
+    """Return the work of rotating the sums of one layer after a step that kept every axis."""
     wanted = tuple(statistics)
     size = _gram_bytes(shape, wanted, None)
-    turned = [s for s in wanted if s.row.packed and tap_dim(shape, s.tap) == shape.hidden]
-    products = 4 * shape.hidden**3 * len(turned)
+    rotated = [s for s in wanted if s.row.packed and tap_dim(shape, s.tap) == shape.hidden]
+    products = 4 * shape.hidden**3 * len(rotated)
     return CALL + Work(float64=products, read=size, written=size, touched=3 * size)
 
 
 def losses_work(shape: ModelShape, form: LayerForm, statistics: Iterable[Statistic]) -> Work:
-    """Return what measuring the truncation of one layer's linears to the ranks of a form takes."""
+    """Return the work of measuring the loss of truncating one layer to the ranks of a form."""
     before = layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
     read = before + _gram_bytes(shape, statistics, None)
     return CALL + Work(read=read) + shrink_work(shape, form, LINEARS)
 
 
 def basis_work(shape: ModelShape, keep_dim: int, *, sites: int = 1) -> Work:
-    """Return the axes of one site, or those that several share."""
+    """Return the work of computing the axes of one site, or those that several share."""
     square = shape.hidden**2
     return CALL + Work(
         eigh=EIGH * shape.hidden**3,
@@ -186,7 +186,7 @@ def layer_work(
     residual: bool,
     start: LayerForm | None = None,
 ) -> Work:
-    """Return reading, shrinking and writing one layer, which is a dense one without a start."""
+    """Return the work of reading, shrinking and writing a layer; a dense one without ``start``."""
     width, first = BYTES_OF[shape.dtype], start or dense_form(shape)
     before, after = layer_parameters(shape, first), layer_parameters(shape, form)
     total = CALL + Work(
@@ -201,7 +201,7 @@ def layer_work(
 def shrink_work(
     shape: ModelShape, form: LayerForm, linears: Iterable[str], start: LayerForm | None = None
 ) -> Work:
-    """Return the factorisations that one layer's form asks for, of some of its linears."""
+    """Return the work of the factorisations of some linears for a layer's form."""
     names, first = set(linears), start or dense_form(shape)
     total = Work()
     if "down_proj" in names and form.intermediate < first.intermediate:
@@ -221,18 +221,18 @@ def damage_work(
     *,
     tokens: int,
 ) -> Work:
-    """Return cutting each module of one layer to each of a grid, and what that does to tokens.
+    """Return the work of cutting each module to each level of a grid and measuring the damage.
 
     Args:
         shape: the model.
-        forms: one a module, that module alone cut.
-        data: what passed the model.
-        start: the layer uncut; a dense one if None.
+        forms: one per module, with only that module cut.
+        data: batching of the calibration tokens.
+        start: the uncut layer; a dense one if None.
         tokens: on which damage is measured.
     """
     dense = start or dense_form(shape)
     forward = layer_forward(shape, dense, tokens=tokens, data=data)
-    # The output for reference, with its first half twice: once for what is between.
+    # The reference output; its first half runs twice, once for the activations between the halves.
     total = CALL + forward + half_forward(shape, dense, ATTENTION, tokens=tokens, data=data)
     weights = layer_parameters(shape, dense) * BYTES_OF[shape.dtype]
     total += Work(read=weights)
@@ -240,7 +240,7 @@ def damage_work(
         only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
         after = half_forward(shape, form, MLP if only_mlp else LINEARS, tokens=tokens, data=data)
         compare = Work(touched=tokens * shape.hidden * 16 + weights)
-        # Axes of low rank serve all levels as they are; units are refitted at each.
+        # Low-rank axes are computed once for all levels; widths are refitted at each level.
         factored = shrink_work(shape, form, LINEARS, dense)
         total += factored.times(1 if form.ranks.keys() - dense.ranks.keys() else LEVELS)
         total += (after + compare).times(LEVELS)
@@ -248,14 +248,14 @@ def damage_work(
 
 
 def refit_start_work(shape: ModelShape, data: TokenBatching) -> Work:
-    """Return looking the tokens up, once for each stream."""
+    """Return the work of embedding the tokens, once for each stream."""
     return CALL + table_load_work(shape, shape.hidden) + _streams(shape, data, writes=1, reads=0)
 
 
 def refit_layer_work(
     shape: ModelShape, form: LayerForm, data: TokenBatching, start: LayerForm | None = None
 ) -> Work:
-    """Return refitting both halves of one layer behind the layers refitted before."""
+    """Return the work of refitting both halves of one layer after the layers before it."""
     dense = start or dense_form(shape)
     bytes_ = BYTES_OF[shape.dtype]
     held = 1 / refit.HELD_OUT
@@ -268,7 +268,7 @@ def refit_layer_work(
         dim = form.ranks.get(last, dim)
         full = half_forward(shape, dense, names, tokens=data.tokens, data=data)
         cut = half_forward(shape, form, names, tokens=data.tokens, data=data)
-        # For the sums, and once more to pass; the drafted stream is of held-out tokens alone.
+        # Once for the sums, once to pass on; the drafted stream has only held-out tokens.
         total += (full + cut).times(2) + cut.times(held)
         total += Work(gram=2 * data.tokens * dim * (dim + out_dim))
         solves = dim**3 / 3 + 4 * dim * dim * out_dim
@@ -278,14 +278,14 @@ def refit_layer_work(
 
 
 def refit_losses_work(shape: ModelShape, data: TokenBatching) -> Work:
-    """Return the losses of three models on what is held out."""
+    """Return the work of the losses of three models on the held-out tokens."""
     held = data.tokens // refit.HELD_OUT
     loss = loss_work(shape, shape.hidden, tokens=held).times(3)
     return CALL + table_load_work(shape, shape.hidden) + loss
 
 
 def chosen_work(shape: ModelShape, form: LayerForm) -> Work:
-    """Return copying one layer into the result."""
+    """Return the work of copying one layer into the result."""
     count = layer_parameters(shape, form) * BYTES_OF[shape.dtype]
     return CALL + Work(read=count, written=count)
 
@@ -293,12 +293,12 @@ def chosen_work(shape: ModelShape, form: LayerForm) -> Work:
 def stream_work(
     shape: ModelShape, form: LayerForm, site: int, keep_dim: int, data: TokenBatching
 ) -> Work:
-    """Return passing tokens on to a site behind a prefix that is cut already, with their gram.
+    """Return the work of passing tokens to a site through compressed layers, with their gram.
 
     Args:
         shape: of the model.
         form: of the layer that leads to the site.
-        site: where they go; at the first they are looked up.
+        site: their destination; at the first one they are embedded.
         keep_dim: width at the site before.
         data: the tokens of one shard.
     """
@@ -316,16 +316,16 @@ def stream_work(
 
 
 def table_work(shape: ModelShape, width: int, *, residual: bool) -> Work:
-    """Return writing the embedding or the head with ``width`` columns."""
+    """Return the work of writing the embedding or the head with ``width`` columns."""
     count, bytes_ = shape.vocab_size * shape.hidden, BYTES_OF[shape.dtype]
-    turned = 2 * count * width if residual else 0
+    rotation = 2 * count * width if residual else 0
     # Hashed as a tensor and as a file.
     written = 2 * shape.vocab_size * width * bytes_
-    return CALL + Work(read=count * bytes_, matmul=turned, written=written, touched=count * 8)
+    return CALL + Work(read=count * bytes_, matmul=rotation, written=written, touched=count * 8)
 
 
 def _rotation(shape: ModelShape, form: LayerForm) -> Work:
-    """Return turning all linears of a layer, and its two shortcuts."""
+    """Return the work of rotating all linears of a layer, and its two shortcuts."""
     keeps = dict.fromkeys(("q_proj", "k_proj", "v_proj"), form.residual_in)
     keeps |= dict.fromkeys(("gate_proj", "up_proj", "o_proj"), form.residual_mid)
     keeps["down_proj"] = form.residual_out
@@ -341,7 +341,7 @@ def _rotation(shape: ModelShape, form: LayerForm) -> Work:
 
 
 def _nystrom(dim: int, out_dim: int, keep: int) -> Work:
-    """Return two Cholesky factorisations, the inverse of one, and the refit."""
+    """Return the work of two Cholesky factorisations, the inverse of one, and the refit."""
     flops = 2 * dim**3 / 3 + dim**3 + dim * dim * out_dim * 2 + keep * keep * out_dim
     return Work(float64=flops, touched=dim * dim * 8 * 16)
 
