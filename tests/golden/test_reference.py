@@ -71,7 +71,14 @@ def test_the_independent_implementation_is_met_within_half_a_percent(sliced, sli
     assert sliced(BABY, slice_)["compressed"] == pytest.approx(expected, rel=0.005)
 
 
-@pytest.mark.parametrize("slice_", PUBLISHED)
+@pytest.mark.parametrize(
+    "slice_",
+    [
+        0.10,
+        # The same code at other widths: 7 s each, nearly all of it an evaluation.
+        *(pytest.param(slice_, marks=pytest.mark.nightly) for slice_ in (0.20, 0.25, 0.30)),
+    ],
+)
 def test_the_published_program_is_at_most_half_a_percent_better(sliced, slice_):
     _, published, _ = PUBLISHED[slice_]
     assert sliced(LLAMA, slice_)["compressed"] <= 1.005 * published
