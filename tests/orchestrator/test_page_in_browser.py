@@ -7,8 +7,7 @@ import subprocess
 
 import pytest
 
-from orchestrator.report import render_page
-from tests.orchestrator.test_report import sample_report
+from tests.orchestrator.test_report import sample_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -45,7 +44,7 @@ addEventListener("load", () => setTimeout(look, 300));
 
 def look(tmp_path, *, width, dark=False, page=None):
     """Return what a browser window of that width makes of the page, and its complaints."""
-    (tmp_path / "page.html").write_text(page or render_page(sample_report()))
+    (tmp_path / "page.html").write_text(page or sample_page())
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME % width)
     command = [
@@ -86,7 +85,7 @@ def test_dark_windows_get_a_dark_page(tmp_path):
 
 
 def test_a_page_that_is_too_wide_and_complains_is_noticed(tmp_path):
-    page = render_page(sample_report()).replace(
+    page = sample_page().replace(
         "</body>", '<p style="width:2000px">x</p><script>console.error("no")</script></body>'
     )
     found, complaints = look(tmp_path, width=390, page=page)

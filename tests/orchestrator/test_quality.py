@@ -8,7 +8,7 @@ from rich.console import Console
 
 from orchestrator.report import render_page, render_terminal
 from orchestrator.report.quality import BROKEN, FINE, judged, quality, told
-from tests.orchestrator.test_report import sample_report
+from tests.orchestrator.test_report import report_without_plots
 
 SMOL = 134_515_008
 SEVEN_B = 6_738_415_616
@@ -66,7 +66,7 @@ def test_more_removed_is_never_held_against_less():
 
 
 def bad_report(method="slicegpt", **options):
-    report = sample_report()
+    report = report_without_plots()
     report["evaluation"]["compressed"]["perplexity"] = 8.9
     report["method"]["steps"] = [{"name": method, "options": options, "modules": []}]
     return report
@@ -106,18 +106,18 @@ def test_ready_at_twice_the_perplexity_is_ready_but_not_green():
 
 
 def test_a_good_result_is_green_and_needs_no_advice():
-    report = sample_report()
+    report = report_without_plots()
     found = quality(report)
     assert (found.tone, found.advice) == ("good", [])
     assert '<span class="verdict good">READY</span>' in render_page(report)
 
 
 def test_a_toy_is_called_one():
-    assert "can only compare methods" in told(quality(sample_report()), ["slicegpt"])
+    assert "can only compare methods" in told(quality(report_without_plots()), ["slicegpt"])
 
 
 def test_where_nothing_was_measured_nothing_is_said():
-    report = sample_report()
+    report = report_without_plots()
     del report["evaluation"]["compressed"]
     assert quality(report) is None
     render_page(report)
