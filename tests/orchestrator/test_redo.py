@@ -1,6 +1,7 @@
 """Layers that are made again, and what is said of two runs that differ."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -27,11 +28,17 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
 
 
-@pytest.fixture
-def finished(model, tmp_path):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
     run_local(model, out, **RECIPE)
     return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def redone(out, layers, options):
@@ -44,14 +51,14 @@ def redone(out, layers, options):
     return run_on(prepared, LocalExecutor(), listener=[].append)
 
 
-def test_a_layer_is_made_again_with_an_option_of_its_own(finished):
-    before, files = started(finished), result_files(finished)
-    report = redone(finished, [1, 2], {"ridge": "0.5"})
+def test_a_layer_is_made_again_with_an_option_of_its_own(copied):
+    before, files = started(copied), result_files(copied)
+    report = redone(copied, [1, 2], {"ridge": "0.5"})
     assert report["verdict"] == "READY"
     own = {"1": {"ridge": 0.5}, "2": {"ridge": 0.5}}
     assert report["method"]["steps"][0]["layer_options"] == own
-    assert recipe_of(Directory(str(finished))).layer_options == {1: own["1"], 2: own["2"]}
-    after, new = started(finished), result_files(finished)
+    assert recipe_of(Directory(str(copied))).layer_options == {1: own["1"], 2: own["2"]}
+    after, new = started(copied), result_files(copied)
     changed = {name for name in files if name.endswith(".safetensors") and files[name] != new[name]}
     assert changed == {"model-00003-of-00007.safetensors", "model-00004-of-00007.safetensors"}
     again = {unit for unit in before if after[unit] != before[unit]}
@@ -66,18 +73,18 @@ def names_of(prefix):
     return ("layer-00001", "layer-00002") if prefix == "statistics-" else ("00001", "00002")
 
 
-def test_a_layer_that_is_made_again_as_it_was_has_the_same_bytes(finished):
-    before, files = started(finished), result_files(finished)
-    redone(finished, [3], {})
-    assert result_files(finished) == files
-    assert started(finished)["layer-00003"] != before["layer-00003"]
-    assert started(finished)["layer-00002"] == before["layer-00002"]
+def test_a_layer_that_is_made_again_as_it_was_has_the_same_bytes(copied):
+    before, files = started(copied), result_files(copied)
+    redone(copied, [3], {})
+    assert result_files(copied) == files
+    assert started(copied)["layer-00003"] != before["layer-00003"]
+    assert started(copied)["layer-00002"] == before["layer-00002"]
 
 
-def test_the_command_that_made_a_run_does_not_undo_what_was_redone(model, finished):
-    redone(finished, [0], {"ridge": "0.5"})
+def test_the_command_that_made_a_run_does_not_undo_what_was_redone(model, copied):
+    redone(copied, [0], {"ridge": "0.5"})
     with pytest.raises(ConfigError, match=r"layer options was .*ridge.*, is None"):
-        check_run(prepared_run(model, finished, **RECIPE))
+        check_run(prepared_run(model, copied, **RECIPE))
 
 
 @pytest.mark.parametrize(
