@@ -1,11 +1,23 @@
 """What Hypothesis draws: models as integers, and what they may become."""
 
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from planners.model.form import LayerForm, ModelForm
 from planners.model.shape import LINEARS, ModelShape
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def whole_runs(*, one_in: int) -> settings:
+    """Return settings for a test whose every example is a whole run, drawn by its seed.
+
+    Of the examples of the profile there is one in so many. A failure is not shrunk: a schedule is
+    a seed, and no other is simpler.
+    """
+    return settings(
+        max_examples=settings().max_examples // one_in, phases=(Phase.explicit, Phase.generate)
+    )
 
 
 @st.composite

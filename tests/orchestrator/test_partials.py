@@ -1,7 +1,7 @@
 """Partial sums: what a replaced worker, and the next driver, go on from, to the same bits."""
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.storage.files import Directory
@@ -9,13 +9,14 @@ from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.engine.partial_sums import MIN_SECONDS, SHARE, interval
 from tests.builders import (
     DeadDriverError,
+    DyingDriver,
     compress_local,
     run_local,
     save_model,
     worker_gib,
 )
 from tests.orchestrator.test_pipeline import CountingExecutor, UnreliableExecutor, assert_same
-from tests.orchestrator.test_resume import DyingDriver
+from tests.strategies import whole_runs
 
 NUM_MICROBATCHES = 5  # 20 sequences by 4
 
@@ -52,7 +53,7 @@ def partials(out):
     return Directory(str(out)).names("partial")
 
 
-@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
+@whole_runs(one_in=10)
 @given(seed=st.integers(0, 2**32), workers=st.integers(1, 4), every=st.integers(1, 3))
 def test_losses_while_sums_are_saved_change_no_bit(
     model, undisturbed, tmp_path_factory, seed, workers, every

@@ -1,7 +1,7 @@
 """Calibration in shards: the recipe's shards fix the bytes, the workers only how fast they come."""
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.storage.files import Directory
@@ -9,10 +9,10 @@ from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
 from tests.builders import DyingDriver, compress_local, save_model, worker_gib
 from tests.orchestrator.test_pipeline import CountingExecutor, UnreliableExecutor, assert_same
+from tests.strategies import whole_runs
 
 SHARDS = 3  # of 5 microbatches: one, two and two
 SEEDS, WORKERS = st.integers(0, 2**32), st.integers(1, 7)
-UNSHRUNK = (Phase.explicit, Phase.generate)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_shards_pass_side_by_side_as_far_as_there_are_workers(
     assert_same(tmp_path, undisturbed)
 
 
-@settings(max_examples=12, phases=UNSHRUNK)
+@whole_runs(one_in=8)
 @given(seed=SEEDS, workers=WORKERS)
 def test_losses_at_any_moment_change_no_bit(model, undisturbed, tmp_path_factory, seed, workers):
     out = tmp_path_factory.mktemp("disturbed")
@@ -92,7 +92,7 @@ def test_losses_at_any_moment_change_no_bit(model, undisturbed, tmp_path_factory
     assert_same(out, undisturbed)
 
 
-@settings(max_examples=8, phases=UNSHRUNK)
+@whole_runs(one_in=12)
 @given(seed=SEEDS, workers=WORKERS, num_layers=st.integers(1, 2))
 def test_nor_do_losses_in_any_wave(model, undisturbed, tmp_path_factory, seed, workers, num_layers):
     out = tmp_path_factory.mktemp("disturbed")
