@@ -1,5 +1,6 @@
 """The same command again: what has a record is not done again, and the bytes are the same."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -28,10 +29,23 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed")
+def compressed(model, tmp_path_factory):
+    """A run whose driver died before it verified; tests that change it take a copy."""
+    out = tmp_path_factory.mktemp("compressed") / "run"
     compress_local(model, out)
-    return result_files(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(compressed):
+    return result_files(compressed)
+
+
+@pytest.fixture(scope="module")
+def ready(model, tmp_path_factory):
+    """A run that is READY, and what it reported; tests that change it take a copy."""
+    out = tmp_path_factory.mktemp("ready") / "run"
+    return out, run_local(model, out)
 
 
 DEATHS = (
@@ -115,16 +129,16 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("lost", LOSSES)
-def test_only_what_is_lost_is_done_again(model, undisturbed, tmp_path, lost):
+def test_only_what_is_lost_is_done_again(model, compressed, undisturbed, tmp_path, lost):
     files, units = LOSSES[lost]
-    compress_local(model, tmp_path, keep_statistics=True)
-    before = started(tmp_path)
+    out = shutil.copytree(compressed, tmp_path / "run")
+    before = started(out)
     for name in files:
-        (tmp_path / name).unlink()
-    compress_local(model, tmp_path, keep_statistics=True)
-    after = started(tmp_path)
+        (out / name).unlink()
+    compress_local(model, out, keep_statistics=True)
+    after = started(out)
     assert {name for name in before if after[name] != before[name]} == units
-    assert result_files(tmp_path) == undisturbed
+    assert result_files(out) == undisturbed
 
 
 def test_what_a_killed_worker_left_half_written_disturbs_nobody(model, undisturbed, tmp_path):
@@ -134,19 +148,18 @@ def test_what_a_killed_worker_left_half_written_disturbs_nobody(model, undisturb
         path = tmp_path / f"{name}.0123456789ab.tmp"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
-    run_local(model, tmp_path)
+    run_local(model, tmp_path)  # which clears them away when it is READY
     assert result_files(tmp_path) == undisturbed
 
 
-def test_a_finished_run_gives_its_report_at_once(model, tmp_path):
-    report = run_local(model, tmp_path)
-    assert Directory(str(tmp_path)).names("stats") == []
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "model").iterdir()}
+def test_a_finished_run_gives_its_report_at_once(model, ready, tmp_path):
+    out = shutil.copytree(ready[0], tmp_path / "run")
+    assert Directory(str(out)).names("stats") == []
+    before = {p: p.stat().st_mtime_ns for p in (out / "model").iterdir()}
     events = []
-    again = run(prepared_run(model, tmp_path), listener=events.append)
-    assert again == report
+    assert run(prepared_run(model, out), listener=events.append) == ready[1]
     assert events == []
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "model").iterdir()} == before
+    assert {p: p.stat().st_mtime_ns for p in (out / "model").iterdir()} == before
 
 
 def test_a_finished_run_keeps_statistics_where_asked(model, tmp_path):
@@ -202,30 +215,30 @@ def test_tokens_beside_a_torn_plan_are_not_taken_for_those_of_this_run(
     assert result_files(tmp_path) == undisturbed
 
 
-def test_a_finished_run_that_lost_a_file_is_made_whole(model, undisturbed, tmp_path):
-    run_local(model, tmp_path)
-    (tmp_path / "model" / "model-00003-of-00006.safetensors").unlink()
-    assert finished_report(Directory(str(tmp_path))) is None
-    assert not (tmp_path / "READY").exists()
-    run_local(model, tmp_path)
-    assert finished_report(Directory(str(tmp_path)))["verdict"] == "READY"
-    assert result_files(tmp_path) == undisturbed
+def test_a_finished_run_that_lost_a_file_is_made_whole(model, ready, undisturbed, tmp_path):
+    out = shutil.copytree(ready[0], tmp_path / "run")
+    (out / "model" / "model-00003-of-00006.safetensors").unlink()
+    assert finished_report(Directory(str(out))) is None
+    assert not (out / "READY").exists()
+    run_local(model, out)
+    assert finished_report(Directory(str(out)))["verdict"] == "READY"
+    assert result_files(out) == undisturbed
 
 
 @pytest.mark.parametrize(("name", "number"), [("layer-00001", 3), ("embedding", 1), ("head", 6)])
 def test_one_flipped_bit_is_found_and_mended_before_a_run_is_ready(
-    model, undisturbed, tmp_path, name, number
+    model, compressed, undisturbed, tmp_path, name, number
 ):
-    compress_local(model, tmp_path)
-    before = started(tmp_path)
+    out = shutil.copytree(compressed, tmp_path / "run")
+    before = started(out)
     file = f"model/model-{number:05d}-of-00006.safetensors"
-    flip(tmp_path / file)
+    flip(out / file)
     events = []
-    run_local(model, tmp_path, listener=events.append)
+    compress_local(model, out, listener=events.append)
     assert [e["detail"] for e in events if e["kind"] == "damaged"] == [file]
-    after = started(tmp_path)
+    after = started(out)
     assert {unit for unit in before if after[unit] != before[unit]} == {name}
-    assert result_files(tmp_path) == undisturbed
+    assert result_files(out) == undisturbed
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -242,7 +255,7 @@ def test_one_bit_that_flips_while_the_result_is_verified_is_found(
         run_local(model, tmp_path, listener=spoil, **how)
     assert not (tmp_path / "READY").exists()
     assert not (tmp_path / "report.json").exists()
-    run_local(model, tmp_path, **how)
+    compress_local(model, tmp_path, **how)
     assert result_files(tmp_path) == undisturbed
 
 
@@ -265,22 +278,22 @@ def flip(path):
 
 
 def test_after_ready_one_layer_costs_its_own_statistics_and_sites_alone(
-    model, undisturbed, tmp_path
+    model, ready, undisturbed, tmp_path
 ):
-    run_local(model, tmp_path)
-    assert Directory(str(tmp_path)).names("stats") == []
-    before = started(tmp_path)
-    flip(tmp_path / "model" / "model-00004-of-00006.safetensors")
-    prepared = prepared_run(model, tmp_path)
+    out = shutil.copytree(ready[0], tmp_path / "run")
+    assert Directory(str(out)).names("stats") == []
+    before = started(out)
+    flip(out / "model" / "model-00004-of-00006.safetensors")
+    prepared = prepared_run(model, out)
     assert finished_report(prepared.run) is not None, "sizes are as they were"
     assert finished_report(prepared.run, hashes=True) is None
-    run_local(model, tmp_path)
-    after = started(tmp_path)
+    run_local(model, out)
+    after = started(out)
     assert {unit for unit in before if after[unit] != before[unit]} == {
         "layer-00002",
         "statistics-layer-00002",
         "statistics-layer-00003",
         *(f"basis-site-{site:05d}" for site in (4, 5, 6)),
     }
-    assert result_files(tmp_path) == undisturbed
+    assert result_files(out) == undisturbed
     assert finished_report(prepared.run, hashes=True)["verdict"] == "READY"
