@@ -17,7 +17,7 @@ import torch
 from result_file import Goal, Result, load_average, report, table
 from shaped import config_of
 
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.packed import zeros

@@ -32,7 +32,7 @@ from shaped import (
 )
 
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Pricing
+from orchestrator.forecast.pricing import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
 from planners.errors import PlanError

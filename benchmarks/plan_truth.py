@@ -17,7 +17,7 @@ from result_file import Goal, Result, load_average, report, table
 from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Pricing
+from orchestrator.forecast.pricing import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
 from orchestrator.report.numbers import bytes_text, seconds_text

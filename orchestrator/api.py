@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.backend.ray_cluster import ClusterFacts
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Pricing
+from orchestrator.forecast.pricing import Pricing
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.recipe.config import RunConfig

@@ -9,7 +9,7 @@ REVISION = 1  # raised when the same input would give different bytes
 HELD_OUT = 8  # one sequence in eight, at the end, is held out
 MIN_SEQUENCES = 2  # one to fit, one to choose by
 # Relative to the mean of the gram's diagonal; the held-out loss chooses one, or no refit at all.
-DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 OPTION = OptionSpec(
     name="refit",

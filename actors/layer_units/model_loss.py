@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Int
 from torch import Tensor
 
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.storage.checkpoint import Checkpoint
 from planners.families import load as load_family
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.numerics.least_squares import Refit, RestSums, empty_sums, refit
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
@@ -26,7 +26,7 @@ from actors.storage.tensors import described, read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
 from planners.model.form import LayerForm
-from planners.refit import DAMPINGS, cuts
+from planners.refit import RIDGES, cuts
 
 DENSE, REFITTED, DRAFTED = "dense", "refitted", "drafted"
 # The linear that ends a half-layer -> what the half adds to the residual stream, and its shortcut.
@@ -119,7 +119,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
             tensors[name].to(device),
             _sums(half, layers, name, here.fitted()),
             _sums(half, layers, name, here.held()),
-            dampings=DAMPINGS,
+            dampings=RIDGES,
             where=f"refit of {half}",
         )
         tensors[name] = found[half].weight.cpu()

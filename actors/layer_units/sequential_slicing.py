@@ -21,7 +21,7 @@ from torch import Tensor
 from actors import methods
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.statistics.kinds import FUNCTIONS
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry

@@ -1,1 +1,1 @@
-"""The forms: how a compressed layer is stored and run."""
+"""Layers and models as torch modules, and how each form of a layer is stored and run."""

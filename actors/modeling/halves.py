@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.modeling.modeling_compressed import CompressedConfig
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from planners.canonical_json import to_json
 from planners.families import load as load_family
 from planners.model.form import LayerForm

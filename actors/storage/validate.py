@@ -58,7 +58,7 @@ def check_classes(checkpoint: Checkpoint) -> None:
         ModelError: the model cannot be built from its config, or a tensor has a wrong shape or
             invalid values.
     """
-    from actors.modeling.outer import empty_model  # seconds, for transformers
+    from actors.modeling.outer_model import empty_model  # seconds, for transformers
 
     where = checkpoint.directory.path("config.json")
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.devices.memory import PeakMemory
 from actors.messages import ThroughputRequest, UnitDone, VerifyRequest
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.copies import local_copy
 from actors.storage.tensors import NAME_OF, tensor_bytes

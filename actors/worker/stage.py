@@ -26,7 +26,7 @@ from actors.messages import (
     pack,
     unpack,
 )
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.statistics.observe import ForwardDoneError, LayerStatistics
 from actors.statistics.sums import write_sums
 from actors.storage.checkpoint import Checkpoint

@@ -21,7 +21,7 @@ from orchestrator.experiments.batch_file import Batch, Entry, read_batch
 from orchestrator.experiments.sweep import PAGE, exported, points_of
 from orchestrator.experiments.sweep import sweep as do_sweep
 from orchestrator.forecast.forecast import Forecast, forecast_of
-from orchestrator.forecast.terms import Pricing
+from orchestrator.forecast.pricing import Pricing
 from orchestrator.phases.open_run import recipe_of
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared

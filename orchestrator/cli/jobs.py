@@ -102,7 +102,7 @@ def cancel(run_uri: str, json_: bool) -> None:
 @terms
 def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
     """Do on the head what `submit` sent."""
-    from orchestrator.remote.supervisor import do_job
+    from orchestrator.remote.restart_driver import do_job
 
     secret = ""
     if lent:

@@ -45,7 +45,7 @@ def terms_of(given: dict[str, Any]) -> dict[str, float]:
 
 def pricing(given: dict[str, Any]) -> Any:
     """Take what `terms` gave, and ``--measure``, out of the options of a command."""
-    from orchestrator.forecast.terms import Pricing
+    from orchestrator.forecast.pricing import Pricing
 
     price, losses = given.pop("price"), given.pop("preemptions_per_hour")
     measure = given.pop("measure", False)

@@ -1,4 +1,4 @@
-"""What each command does and prints: tables for people on stderr or stdout, JSON for machines."""
+"""Run a recipe, print its plan, or recompute layers of a run, and print what came of it."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from orchestrator.cli.progress import ProgressScreen
 from orchestrator.cli.status import print_report
 from orchestrator.experiments.redo import changed, layers_of, withdraw
 from orchestrator.forecast.forecast import Forecast, forecast, forecast_of
-from orchestrator.forecast.terms import Pricing, parse_cluster
+from orchestrator.forecast.pricing import Pricing, parse_cluster
 from orchestrator.phases import open_run
 from orchestrator.phases.open_run import recipe_of
 from orchestrator.prepare.prepare import prepare

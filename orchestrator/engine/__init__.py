@@ -1,1 +1,1 @@
-"""Work that survives lost workers: passes, units, the pool, retries, stalls."""
+"""Work that survives lost workers: passes, units, the pool, failures, stalls."""

@@ -14,8 +14,8 @@ from actors.storage.files import Directory
 from actors.storage.hub import SCHEME
 from actors.storage.sources import hub_place
 from orchestrator.forecast.clocks import ProfileKey, estimated_clock, kept_clock
+from orchestrator.forecast.pricing import Devices, Pricing
 from orchestrator.forecast.sample_run import measure
-from orchestrator.forecast.terms import Devices, Pricing
 from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import workload_of
 from orchestrator.prepare.prepare import longest_sequence

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, spend_budget
+from planners.budget.spend import Choice, most_parameters, refuse_budget, shrunk, spend_budget
 from planners.budget.widths import layer_widths, width_ladder
 from planners.method import Allocation, Ladder
 from planners.model.cost import dense_start, layer_parameters, linear_weights, model_parameters

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from planners.budget.greedy import most_parameters
+from planners.budget.spend import most_parameters
 from planners.budget.widths import bracket, largest_share
 from planners.errors import NumericsError
 from planners.method import Ladder

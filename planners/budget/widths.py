@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from planners.budget.greedy import Choice, most_parameters, refuse_budget, shrunk, spend_budget
+from planners.budget.spend import Choice, most_parameters, refuse_budget, shrunk, spend_budget
 from planners.errors import NumericsError
 from planners.method import Ladder
 from planners.model.cost import dense_start, model_parameters

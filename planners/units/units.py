@@ -249,7 +249,7 @@ def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
         "schema": SCHEMA_VERSION,
         "revision": refit.REVISION,
         "held_out": refit.HELD_OUT,
-        "dampings": to_json(refit.DAMPINGS),
+        "dampings": to_json(refit.RIDGES),
     }
     # The fingerprint of a draft includes that of its sums, and so the identity of the tokens.
     chain = [_unit("refit_start", -1, drafts[:1], key)]

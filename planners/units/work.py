@@ -272,7 +272,7 @@ def refit_layer_work(
         total += (full + cut).times(2) + cut.times(held)
         total += Work(gram=2 * data.tokens * dim * (dim + out_dim))
         solves = dim**3 / 3 + 4 * dim * dim * out_dim
-        total += Work(float64=solves, touched=dim * (dim + out_dim) * 40).times(len(refit.DAMPINGS))
+        total += Work(float64=solves, touched=dim * (dim + out_dim) * 40).times(len(refit.RIDGES))
         total += _streams(shape, data, writes=1, reads=2)
     return total
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.numerics.packed import unpacked
 from actors.statistics.kinds import FUNCTIONS, Functions
 from actors.statistics.observe import LayerStatistics, added

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from actors.numerics.least_squares import empty_sums, least_squares_step, refit
 from planners.errors import PlanError
-from planners.refit import DAMPINGS, cuts
+from planners.refit import RIDGES, cuts
 from tests.builders import (
     compress_local,
     layer_file,
@@ -80,7 +80,7 @@ def test_what_is_left_of_unseen_tokens_is_what_the_weights_leave():
     unseen = sums_of(z, target - z @ old.T)
     seen_z = tokens(400, 1)
     found = refit(old, sums_of(seen_z, seen_z @ (truth - old).T), unseen,
-                  dampings=DAMPINGS, where="here")  # fmt: skip
+                  dampings=RIDGES, where="here")  # fmt: skip
     for weight, said in ((old, found.before), (found.weight, found.after)):
         assert float((target - z @ weight.T).square().sum()) == pytest.approx(said, rel=1e-5)
     assert found.after < 0.5 * found.before
@@ -92,8 +92,8 @@ def test_held_out_tokens_choose_the_damping():
     seen = sums_of(few, few @ (truth - old).T + 3 * noise(14, 2))
     z = tokens(400, 3)
     unseen = sums_of(z, z @ (truth - old).T)
-    found = refit(old, seen, unseen, dampings=DAMPINGS, where="here")
-    alone = {d: refit(old, seen, unseen, dampings=(d,), where="here").after for d in DAMPINGS}
+    found = refit(old, seen, unseen, dampings=RIDGES, where="here")
+    alone = {d: refit(old, seen, unseen, dampings=(d,), where="here").after for d in RIDGES}
     assert found.after == min(alone.values())
     assert found.damping in (-1.0, min(alone, key=alone.get))
 
@@ -102,7 +102,7 @@ def test_weights_stand_where_no_damping_helps_held_out_tokens():
     old, truth = weight_and_truth()
     z = tokens(400, 1)
     seen, unseen = sums_of(z, z @ (truth - old).T), sums_of(z, z @ (old - truth).T)
-    found = refit(old, seen, unseen, dampings=DAMPINGS, where="here")
+    found = refit(old, seen, unseen, dampings=RIDGES, where="here")
     assert torch.equal(found.weight, old)
     assert found.damping == -1.0
     assert found.after == found.before
@@ -112,7 +112,7 @@ def test_a_linear_that_is_right_already_stays_as_it_is():
     old, _ = weight_and_truth()
     z = tokens(400, 1)
     exact = sums_of(z, torch.zeros(400, OUT, dtype=torch.float64))
-    assert torch.equal(refit(old, exact, exact, dampings=DAMPINGS, where="here").weight, old)
+    assert torch.equal(refit(old, exact, exact, dampings=RIDGES, where="here").weight, old)
 
 
 @pytest.mark.parametrize("num_sequences", [2, 7, 8, 20, 64])

@@ -15,7 +15,7 @@ from actors.storage.tensors import read_tensors, write_tensors
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli import main
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Pricing
+from orchestrator.forecast.pricing import Pricing
 from orchestrator.phases.open_run import open_run
 from orchestrator.run import run_on
 from orchestrator.rundir import statistics

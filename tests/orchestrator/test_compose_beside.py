@@ -20,7 +20,7 @@ from orchestrator.experiments.batch import do_batch
 from orchestrator.experiments.batch_file import read_batch
 from orchestrator.experiments.redo import redo
 from orchestrator.forecast.forecast import forecast, forecast_of
-from orchestrator.forecast.terms import Pricing, parse_cluster
+from orchestrator.forecast.pricing import Pricing, parse_cluster
 from orchestrator.phases.open_run import open_run, recipe_of
 from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on

@@ -12,7 +12,7 @@ from orchestrator.cli.consent import require_consent
 from orchestrator.cli.plan import show
 from orchestrator.forecast import clocks
 from orchestrator.forecast.forecast import forecast, forecast_of
-from orchestrator.forecast.terms import Pricing, parse_cluster
+from orchestrator.forecast.pricing import Pricing, parse_cluster
 from orchestrator.recipe.reading import load_config
 from orchestrator.report.expected import expectations
 from planners.errors import ConfigError, PlanError

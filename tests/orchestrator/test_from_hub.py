@@ -13,7 +13,7 @@ from actors.storage.retries import ATTEMPTS
 from actors.storage.sources import hub_place, resolve_model
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.forecast.forecast import forecast_of
-from orchestrator.forecast.terms import Pricing
+from orchestrator.forecast.pricing import Pricing
 from orchestrator.phases.open_run import open_run
 from orchestrator.remote.job_client import JobClient
 from orchestrator.run import run_on

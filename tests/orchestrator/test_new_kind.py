@@ -15,7 +15,7 @@ from orchestrator.backend.metrics import Meters
 from orchestrator.cli.progress import ProgressScreen
 from orchestrator.cli.status import status
 from orchestrator.forecast.forecast import forecast
-from orchestrator.forecast.terms import Devices, Pricing
+from orchestrator.forecast.pricing import Devices, Pricing
 from orchestrator.recipe.reading import load_config
 from orchestrator.remote.snapshot import Watcher
 from orchestrator.report import timeline

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget import candidates
-from planners.budget.greedy import Choice
 from planners.budget.hull import Level, by_measured_damage, cheapest, lower_hull
 from planners.budget.ranks import one_share, rank_ladder
+from planners.budget.spend import Choice
 from planners.budget.widths import width_ladder
 from planners.errors import ConfigError, PlanError
 from planners.method import Target

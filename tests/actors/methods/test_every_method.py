@@ -13,7 +13,7 @@ from actors import methods
 from actors.methods.modegpt import value_maps
 from actors.methods.svdllm import TAP_OF, low_rank
 from actors.modeling.modeling_compressed import CompressedConfig
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.numerics.nystrom import nystrom
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget.widths import form_of, full_widths

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.backend.capacity import awaited, max_resources
 from orchestrator.cli.main import main
-from orchestrator.remote import job_client, supervisor
+from orchestrator.remote import job_client, restart_driver
 from orchestrator.remote.job_client import JobClient
 from planners.errors import ClusterError, ConfigError
 
@@ -21,12 +21,15 @@ from planners.errors import ClusterError, ConfigError
 @pytest.fixture
 def attempts(tmp_path, monkeypatch):
     """Return a function that keeps a command alive and gives its code and number of tries."""
-    monkeypatch.setattr(supervisor, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(restart_driver, "PAUSE_SECONDS", 0.01)
 
     def tried(ending, tries=3):
         log, said = tmp_path / "log", []
         program = f"import os, signal, sys; open({str(log)!r}, 'a').write('x'); {ending}"
-        code = supervisor.keep_alive([sys.executable, "-c", program], tries=tries, say=said.append)
+        command = [sys.executable, "-c", program]
+        code = restart_driver.keep_alive(command, tries=tries, say=said.append)
+            [sys.executable, "-c", program], tries=tries, say=said.append
+        )
         assert len(said) == len(log.read_text()) - 1
         return code, len(log.read_text())
 

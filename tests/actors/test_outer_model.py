@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from actors.modeling.outer import OuterModel
+from actors.modeling.outer_model import OuterModel
 from actors.storage.checkpoint import Checkpoint
 from planners import families
 from tests.builders import LENGTH, VOCABULARY, compress_local, save_model
