@@ -28,8 +28,6 @@ def attempts(tmp_path, monkeypatch):
         program = f"import os, signal, sys; open({str(log)!r}, 'a').write('x'); {ending}"
         command = [sys.executable, "-c", program]
         code = restart_driver.keep_alive(command, tries=tries, say=said.append)
-            [sys.executable, "-c", program], tries=tries, say=said.append
-        )
         assert len(said) == len(log.read_text()) - 1
         return code, len(log.read_text())
 
