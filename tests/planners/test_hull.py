@@ -297,8 +297,8 @@ def test_the_statistics_are_those_of_all_who_compete_for_the_modules_that_take_p
             "options.candidates: unknown method 'svdlm'; did you mean svdllm?",
         ),
         ({"candidates": "slicegpt"}, "options.candidates: slicegpt rotates the residual stream"),
-        ({"candidates": "svdllm", "allocation": "uniform"}, "where no damage is measured"),
-        ({"candidates": "svdllm", "servable": "native"}, "where no damage is measured"),
+        ({"candidates": "svdllm", "allocation": "uniform"}, "unless damage is measured"),
+        ({"candidates": "svdllm", "servable": "native"}, "unless damage is measured"),
     ],
 )
 def test_who_cannot_compete_is_refused_with_the_reason(given_options, words):
