@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import Counter
 
 import psutil
 import ray
@@ -11,6 +12,8 @@ from ray.cluster_utils import Cluster
 
 from orchestrator.backend import ray_cluster as ours
 from orchestrator.backend.ray_executor import RayExecutor
+
+RECORDED = ("statistics", "basis", "layer")  # kinds of events, each after a unit's record
 
 
 class Nodes:
@@ -130,6 +133,11 @@ class Disturbance:
 
     def kinds(self):
         return [event["kind"] for event in self.events]
+
+    def recorded_once(self):
+        """Return whether units were recorded, and none of them again."""
+        times = Counter(e["unit"] for e in self.events if e["kind"] in RECORDED)
+        return set(times.values()) == {1}
 
     def seconds_until(self, kind):
         """Return how long after the disturbance the first event of a kind came."""

@@ -58,11 +58,12 @@ def watched(work):
     return found
 
 
-def release_at_once():
-    """Have glibc return what is freed, as it does with the sizes of a large model.
+def prepare_to_measure():
+    """Work on one thread, and have glibc return what is freed, as with the sizes of a large model.
 
     It keeps blocks of up to 32 MiB for later, which would be half of what is measured here.
     """
+    torch.set_num_threads(1)
     choose = getattr(ctypes.CDLL(None), "mallopt", None)
     if choose is not None:
         choose(MMAP_THRESHOLD, 2**20)
@@ -72,7 +73,7 @@ def release_at_once():
 def alone() -> Iterator[Callable[..., int]]:
     """Return a function that measures some work in a process that does nothing else."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=release_at_once) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=prepare_to_measure) as pool:
         yield lambda work, *args: pool.submit(work, *args).result()
 
 

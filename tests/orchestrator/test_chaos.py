@@ -1,4 +1,7 @@
-"""Some runs of ``benchmarks/chaos.py``: a loss in the middle, and the bytes of a calm run."""
+"""Some runs of ``benchmarks/chaos.py``: a loss in the middle, and the bytes of a calm run.
+
+Nightly: ``test_on_nodes.py`` has the same losses of a smaller model, with the same demands.
+"""
 
 import pytest
 from chaos import (
@@ -12,7 +15,7 @@ from chaos import (
 )
 from spot_cluster import SpotCluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 LOSSES = [
     Disturbance(kind="node", phase="calibrate", event=5, store="local", method="slicegpt"),
     Disturbance(kind="freeze", phase="compress", event=2, store="local", method="slicegpt"),
@@ -45,15 +48,6 @@ def calm(harness):
     return course
 
 
-SAMPLE = ("freeze", "drain")  # a minute and a half less than all four
-
-
-def each(loss):
-    marks = () if loss.kind in SAMPLE else pytest.mark.nightly
-    return pytest.param(loss, marks=marks, id=f"{loss.kind} in {loss.phase}")
-
-
-@pytest.mark.nightly
 def test_a_node_that_is_lost_while_two_shards_pass_side_by_side_costs_no_bit(harness):
     run, folder, _ = harness
     in_shards = run.with_recipe({"calibration.shards": 2})
@@ -65,7 +59,7 @@ def test_a_node_that_is_lost_while_two_shards_pass_side_by_side_costs_no_bit(har
     assert verdict(course, calm) == "", in_shards.log
 
 
-@pytest.mark.parametrize("loss", [each(loss) for loss in LOSSES])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind} in {loss.phase}")
 def test_a_run_that_loses_something_ends_with_the_bytes_of_one_that_does_not(harness, calm, loss):
     run, folder, query = harness
     name = f"{loss.kind}-{loss.phase}".replace(" ", "-")

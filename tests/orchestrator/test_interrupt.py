@@ -13,7 +13,7 @@ from actors.storage.records import read_records
 from tests.builders import LENGTH, compress_local, result_files, save_model, save_tokens
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SEQUENCES = 1200  # enough that a signal comes in the middle
+SEQUENCES = 500  # enough that a signal comes in the middle
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,7 @@ def test_a_killed_node_is_noticed_within_seconds_and_costs_no_bit(
     )
     nodes.refill()
     assert disturbance.seconds_until("node lost") < 15
+    assert disturbance.recorded_once()
     assert result_files(tmp_path) == undisturbed
 
 
@@ -87,6 +88,7 @@ def test_a_frozen_node_is_noticed_within_15_seconds(nodes, model, undisturbed, t
     )
     nodes.refill()
     assert disturbance.seconds_until("node lost") < 15
+    assert disturbance.recorded_once()
     assert result_files(tmp_path) == undisturbed
 
 
@@ -115,6 +117,7 @@ def test_a_drained_node_is_left_before_it_goes(
     assert "preempted" in kinds
     assert "node lost" not in kinds
     assert executor.places["worker-0"].node != leaving[0].node_id
+    assert disturbance.recorded_once()
     assert result_files(tmp_path) == undisturbed
 
 

@@ -94,15 +94,17 @@ def test_workers_killed_in_calibration_and_compression_change_no_bit(model, undi
     assert [event["worker"] for event in lost] == murderer.killed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # two below, and one to nine in one process: test_invariance.py
 def test_four_workers_write_the_bytes_that_this_process_writes(model, undisturbed, tmp_path):
     compress_local(model, tmp_path, executor=RayExecutor(), workers=4)
     assert result_files(tmp_path) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_one_worker_is_ready_and_writes_the_same_bytes(model, undisturbed, tmp_path):
-    report = run_local(model, tmp_path, executor=RayExecutor(), workers=1)
+def test_a_whole_run_on_two_workers_is_ready_and_writes_the_same_bytes(
+    model, undisturbed, tmp_path
+):
+    report = run_local(model, tmp_path, executor=RayExecutor(), workers=2)
     assert report["verdict"] == "READY"
     assert report["verify"]["passed"]
     assert (tmp_path / "READY").exists()

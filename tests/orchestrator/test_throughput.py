@@ -1,5 +1,6 @@
 """Models that fit no worker generate through stages: the same tokens, whatever is lost."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from actors.messages import ThroughputRequest, UnitDone, WorkerSetup, pack, unpa
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.worker.stage import Stage
+from orchestrator.backend import ray_cluster
 from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.main import cli
 from orchestrator.engine.interrupt import Interruption
 from orchestrator.engine.worker_pool import Pool
+from orchestrator.experiments import inspect
 from orchestrator.phases.calibrate import assignments
 from orchestrator.phases.throughput import Workers, fits_one, through_stages
 from orchestrator.report import summary
@@ -26,7 +29,7 @@ from orchestrator.rundir.journal import Journal
 from planners.errors import ClusterError, ModelError
 from planners.memory.generation import fewest_stages, generation_load, whole_bytes
 from planners.memory.peaks import LIBRARIES
-from tests.builders import VOCABULARY, run_local, save_model, worker_gib
+from tests.builders import VOCABULARY, compress_local, run_local, save_model, worker_gib
 
 NEW_TOKENS = 6
 SETUP = WorkerSetup(name="worker-0", incarnation="one", threads=1, device="cpu")
@@ -123,7 +126,7 @@ def test_stages_generate_what_transformers_generates(model, cuts):
 
 @pytest.mark.parametrize("method", SIZES)
 def test_stages_generate_what_a_compressed_model_generates(method, model, tmp_path):
-    run_local(model, tmp_path, method=method, **SIZES[method])
+    compress_local(model, tmp_path, method=method, **SIZES[method])
     found = generated_by_stages(tmp_path / "model", prompts(), [2])
     assert torch.equal(found, expected_of(tmp_path / "model", prompts()))
 
@@ -286,13 +289,31 @@ def bench(*arguments):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly  # five processes; the rows are those of through_stages above
 def test_bench_times_models_side_by_side_over_workers(model, tmp_path):
     small = save_model(tmp_path / "small", num_hidden_layers=2)
     memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
     done = bench(model, small, "--workers", 3, "--worker-gib", memory, "--json")
     rows = json.loads(done.stdout)["rows"]
     assert [(row["model"], row["stages"]) for row in rows] == [(str(model), 3), (str(small), 2)]
+    assert all(row["decode_tokens_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("batches", [(2,), (1, 2)])
+def test_bench_has_a_row_for_each_model_and_batch(batches, model, tmp_path, monkeypatch):
+    """In this process, where a Ray would be started."""
+    monkeypatch.setattr(inspect, "RayExecutor", LocalExecutor)
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_, **__: contextlib.nullcontext())
+    small = save_model(tmp_path / "small", num_hidden_layers=2)
+    memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
+    sizes = [str(word) for batch in batches for word in ("--batch", batch)]
+    given = ["bench", str(model), str(small), "--workers", "3", "--worker-gib", str(memory),
+             "--prompt", "5", "--new-tokens", "6", *sizes, "--json"]  # fmt: skip
+    done = CliRunner().invoke(cli, given, catch_exceptions=False)
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["model"], row["batch"]) for row in rows] == [
+        (str(uri), batch) for batch in batches for uri in (model, small)
+    ]
     assert all(row["decode_tokens_per_second"] > 0 for row in rows)
 
 
