@@ -41,30 +41,29 @@ def run_left(
     if "steps" not in identity:
         return time_left(forecast.get("phases", {}), ended, phase)
     # Of several steps each has phases of the same names; the sum over all phases is known.
-    whole = {q: forecast.get("seconds", {}).get(q) for q in ("p10", "p50", "p90")}
-    if None in whole.values():
+    totals = {q: forecast.get("seconds", {}).get(q) for q in ("p10", "p50", "p90")}
+    if None in totals.values():
         return None
     spent = sum(ended.values())
     least = (phase.seconds_left or 0.0) if phase is not None else 0.0
-    return Quantiles(**{q: max(least, seconds - spent) for q, seconds in whole.items()})
+    return Quantiles(**{q: max(least, seconds - spent) for q, seconds in totals.items()})
 
 
 def time_left(
     expected: Mapping[str, Mapping[str, float]], ended: Mapping[str, float], phase: Phase | None
 ) -> Quantiles | None:
-    """Return how long the rest of a run takes; None where nothing was expected.
+    """Return how long the rest of a run takes; None if there is no forecast.
 
-    A phase takes what is left of it at its own rate so far; one that has not begun takes what was
-    expected of it, times the pace: what those that ended took for what was expected of them. As a
-    phase may have had little to do, after a resume or with statistics that were there, a quarter
-    of the run at the expected pace is counted with them. A phase that a run comes by twice, as the
-    evaluation of both models, takes half of what was expected each time. The spread is the expected
-    one.
+    The rest of the running phase is extrapolated from its own rate. A phase that has not started
+    takes its expected time, times the pace: measured over expected time of the phases that ended.
+    As those may have had little to do, after a resume or with reused statistics, a quarter of the
+    run at the expected pace is added to both. A phase that occurs twice, as the evaluation of both
+    models, takes half of its expected time each time. The spread is that of the forecast.
 
     Args:
         expected: phase -> quantiles of its seconds.
         ended: phase -> seconds.
-        phase: that goes on.
+        phase: the running one.
     """
     if not expected:
         return None

@@ -125,7 +125,7 @@ def quality(report: Document) -> Quality | None:
     return replace(found, advice=list(_advice(report, steps, kept)))
 
 
-def told(found: Quality, names: Sequence[str]) -> str:
+def quality_text(found: Quality, names: Sequence[str]) -> str:
     """Return in a sentence how much was lost, and how much is usual."""
     if found.excess_nats is None:
         return "Quality: broken; the perplexity of the result is not finite."

@@ -20,7 +20,7 @@ from orchestrator.report.numbers import (
     times,
 )
 from orchestrator.report.over_plan import over_plan
-from orchestrator.report.quality import quality, told
+from orchestrator.report.quality import quality, quality_text
 
 _NOTICEABLE = 0.005
 _REMOTE = ", trust_remote_code=True"
@@ -76,7 +76,7 @@ def tone(report: Document) -> str:
 def quality_note(report: Document) -> str:
     """Return the loss in quality compared with what is usual; empty if not measured."""
     found = quality(report)
-    return "" if found is None else told(found, method_names(report))
+    return "" if found is None else quality_text(found, method_names(report))
 
 
 def advice(report: Document) -> Sequence[str]:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.report import render_page, render_terminal
-from orchestrator.report.quality import BROKEN, FINE, judged, quality, told
+from orchestrator.report.quality import BROKEN, FINE, judged, quality, quality_text
 from tests.orchestrator.test_report import report_without_plots
 
 SMOL = 134_515_008
@@ -113,7 +113,7 @@ def test_a_good_result_is_green_and_needs_no_advice():
 
 
 def test_a_toy_is_called_one():
-    assert "can only compare methods" in told(quality(report_without_plots()), ["slicegpt"])
+    assert "can only compare methods" in quality_text(quality(report_without_plots()), ["slicegpt"])
 
 
 def test_where_nothing_was_measured_nothing_is_said():
