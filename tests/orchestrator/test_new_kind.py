@@ -63,8 +63,9 @@ def a_job():
 def test_a_worker_does_it(prune):
     job = a_job()
     asked = CompressionJob(
-        run_uri="", checkpoint_uri="", method="modegpt", options={}, shape=job.shape, form=job.form
-    )
+        run_uri="", checkpoint_uri="", method="modegpt", options={}, shape=job.shape, form=job.form,
+        tokens="", batching=job.data,
+    )  # fmt: skip
     task = UnitTask(unit=prune.unit(3), kind="prune", index=3, inputs=())
     assert do_unit(task, asked, run=Directory("unused"), device="cpu") == ((), {"pruned": 3})
 

@@ -136,7 +136,7 @@ def test_a_sweep_calibrates_once_and_measures_the_dense_model_once(swept):
 def test_a_point_is_exported_from_its_own_recipe(swept):
     base, points, _ = swept
     again = exported(base.run, "svdllm-0.8")
-    assert again.facts() == points[-1].facts()
+    assert again.facts == points[-1].facts
     assert check_run(again)
     with pytest.raises(ConfigError, match=r"there is no such point; did you mean svdllm-0\.8"):
         exported(base.run, "svdlm-0.8")
