@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## compress the model that ships with the package, and show 
 	$(BIN)/compress-cluster run tiny --out runs/demo --yes
 
 test: $(INSTALLED)  ## run every test that needs no GPU, in two processes
-	$(BIN)/pytest -m "not gpu and not nightly" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -m "not gpu and not nightly" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint  ## lint, then run the fast tests
 	$(BIN)/pytest -m "not ray and not gpu and not slow and not nightly"

@@ -2,13 +2,17 @@
 
 import atexit
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.stores import KEYS, FaultyStore, new_bucket, s3_server, uri_of
 
@@ -32,19 +36,33 @@ settings.register_profile("nightly", max_examples=1000, deadline=None)
 settings.load_profile("ci")  # another: pytest --hypothesis-profile nightly
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Share the tests out between processes: a file stays whole, one process has all Ray tests.
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Share the tests out between processes by file; one process has all files with Ray tests.
 
-    Two clusters at once would compete for the cores that their time limits count on. Ray's tests
-    take longest, so they begin first.
+    Two clusters at once would compete for the cores that their time limits count on.
     """
-    if not hasattr(config, "workerinput"):
-        return
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    return _OneProcessForRay(config, log)
+
+
+class _OneProcessForRay(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "ray" if _starts_ray(self.config.rootpath / file) else file
+
+
+@cache
+def _starts_ray(file: Path) -> bool:
+    """Return whether a file has tests that start Ray and are not nightly.
+
+    Read from its text: the process that shares the tests out collects none.
+    """
+    return bool(re.search(r"mark\.ray\b(?!\n@pytest\.mark\.nightly)", file.read_text()))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with Ray's tests where they run beside the others: they take longest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not _starts_ray(item.path))
 
 
 @pytest.fixture(scope="session")
