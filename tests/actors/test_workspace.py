@@ -168,7 +168,7 @@ def test_two_factors_of_a_weight_take_what_is_planned(alone, tmp_path, out_dim, 
         low_rank_bytes(out_dim, dim, min(dim, out_dim) // 2),
     )
     # Short moments may pass between two samples, so the lower bound is a loose one.
-    assert 0.6 * planned <= found <= planned + SLACK
+    assert 0.55 * planned <= found <= planned + SLACK
     assert planned < 8 * 6144**2  # the gram of the wide side is never whole
 
 

@@ -139,7 +139,7 @@ FAULTS = {
     "NaN or infinite": ("mlp_hidden.gram", (40 * FFN + 3,), torch.nan),
     "not symmetric": ("mlp_hidden.gram", (40 * FFN + 3,), 1e6),
     "negative": ("mlp_hidden.gram", (50 * FFN + 50,), -1.0),
-    "no packed symmetric matrix": ("mlp_hidden.gram", None, None),
+    "not a packed symmetric matrix": ("mlp_hidden.gram", None, None),
     "v.head_gram is not symmetric": ("v.head_gram", (1, 2, 3), 1e6),
     "v.head_gram has a negative": ("v.head_gram", (1, 2, 2), -1.0),
     "q_rope.pair_energy has entries": ("q_rope.pair_energy", (0, 0), torch.inf),

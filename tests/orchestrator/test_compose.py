@@ -431,7 +431,7 @@ def test_the_report_has_every_step_and_a_finished_run_is_left_alone(model, tmp_p
 
 REFUSED = {
     "steps[1]: svdllm shrinks": [step("modegpt", 0.9), step("svdllm", 0.8)],
-    "steps[2]: modegpt shrinks mlp, qk, vo, and steps[0], svdllm, has": [
+    "steps[2]: modegpt shrinks mlp, qk, vo, and steps[0], svdllm, shrinks": [
         step("svdllm", 0.9, modules="q_proj"), step("slicegpt", 0.8), step("modegpt", 0.7),
     ],
     "steps[1]: slicegpt shrinks residual": [step("slicegpt", 0.9), step("slicegpt", 0.8)],
@@ -451,7 +451,7 @@ REFUSED = {
     "steps[1]: servable=native": [
         step("slicegpt", 0.9), step("modegpt", 0.8, servable="native"),
     ],
-    "steps[1]: slice: is 0.1": [step("slicegpt", 0.9), {"method": "modegpt", "slice": 0.1}],
+    "steps[1]: slice: 0.1 is a fraction": [step("slicegpt", 0.9), {"method": "modegpt", "slice": 0.1}],
     "steps[1]: keep_fraction 0.01 cannot be met": [
         step("modegpt", 0.9), step("slicegpt", 0.01),
     ],
