@@ -142,10 +142,10 @@ def test_the_watch_of_a_cluster_file_drains_its_node_on_sigterm(nodes):
             [COMMAND, "watch-node", *arguments, "--metadata", base],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        assert "watches" in watching.stdout.readline()
+        assert "watching node" in watching.stdout.readline()
         watching.terminate()
         said, _ = watching.communicate(timeout=30)
-    assert f"SIGTERM: node {node.node_id} goes in 30 s" in said
+    assert f"SIGTERM: node {node.node_id} is preempted in 30 s" in said
     assert watching.returncode == 0
     nodes.kill(node)
     nodes.refill()

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -18,7 +20,6 @@ from orchestrator.remote import submission
 from orchestrator.remote.job_client import JobClient
 from orchestrator.rundir import lease
 from planners.errors import ClusterError
-from tests.bad_input.warm import command_line
 from tests.builders import LENGTH, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -126,14 +127,12 @@ def test_a_job_is_cancelled_by_its_run_and_its_driver_ends(model, at_home, tmp_p
 def test_a_run_on_gpus_that_are_not_there_is_refused_with_both_numbers(model, at_home, tmp_path):
     given = options_of(model, tmp_path / "run", at_home)
     given[given.index("--to") : given.index("--to") + 2] = ["--address", at_home.gcs_address]
-    environment = {"HOME": str(at_home.home), "RAY_AUTH_MODE": "token"}
-    done = command_line(
-        ["run", *given, "--device", "cuda"],
-        folder=tmp_path,
-        environment=environment,
-        seconds=SECONDS,
-    )
-    assert done.exit_code == ClusterError.exit_code
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "run", *given, "--device", "cuda"],
+        env={**os.environ, "RAY_AUTH_MODE": "token"}, cwd=ROOT,
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == ClusterError.exit_code
     assert "0 GPUs; this run needs 1 and 1" in done.stderr
     assert "--device cpu" in done.stderr
 
