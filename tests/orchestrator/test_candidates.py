@@ -229,7 +229,11 @@ def test_the_tiny_model_is_better_where_low_rank_competes(tmp_path):
     [
         ({"candidates": "svdlm"}, ConfigError, "options.candidates: unknown method 'svdlm'"),
         ({"candidates": "slicegpt"}, ConfigError, "slicegpt rotates the residual stream"),
-        ({"candidates": "svdllm", "allocation": "influence"}, ConfigError, "unless damage is measured"),
+        (
+            {"candidates": "svdllm", "allocation": "influence"},
+            ConfigError,
+            "unless damage is measured",
+        ),
         ({"candidates": "svdllm", "grid": "2"}, PlanError, "grid is 2; it must be fractions"),
     ],
 )

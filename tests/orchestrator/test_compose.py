@@ -451,7 +451,7 @@ REFUSED = {
     "steps[1]: servable=native": [
         step("slicegpt", 0.9), step("modegpt", 0.8, servable="native"),
     ],
-    "steps[1]: slice: 0.1 is a fraction": [step("slicegpt", 0.9), {"method": "modegpt", "slice": 0.1}],
+    "steps[1]: slice: 0.1 is a": [step("slicegpt", 0.9), {"method": "modegpt", "slice": 0.1}],
     "steps[1]: keep_fraction 0.01 cannot be met": [
         step("modegpt", 0.9), step("slicegpt", 0.01),
     ],
