@@ -265,7 +265,7 @@ def test_storage_that_spoils_what_is_written_again_and_again_ends_in_an_error(mo
             flip(tmp_path / "model" / "model-00003-of-00006.safetensors")
 
     with pytest.raises(
-        StorageError, match=r"model-00003-of-00006.safetensors: is not what was written"
+        StorageError, match=r"model-00003-of-00006.safetensors: differs from what was written"
     ):
         run_local(model, tmp_path, listener=spoil)
     assert not (tmp_path / "READY").exists()

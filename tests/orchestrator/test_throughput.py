@@ -267,7 +267,7 @@ def test_a_run_whose_models_fit_no_worker_says_over_how_many_they_went(model, tm
     dense, compressed = (report["throughput"][side] for side in ("dense", "compressed"))
     assert dense["stages"] == 3
     assert compressed["stages"] in (2, 3)
-    assert "through 3 workers" in summary.throughput_note(report)
+    assert "over 3 workers" in summary.throughput_note(report)
 
 
 def test_a_run_whose_models_do_not_fit_all_workers_says_that_they_were_not_timed(model, tmp_path):
