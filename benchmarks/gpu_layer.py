@@ -24,9 +24,11 @@ from actors.numerics.packed import zeros
 from actors.statistics.observe import LayerStatistics
 from planners.families import family_of
 from planners.families import load as load_family
-from planners.model.cost import forward_flops, gram_flops
+from planners.model.cost import forward_flops, gram_flops, linear_dims
+from planners.model.form import dense_form
+from planners.model.layer import ROLES
 from planners.model.packing import blocks_of
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 GOAL = 0.6
@@ -149,8 +151,8 @@ def _bare(shape: ModelShape, hidden: torch.Tensor, dtype: torch.dtype) -> Callab
     flat = hidden.flatten(0, 1)
     inputs = {shape.hidden: flat}
     weights = []
-    for name in LINEARS:
-        out_dim, in_dim = shape.linear_dims(name)
+    for name in ROLES:
+        out_dim, in_dim = linear_dims(shape, dense_form(shape), name)
         weights.append(torch.randn(out_dim, in_dim, device="cuda", dtype=dtype))
         if in_dim not in inputs:
             inputs[in_dim] = torch.randn(len(flat), in_dim, device="cuda", dtype=dtype)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import pairwise
 
-from planners.model.cost import dense_start, tap_dim
+from planners.model.cost import dense_start, tap_dims
 from planners.model.form import ModelForm
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
@@ -43,7 +43,7 @@ def few_tokens(
     layers = (start or dense_start(shape).form).layers
     widths: dict[str, int] = {}  # of several matrices at a tap the widest counts
     for s in statistics:
-        each = (s.row.columns(tap_dim(shape, s.tap, layer), layer) for layer in layers)
+        each = (s.row.columns(tap_dims(shape, s.tap, layer)) for layer in layers)
         widths[s.tap] = max(widths.get(s.tap, 0), *each)
     narrow = {tap: width for tap, width in sorted(widths.items()) if width > tokens}
     if not narrow:

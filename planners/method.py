@@ -103,7 +103,7 @@ class MethodSpec:
         residual: it rotates the residual stream, so a layer unit needs the bases of its sites.
         only_shrinks: every change shows in widths and ranks: a model that keeps all of them keeps
             all values. False for a method that can change values or dtypes alone.
-        statistics: options -> the sums it needs of every layer.
+        statistics: (shape, options) -> the sums it needs of every layer.
         refuses: (shape, options) -> why it does not support the model, or an empty string.
         form: (shape, start, target, options) -> the widths that meet the target without any
             statistics; what the method does not shrink stays as in ``start``.
@@ -123,7 +123,7 @@ class MethodSpec:
     modules: tuple[str, ...]
     options: tuple[OptionSpec, ...]
     residual: bool
-    statistics: Callable[[Mapping[str, Option]], frozenset[Statistic]]
+    statistics: Callable[[ModelShape, Mapping[str, Option]], frozenset[Statistic]]
     refuses: Callable[[ModelShape, Mapping[str, Option]], str]
     form: Callable[[ModelShape, Start, Target, Mapping[str, Option]], ModelForm]
     measures: Callable[[Mapping[str, Option]], str] = lambda _: ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planners.model.form import ModelForm, model_form_from_json
-from planners.model.shape import ModelShape
+from planners.model.shape import ModelShape, shape_from_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,6 @@ class RunPlan:
 def run_plan_from_json(data: Mapping[str, Any]) -> RunPlan:
     """Return the plan that `to_json` wrote."""
     waves = tuple(tuple(StagePlan(**stage) for stage in wave) for wave in data["waves"])
-    shape = ModelShape(**data["shape"])
+    shape = shape_from_json(data["shape"])
     form = model_form_from_json(data["form"])
     return RunPlan(**{**data, "waves": waves, "shape": shape, "form": form})

@@ -78,7 +78,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
     _require_possible(shape, spec, options, target=target, work=work)
     start = start or dense_start(shape)
     form = spec.form(shape, start, target, options)
-    statistics = spec.statistics(options) | work.extra_statistics
+    statistics = spec.statistics(shape, options) | work.extra_statistics
     batching, tokens = work.batching, work.batching.tokens
     load = _load(shape, spec, options, form=form, start=start, work=work)
     missing = load.shortfall(work.worker_bytes, num_layers=shape.num_layers)
@@ -113,7 +113,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         held = max(wave[-1].last - wave[0].first for wave in waves)
         widest = max(sum(statistic_elements(shape, s, f) for s in statistics) for f in layers)
         boundaries += batching.shards * held * widest * 8
-    of_last = layer_statistics(statistics, shape.num_layers - 1, shape.num_layers)
+    of_last = layer_statistics(shape, statistics, shape.num_layers - 1)
     drafts = 0
     if options.get("refit"):
         drafts = refit.disk_bytes(after * width, stream_bytes=stream)
@@ -136,7 +136,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
             tokens=tokens,
             sequence_length=batching.sequence_length,
             form=start.form,
-            last=linears_before(last_tap(of_last)),
+            last=linears_before(shape, last_tap(of_last)),
         )
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
@@ -191,7 +191,7 @@ def _load(
     )
     load = load_of(
         shape,
-        spec.statistics(options) | work.extra_statistics,
+        spec.statistics(shape, options) | work.extra_statistics,
         batching,
         unit=unit_bytes(step),
         start=start.form,

@@ -3,6 +3,8 @@
 import math
 
 from planners.method import OptionSpec
+from planners.model.cost import linear_dims
+from planners.model.form import dense_form
 from planners.model.shape import ModelShape
 
 REVISION = 1  # raised when the same input would give different bytes
@@ -30,7 +32,10 @@ Rows = list[tuple[int, int]]
 def workspace_bytes(shape: ModelShape, *, layer_bytes: int) -> int:
     """Return the bytes that refitting one layer needs on top of a forward pass."""
     dim, out_dim = max(
-        (inner, out) for out, inner in map(shape.linear_dims, ("o_proj", "down_proj"))
+        (inner, out)
+        for kind in range(len(shape.kinds))
+        for role in ("o_proj", "down_proj")
+        for out, inner in [linear_dims(shape, dense_form(shape, kind), role)]
     )
     return LAYERS * layer_bytes + 8 * (GRAMS * dim * dim + 2 * dim * out_dim)
 

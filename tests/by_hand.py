@@ -131,8 +131,6 @@ def built(checkpoint, form, state):
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "sliding_window": None,
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
         "tie_word_embeddings": form.tied,
         "embedding_dim": form.embedding_dim,
         "head_input_dim": form.head_dim,

@@ -4,7 +4,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from planners.model.form import LayerForm, ModelForm
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.layer import ROLES
+from tests.shapes import llama_shape
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,7 +28,7 @@ def shapes(draw, *, max_layers=4, max_groups=3):
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, max_groups))
     attention_bias = model_type == "llama" and draw(st.booleans())
-    return ModelShape(
+    return llama_shape(
         family="llama",
         model_type=model_type,
         num_layers=draw(st.integers(1, max_layers)),
@@ -67,7 +68,7 @@ def model_forms(draw, shape):
 
 @st.composite
 def _layer_forms(draw, shape, residual):
-    ranks = st.dictionaries(st.sampled_from(LINEARS), st.integers(1, 12), max_size=4)
+    ranks = st.dictionaries(st.sampled_from(ROLES), st.integers(1, 12), max_size=4)
     return LayerForm(
         residual_in=residual[0],
         residual_mid=residual[1],
@@ -77,7 +78,6 @@ def _layer_forms(draw, shape, residual):
         intermediate=draw(st.integers(1, shape.intermediate)),
         qk_head_dim=2 * draw(st.integers(1, shape.head_dim // 2)),
         vo_head_dim=draw(st.integers(1, shape.head_dim)),
-        o_bias=draw(st.booleans()),
-        v_bias=draw(st.booleans()),
+        biases=tuple(role for role in ROLES if draw(st.booleans())),
         ranks=draw(ranks),
     )

@@ -56,5 +56,5 @@ def _site_gram(site: int, job: CompressionJob) -> Tensor | None:
     """
     owner = min(site // 2, job.shape.num_layers - 1)
     tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
-    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.options)}
+    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.shape, job.options)}
     return read_statistics(job, owner)[str(wanted[tap])] if tap in wanted else None

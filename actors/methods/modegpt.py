@@ -132,7 +132,7 @@ class MoDeGPT:
         errors: dict[str, object] = {}
         rungs: dict[str, str] = {}
         # A module that an earlier step has shrunk, in any way, is left unchanged.
-        if form.intermediate < _rows(weights, "gate_proj"):
+        if form.intermediate < _rows(weights, "up_proj"):
             known = {} if factored is None else factored
             if "mlp" not in known:
                 known["mlp"] = hidden_factor(weights, sums, options)
@@ -164,7 +164,8 @@ def hidden_factor(
 def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
     kept, outputs = found.refit(keep, dtype=new["down_proj.weight"].dtype)
     for name in ("gate_proj", "up_proj"):
-        new[f"{name}.weight"] = new[f"{name}.weight"][kept]
+        if f"{name}.weight" in new:  # not every MLP is gated
+            new[f"{name}.weight"] = new[f"{name}.weight"][kept]
         if f"{name}.bias" in new:
             new[f"{name}.bias"] = new[f"{name}.bias"][kept]
     new["down_proj.weight"] = outputs.T.contiguous()
@@ -251,13 +252,13 @@ def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
     return tuple(name.strip() for name in str(options["modules"]).split(","))
 
 
-def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
+def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
     wanted = set()
     modules = _modules(options)
     if "mlp" in modules:
         wanted.add(Statistic("mlp_hidden", "gram"))
     if "qk" in modules:
-        wanted |= {Statistic("q_rope", "pair_energy"), Statistic("k_rope", "pair_energy")}
+        wanted |= _qk_statistics(shape)
     if "vo" in modules:
         wanted.add(Statistic("v", "head_gram"))
     if _measures(options) == "influence":
@@ -265,6 +266,16 @@ def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
     if _measures(options) == "damage":
         wanted.add(Statistic("resid_attn", f"probe{options['probe_tokens']}"))
     return frozenset(wanted)
+
+
+def _qk_statistics(shape: ModelShape) -> set[Statistic]:
+    """Return the energies of rope pairs, and Gram matrices of heads with channels rope leaves."""
+    found = set()
+    for kind in shape.kinds:
+        energy = "pair_energy" if kind.pairs == "half" else "adjacent_pair_energy"
+        wanted = [energy] * (kind.rotary > 0) + ["head_gram"] * (kind.rotary < shape.head_dim)
+        found |= {Statistic(tap, name) for tap in ("q_rope", "k_rope") for name in wanted}
+    return found
 
 
 def _measures(options: Mapping[str, Option]) -> str:

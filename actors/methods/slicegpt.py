@@ -195,7 +195,8 @@ def _site_kind(options: Mapping[str, Option]) -> str:
     return "normed_gram" if options["pca_on"] == "normed" else "gram"
 
 
-def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
+def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
+    del shape
     if options["schedule"] == "sequential":
         return frozenset()  # the dense model's activations differ from those after sliced sites
     taps = ["resid_attn", "resid_mlp"]

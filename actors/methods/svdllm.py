@@ -23,8 +23,9 @@ from planners.budget.candidates import shares
 from planners.budget.ranks import by_type, one_share, rank_ladder, uniform
 from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
 from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.layer import ROLES
 from planners.model.modules import LINEARS_OF
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 from planners.refit import OPTION as REFIT
 from planners.spelling import did_you_mean
@@ -151,7 +152,7 @@ class SVDLLM:
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
         """
-        del shape, options
+        del options
         new = dict(weights)
         errors: dict[str, float] = {}
         rungs: dict[str, str] = {}
@@ -170,7 +171,7 @@ class SVDLLM:
             del known, first, second  # freed before the next linear, unless the caller keeps them
             if f"{name}.bias" in new:
                 new[f"{name}.second.bias"] = new.pop(f"{name}.bias")
-        dense = [name for name in LINEARS if name not in form.ranks]
+        dense = [role for role in shape.kind(form).roles if role not in form.ranks]
         return new, {"errors": errors, "rungs": rungs, "left_dense": dense}
 
     def losses(
@@ -190,6 +191,8 @@ class SVDLLM:
         """
         found = {}
         for name in _linears(options):
+            if f"{name}.weight" not in weights:
+                continue  # the layer has none
             weight, tap = weights[f"{name}.weight"], TAP_OF[name]
             axes = output_axes(weight, sums[f"{tap}.gram"], where=f"{name}, tap {tap}")
             rank = form.ranks.get(name, len(axes.energy))
@@ -200,12 +203,18 @@ class SVDLLM:
 
 def _linears(options: Mapping[str, Option]) -> tuple[str, ...]:
     named = [name.strip() for name in str(options["modules"]).split(",")]
-    known = [name for name in LINEARS if name in named]
-    return tuple(known + [name for name in named if name not in LINEARS])
+    known = [name for name in ROLES if name in named]
+    return tuple(known + [name for name in named if name not in ROLES])
 
 
-def _statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
-    return frozenset(Statistic(TAP_OF[name], "gram") for name in _linears(options))
+def _of_model(shape: ModelShape, options: Mapping[str, Option]) -> tuple[str, ...]:
+    """Return the linears to compress that some layer of the model has."""
+    found = {role for kind in shape.kinds for role in kind.roles}
+    return tuple(name for name in _linears(options) if name in found)
+
+
+def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
+    return frozenset(Statistic(TAP_OF[name], "gram") for name in _of_model(shape, options))
 
 
 def _measures(options: Mapping[str, Option]) -> str:
@@ -220,7 +229,7 @@ def _form(
     return ranks(
         shape,
         keep_fraction=target.keep_fraction or 1.0,
-        names=_linears(options),
+        names=_of_model(shape, options),
         start=start,
     )
 
@@ -236,7 +245,7 @@ def _allocate(
         shape,
         findings,
         keep_fraction=target.keep_fraction or 1.0,
-        names=_linears(options),
+        names=_of_model(shape, options),
         start=start,
     )
     return Allocation(form=form)
@@ -249,7 +258,7 @@ def _ladders(
     found = {
         module: rank_ladder(shape, layer, module, shares(options))
         for module in ("qk", "vo", "mlp")
-        if named.issuperset(LINEARS_OF[module])
+        if named.issuperset(set(shape.kind(layer).roles) & {*LINEARS_OF[module]})
     }
     return {module: ladder for module, ladder in found.items() if ladder is not None}
 
@@ -261,18 +270,18 @@ def _joins(modules: Sequence[str]) -> dict[str, Option]:
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     del shape
-    unknown = [name for name in _linears(options) if name not in LINEARS]
+    unknown = [name for name in _linears(options) if name not in ROLES]
     if not unknown:
         return ""
-    message = f"modules has {', '.join(unknown)}; known: {', '.join(LINEARS)}"
-    return message + did_you_mean(unknown[0], LINEARS)
+    message = f"modules has {', '.join(unknown)}; known: {', '.join(ROLES)}"
+    return message + did_you_mean(unknown[0], ROLES)
 
 
 SPEC = MethodSpec(
     name="svdllm",
     revision=2,
     source="arXiv:2403.07378",
-    modules=LINEARS,
+    modules=ROLES,
     residual=False,
     only_shrinks=True,
     options=(

@@ -86,8 +86,6 @@ def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, 
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "sliding_window": None,  # calibration sequences are not longer than any window
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
         "vocab_size": 1,
         "pad_token_id": None,
         "embedding_dim": shape.hidden,

@@ -66,7 +66,6 @@ class CompressedConfig(LlamaConfig):
     embedding_dim: int = 0
     head_input_dim: int = 0
     head_norm_weight: bool = True
-    qkv_bias: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     compressed_from: str | None = None
@@ -136,8 +135,8 @@ class LowRankLinear(nn.Module):
         return self.second(self.first(x))
 
 
-def _linear(form: dict[str, Any], name: str, dims: tuple[int, int], *, bias: bool) -> nn.Module:
-    out_dim, in_dim = dims
+def _linear(form: dict[str, Any], name: str, dims: tuple[int, int]) -> nn.Module:
+    (out_dim, in_dim), bias = dims, name in form["biases"]
     rank = form["ranks"].get(name)
     if rank is None:
         return nn.Linear(in_dim, out_dim, bias=bias)
@@ -150,9 +149,9 @@ class CompressedMLP(nn.Module):
     def __init__(self, config: CompressedConfig, form: dict[str, Any]) -> None:
         super().__init__()
         inner, mid, out = form["intermediate"], form["residual_mid"], form["residual_out"]
-        self.gate_proj = _linear(form, "gate_proj", (inner, mid), bias=config.mlp_bias)
-        self.up_proj = _linear(form, "up_proj", (inner, mid), bias=config.mlp_bias)
-        self.down_proj = _linear(form, "down_proj", (out, inner), bias=config.mlp_bias)
+        self.gate_proj = _linear(form, "gate_proj", (inner, mid))
+        self.up_proj = _linear(form, "up_proj", (inner, mid))
+        self.down_proj = _linear(form, "down_proj", (out, inner))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,13 +176,13 @@ class CompressedAttention(nn.Module):
         kinds = config.layer_types
         windowed = kinds is not None and kinds[layer_idx] == SLIDING
         self.sliding_window = config.sliding_window if windowed else None
-        read, qkv_bias = form["residual_in"], config.qkv_bias
+        read = form["residual_in"]
         q, k, v = heads * self.qk_head_dim, kv_heads * self.qk_head_dim, kv_heads * self.vo_head_dim
-        self.q_proj = _linear(form, "q_proj", (q, read), bias=qkv_bias)
-        self.k_proj = _linear(form, "k_proj", (k, read), bias=qkv_bias)
-        self.v_proj = _linear(form, "v_proj", (v, read), bias=form["v_bias"])
+        self.q_proj = _linear(form, "q_proj", (q, read))
+        self.k_proj = _linear(form, "k_proj", (k, read))
+        self.v_proj = _linear(form, "v_proj", (v, read))
         out_dims = (form["residual_mid"], heads * self.vo_head_dim)
-        self.o_proj = _linear(form, "o_proj", out_dims, bias=form["o_bias"])
+        self.o_proj = _linear(form, "o_proj", out_dims)
         if self.qk_head_dim != config.head_dim:
             pairs = torch.arange(self.qk_head_dim // 2).repeat(kv_heads, 1)
             self.register_buffer("rope_pairs", pairs)  # (kv_heads, kept pairs)

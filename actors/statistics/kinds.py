@@ -51,8 +51,15 @@ def _add_head_grams(x: Tensor, *, total: Tensor) -> None:
 
 def _add_pair_energy(x: Tensor, *, total: Tensor) -> None:
     heads, pairs = total.shape
-    energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, 2, pairs)
-    total.add_(energy.sum(dim=1))  # channels i and i + head_dim / 2 turn together
+    energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, -1)
+    rotated = energy[:, : 2 * pairs].reshape(heads, 2, pairs)
+    total.add_(rotated.sum(dim=1))  # channels i and i + rotary / 2 rotate together
+
+
+def _add_adjacent_pair_energy(x: Tensor, *, total: Tensor) -> None:
+    heads, pairs = total.shape
+    energy = x.flatten(0, -2).to(torch.float32).square().sum(dim=0).reshape(heads, -1)
+    total.add_(energy[:, : 2 * pairs].reshape(heads, pairs, 2).sum(dim=2))  # channels 2i and 2i + 1
 
 
 def _rotated_gram(total: Symmetric, map_: Tensor) -> Tensor:
@@ -69,6 +76,7 @@ FUNCTIONS = {
     "normed_gram": Functions(add=_add_normed_gram, rotate=_rotated_gram),
     "head_gram": Functions(add=_add_head_grams),
     "pair_energy": Functions(add=_add_pair_energy),
+    "adjacent_pair_energy": Functions(add=_add_adjacent_pair_energy),
     "cosine": Functions(),
     "probe": Functions(rotate=rotated_rows),
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from actors.statistics.kinds import FUNCTIONS
 from planners.families._base import Family
-from planners.model.cost import tap_dim
+from planners.model.cost import tap_dims
 from planners.model.form import LayerForm, dense_form
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap
@@ -20,7 +20,7 @@ INPUT_OF = {
     "resid_mlp": "mlp_norm",
     "attn_in": "q_proj",
     "o_in": "o_proj",
-    "mlp_in": "gate_proj",
+    "mlp_in": "up_proj",
     "mlp_hidden": "down_proj",
 }
 OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
@@ -66,10 +66,10 @@ class LayerStatistics:
             if statistic.probe_tokens:
                 self._probe_tokens = statistic.probe_tokens
                 continue
-            dim = tap_dim(shape, statistic.tap, self._form)
-            self.sums[str(statistic)] = self._zeros(*statistic.row.dims(dim, self._form, 0))
+            at = tap_dims(shape, statistic.tap, self._form)
+            self.sums[str(statistic)] = self._zeros(*statistic.row.dims(at, 0))
             if statistic.row.with_mean:
-                self.sums[f"{statistic.tap}.sum"] = self._zeros(dim)
+                self.sums[f"{statistic.tap}.sum"] = self._zeros(at.dim)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self, layer: nn.Module, *, ends: bool = False) -> None:

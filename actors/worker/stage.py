@@ -106,7 +106,7 @@ class Stage:
             tensors = prefetched(checkpoint.stream_prefix(prefix))
             self._layers[index] = outer.layer(index, tensors)
             if assignment.statistics and (summing is None or index in summing.layers):
-                wanted = layer_statistics(assignment.statistics, index, checkpoint.shape.num_layers)
+                wanted = layer_statistics(checkpoint.shape, assignment.statistics, index)
                 form = checkpoint.form.layers[index]
                 self._statistics[index] = LayerStatistics(
                     wanted, checkpoint.shape, family, device=device, form=form

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from orchestrator.forecast.forecast import Forecast
 from orchestrator.report.numbers import bytes_text, seconds_text
-from planners.model.shape import LINEARS
+from planners.model.layer import ROLES
 from planners.plan import RunPlan, StagePlan
 from planners.simulation.download import FROM_HUB
 from planners.simulation.simulate import Quantiles
@@ -193,7 +193,7 @@ def _widths(plan: Any) -> str:
         if low < before:
             said.append(f"{name} {before} -> {low if low == high else f'{low}-{high}'}")
     ranks = [_ranks(name, [x.ranks[name] for x in layers if name in x.ranks], len(layers))
-             for name in LINEARS if any(name in x.ranks for x in layers)]  # fmt: skip
+             for name in ROLES if any(name in x.ranks for x in layers)]  # fmt: skip
     if ranks:
         said.append(f"ranks: {', '.join(ranks)}")
     return "; ".join(said) or "unchanged"

@@ -90,7 +90,7 @@ class Forecast:
         found = [
             few_tokens(
                 job.plan.shape,
-                job.spec.statistics(job.options),
+                job.spec.statistics(job.plan.shape, job.options),
                 tokens=job.data.tokens,
                 sequence_length=job.data.sequence_length,
                 start=job.start,
@@ -220,7 +220,9 @@ def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False)
     """
     config, chain = prepared.config, (*prepared.former, prepared)
     origin = prepared.origin
-    reused = origin.spec.statistics(origin.options) if calibrated else _kept(origin)
+    reused = (
+        origin.spec.statistics(origin.plan.shape, origin.options) if calibrated else _kept(origin)
+    )
     jobs: list[Job] = []
     for step in chain:
         jobs.append(
@@ -253,11 +255,12 @@ def _kept(prepared: Prepared) -> frozenset[Statistic]:
     except StorageError:
         return frozenset()  # it kept none: all of them are summed
     held = {row["layer"]: set(row["taps"]) for row in rows}
-    wanted, num_layers = prepared.spec.statistics(prepared.options), prepared.plan.shape.num_layers
+    shape = prepared.plan.shape
+    wanted = prepared.spec.statistics(shape, prepared.options)
     lacking = {
         statistic
-        for layer in range(num_layers)
-        for statistic in layer_statistics(wanted, layer, num_layers)
+        for layer in range(shape.num_layers)
+        for statistic in layer_statistics(shape, wanted, layer)
         if str(statistic) not in held.get(layer, ())
     }
     return wanted - lacking

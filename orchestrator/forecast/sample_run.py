@@ -365,7 +365,7 @@ def _task(job: Job, kind: str) -> Work:
     if name in ("calibrate", "evaluate"):
         return step_work(job, stage, observe=name == "calibrate", compressed=compressed)
     if kind == "statistics":
-        return publish_work(job.shape, job.spec.statistics(job.options))
+        return publish_work(job.shape, job.spec.statistics(job.shape, job.options))
     if kind == "stitch":
         return CALL
     if kind in ("verify", "throughput"):

@@ -112,7 +112,7 @@ def _lacking(context: RunContext, unit: Unit) -> Unit:
 
 def _shards(context: RunContext, lacking: Sequence[Unit], num_microbatches: int) -> list[_Shard]:
     """Return all shards, each with its units that have no record."""
-    num_layers = context.prepared.plan.shape.num_layers
+    shape = context.prepared.plan.shape
     missing = _missing(lacking, context)
     cuts = shard_cuts(context.prepared.identity.batching.shards, num_microbatches)
     found = []
@@ -120,8 +120,7 @@ def _shards(context: RunContext, lacking: Sequence[Unit], num_microbatches: int)
         units = shard_units(lacking, number, len(cuts))
         # A stage sums the same taps of all its layers; partial sums hold them all.
         taps = {
-            u.index: tuple(str(s) for s in layer_statistics(missing, u.index, num_layers))
-            for u in units
+            u.index: tuple(str(s) for s in layer_statistics(shape, missing, u.index)) for u in units
         }
         summed = {u.index: replace(u, taps=taps[u.index]) for u in units}
         found.append(

@@ -55,9 +55,11 @@ class RunContext(WorkContext):
         if self.turned is not None:
             layers = [unit for unit in self.turned.made if unit.kind == "layer"]
             before = self.turned.sums
-            return tuple(carried_units(prepared.identity, prepared.statistics, before, layers))
-        num_layers = prepared.plan.shape.num_layers
-        return tuple(statistics_units(prepared.identity, prepared.statistics, num_layers))
+            shape = prepared.plan.shape
+            return tuple(
+                carried_units(prepared.identity, prepared.statistics, before, layers, shape)
+            )
+        return tuple(statistics_units(prepared.identity, prepared.statistics, prepared.plan.shape))
 
     @cached_property
     def made(self) -> tuple[Unit, ...]:

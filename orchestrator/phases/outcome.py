@@ -137,7 +137,7 @@ def _few_tokens(context: RunContext) -> list[str]:
     warnings = [
         few_tokens(
             step.plan.shape,
-            step.spec.statistics(step.options),
+            step.spec.statistics(step.plan.shape, step.options),
             tokens=step.work.batching.tokens,
             sequence_length=step.work.batching.sequence_length,
             start=step.start.form,
@@ -189,7 +189,6 @@ def _sites(context: RunContext) -> list[dict[str, Any]]:
 
 def _layers(context: RunContext) -> list[dict[str, Any]]:
     plan, dense = context.prepared.plan, context.prepared.origin.plan.shape
-    before = layer_parameters(dense, dense_form(dense))
     cuts, layers = _all_cuts(context), []
     for unit in context.units:
         if KINDS[unit.kind].state != DONE:
@@ -204,7 +203,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
         }
         layers.append({
             "layer": unit.index,
-            "before": before,
+            "before": layer_parameters(dense, dense_form(dense, form.kind)),
             "after": layer_parameters(plan.shape, form),
             "widths": widths,
             "widths_before": {

@@ -57,8 +57,6 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
         "compressed_from": shape.model_type,
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
         "tie_word_embeddings": form.tied,
         "embedding_dim": form.embedding_dim,
         "head_input_dim": form.head_dim,

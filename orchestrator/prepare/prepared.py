@@ -82,7 +82,7 @@ class Prepared:
     @property
     def statistics(self) -> frozenset[Statistic]:
         """The statistics that the calibration pass sums."""
-        return self.spec.statistics(self.options) | self.extra_statistics
+        return self.spec.statistics(self.plan.shape, self.options) | self.extra_statistics
 
     @property
     def title(self) -> str:

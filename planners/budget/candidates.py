@@ -60,9 +60,9 @@ def combined_spec(
     candidates += [_joined(spec, options, each) for each in joining]
     for_widths = {**options, "allocation": "uniform"}  # until the damage is known
 
-    def statistics(options: Mapping[str, Option]) -> frozenset[Statistic]:
-        found = own.statistics(options)
-        return found.union(*(each.spec.statistics(each.options) for each in candidates[1:]))
+    def statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
+        found = own.statistics(shape, options)
+        return found.union(*(each.spec.statistics(shape, each.options) for each in candidates[1:]))
 
     def refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
         reasons = [own.refuses(shape, options)]

@@ -14,7 +14,13 @@ from itertools import pairwise
 from planners.budget.spend import Choice, most_parameters, refuse_budget, shrunk, spend_budget
 from planners.budget.widths import layer_widths, width_ladder
 from planners.method import Allocation, Ladder
-from planners.model.cost import dense_start, layer_parameters, linear_weights, model_parameters
+from planners.model.cost import (
+    dense_start,
+    layer_parameters,
+    linear_dims,
+    linear_weights,
+    model_parameters,
+)
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
@@ -198,13 +204,12 @@ def _level(
 
 def _elements(shape: ModelShape, layer: LayerForm, module: str) -> int:
     """Return the elements of a module, without the biases of v and o, which a cut may move."""
-    weights = sum(linear_weights(shape, layer, name) for name in LINEARS_OF[module])
-    if module == "mlp":
-        return weights + 2 * layer.intermediate * int(shape.mlp_bias)
+    roles = [role for role in shape.kind(layer).roles if role in LINEARS_OF[module]]
+    total = sum(linear_weights(shape, layer, role) for role in roles)
     if module == "vo":
-        return weights
-    heads = shape.num_heads + shape.num_kv_heads
-    return weights + heads * layer.qk_head_dim * int(shape.qkv_bias)
+        return total
+    cut = [role for role in roles if role in layer.biases and role != "down_proj"]
+    return total + sum(linear_dims(shape, layer, role)[0] for role in cut)
 
 
 def _size(shape: ModelShape, layer: LayerForm, choice: Choice) -> int:

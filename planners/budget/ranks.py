@@ -12,8 +12,9 @@ from planners.errors import NumericsError
 from planners.method import Ladder
 from planners.model.cost import layer_parameters, linear_dims, model_parameters
 from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.layer import ROLES
 from planners.model.modules import LINEARS_OF
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.shape import ModelShape
 
 LEAST_LOG = 1e-12  # lower bound of log(1 + loss): a loss of 0 has a finite weight
 FLOOR = 0.5  # every matrix keeps at least this part of the share that its type keeps
@@ -148,7 +149,7 @@ def rank_ladder(
     Returns:
         None if no linear of the module can get smaller, or an earlier step has factored one.
     """
-    names = LINEARS_OF[module]
+    names = tuple(role for role in shape.kind(layer).roles if role in LINEARS_OF[module])
     if any(name in layer.ranks for name in names):
         return None
     rungs, reached = _rungs(tuple(linear_dims(shape, layer, name) for name in names))
@@ -162,7 +163,7 @@ def rank_ladder(
         ranks = dict(zip(names, rungs[size - smallest], strict=True))
         kept = {name: rank for name, rank in ranks.items() if rank <= most[name]}
         both = {**other.ranks, **kept}
-        return replace(other, ranks={name: both[name] for name in LINEARS if name in both})
+        return replace(other, ranks={name: both[name] for name in ROLES if name in both})
 
     levels = {smallest + bisect_right(reached, share) for share in shares}
     return Ladder(
@@ -201,6 +202,8 @@ def _form(shape: ModelShape, start: Start, names: Sequence[str], shares: Shares)
     for index, layer in enumerate(start.form.layers):
         ranks = dict(layer.ranks)
         for name in names:
+            if name not in shape.kind(layer).roles:
+                continue
             out_dim, in_dim = linear_dims(shape, layer, name)
             share = shares(index, name)
             rank = max(1, int(share * out_dim * in_dim / (out_dim + in_dim)))

@@ -8,7 +8,7 @@ from planners.budget.spend import Choice, most_parameters, refuse_budget, shrunk
 from planners.errors import NumericsError
 from planners.method import Ladder
 from planners.model.cost import dense_start, model_parameters
-from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.form import LayerForm, ModelForm, Start, with_biases
 from planners.model.shape import ModelShape
 
 BISECTIONS = 60  # of a share in [0, 1]: finer than any width
@@ -60,15 +60,15 @@ def layer_widths(layer: LayerForm) -> Widths:
 
 def cut_layer(layer: LayerForm, widths: Mapping[str, int]) -> LayerForm:
     """Return a layer with these inner widths; cutting v moves its bias into that of o."""
-    moved = layer.v_bias and widths["vo"] < layer.vo_head_dim
-    return replace(
+    cut = replace(
         layer,
         intermediate=widths["mlp"],
         qk_head_dim=widths["qk"],
         vo_head_dim=widths["vo"],
-        v_bias=layer.v_bias and not moved,
-        o_bias=layer.o_bias or moved,
     )
+    if "v_proj" in layer.biases and widths["vo"] < layer.vo_head_dim:
+        return with_biases(cut, {*layer.biases, "o_proj"} - {"v_proj"})
+    return cut
 
 
 def form_of(

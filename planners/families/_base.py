@@ -1,10 +1,15 @@
-"""What a model family is: names and integers, not code."""
+"""What a model family is: names and facts, not code."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planners.model.cost import linear_dims, width_at
+from planners.model.form import dense_form
+from planners.model.layer import Norm
 from planners.model.shape import ModelShape
+
+Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +23,12 @@ class Family:
         base: prefix of the names of all tensors but the head; a model saved without its head has
             names without this prefix.
         layer: prefix of layer ``{i}`` in the state dict.
-        linears: role, one of `planners.model.shape.LINEARS`, -> name below the layer.
-        norms: ``attn_norm`` and ``mlp_norm`` -> name below the layer.
+        linears: role, one of `planners.model.layer.ROLES`, -> name below the layer.
+        norms: ``attn_norm``, ``mlp_norm``, ``q_norm``, ``k_norm`` -> name below the layer.
+        attention: name below the layer of the module that attends.
+        activation: name below the layer of the module that is the MLP's activation.
         embedding: tensor of the embedding.
+        positions: tensor of the learned positions; empty without.
         final_norm: tensor of the final norm's scale.
         head: tensor of the head; absent in a tied checkpoint.
         shape_of: (config, storage dtype) -> shape; raises ModelError naming the key that is wrong.
@@ -32,45 +40,51 @@ class Family:
     layer: str
     linears: Mapping[str, str]
     norms: Mapping[str, str]
+    attention: str
+    activation: str
     embedding: str
     final_norm: str
     head: str
     shape_of: Callable[[Mapping[str, Any], str], ModelShape]
+    positions: str = ""
 
-    def layer_tensors(
-        self, shape: ModelShape, layer: int
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, Dims]]:
         """Return role -> (tensor name, shape) of every tensor of one layer.
 
         Roles are ``q_proj.weight``, ``q_proj.bias``, ``attn_norm.weight`` and so on.
         """
         prefix = self.layer.format(i=layer)
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for role, name in self.linears.items():
-            out_dim, in_dim = shape.linear_dims(role)
-            tensors[f"{role}.weight"] = (f"{prefix}.{name}.weight", (out_dim, in_dim))
-            if shape.has_bias(role):
-                tensors[f"{role}.bias"] = (f"{prefix}.{name}.bias", (out_dim,))
-        for role, name in self.norms.items():
-            tensors[f"{role}.weight"] = (f"{prefix}.{name}.weight", (shape.hidden,))
+        form = dense_form(shape, shape.of_layer[layer])
+        kind = shape.kind(form)
+        tensors: dict[str, tuple[str, Dims]] = {}
+        for linear in kind.linears:
+            name = f"{prefix}.{self.linears[linear.role]}"
+            out_dim, in_dim = linear_dims(shape, form, linear.role)
+            tensors[f"{linear.role}.weight"] = (f"{name}.weight", (out_dim, in_dim))
+            if linear.bias:
+                tensors[f"{linear.role}.bias"] = (f"{name}.bias", (out_dim,))
+        for norm in kind.norms:
+            name = f"{prefix}.{self.norms[norm.role]}"
+            for part in _parts(norm):
+                dims = (width_at(shape, form, norm.over),)
+                tensors[f"{norm.role}.{part}"] = (f"{name}.{part}", dims)
         return tensors
 
     def with_base(self, name: str) -> str:
         """Return the full name of a tensor of a model that was saved without its head."""
         whole = f"{self.base}.{name}"
-        covered = (self.embedding, self.final_norm, self.layer.partition("{")[0])
-        return whole if whole.startswith(covered) else name
+        norm = self.final_norm.removesuffix("weight")
+        outer = (self.embedding, norm, *filter(None, [self.positions]))
+        return whole if whole.startswith((*outer, self.layer.partition("{")[0])) else name
 
     def below_layer(self, role: str) -> str:
         """Return the name of a role below its layer, including roles that compression adds."""
         part, dot, rest = role.partition(".")
-        names = {**self.linears, **self.norms, "rope_pairs": "self_attn.rope_pairs"}
-        return f"{names.get(part, part)}{dot}{rest}"
+        return f"{self._names().get(part, part)}{dot}{rest}"
 
     def role_of(self, name: str) -> str:
         """Return the role of a name below its layer; the inverse of `below_layer`."""
-        names = {**self.linears, **self.norms, "rope_pairs": "self_attn.rope_pairs"}
-        for part, below in names.items():
+        for part, below in self._names().items():
             if name == below or name.startswith(f"{below}."):
                 return part + name[len(below) :]
         return name
@@ -79,13 +93,31 @@ class Family:
         """Return the name of the head's tensor in a checkpoint: the embedding's if tied."""
         return self.head if self.head in names else self.embedding
 
-    def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def outer_tensors(self, shape: ModelShape) -> dict[str, tuple[str, Dims]]:
         """Return role -> (tensor name, shape) of the tensors outside the layers."""
         table = (shape.vocab_size, shape.hidden)
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-            "embedding": (self.embedding, table),
-            "final_norm": (self.final_norm, (shape.hidden,)),
-        }
+        tensors: dict[str, tuple[str, Dims]] = {"embedding": (self.embedding, table)}
+        if shape.positions:
+            tensors["positions"] = (self.positions, (shape.positions, shape.hidden))
+        for part in _parts(shape.final_norm):
+            name = self.final_norm.removesuffix("weight") + part
+            tensors["final_norm" if part == "weight" else "final_norm.bias"] = (
+                name,
+                (shape.hidden,),
+            )
         if not shape.tied:
             tensors["head"] = (self.head, table)
+        if shape.head_bias:
+            name = self.head.removesuffix("weight") + "bias"
+            tensors["head.bias"] = (name, (shape.vocab_size,))
         return tensors
+
+    def _names(self) -> dict[str, str]:
+        return {**self.linears, **self.norms, "rope_pairs": f"{self.attention}.rope_pairs"}
+
+
+def _parts(norm: Norm) -> Iterator[str]:
+    if norm.scale:
+        yield "weight"
+    if norm.bias:
+        yield "bias"

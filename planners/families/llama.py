@@ -6,6 +6,7 @@ from typing import Any
 from planners.errors import ModelError
 from planners.families._base import Family
 from planners.families._config import check_rope, check_settings, flag, positive
+from planners.model.layer import ATTENTION, ROLES, decoder_layer
 from planners.model.shape import ModelShape
 
 MAX_LAYERS = 4096
@@ -103,7 +104,6 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
     check_settings(config)
     check_rope(config, head_dim=head_dim)
     windows(config)
-    attention_bias = flag(config, "attention_bias", default=False)
     return ModelShape(
         family="llama",
         model_type=model_type,
@@ -115,11 +115,19 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
         head_dim=head_dim,
         vocab_size=positive(config, "vocab_size"),
         tied=flag(config, "tie_word_embeddings", default=False),
-        qkv_bias=model_type == "qwen2" or (model_type == "llama" and attention_bias),
-        o_bias=model_type == "llama" and attention_bias,
-        mlp_bias=model_type == "llama" and flag(config, "mlp_bias", default=False),
+        kinds=(decoder_layer(rotary=head_dim, head_dim=head_dim, biases=_biases(config)),),
+        of_layer=(0,) * num_layers,
         dtype=dtype,
     )
+
+
+def _biases(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the roles of the linears with a bias; only a Llama's config has keys for them."""
+    if config["model_type"] != "llama":
+        return frozenset(ATTENTION[:3] if config["model_type"] == "qwen2" else ())
+    attention = flag(config, "attention_bias", default=False)
+    mlp = flag(config, "mlp_bias", default=False)
+    return frozenset((ATTENTION if attention else ()) + (ROLES[4:] if mlp else ()))
 
 
 FAMILY = Family(
@@ -141,6 +149,8 @@ FAMILY = Family(
         "down_proj": "mlp.down_proj",
     },
     norms={"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    attention="self_attn",
+    activation="mlp.act_fn",
     embedding="model.embed_tokens.weight",
     final_norm="model.norm.weight",
     head="lm_head.weight",

@@ -11,10 +11,17 @@ from functools import cached_property
 from planners import refit
 from planners.memory.workspace import PANEL, eigh_bytes, low_rank_bytes, nystrom_bytes
 from planners.method import Candidate, MethodSpec, Option
-from planners.model.cost import BYTES_OF, layer_parameters, linear_dims, statistic_elements, tap_dim
+from planners.model.cost import (
+    BYTES_OF,
+    dense_model_form,
+    layer_parameters,
+    linear_dims,
+    statistic_elements,
+    tap_dim,
+)
 from planners.model.form import LayerForm, ModelForm, dense_form
 from planners.model.packing import ROWS as BLOCK_ROWS
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 DOUBLE, SINGLE = 8, 4
@@ -87,10 +94,11 @@ def table_bytes(shape: ModelShape, *, dtype: str) -> int:
 
 def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) -> int:
     """Return what loading a layer needs on top: its tensors in their stored dtype."""
-    stored = BYTES_OF[shape.dtype]
+    stored, layer = BYTES_OF[shape.dtype], form or dense_form(shape)
     if stored == BYTES_OF[dtype]:
-        return max(out * inner for out, inner in map(shape.linear_dims, LINEARS)) * stored
-    return layer_parameters(shape, form or dense_form(shape)) * stored
+        dims = (linear_dims(shape, layer, role) for role in shape.kind(layer).roles)
+        return max(out * inner for out, inner in dims) * stored
+    return layer_parameters(shape, layer) * stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +130,7 @@ class Shrinking:
     @property
     def statistics(self) -> frozenset[Statistic]:
         """The statistics that the method needs of each layer."""
-        return self.spec.statistics(self.options)
+        return self.spec.statistics(self.shape, self.options)
 
     @property
     def held(self) -> frozenset[Statistic]:
@@ -133,7 +141,7 @@ class Shrinking:
     def layers(self) -> list[tuple[LayerForm, LayerForm]]:
         """Each layer before and after; equal pairs once."""
         shape = self.shape
-        before = self.start.layers if self.start else (dense_form(shape),) * shape.num_layers
+        before = (self.start or dense_model_form(shape)).layers
         found: list[tuple[LayerForm, LayerForm]] = []
         for pair in zip(before, self.form.layers, strict=True):
             if pair not in found:

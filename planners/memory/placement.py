@@ -95,7 +95,8 @@ def load_of(
     start = start or dense_model_form(shape)
     widest = widest_layer(start)
     sums = sum(statistic_elements(shape, s, widest) for s in statistics)
-    forms = [dense_form(shape)]  # equal layers are counted once
+    dense = [dense_form(shape, kind) for kind in range(len(shape.kinds))]
+    forms = list(dense)  # equal layers are counted once
     for layer in (*start.layers, *(result.layers if result is not None else ())):
         forms += [layer] * (layer not in forms)
 
@@ -112,7 +113,7 @@ def load_of(
     passing = max(passed(widest, statistics), *(passed(form, frozenset()) for form in forms))
     losing = loss_bytes(shape, tokens=tokens, dtype=dtype)
     # Shortcuts of an earlier step may make a layer larger than the dense one.
-    largest = max((dense_form(shape), *start.layers), key=lambda f: layer_parameters(shape, f))
+    largest = max((*dense, *start.layers), key=lambda f: layer_parameters(shape, f))
     loading = load_bytes(shape, dtype=dtype, form=largest)
     return Load(
         layer=layer_parameters(shape, largest) * width,

@@ -5,33 +5,32 @@ from dataclasses import replace
 
 from planners.model.form import LayerForm, ModelForm, Start, dense_form
 from planners.model.packing import packed_elements
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.shape import ModelShape
+from planners.model.statistic_kinds import TapDims
 from planners.model.taps import Statistic
 
 BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def linear_dims(shape: ModelShape, form: LayerForm, name: str) -> tuple[int, int]:
-    """Return (out, in) of one linear of a compressed layer, as if it were one matrix."""
-    q = shape.num_heads * form.qk_head_dim
-    k = shape.num_kv_heads * form.qk_head_dim
-    v = shape.num_kv_heads * form.vo_head_dim
+def width_at(shape: ModelShape, form: LayerForm, place: str) -> int:
+    """Return a width of a compressed layer, as `planners.model.layer.Linear` names it."""
     return {
-        "q_proj": (q, form.residual_in),
-        "k_proj": (k, form.residual_in),
-        "v_proj": (v, form.residual_in),
-        "o_proj": (form.residual_mid, shape.num_heads * form.vo_head_dim),
-        "gate_proj": (form.intermediate, form.residual_mid),
-        "up_proj": (form.intermediate, form.residual_mid),
-        "down_proj": (form.residual_out, form.intermediate),
-    }[name]
+        "residual_in": form.residual_in,
+        "residual_mid": form.residual_mid,
+        "residual_out": form.residual_out,
+        "ffn": form.intermediate,
+        "q": shape.num_heads * form.qk_head_dim,
+        "k": shape.num_kv_heads * form.qk_head_dim,
+        "v": shape.num_kv_heads * form.vo_head_dim,
+        "o": shape.num_heads * form.vo_head_dim,
+        "head": form.qk_head_dim,
+    }[place]
 
 
-def has_bias(shape: ModelShape, form: LayerForm, name: str) -> bool:
-    """Return whether that linear of a compressed layer stores a bias."""
-    if name == "o_proj":
-        return form.o_bias
-    return form.v_bias if name == "v_proj" else shape.has_bias(name)
+def linear_dims(shape: ModelShape, form: LayerForm, role: str) -> tuple[int, int]:
+    """Return (out, in) of one linear of a compressed layer, as if it were one matrix."""
+    linear = shape.kind(form).linear(role)
+    return width_at(shape, form, linear.writes), width_at(shape, form, linear.reads)
 
 
 def linear_weights(shape: ModelShape, form: LayerForm, name: str) -> int:
@@ -44,41 +43,49 @@ def linear_weights(shape: ModelShape, form: LayerForm, name: str) -> int:
 def linear_parameters(shape: ModelShape, form: LayerForm, name: str) -> int:
     """Return the elements stored for one linear, its bias included."""
     out_dim, _ = linear_dims(shape, form, name)
-    bias = out_dim if has_bias(shape, form, name) else 0
+    bias = out_dim if name in form.biases else 0
     return linear_weights(shape, form, name) + bias
 
 
 def layer_parameters(shape: ModelShape, form: LayerForm) -> int:
     """Return the elements stored for one layer in that form."""
-    total = sum(linear_parameters(shape, form, name) for name in LINEARS)
-    total += _shortcut_parameters(form)
-    if form.norm_weights:
-        total += form.residual_in + form.residual_mid
+    kind = shape.kind(form)
+    total = sum(linear_parameters(shape, form, role) for role in kind.roles)
+    total += shortcut_parameters(shape, form)
+    for norm in kind.norms:
+        if form.norm_weights or norm.over == "head":
+            total += (norm.scale + norm.bias) * width_at(shape, form, norm.over)
     return total
 
 
-def _shortcut_parameters(form: LayerForm) -> int:
+def shortcut_parameters(shape: ModelShape, form: LayerForm) -> int:
+    """Return the elements of the matrices on the residual stream of a layer."""
     if not form.shortcuts:
         return 0
+    if shape.kind(form).parallel:
+        return form.residual_in * form.residual_out
     return form.residual_mid * (form.residual_in + form.residual_out)
 
 
 def model_parameters(shape: ModelShape, form: ModelForm) -> int:
     """Return the distinct elements stored for the whole model; a tied head counts once."""
-    table = shape.vocab_size * form.embedding_dim
+    table = (shape.vocab_size + shape.positions) * form.embedding_dim
     head = 0 if form.tied else shape.vocab_size * form.head_dim
-    norm = form.head_dim if form.head_norm_weight else 0
+    head += shape.vocab_size if form.head_bias else 0
+    final = shape.final_norm
+    norm = form.head_dim * (final.scale + final.bias) if form.head_norm_weight else 0
     return table + head + norm + sum(layer_parameters(shape, layer) for layer in form.layers)
 
 
 def dense_model_form(shape: ModelShape) -> ModelForm:
     """Return the form of the uncompressed model."""
     return ModelForm(
-        layers=(dense_form(shape),) * shape.num_layers,
+        layers=tuple(dense_form(shape, kind) for kind in shape.of_layer),
         embedding_dim=shape.hidden,
         head_dim=shape.hidden,
         head_norm_weight=True,
         tied=shape.tied,
+        head_bias=shape.head_bias,
         native=True,
     )
 
@@ -99,8 +106,8 @@ def tap_dim(shape: ModelShape, tap: str, form: LayerForm | None = None) -> int:
     return {
         "attn_in": layer.residual_in,
         "resid_attn": layer.residual_in,
-        "mlp_in": layer.residual_mid,
-        "resid_mlp": layer.residual_mid,
+        "mlp_in": width_at(shape, layer, shape.kind(layer).mlp_reads),
+        "resid_mlp": width_at(shape, layer, shape.kind(layer).mlp_reads),
         "resid_out": layer.residual_out,
         "o_in": shape.num_heads * layer.vo_head_dim,
         "mlp_hidden": layer.intermediate,
@@ -110,6 +117,15 @@ def tap_dim(shape: ModelShape, tap: str, form: LayerForm | None = None) -> int:
     }[tap]
 
 
+def tap_dims(shape: ModelShape, tap: str, form: LayerForm | None = None) -> TapDims:
+    """Return the widths at a tap of a layer; of an uncompressed one if None."""
+    layer = form or dense_form(shape)
+    head = layer.qk_head_dim if tap in ("q_rope", "k_rope") else layer.vo_head_dim
+    # A layer whose heads are narrower has rotated channels only if all of them were.
+    rotary = min(shape.kind(layer).rotary, head)
+    return TapDims(dim=tap_dim(shape, tap, layer), head=head, rotary=rotary)
+
+
 def statistic_elements(
     shape: ModelShape, statistic: Statistic, form: LayerForm | None = None
 ) -> int:
@@ -117,16 +133,17 @@ def statistic_elements(
 
     Without a ``form``, of a layer that nothing touched.
     """
-    layer = form or dense_form(shape)
-    dim = tap_dim(shape, statistic.tap, layer)
-    return statistic.row.elements(dim, layer, statistic.probe_tokens)
+    at = tap_dims(shape, statistic.tap, form)
+    return statistic.row.elements(at, statistic.probe_tokens)
 
 
-def linears_before(tap: str) -> tuple[str, ...]:
-    """Return the linears that a layer's forward pass applies before a tap."""
-    count = {"q_rope": 3, "k_rope": 3, "v": 3, "o_in": 3, "resid_mlp": 4, "mlp_in": 4,
-             "mlp_hidden": 6, "resid_out": 7}  # fmt: skip
-    return LINEARS[: count.get(tap, 0)]
+def linears_before(shape: ModelShape, tap: str) -> tuple[str, ...]:
+    """Return the linears that the last layer's forward pass applies before a tap."""
+    roles = shape.kinds[shape.of_layer[-1]].roles
+    qkv, attention = roles[:3], roles[:4]
+    found = {"q_rope": qkv, "k_rope": qkv, "v": qkv, "o_in": qkv, "resid_mlp": attention,
+             "mlp_in": attention, "mlp_hidden": roles[:-1], "resid_out": roles}  # fmt: skip
+    return found.get(tap, ())
 
 
 def forward_flops(
@@ -135,19 +152,20 @@ def forward_flops(
     tokens: int,
     sequence_length: int,
     form: ModelForm | None = None,
-    last: Sequence[str] = LINEARS,
+    last: Sequence[str] | None = None,
 ) -> int:
     """Return multiply-adds times two of the layers' forward pass, causal attention included.
 
-    ``last`` are the linears of the last layer that are computed, if its output is not needed.
+    ``last`` are the linears of the last layer that are computed, where its output is not needed.
     """
     total = 0
     layers = (form or dense_model_form(shape)).layers
     for index, layer in enumerate(layers):
-        names = last if index == len(layers) - 1 else LINEARS
+        ends = index == len(layers) - 1 and last is not None
+        names = last if ends else shape.kind(layer).roles
         weights = sum(linear_weights(shape, layer, name) for name in names)
         heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
-        total += weights + _shortcut_parameters(layer) + heads * (sequence_length // 2)
+        total += weights + shortcut_parameters(shape, layer) + heads * (sequence_length // 2)
     return 2 * tokens * total
 
 
@@ -162,9 +180,9 @@ def gram_flops(
     per_token = 0
     for layer in (form or dense_model_form(shape)).layers:
         for statistic in statistics:
-            dim = tap_dim(shape, statistic.tap, layer)
-            whole = dim * statistic.row.columns(dim, layer)
-            per_token += packed_elements(dim) if statistic.row.packed else whole
+            at = tap_dims(shape, statistic.tap, layer)
+            whole = at.dim * statistic.row.columns(at)
+            per_token += packed_elements(at.dim) if statistic.row.packed else whole
     return 2 * tokens * per_token
 
 

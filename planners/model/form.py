@@ -1,9 +1,10 @@
 """Widths and ranks of a compressed model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from planners.model.layer import ROLES
 from planners.model.shape import ModelShape
 
 
@@ -23,7 +24,9 @@ class LayerForm:
         intermediate: inner width of the MLP.
         qk_head_dim: width of a query or key head; even, because rope pairs stay whole.
         vo_head_dim: width of a value head.
-        o_bias: the attention output has a bias (a v bias may have moved there).
+        biases: roles of the linears that store a bias: those of the input model, and others where
+            the v bias or that of a norm has moved.
+        kind: of the layer, as an index into the kinds of the model.
         ranks: linear -> rank, for those stored as two factors.
     """
 
@@ -35,13 +38,13 @@ class LayerForm:
     intermediate: int
     qk_head_dim: int
     vo_head_dim: int
-    o_bias: bool = False
-    v_bias: bool = False
+    biases: tuple[str, ...] = ()
+    kind: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
 
 
-def dense_form(shape: ModelShape) -> LayerForm:
-    """Return the form of an uncompressed layer."""
+def dense_form(shape: ModelShape, kind: int = 0) -> LayerForm:
+    """Return the form of an uncompressed layer of a kind."""
     return LayerForm(
         residual_in=shape.hidden,
         residual_mid=shape.hidden,
@@ -49,9 +52,15 @@ def dense_form(shape: ModelShape) -> LayerForm:
         intermediate=shape.intermediate,
         qk_head_dim=shape.head_dim,
         vo_head_dim=shape.head_dim,
-        o_bias=shape.o_bias,
-        v_bias=shape.qkv_bias,
+        biases=shape.kinds[kind].biases,
+        kind=kind,
     )
+
+
+def with_biases(form: LayerForm, roles: Iterable[str]) -> LayerForm:
+    """Return a layer whose linears of these roles store a bias, in the order of `ROLES`."""
+    stored = set(roles)
+    return replace(form, biases=tuple(role for role in ROLES if role in stored))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +74,7 @@ class ModelForm:
         head_norm_weight: the final norm keeps its scale.
         tied: the head is still the embedding's tensor.
         native: a stock config of the input's own family expresses it.
+        head_bias: the head has a bias.
     """
 
     layers: tuple[LayerForm, ...]
@@ -73,6 +83,7 @@ class ModelForm:
     head_norm_weight: bool
     tied: bool
     native: bool
+    head_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +102,7 @@ class Start:
 
 def layer_form_from_json(data: Mapping[str, Any]) -> LayerForm:
     """Return the layer form that `to_json` wrote."""
-    return LayerForm(**data)
+    return LayerForm(**{**data, "biases": tuple(data["biases"])})
 
 
 def model_form_from_json(data: Mapping[str, Any]) -> ModelForm:

@@ -4,19 +4,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from planners.model.form import LayerForm
-from planners.model.shape import LINEARS
+from planners.model.form import LayerForm, with_biases
+from planners.model.layer import ROLES
 
 # The linears of the modules, and of those that are one linear each.
 LINEARS_OF: Mapping[str, tuple[str, ...]] = {
     "qk": ("q_proj", "k_proj"),
     "vo": ("v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
-    **{name: (name,) for name in LINEARS},
+    **{name: (name,) for name in ROLES},
 }
 FIELDS_OF: Mapping[str, tuple[str, ...]] = {
     "qk": ("qk_head_dim",),
-    "vo": ("vo_head_dim", "v_bias", "o_bias"),
+    "vo": ("vo_head_dim",),
     "mlp": ("intermediate",),
 }
 
@@ -38,7 +38,9 @@ def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> L
     }
     ranks = {
         name: (form if name in linears else start).ranks[name]
-        for name in LINEARS
+        for name in ROLES
         if name in (form if name in linears else start).ranks
     }
-    return replace(start, **fields, ranks=ranks)
+    biases = {role for role in start.biases if role not in linears}
+    biases |= {role for role in form.biases if role in linears}
+    return with_biases(replace(start, **fields, ranks=ranks), biases)

@@ -1,28 +1,35 @@
-"""The integers of a model."""
+"""The integers of a model, and the kinds of its layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from planners.model.layer import LayerKind, Linear, Norm, Space
+
+if TYPE_CHECKING:
+    from planners.model.form import LayerForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The integers of a decoder-only transformer: all that planning needs to know about it.
+    """A decoder-only transformer as data: all that planning needs to know about it.
 
     Attributes:
         family: file in ``planners/families`` that names its tensors.
         model_type: ``model_type`` of its ``config.json``.
         num_layers: decoder blocks.
         hidden: width of the residual stream.
-        intermediate: inner width of the gated MLP.
+        intermediate: inner width of the MLP.
         num_heads: query heads.
         num_kv_heads: key/value heads; divides ``num_heads``.
         head_dim: width of one head.
         vocab_size: rows of the embedding.
         tied: the head is the embedding's tensor and is stored once.
-        qkv_bias: q, k and v have a bias.
-        o_bias: the attention output has a bias.
-        mlp_bias: gate, up and down have a bias.
+        kinds: of layers.
+        of_layer: the kind of each layer, as an index into ``kinds``.
+        final_norm: the norm before the head.
+        head_bias: the head has a bias.
+        positions: rows of a table of learned positions that is added to the embedding; 0 without.
         dtype: storage type of the weights, ``float32``, ``bfloat16`` or ``float16``.
     """
 
@@ -36,9 +43,11 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tied: bool
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
+    kinds: tuple[LayerKind, ...]
+    of_layer: tuple[int, ...]
+    final_norm: Norm = Norm(role="final_norm", over="residual_out")
+    head_bias: bool = False
+    positions: int = 0
     dtype: str = "float32"
 
     @property
@@ -46,21 +55,29 @@ class ModelShape:
         """Sites of the residual stream: two a layer and the one the head reads."""
         return 2 * self.num_layers + 1
 
-    def linear_dims(self, name: str) -> tuple[int, int]:
-        """Return (out, in) of one of `LINEARS` before compression."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (q, self.hidden),
-            "k_proj": (kv, self.hidden),
-            "v_proj": (kv, self.hidden),
-            "o_proj": (self.hidden, q),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }[name]
+    def kind(self, layer: "LayerForm") -> LayerKind:
+        """Return the kind of a layer."""
+        return self.kinds[layer.kind]
 
-    def has_bias(self, name: str) -> bool:
-        """Return whether that linear has a bias in the input model."""
-        if name in ("q_proj", "k_proj", "v_proj"):
-            return self.qkv_bias
-        return self.o_bias if name == "o_proj" else self.mlp_bias
+
+def shape_from_json(data: Mapping[str, Any]) -> ModelShape:
+    """Return the shape that `to_json` wrote."""
+    kinds = tuple(
+        LayerKind(
+            **{
+                **kind,
+                "linears": tuple(Linear(**each) for each in kind["linears"]),
+                "norms": tuple(Norm(**each) for each in kind["norms"]),
+                "spaces": tuple(Space(**each) for each in kind["spaces"]),
+            }
+        )
+        for kind in data["kinds"]
+    )
+    return ModelShape(
+        **{
+            **data,
+            "kinds": kinds,
+            "of_layer": tuple(data["of_layer"]),
+            "final_norm": Norm(**data["final_norm"]),
+        }
+    )

@@ -8,8 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from planners.model.form import LayerForm
 from planners.model.packing import packed_elements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapDims:
+    """The widths at a tap of a layer.
+
+    Attributes:
+        dim: of the activations.
+        head: of one head, where they are those of heads.
+        rotary: channels of a head that rope rotates.
+    """
+
+    dim: int
+    head: int
+    rotary: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,25 +32,25 @@ class StatisticKind:
 
     Attributes:
         name: of the kind, without a number.
-        dims: (width of the tap, layer, number) -> the shape of what a layer holds of it.
+        dims: (widths at the tap, number) -> the shape of what a layer holds of it.
         with_mean: the sum of x is kept beside it.
-        columns: (width of the tap, layer) -> those of each Gram matrix in it; 0 where it is none.
+        columns: widths at the tap -> those of each Gram matrix in it; 0 where it is none.
         packed: it is one Gram matrix of the whole tap, of which the upper triangle is kept.
         normed: it is of a copy of x.
         of_change: it compares what enters a layer with what leaves it, so every layer has it.
     """
 
     name: str
-    dims: Callable[[int, LayerForm, int], tuple[int, ...]]
+    dims: Callable[[TapDims, int], tuple[int, ...]]
     with_mean: bool = False
-    columns: Callable[[int, LayerForm], int] = lambda _dim, _layer: 0
+    columns: Callable[[TapDims], int] = lambda _: 0
     packed: bool = False
     normed: bool = False
     of_change: bool = False
 
-    def elements(self, dim: int, layer: LayerForm, number: int) -> int:
+    def elements(self, at: TapDims, number: int) -> int:
         """Return the numbers that a layer holds of it, with the sum of x where that is kept."""
-        return prod(self.dims(dim, layer, number)) + (dim if self.with_mean else 0)
+        return prod(self.dims(at, number)) + (at.dim if self.with_mean else 0)
 
 
 KINDS = {
@@ -44,35 +58,35 @@ KINDS = {
     for kind in (
         StatisticKind(  # x^T x
             name="gram",
-            dims=lambda dim, _layer, _number: (packed_elements(dim),),
+            dims=lambda at, _: (packed_elements(at.dim),),
             with_mean=True,
-            columns=lambda dim, _layer: dim,
+            columns=lambda at: at.dim,
             packed=True,
         ),
         StatisticKind(  # of x / rms(x)
             name="normed_gram",
-            dims=lambda dim, _layer, _number: (packed_elements(dim),),
-            columns=lambda dim, _layer: dim,
+            dims=lambda at, _: (packed_elements(at.dim),),
+            columns=lambda at: at.dim,
             packed=True,
             normed=True,
         ),
         StatisticKind(  # one a head
             name="head_gram",
-            dims=lambda dim, layer, _number: (
-                dim // layer.vo_head_dim, layer.vo_head_dim, layer.vo_head_dim,
-            ),
+            dims=lambda at, _: (at.dim // at.head, at.head, at.head),
             with_mean=True,
-            columns=lambda _dim, layer: layer.vo_head_dim,
+            columns=lambda at: at.head,
         ),
-        StatisticKind(  # the squares of each rope pair of each head
-            name="pair_energy",
-            dims=lambda dim, layer, _number: (dim // layer.qk_head_dim, layer.qk_head_dim // 2),
+        StatisticKind(  # the squares of each rope pair of each head, channels i and i + rotary / 2
+            name="pair_energy", dims=lambda at, _: (at.dim // at.head, at.rotary // 2)
+        ),
+        StatisticKind(  # the same of channels 2i and 2i + 1
+            name="adjacent_pair_energy", dims=lambda at, _: (at.dim // at.head, at.rotary // 2)
         ),
         StatisticKind(  # between what enters a layer and what leaves it
-            name="cosine", dims=lambda _dim, _layer, _number: (1,), of_change=True
+            name="cosine", dims=lambda _at, _: (1,), of_change=True
         ),
         StatisticKind(  # the activations of so many tokens, no sum
-            name="probe", dims=lambda dim, _layer, number: (number, dim)
+            name="probe", dims=lambda at, number: (number, at.dim)
         ),
     )
 }  # fmt: skip

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from planners.model.layer import LayerKind
+from planners.model.shape import ModelShape
 from planners.model.statistic_kinds import StatisticKind, parsed
 
 
@@ -34,12 +36,29 @@ class Statistic:
 
 
 def layer_statistics(
-    statistics: frozenset[Statistic], layer: int, num_layers: int
+    shape: ModelShape, statistics: frozenset[Statistic], layer: int
 ) -> list[Statistic]:
-    """Return the statistics that one layer sums; only the last layer observes its output."""
-    last = layer == num_layers - 1
-    return sorted(s for s in statistics if s.tap != "resid_out" or s.row.of_change or last)
+    """Return the statistics that one layer sums, of those that the model's layers sum.
 
+    Only the last layer observes its output. A layer without rope has no rope pairs, and so on.
+    """
+    kind = shape.kinds[shape.of_layer[layer]]
+    last = layer == shape.num_layers - 1
+    return sorted(
+        s
+        for s in statistics
+        if (s.tap != "resid_out" or s.row.of_change or last)
+        and not (s.tap == "resid_mlp" and kind.parallel)
+        and (s.tap not in ROPE_TAPS or _is_observed(s, kind, shape.head_dim))
+    )
+
+
+def _is_observed(statistic: Statistic, kind: LayerKind, head_dim: int) -> bool:
+    of_pairs = statistic.row.name.endswith("pair_energy")
+    return kind.rotary > 0 if of_pairs else kind.rotary < head_dim
+
+
+ROPE_TAPS = ("q_rope", "k_rope")
 
 # Taps in the order of a layer's forward pass.
 TAPS = (

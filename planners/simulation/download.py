@@ -15,9 +15,10 @@ from planners.units.units import Unit
 FROM_HUB = 0.25e9
 
 
-def layer_bytes(shape: ModelShape) -> int:
-    """Return the bytes of the weights of one layer of the input."""
-    return layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
+def layers_bytes(shape: ModelShape, first: int, last: int) -> int:
+    """Return the bytes of the weights of layers first, ..., last - 1 of the input."""
+    forms = (dense_form(shape, kind) for kind in shape.of_layer[first:last])
+    return sum(layer_parameters(shape, form) for form in forms) * BYTES_OF[shape.dtype]
 
 
 def table_bytes(shape: ModelShape) -> int:
@@ -28,7 +29,7 @@ def table_bytes(shape: ModelShape) -> int:
 def stage_bytes(shape: ModelShape, stage: StagePlan) -> int:
     """Return the bytes read to load a stage of the input."""
     ends = int(stage.embedding) + int(stage.head)
-    return (stage.last - stage.first) * layer_bytes(shape) + ends * table_bytes(shape)
+    return layers_bytes(shape, stage.first, stage.last) + ends * table_bytes(shape)
 
 
 def unit_bytes(shape: ModelShape, unit: Unit, *, to_the_end: bool = False) -> int:
@@ -44,7 +45,6 @@ def unit_bytes(shape: ModelShape, unit: Unit, *, to_the_end: bool = False) -> in
         return 0 if unit.kind == "head" and shape.tied else table_bytes(shape)
     if reads != "layer":
         return 0
-    later = 0
     if unit.kind == "damage" and to_the_end:
-        later = (shape.num_layers - unit.index - 1) * layer_bytes(shape) + table_bytes(shape)
-    return layer_bytes(shape) + later
+        return layers_bytes(shape, unit.index, shape.num_layers) + table_bytes(shape)
+    return layers_bytes(shape, unit.index, unit.index + 1)

@@ -9,7 +9,6 @@ from planners.calibration import shard_cuts
 from planners.canonical_json import to_json
 from planners.model.cost import BYTES_OF, linears_before
 from planners.model.form import LayerForm, dense_form
-from planners.model.shape import LINEARS
 from planners.model.taps import last_tap, layer_statistics
 from planners.plan import StagePlan
 from planners.simulation.download import FROM_HUB, stage_bytes, unit_bytes
@@ -238,9 +237,10 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
     total = Work(calls=1)
     for index in range(stage.first, stage.last):
         form = _form_of_pass(job, index, observe=observe, compressed=compressed)
-        wanted = layer_statistics(job.summed, index, shape.num_layers) if observe else []
+        wanted = layer_statistics(shape, job.summed, index) if observe else []
         ends = observe and index == shape.num_layers - 1  # the output of the last layer is not used
-        linears = linears_before(last_tap(wanted)) if ends else LINEARS
+        roles = shape.kinds[shape.of_layer[index]].roles
+        linears = linears_before(shape, last_tap(wanted)) if ends else roles
         total += work.half_forward(shape, form, linears, tokens=tokens, data=job.data)
         if observe:
             total += work.layer_statistics_work(shape, wanted, tokens=tokens, form=form)
@@ -266,7 +266,7 @@ def stage_load_work(
 def _form_of_pass(job: Job, layer: int, *, observe: bool, compressed: bool) -> LayerForm:
     if compressed:
         return job.form.layers[layer]
-    return job.input.layers[layer] if observe else dense_form(job.dense)
+    return job.input.layers[layer] if observe else dense_form(job.dense, job.dense.of_layer[layer])
 
 
 def unit_work(job: Job, unit: Unit) -> Work:
@@ -311,7 +311,7 @@ def _sums(job: Job) -> list[Unit]:
     identity = Identity(
         model_revision="", calibration_hash="", batching=job.data, threads=1, device="",
     )  # fmt: skip
-    return statistics_units(identity, job.statistics, job.shape.num_layers)
+    return statistics_units(identity, job.statistics, job.shape)
 
 
 def _carried(job: Job) -> list[Unit]:
@@ -332,7 +332,7 @@ def _calibrate(job: Job, clock: CostModel, wave: Sequence[StagePlan]) -> list[Ph
         [
             clock.seconds("statistics", work.publish_work(job.shape, wanted, layers[index]))
             for index in range(stage.first, stage.last)
-            if (wanted := layer_statistics(job.summed, index, job.shape.num_layers))
+            if (wanted := layer_statistics(job.shape, job.summed, index))
         ]
         for stage in wave
     ]

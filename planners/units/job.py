@@ -58,7 +58,7 @@ class Job:
     @property
     def statistics(self) -> frozenset[Statistic]:
         """The statistics that the method needs of each layer."""
-        return self.spec.statistics(self.options)
+        return self.spec.statistics(self.shape, self.options)
 
     @property
     def summed(self) -> frozenset[Statistic]:
@@ -92,7 +92,7 @@ class Job:
 
     def statistics_of(self, index: int) -> list[Statistic]:
         """Return the statistics that the method needs of one layer."""
-        return layer_statistics(self.statistics, index, self.shape.num_layers)
+        return layer_statistics(self.shape, self.statistics, index)
 
     def site_dim(self, site: int) -> int:
         """Return the width of a site in the result."""
@@ -104,7 +104,7 @@ class Job:
 
 def adding(job: Job, index: int) -> Work:
     """Return the work of adding the sums of all shards of a layer."""
-    wanted = layer_statistics(job.summed, index, job.shape.num_layers)
+    wanted = layer_statistics(job.shape, job.summed, index)
     form = job.input.layers[index]
     return work.adding_work(job.shape, wanted, form, shards=job.data.shards)
 

@@ -10,6 +10,7 @@ from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
 from planners.model.form import ModelForm
+from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
 from planners.units.kinds import KINDS
 
@@ -78,13 +79,13 @@ class Identity:
 
 
 def statistics_units(
-    identity: Identity, statistics: frozenset[Statistic], num_layers: int
+    identity: Identity, statistics: frozenset[Statistic], shape: ModelShape
 ) -> list[Unit]:
     """Return one unit a layer; the sums of a layer do not depend on the method."""
     common = {"schema": SCHEMA_VERSION, "kind": "statistics", **identity.key()}
     units = []
-    for layer in range(num_layers):
-        taps = tuple(str(s) for s in layer_statistics(statistics, layer, num_layers))
+    for layer in range(shape.num_layers):
+        taps = tuple(str(s) for s in layer_statistics(shape, statistics, layer))
         unit = _unit("statistics", layer, (), {**common, "layer": layer})
         units.append(replace(unit, taps=taps))
     return units
@@ -95,6 +96,7 @@ def carried_units(
     statistics: frozenset[Statistic],
     sums: Sequence[Unit],
     layers: Sequence[Unit],
+    shape: ModelShape,
 ) -> list[Unit]:
     """Return one unit a layer that rotates the statistics from before a step to after it.
 
@@ -103,11 +105,12 @@ def carried_units(
         statistics: what is carried over.
         sums: statistics units of the step.
         layers: its layer units; their inputs are the bases.
+        shape: of the model.
     """
     common = {"schema": SCHEMA_VERSION, **identity.key()}
     units = []
     for total, layer in zip(sums, layers, strict=True):
-        taps = tuple(str(s) for s in layer_statistics(statistics, layer.index, len(layers)))
+        taps = tuple(str(s) for s in layer_statistics(shape, statistics, layer.index))
         unit = _unit("carried", layer.index, (total, layer), common)
         units.append(replace(unit, inputs=(total.name, *layer.inputs), taps=taps))
     return units

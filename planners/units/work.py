@@ -15,18 +15,21 @@ from planners.model.cost import (
     layer_parameters,
     linear_dims,
     linear_parameters,
+    shortcut_parameters,
     statistic_elements,
     tap_dim,
+    tap_dims,
+    width_at,
 )
 from planners.model.form import LayerForm, dense_form
+from planners.model.layer import ATTENTION
 from planners.model.modules import of_modules
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 EIGH = 9  # operations of a symmetric eigendecomposition with all vectors, times n^3
 LEVELS = 6  # cuts of each module at which damage is measured, as in the default grid
 PROBE_TOKENS = 8192  # tokens on which damage is measured, likewise
-ATTENTION, MLP = LINEARS[:4], LINEARS[4:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +96,13 @@ def half_forward(
     return Work(matmul=flops, touched=touched)
 
 
+def _mlp(shape: ModelShape, form: LayerForm) -> tuple[str, ...]:
+    return tuple(role for role in shape.kind(form).roles if role not in ATTENTION)
+
+
 def layer_forward(shape: ModelShape, form: LayerForm, *, tokens: int, data: TokenBatching) -> Work:
     """Return the work of the forward pass of one layer."""
-    return half_forward(shape, form, LINEARS, tokens=tokens, data=data)
+    return half_forward(shape, form, shape.kind(form).roles, tokens=tokens, data=data)
 
 
 def layer_statistics_work(
@@ -109,11 +116,11 @@ def layer_statistics_work(
     layer = form or dense_form(shape)
     total = Work()
     for statistic in statistics:
-        dim = tap_dim(shape, statistic.tap, layer)
+        at = tap_dims(shape, statistic.tap, layer)
         elements = statistic_elements(shape, statistic, layer)
-        total += Work(gram=2 * tokens * dim * statistic.row.columns(dim, layer))
+        total += Work(gram=2 * tokens * at.dim * statistic.row.columns(at))
         # The product in float32, and the sum that it is added to.
-        total += Work(touched=tokens * dim * 8 + elements * 20)
+        total += Work(touched=tokens * at.dim * 8 + elements * 20)
     return total
 
 
@@ -162,9 +169,9 @@ def carried_work(shape: ModelShape, statistics: Iterable[Statistic]) -> Work:
 
 def losses_work(shape: ModelShape, form: LayerForm, statistics: Iterable[Statistic]) -> Work:
     """Return the work of measuring the loss of truncating one layer to the ranks of a form."""
-    before = layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
+    before = layer_parameters(shape, dense_form(shape, form.kind)) * BYTES_OF[shape.dtype]
     read = before + _gram_bytes(shape, statistics, None)
-    return CALL + Work(read=read) + shrink_work(shape, form, LINEARS)
+    return CALL + Work(read=read) + shrink_work(shape, form, shape.kind(form).roles)
 
 
 def basis_work(shape: ModelShape, keep_dim: int, *, sites: int = 1) -> Work:
@@ -187,7 +194,7 @@ def layer_work(
     start: LayerForm | None = None,
 ) -> Work:
     """Return the work of reading, shrinking and writing a layer; a dense one without ``start``."""
-    width, first = BYTES_OF[shape.dtype], start or dense_form(shape)
+    width, first = BYTES_OF[shape.dtype], start or dense_form(shape, form.kind)
     before, after = layer_parameters(shape, first), layer_parameters(shape, form)
     total = CALL + Work(
         read=before * width, written=after * width, touched=(before + after) * (width + 8)
@@ -195,14 +202,14 @@ def layer_work(
     if residual:
         return total + _rotation(shape, form)
     sums = Work(read=_gram_bytes(shape, statistics, first))
-    return total + sums + shrink_work(shape, form, LINEARS, first)
+    return total + sums + shrink_work(shape, form, shape.kind(form).roles, first)
 
 
 def shrink_work(
     shape: ModelShape, form: LayerForm, linears: Iterable[str], start: LayerForm | None = None
 ) -> Work:
     """Return the work of the factorisations of some linears for a layer's form."""
-    names, first = set(linears), start or dense_form(shape)
+    names, first = set(linears), start or dense_form(shape, form.kind)
     total = Work()
     if "down_proj" in names and form.intermediate < first.intermediate:
         total += _nystrom(first.intermediate, first.residual_out, form.intermediate)
@@ -238,10 +245,11 @@ def damage_work(
     total += Work(read=weights)
     for form in forms:
         only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
-        after = half_forward(shape, form, MLP if only_mlp else LINEARS, tokens=tokens, data=data)
+        passed = _mlp(shape, form) if only_mlp else shape.kind(form).roles
+        after = half_forward(shape, form, passed, tokens=tokens, data=data)
         compare = Work(touched=tokens * shape.hidden * 16 + weights)
         # Low-rank axes are computed once for all levels; widths are refitted at each level.
-        factored = shrink_work(shape, form, LINEARS, dense)
+        factored = shrink_work(shape, form, shape.kind(form).roles, dense)
         total += factored.times(1 if form.ranks.keys() - dense.ranks.keys() else LEVELS)
         total += (after + compare).times(LEVELS)
     return total
@@ -256,14 +264,14 @@ def refit_layer_work(
     shape: ModelShape, form: LayerForm, data: TokenBatching, start: LayerForm | None = None
 ) -> Work:
     """Return the work of refitting both halves of one layer after the layers before it."""
-    dense = start or dense_form(shape)
+    dense = start or dense_form(shape, form.kind)
     bytes_ = BYTES_OF[shape.dtype]
     held = 1 / refit.HELD_OUT
     total = CALL + Work(
         read=(layer_parameters(shape, dense) + layer_parameters(shape, form)) * bytes_,
         written=layer_parameters(shape, form) * bytes_,
     )
-    for names, last in ((ATTENTION, "o_proj"), (MLP, "down_proj")):
+    for names, last in ((ATTENTION, "o_proj"), (_mlp(shape, form), "down_proj")):
         out_dim, dim = linear_dims(shape, form, last)
         dim = form.ranks.get(last, dim)
         full = half_forward(shape, dense, names, tokens=data.tokens, data=data)
@@ -307,8 +315,8 @@ def stream_work(
     total = CALL + Work(gram=2 * stream * shape.hidden, written=square * 8)
     if site == 0:
         return total + table_load_work(shape, shape.hidden)
-    names = ATTENTION if site % 2 else MLP
-    weights = layer_parameters(shape, dense_form(shape)) * BYTES_OF[shape.dtype]
+    names = ATTENTION if site % 2 else _mlp(shape, form)
+    weights = layer_parameters(shape, dense_form(shape, form.kind)) * BYTES_OF[shape.dtype]
     cut = Work(matmul=2 * stream * keep_dim)
     passed = half_forward(shape, form, names, tokens=data.tokens, data=data)
     moved = Work(read=weights + stream * width, written=stream * width)
@@ -326,16 +334,15 @@ def table_work(shape: ModelShape, width: int, *, residual: bool) -> Work:
 
 def _rotation(shape: ModelShape, form: LayerForm) -> Work:
     """Return the work of rotating all linears of a layer, and its two shortcuts."""
-    keeps = dict.fromkeys(("q_proj", "k_proj", "v_proj"), form.residual_in)
-    keeps |= dict.fromkeys(("gate_proj", "up_proj", "o_proj"), form.residual_mid)
-    keeps["down_proj"] = form.residual_out
-    flops, elements, crossing = 0, 0, 0
-    for name, keep in keeps.items():
-        out_dim, in_dim = shape.linear_dims(name)
+    dense = dense_form(shape, form.kind)
+    flops, elements = 0, 0
+    for linear in shape.kind(form).linears:
+        end = linear.writes if linear.writes.startswith("residual") else linear.reads
+        keep = width_at(shape, form, end)
+        out_dim, in_dim = linear_dims(shape, dense, linear.role)
         flops += 2 * out_dim * in_dim * keep
         elements += out_dim * in_dim
-    if form.shortcuts:
-        crossing = 2 * shape.hidden * form.residual_mid * (form.residual_in + form.residual_out)
+    crossing = 2 * shape.hidden * shortcut_parameters(shape, form)
     bases = shape.hidden * (form.residual_in + form.residual_mid + form.residual_out)
     return Work(matmul=flops, float64=crossing, touched=elements * 12, read=bases * 8)
 

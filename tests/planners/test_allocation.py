@@ -22,7 +22,7 @@ from planners.budget.widths import (
 from planners.errors import NumericsError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, model_parameters
-from planners.model.shape import ModelShape
+from tests.shapes import has_bias, llama_shape
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")
@@ -92,11 +92,11 @@ def a_target(data, problem, how):
 
 
 HOW = ("uniform", "influence", "marginal")
-BABY = ModelShape(
+BABY = llama_shape(
     family="llama", model_type="llama", num_layers=5, hidden=32, intermediate=350, num_heads=8,
     num_kv_heads=4, head_dim=4, vocab_size=105, tied=True,
 )  # fmt: skip
-BIASED = ModelShape(
+BIASED = llama_shape(
     family="llama", model_type="llama", num_layers=3, hidden=24, intermediate=40, num_heads=4,
     num_kv_heads=4, head_dim=16, vocab_size=30, tied=True, qkv_bias=True, o_bias=True,
 )  # fmt: skip
@@ -245,7 +245,9 @@ def test_marginal_never_does_more_damage_than_uniform_of_the_same_size(module, d
     shape, _, round_to, _ = problem
     # With widths and grid in whole steps both use the budget up to the same parameter.
     assume(full_widths(shape)[module] % QUANTUM.get(module, round_to) == 0)
-    assume(not shape.qkv_bias or module != "vo")  # a first cut moves a bias, which is no step
+    assume(
+        not has_bias(shape, "v_proj") or module != "vo"
+    )  # a first cut moves a bias, which is no step
     keep_fraction = a_target(data, problem, "marginal")
     even = allocated(problem, keep_fraction, how="uniform")
     count = model_parameters(shape, even)

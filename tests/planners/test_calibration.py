@@ -6,10 +6,10 @@ from actors import methods
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget.widths import uniform
 from planners.calibration import few_tokens
-from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
+from tests.shapes import llama_shape
 
-SHAPE = ModelShape(
+SHAPE = llama_shape(
     family="llama", model_type="llama", num_layers=2, hidden=64, intermediate=160, num_heads=4,
     num_kv_heads=2, head_dim=16, vocab_size=60, tied=True,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Counts of parameters, against models that are really built."""
 
+import math
 from dataclasses import asdict, replace
 
 import torch
@@ -19,8 +20,9 @@ from planners.model.cost import (
     statistic_elements,
 )
 from planners.model.form import dense_form
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.layer import ROLES
 from planners.model.taps import Statistic
+from tests.shapes import dense_dims, has_bias, llama_shape
 from tests.strategies import model_forms, shapes
 
 TAPS = ("resid_attn", "resid_mlp", "resid_out", "attn_in", "o_in", "mlp_in", "mlp_hidden", "v")
@@ -56,7 +58,10 @@ def num_parameters(model):
 
 @given(shapes())
 def test_the_dense_count_is_that_of_the_transformers_model(shape):
-    biases = {"attention_bias": shape.o_bias, "mlp_bias": shape.mlp_bias}
+    biases = {
+        "attention_bias": has_bias(shape, "o_proj"),
+        "mlp_bias": has_bias(shape, "up_proj"),
+    }
     config = config_of(shape) | (biases if shape.model_type == "llama" else {})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
@@ -73,8 +78,6 @@ def test_the_count_of_any_form_is_that_of_the_model_that_runs_it(data):
             **config_of(shape),
             "model_type": CompressedConfig.model_type,
             "tie_word_embeddings": form.tied,
-            "qkv_bias": shape.qkv_bias,
-            "mlp_bias": shape.mlp_bias,
             "embedding_dim": form.embedding_dim,
             "head_input_dim": form.head_dim,
             "head_norm_weight": form.head_norm_weight,
@@ -111,7 +114,7 @@ def test_a_statistic_of_a_layer_that_is_cut_takes_as_many_numbers_as_are_planned
 
 
 def test_a_layer_of_two_factors_and_shortcuts_multiplies_what_it_stores():
-    shape = ModelShape(
+    shape = llama_shape(
         family="llama", model_type="llama", num_layers=2, hidden=16, intermediate=24, num_heads=4,
         num_kv_heads=2, head_dim=4, vocab_size=50, tied=False,
     )  # fmt: skip
@@ -122,11 +125,11 @@ def test_a_layer_of_two_factors_and_shortcuts_multiplies_what_it_stores():
 
 
 def test_the_forward_pass_of_one_token_multiplies_every_weight_of_the_layers_once():
-    shape = ModelShape(
+    shape = llama_shape(
         family="llama", model_type="llama", num_layers=3, hidden=16, intermediate=24, num_heads=4,
         num_kv_heads=2, head_dim=4, vocab_size=50, tied=False,
     )  # fmt: skip
-    weights = sum(out_dim * in_dim for out_dim, in_dim in map(shape.linear_dims, LINEARS))
+    weights = sum(math.prod(dense_dims(shape, role)) for role in ROLES)
     assert forward_flops(shape, tokens=1, sequence_length=1) == 2 * 3 * weights
     # Attention is causal: a token looks at half of a sequence, for scores and again for values.
     scores = 2 * 2 * (4 * 4) * (100 // 2)

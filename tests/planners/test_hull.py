@@ -18,13 +18,13 @@ from planners.errors import ConfigError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, layer_parameters, model_parameters
 from planners.model.modules import LINEARS_OF, kept_of, of_modules
-from planners.model.shape import ModelShape
+from tests.shapes import dense_dims, llama_shape
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")
 SHARES = (0.9, 0.6, 0.3)
 BOTH = ("units", "ranks")
-SHAPE = ModelShape(
+SHAPE = llama_shape(
     family="llama", model_type="llama", num_layers=2, hidden=24, intermediate=40, num_heads=4,
     num_kv_heads=2, head_dim=8, vocab_size=30, tied=True,
 )  # fmt: skip
@@ -244,9 +244,9 @@ def test_every_rung_of_ranks_holds_more_than_the_one_below_and_all_keep_one_shar
     expected = {
         name: max(1, int(share * out * inner / (out + inner)))
         for name in LINEARS_OF[module]
-        for out, inner in [shape.linear_dims(name)]
+        for out, inner in [dense_dims(shape, name)]
     }
-    for name, (out, inner) in {n: shape.linear_dims(n) for n in LINEARS_OF[module]}.items():
+    for name, (out, inner) in {n: dense_dims(shape, n) for n in LINEARS_OF[module]}.items():
         if expected[name] * (out + inner) >= out * inner:
             del expected[name]  # it would save nothing, and is left whole
     for level in ladder.levels:
@@ -283,7 +283,7 @@ def test_who_competes_is_one_list_however_it_is_written(both):
 
 def test_the_statistics_are_those_of_all_who_compete_for_the_modules_that_take_part():
     own = options(candidates="svdllm", modules="qk")
-    found = methods.chosen("modegpt", own).statistics(own)
+    found = methods.chosen("modegpt", own).statistics(SHAPE, own)
     assert {str(s) for s in found} == {
         "q_rope.pair_energy", "k_rope.pair_energy", "attn_in.gram", "resid_attn.probe8192"
     }  # fmt: skip

@@ -12,8 +12,8 @@ from planners.errors import PlanError
 from planners.memory.placement import Load, load_of, place
 from planners.model.cost import layer_parameters, statistic_elements
 from planners.model.form import dense_form
-from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
+from tests.shapes import llama_shape
 
 LOADS = st.builds(
     Load,
@@ -25,7 +25,7 @@ LOADS = st.builds(
 
 
 def shape_of(num_layers):
-    return ModelShape(
+    return llama_shape(
         family="llama", model_type="llama", num_layers=num_layers, hidden=32, intermediate=48,
         num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=100, tied=False,
     )  # fmt: skip

@@ -13,11 +13,11 @@ from planners.batching import TokenBatching
 from planners.canonical_json import fingerprint, to_json
 from planners.memory.placement import load_of, place
 from planners.model.cost import dense_model_form, dense_parameters, model_parameters
-from planners.model.shape import ModelShape
 from planners.plan import RunPlan, run_plan_from_json
+from tests.shapes import llama_shape
 from tests.strategies import model_forms, shapes
 
-SHAPE = ModelShape(
+SHAPE = llama_shape(
     family="llama", model_type="qwen2", num_layers=3, hidden=16, intermediate=24, num_heads=4,
     num_kv_heads=2, head_dim=4, vocab_size=50, tied=True, qkv_bias=True,
 )  # fmt: skip

@@ -11,12 +11,12 @@ from planners.memory.peaks import Shrinking
 from planners.method import Target
 from planners.model.cost import dense_model_form, layer_parameters
 from planners.model.form import dense_form
-from planners.model.shape import ModelShape
 from planners.planning import Workload, make_plan
 from planners.units.kinds import unit_bytes
 from tests.builders import compress_local, prepared_run, save_model
+from tests.shapes import llama_shape
 
-SHAPE = ModelShape(
+SHAPE = llama_shape(
     family="llama", model_type="llama", num_layers=4, hidden=256, intermediate=512, num_heads=8,
     num_kv_heads=8, head_dim=32, vocab_size=100, tied=False, dtype="bfloat16",
 )  # fmt: skip

@@ -17,10 +17,11 @@ from planners.errors import NumericsError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, linear_dims, model_parameters
 from planners.model.form import Start
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.layer import ROLES
+from tests.shapes import dense_dims, llama_shape
 from tests.strategies import shapes
 
-SHAPE = ModelShape(
+SHAPE = llama_shape(
     family="llama", model_type="llama", num_layers=4, hidden=48, intermediate=96, num_heads=4,
     num_kv_heads=4, head_dim=12, vocab_size=60, tied=True,
 )  # fmt: skip
@@ -29,7 +30,7 @@ SHAPE = ModelShape(
 @st.composite
 def problems(draw):
     shape = draw(shapes())
-    names = draw(st.lists(st.sampled_from(LINEARS), min_size=1, max_size=7, unique=True))
+    names = draw(st.lists(st.sampled_from(ROLES), min_size=1, max_size=7, unique=True))
     losses = st.floats(0, 1e6, allow_subnormal=False)
     findings = [{"losses": {name: draw(losses) for name in names}} for _ in range(shape.num_layers)]
     return shape, names, findings
@@ -95,8 +96,8 @@ def test_no_matrix_keeps_less_than_half_of_what_its_type_keeps(problem, data):
 
 def test_a_matrix_that_loses_nothing_is_not_cut_to_nothing():
     losses = [1e-9, 1e5, 1e5, 1e5]
-    findings = [{"losses": dict.fromkeys(LINEARS, loss)} for loss in losses]
-    form = allocated((SHAPE, list(LINEARS), findings), 0.5)
+    findings = [{"losses": dict.fromkeys(ROLES, loss)} for loss in losses]
+    form = allocated((SHAPE, list(ROLES), findings), 0.5)
     first, *others = (layer.ranks["q_proj"] for layer in form.layers)
     share = (first + sum(others)) / 4
     assert FLOOR * share - 1 <= first < others[0]
@@ -119,10 +120,10 @@ def test_equal_losses_are_one_share_for_all_but_for_the_last_rank(problem, data)
             assert abs(one.ranks[name] - other.ranks[name]) <= 1
 
 
-@given(st.lists(st.sampled_from(LINEARS), min_size=1, max_size=7, unique=True), st.data())
+@given(st.lists(st.sampled_from(ROLES), min_size=1, max_size=7, unique=True), st.data())
 def test_linears_stay_whole_before_they_are_factored_to_no_use(names, data):
     start = dense_start(SHAPE)
-    parts = sum(math.prod(SHAPE.linear_dims(name)) for name in names) * SHAPE.num_layers
+    parts = sum(math.prod(dense_dims(SHAPE, name)) for name in names) * SHAPE.num_layers
     at_most = 1 - (1 - MOST_SHARE) * parts / dense_parameters(SHAPE)
     keep_fraction = data.draw(st.floats(at_most, 1.0))
     form = uniform_ranks(SHAPE, keep_fraction=keep_fraction, names=names, start=start)
@@ -152,7 +153,7 @@ def test_a_larger_budget_never_makes_a_factored_model_smaller(problem, data):
 
 
 def test_at_99_percent_most_linears_are_whole_and_the_target_is_met_to_a_rank():
-    form = uniform_ranks(SHAPE, keep_fraction=0.99, names=LINEARS, start=dense_start(SHAPE))
+    form = uniform_ranks(SHAPE, keep_fraction=0.99, names=ROLES, start=dense_start(SHAPE))
     factored = [(index, n) for index, layer in enumerate(form.layers) for n in layer.ranks]
     room = 0.99 * dense_parameters(SHAPE) - model_parameters(SHAPE, form)
     assert 0 <= room < 2 * SHAPE.hidden
@@ -207,7 +208,7 @@ def test_losses_are_those_of_the_truncated_products_themselves():
         tap: torch.randn(200, dim, **rand) @ torch.randn(dim, dim, **rand)
         for tap, dim in taps.items()
     }
-    weights = {f"{n}.weight": torch.randn(SHAPE.linear_dims(n), **rand) for n in LINEARS}
+    weights = {f"{n}.weight": torch.randn(dense_dims(SHAPE, n), **rand) for n in ROLES}
     sums = {f"{tap}.gram": each.T @ each for tap, each in x.items()}
     spec = methods.spec("svdllm")
     form = spec.form(SHAPE, dense_start(SHAPE), Target(keep_fraction=0.6), options).layers[0]

@@ -12,9 +12,9 @@ from orchestrator.recipe.method_options import resolve_options
 from planners.batching import TokenBatching
 from planners.method import Target
 from planners.model.cost import dense_start
-from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.units.units import Identity, compression_units, needed, spent, statistics_units
+from tests.shapes import llama_shape
 
 SPEC = methods.spec("slicegpt")
 IDENTITY = Identity(
@@ -36,7 +36,7 @@ def another_identity(field):
 
 
 def shape_of(num_layers):
-    return ModelShape(
+    return llama_shape(
         family="llama", model_type="llama", num_layers=num_layers, hidden=64, intermediate=96,
         num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=50, tied=False,
     )  # fmt: skip

@@ -23,7 +23,9 @@ from planners.families import load as load_family
 from planners.method import Target
 from planners.model.cost import dense_start, layer_parameters
 from planners.model.form import dense_form
-from planners.model.shape import LINEARS, ModelShape
+from planners.model.layer import ROLES
+from planners.model.shape import ModelShape
+from tests.shapes import dense_dims, has_bias, llama_shape
 
 NAMES = methods.available()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +51,7 @@ def shapes(draw):
         draw(st.integers(1, 3)),
         draw(st.integers(2, 4)),
     )
-    return ModelShape(
+    return llama_shape(
         family="llama",
         model_type="llama",
         num_layers=1,
@@ -84,10 +86,10 @@ def case_of(shape, seed, length, dtype=torch.float64):
 def random_weights(shape, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name in LINEARS:
-        out_dim, in_dim = shape.linear_dims(name)
+    for name in ROLES:
+        out_dim, in_dim = dense_dims(shape, name)
         weights[f"{name}.weight"] = torch.randn(out_dim, in_dim, generator=generator) / in_dim**0.5
-        if shape.has_bias(name):
+        if has_bias(shape, name):
             weights[f"{name}.bias"] = 0.3 * torch.randn(out_dim, generator=generator)
     for norm in ("attn_norm.weight", "mlp_norm.weight"):
         weights[norm] = 1 + 0.2 * torch.randn(shape.hidden, generator=generator)
@@ -179,8 +181,7 @@ def run(shape, form, tensors, hidden):
         "model_type": CompressedConfig.model_type, "num_hidden_layers": 1, "vocab_size": 1,
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim, "rms_norm_eps": EPS, "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias, "embedding_dim": shape.hidden, "head_input_dim": shape.hidden,
+        "head_dim": shape.head_dim, "rms_norm_eps": EPS, "embedding_dim": shape.hidden, "head_input_dim": shape.hidden,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
         "pad_token_id": None, "layer_forms": [to_json(form)],
     }  # fmt: skip
@@ -204,7 +205,7 @@ def compressed(name, case, form, options):
             case.weights, case.sums, shape=case.shape, form=form, options=options
         )
     dims = (form.residual_in, form.residual_mid, form.residual_out)
-    wanted = {s.tap for s in methods.spec(name).statistics(options)}
+    wanted = {s.tap for s in methods.spec(name).statistics(case.shape, options)}
     bases = [
         method.factor(
             [case.sums[f"{tap}.gram"]] if tap in wanted else [], keep_dim=dim, where=f"tap {tap}"
@@ -226,8 +227,8 @@ def cut_form(name, shape, share, options):
     if name == "svdllm":
         ranks = {
             linear_: max(1, int(share * o * i / (o + i)))
-            for linear_ in LINEARS
-            for o, i in (shape.linear_dims(linear_),)
+            for linear_ in ROLES
+            for o, i in (dense_dims(shape, linear_),)
         }
         return replace(dense_form(shape), ranks=ranks)
     widths = {
@@ -319,7 +320,7 @@ def relative(found, expected):
 def test_the_error_of_a_low_rank_linear_is_that_on_its_tokens(case, share):
     form = cut_form("svdllm", case.shape, share, {})
     new, said = compressed("svdllm", case, form, own_options("svdllm"))
-    for name in LINEARS:
+    for name in ROLES:
         x = case.taps[TAP_OF[name]]
         found = x @ new[f"{name}.first.weight"].T @ new[f"{name}.second.weight"].T
         expected = x @ case.weights[f"{name}.weight"].T
@@ -419,7 +420,7 @@ def test_values_of_lower_rank_lose_nothing_and_their_bias_moves_exactly(shape, s
     expected = case.taps["resid_out"].reshape(hidden.shape)
     assert torch.allclose(run(shape, form, new, hidden), expected, atol=1e-4)
     assert "singular" in said["rungs"]["vo"]
-    if shape.qkv_bias:
+    if has_bias(shape, "v_proj"):
         group = shape.num_heads // shape.num_kv_heads
         spread = weights["v_proj.bias"].unflatten(0, (shape.num_kv_heads, -1))
         moved = weights["o_proj.weight"] @ spread.repeat_interleave(group, dim=0).flatten()
@@ -510,7 +511,7 @@ def test_a_singular_gram_is_used_and_reported(tokens):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_gram_that_is_not_finite_is_refused_with_its_place(name, broken):
-    shape = ModelShape(
+    shape = llama_shape(
         family="llama", model_type="llama", num_layers=1, hidden=12, intermediate=16, num_heads=4,
         num_kv_heads=2, head_dim=4, vocab_size=11, tied=False,
     )  # fmt: skip
@@ -532,5 +533,5 @@ def test_a_gram_that_is_not_finite_is_refused_with_its_place(name, broken):
 
 
 def uses(name, statistic):
-    wanted = methods.spec(name).statistics(own_options(name))
+    wanted = methods.spec(name).statistics(shape, own_options(name))
     return statistic in {str(s) for s in wanted}

@@ -16,7 +16,6 @@ from actors.storage.tensors import read_tensors
 from orchestrator.recipe.method_options import resolve_options
 from planners.method import Target
 from planners.model.cost import dense_start
-from planners.model.shape import ModelShape
 from tests.builders import (
     LENGTH,
     VOCABULARY,
@@ -25,6 +24,7 @@ from tests.builders import (
     result_files,
     save_model,
 )
+from tests.shapes import llama_shape
 
 METHOD, SPEC = methods.load("slicegpt"), methods.spec("slicegpt")
 TYPES = ("llama", "mistral", "qwen2")
@@ -95,7 +95,7 @@ def layer_weights(seed, *, dtype, bias):
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
-SHAPE = ModelShape(
+SHAPE = llama_shape(
     family="llama", model_type="llama", num_layers=3, hidden=16, intermediate=24, num_heads=4,
     num_kv_heads=2, head_dim=6, vocab_size=20, tied=False,
 )  # fmt: skip

@@ -1,0 +1,25 @@
+"""Shapes of Llamas, for tests that need no checkpoint."""
+
+from planners.model.cost import linear_dims
+from planners.model.form import dense_form
+from planners.model.layer import ATTENTION, ROLES, decoder_layer
+from planners.model.shape import ModelShape
+
+
+def llama_shape(*, qkv_bias=False, o_bias=False, mlp_bias=False, **integers):
+    """Return the shape of a Llama with these biases."""
+    biases = ATTENTION[:3] * qkv_bias + ATTENTION[3:] * o_bias + ROLES[4:] * mlp_bias
+    head_dim = integers["head_dim"]
+    layer = decoder_layer(rotary=head_dim, head_dim=head_dim, biases=frozenset(biases))
+    of_layer = (0,) * integers["num_layers"]
+    return ModelShape(kinds=(layer,), of_layer=of_layer, **integers)
+
+
+def dense_dims(shape, role):
+    """Return (out, in) of a linear of the first layer of a model."""
+    return linear_dims(shape, dense_form(shape), role)
+
+
+def has_bias(shape, role):
+    """Return whether a linear of the first layer of a model has a bias."""
+    return role in shape.kinds[0].biases
