@@ -54,7 +54,7 @@ class Family:
         Roles are ``q_proj.weight``, ``q_proj.bias``, ``attn_norm.weight`` and so on.
         """
         prefix = self.layer.format(i=layer)
-        form = dense_form(shape, shape.of_layer[layer])
+        form = dense_form(shape, shape.kind_of[layer])
         kind = shape.kind(form)
         tensors: dict[str, tuple[str, Dims]] = {}
         for linear in kind.linears:

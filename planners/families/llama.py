@@ -115,8 +115,7 @@ def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
         head_dim=head_dim,
         vocab_size=positive(config, "vocab_size"),
         tied=flag(config, "tie_word_embeddings", default=False),
-        kinds=(decoder_layer(rotary=head_dim, head_dim=head_dim, biases=_biases(config)),),
-        of_layer=(0,) * num_layers,
+        kinds=(decoder_layer(rotary=head_dim, biases=_biases(config)),),
         dtype=dtype,
     )
 

@@ -80,7 +80,7 @@ def model_parameters(shape: ModelShape, form: ModelForm) -> int:
 def dense_model_form(shape: ModelShape) -> ModelForm:
     """Return the form of the uncompressed model."""
     return ModelForm(
-        layers=tuple(dense_form(shape, kind) for kind in shape.of_layer),
+        layers=tuple(dense_form(shape, kind) for kind in shape.kind_of),
         embedding_dim=shape.hidden,
         head_dim=shape.hidden,
         head_norm_weight=True,
@@ -139,7 +139,7 @@ def statistic_elements(
 
 def linears_before(shape: ModelShape, tap: str) -> tuple[str, ...]:
     """Return the linears that the last layer's forward pass applies before a tap."""
-    roles = shape.kinds[shape.of_layer[-1]].roles
+    roles = shape.kinds[shape.kind_of[-1]].roles
     qkv, attention = roles[:3], roles[:4]
     found = {"q_rope": qkv, "k_rope": qkv, "v": qkv, "o_in": qkv, "resid_mlp": attention,
              "mlp_in": attention, "mlp_hidden": roles[:-1], "resid_out": roles}  # fmt: skip
@@ -161,8 +161,7 @@ def forward_flops(
     total = 0
     layers = (form or dense_model_form(shape)).layers
     for index, layer in enumerate(layers):
-        ends = index == len(layers) - 1 and last is not None
-        names = last if ends else shape.kind(layer).roles
+        names = last if last is not None and index == len(layers) - 1 else shape.kind(layer).roles
         weights = sum(linear_weights(shape, layer, name) for name in names)
         heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
         total += weights + shortcut_parameters(shape, layer) + heads * (sequence_length // 2)

@@ -130,7 +130,6 @@ class LayerKind:
 def decoder_layer(  # noqa: PLR0913 the facts in which layers differ
     *,
     rotary: int,
-    head_dim: int,
     pairs: str = "half",
     gated: bool = True,
     biases: frozenset[str] = frozenset(),
@@ -144,7 +143,6 @@ def decoder_layer(  # noqa: PLR0913 the facts in which layers differ
 
     Args:
         rotary: channels of a head that rope rotates; 0 without rope.
-        head_dim: width of a head.
         pairs: see `LayerKind`.
         gated: the MLP has a ``gate_proj``.
         biases: roles of the linears with a bias.
@@ -184,7 +182,7 @@ def decoder_layer(  # noqa: PLR0913 the facts in which layers differ
         spaces=(
             Space(name="residual", group="orthogonal"),
             Space(name="mlp", group="permutation"),
-            _qk_space(rotary, head_dim, head_norm),
+            _qk_space(rotary, head_norm),
             Space(name="vo", group="general"),
         ),
         parallel=parallel,
@@ -201,7 +199,7 @@ def _norm(like: Norm, role: str, over: str) -> Norm:
     )  # fmt: skip
 
 
-def _qk_space(rotary: int, head_dim: int, head_norm: Norm | None) -> Space:
+def _qk_space(rotary: int, head_norm: Norm | None) -> Space:
     if head_norm is not None:
         reason = "q and k are normalised over the channels that would be removed"
         return Space(name="qk", group="none", reason=reason)

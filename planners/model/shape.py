@@ -1,7 +1,7 @@
 """The integers of a model, and the kinds of its layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planners.model.layer import LayerKind, Linear, Norm, Space
@@ -26,7 +26,7 @@ class ModelShape:
         vocab_size: rows of the embedding.
         tied: the head is the embedding's tensor and is stored once.
         kinds: of layers.
-        of_layer: the kind of each layer, as an index into ``kinds``.
+        own_kinds: the kind of each layer, an index into ``kinds``; empty where all are alike.
         final_norm: the norm before the head.
         head_bias: the head has a bias.
         positions: rows of a table of learned positions that is added to the embedding; 0 without.
@@ -44,8 +44,8 @@ class ModelShape:
     vocab_size: int
     tied: bool
     kinds: tuple[LayerKind, ...]
-    of_layer: tuple[int, ...]
-    final_norm: Norm = Norm(role="final_norm", over="residual_out")
+    own_kinds: tuple[int, ...] = ()
+    final_norm: Norm = field(default_factory=lambda: Norm(role="final_norm"))
     head_bias: bool = False
     positions: int = 0
     dtype: str = "float32"
@@ -54,6 +54,11 @@ class ModelShape:
     def num_sites(self) -> int:
         """Sites of the residual stream: two a layer and the one the head reads."""
         return 2 * self.num_layers + 1
+
+    @property
+    def kind_of(self) -> tuple[int, ...]:
+        """The kind of each layer, as an index into ``kinds``."""
+        return self.own_kinds or (0,) * self.num_layers
 
     def kind(self, layer: "LayerForm") -> LayerKind:
         """Return the kind of a layer."""
@@ -77,7 +82,7 @@ def shape_from_json(data: Mapping[str, Any]) -> ModelShape:
         **{
             **data,
             "kinds": kinds,
-            "of_layer": tuple(data["of_layer"]),
+            "own_kinds": tuple(data["own_kinds"]),
             "final_norm": Norm(**data["final_norm"]),
         }
     )
