@@ -5,7 +5,8 @@ from typing import Any
 
 from planners.canonical_json import to_json
 from planners.families import load as load_family
-from planners.families.llama import DEFAULTS, FULL, SLIDING, windows
+from planners.families._decoder import FULL, SLIDING
+from planners.families.llama import DEFAULTS, windows
 from planners.model.form import ModelForm
 from planners.model.shape import ModelShape
 

@@ -27,6 +27,9 @@ class Family:
         norms: ``attn_norm``, ``mlp_norm``, ``q_norm``, ``k_norm`` -> name below the layer.
         attention: name below the layer of the module that attends.
         activation: name below the layer of the module that is the MLP's activation.
+        activation_key: the config's key for it.
+        eps_key: the config's key for the epsilon of the norms; empty where it is no key.
+        defaults: model_type -> key -> the value that transformers takes where a config lacks it.
         embedding: tensor of the embedding.
         positions: tensor of the learned positions; empty without.
         final_norm: tensor of the final norm's scale.
@@ -42,6 +45,9 @@ class Family:
     norms: Mapping[str, str]
     attention: str
     activation: str
+    activation_key: str
+    eps_key: str
+    defaults: Mapping[str, Mapping[str, Any]]
     embedding: str
     final_norm: str
     head: str
