@@ -19,7 +19,7 @@ from planners.model.cost import (
     model_parameters,
     statistic_elements,
 )
-from planners.model.form import ModelForm, Start
+from planners.model.form import ModelForm, Start, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.plan import RunPlan
@@ -119,9 +119,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         drafts = refit.disk_bytes(after * width, stream_bytes=stream)
     bases = 0
     if spec.residual:
-        dims = [d for layer in form.layers for d in (layer.residual_in, layer.residual_mid)]
-        dims.append(form.layers[-1].residual_out)
-        bases = sum(dims) * shape.hidden * 8
+        bases = sum(site_dims(form).values()) * shape.hidden * 8
     return RunPlan(
         shape=shape,
         form=form,

@@ -30,6 +30,7 @@ class ModelShape:
         final_norm: the norm before the head.
         head_bias: the head has a bias.
         positions: rows of a table of learned positions that is added to the embedding; 0 without.
+        native: the spaces that a stock config can narrow in all layers alike.
         dtype: storage type of the weights, ``float32``, ``bfloat16`` or ``float16``.
     """
 
@@ -48,12 +49,18 @@ class ModelShape:
     final_norm: Norm = field(default_factory=lambda: Norm(role="final_norm"))
     head_bias: bool = False
     positions: int = 0
+    native: tuple[str, ...] = ("residual", "mlp")
     dtype: str = "float32"
 
     @property
     def num_sites(self) -> int:
         """Sites of the residual stream: two a layer and the one the head reads."""
         return 2 * self.num_layers + 1
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the norms subtract the mean: then only the centred residual stream matters."""
+        return any(norm.kind == "layer" for kind in self.kinds for norm in kind.norms)
 
     @property
     def kind_of(self) -> tuple[int, ...]:
@@ -83,6 +90,7 @@ def shape_from_json(data: Mapping[str, Any]) -> ModelShape:
             **data,
             "kinds": kinds,
             "own_kinds": tuple(data["own_kinds"]),
+            "native": tuple(data["native"]),
             "final_norm": Norm(**data["final_norm"]),
         }
     )
