@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from planners.model.layer import LayerKind, Linear, Norm, Space
 
-if TYPE_CHECKING:
-    from planners.model.form import LayerForm
+
+class OfKind(Protocol):
+    """A layer, such as a `planners.model.form.LayerForm`."""
+
+    @property
+    def kind(self) -> int:
+        """Its kind, as an index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +72,7 @@ class ModelShape:
         """The kind of each layer, as an index into ``kinds``."""
         return self.own_kinds or (0,) * self.num_layers
 
-    def kind(self, layer: "LayerForm") -> LayerKind:
+    def kind(self, layer: OfKind) -> LayerKind:
         """Return the kind of a layer."""
         return self.kinds[layer.kind]
 
