@@ -343,10 +343,15 @@ def _move_bias(new: dict[str, Tensor], bias: Tensor, shape: ModelShape) -> None:
 
 def _of_model(shape: ModelShape, options: Mapping[str, Option]) -> tuple[str, ...]:
     """Return the modules to compress; by default those that the model's family allows."""
-    named = _modules(options)
+    left = _leaves(shape, options)
+    return tuple(module for module in _modules(options) if module not in left)
+
+
+def _leaves(shape: ModelShape, options: Mapping[str, Option]) -> dict[str, str]:
     if options["modules"] != ",".join(MODULES):
-        return named
-    return tuple(module for module in named if not _reason(shape, module))
+        return {}  # what is asked for by name is refused, not left out
+    reasons = {module: _reason(shape, module) for module in _modules(options)}
+    return {module: reason for module, reason in reasons.items() if reason}
 
 
 def _reason(shape: ModelShape, module: str) -> str:
@@ -532,6 +537,7 @@ SPEC = MethodSpec(
     ),
     statistics=_statistics,
     refuses=_refuses,
+    leaves=_leaves,
     form=_form,
     measures=_measures,
     cuts=_modules,
