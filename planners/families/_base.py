@@ -27,6 +27,9 @@ class Family:
         norms: ``attn_norm``, ``mlp_norm``, ``q_norm``, ``k_norm`` -> name below the layer.
         attention: name below the layer of the module that attends.
         activation: name below the layer of the module that is the MLP's activation.
+        activation_key: key of the config that names the activation.
+        dropout: key of the config with the dropout of what a block adds to the residual stream,
+            where the layer and not its attention applies it; empty without.
         embedding: tensor of the embedding.
         positions: tensor of the learned positions; empty without.
         final_norm: tensor of the final norm's scale.
@@ -47,6 +50,8 @@ class Family:
     head: str
     shape_of: Callable[[Mapping[str, Any], str], ModelShape]
     positions: str = ""
+    activation_key: str = "hidden_act"
+    dropout: str = ""
 
     def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, Dims]]:
         """Return role -> (tensor name, shape) of every tensor of one layer.
@@ -111,6 +116,38 @@ class Family:
             name = self.head.removesuffix("weight") + "bias"
             tensors["head.bias"] = (name, (shape.vocab_size,))
         return tensors
+
+    def layout(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the names and facts that the code of a result needs beside its widths."""
+        kinds = [
+            {
+                "linears": {each.role: [each.reads, each.writes] for each in kind.linears},
+                "norms": {norm.role: norm.over for norm in kind.norms},
+                "parallel": kind.parallel,
+                "rotary": kind.rotary,
+                "pairs": kind.pairs,
+                "residual_scale": kind.residual_scale,
+            }
+            for kind in shape.kinds
+        ]
+        return {
+            "layers": self.layer.removesuffix(".{i}"),
+            "embedding": self.embedding.removesuffix(".weight"),
+            "positions": self.positions.removesuffix(".weight"),
+            "final_norm": self.final_norm.removesuffix(".weight"),
+            "head": self.head.removesuffix(".weight"),
+            "attention": self.attention,
+            "activation": self.activation,
+            "activation_key": self.activation_key,
+            "dropout": self.dropout,
+            "linears": dict(self.linears),
+            "norms": dict(self.norms),
+            "hidden": shape.hidden,
+            "heads": shape.num_heads,
+            "kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "kinds": kinds,
+        }
 
     def _names(self) -> dict[str, str]:
         return {**self.linears, **self.norms, "rope_pairs": f"{self.attention}.rope_pairs"}
