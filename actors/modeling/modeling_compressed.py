@@ -149,6 +149,8 @@ class CompressedAttention(StockAttention):
         known = "sliding_window" in StockConfig.__dataclass_fields__
         of_all = self.config.sliding_window if known else None
         self.window = getattr(self, "sliding_window", of_all)
+        dropout = "attention_dropout" if hasattr(self, "attention_dropout") else "dropout"
+        self.dropout_of_weights = getattr(self, dropout)
 
     def forward(
         self,
@@ -179,7 +181,7 @@ class CompressedAttention(StockAttention):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.dropout_of_weights if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.window,
             **kwargs,

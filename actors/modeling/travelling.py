@@ -5,7 +5,7 @@ import importlib.util
 import json
 import sys
 from importlib import resources
-from importlib.abc import InspectLoader
+from importlib.abc import ExecutionLoader
 from typing import Any
 
 CODE = "modeling_compressed.py"
@@ -28,9 +28,8 @@ def classes(model_type: str) -> Any:
         KeyError: transformers has no such model type.
     """
     name = f"actors.modeling.compressed_{model_type}"
-    file = str(resources.files("actors.modeling").joinpath(CODE))
     loader = _Loader(model_type)
-    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
+    spec = importlib.util.spec_from_file_location(name, loader=loader)
     assert spec is not None  # it has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -38,9 +37,14 @@ def classes(model_type: str) -> Any:
     return module
 
 
-class _Loader(InspectLoader):
+class _Loader(ExecutionLoader):
     def __init__(self, model_type: str) -> None:
         self._model_type = model_type
+
+    def get_filename(self, fullname: str) -> str:
+        """Return the file that a traceback shows."""
+        del fullname
+        return str(resources.files("actors.modeling").joinpath(CODE))
 
     def get_source(self, fullname: str) -> str:
         """Return the source of the module."""

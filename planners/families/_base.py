@@ -27,9 +27,11 @@ class Family:
         norms: ``attn_norm``, ``mlp_norm``, ``q_norm``, ``k_norm`` -> name below the layer.
         attention: name below the layer of the module that attends.
         activation: name below the layer of the module that is the MLP's activation.
-        activation_key: key of the config that names the activation.
-        dropout: key of the config with the dropout of what a block adds to the residual stream,
-            where the layer and not its attention applies it; empty without.
+        activation_key: the config's key for it.
+        dropout: the config's key for the dropout of what attention and MLP add to the residual
+            stream; empty where it is no key.
+        eps_key: the config's key for the epsilon of the norms; empty where it is no key.
+        defaults: model_type -> key -> the value that transformers takes where a config lacks it.
         embedding: tensor of the embedding.
         positions: tensor of the learned positions; empty without.
         final_norm: tensor of the final norm's scale.
@@ -45,12 +47,14 @@ class Family:
     norms: Mapping[str, str]
     attention: str
     activation: str
+    activation_key: str
+    eps_key: str
+    defaults: Mapping[str, Mapping[str, Any]]
     embedding: str
     final_norm: str
     head: str
     shape_of: Callable[[Mapping[str, Any], str], ModelShape]
     positions: str = ""
-    activation_key: str = "hidden_act"
     dropout: str = ""
 
     def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, Dims]]:

@@ -9,9 +9,17 @@ statistics and truncates. The tests of `tests/families` apply a random one, whic
 from dataclasses import dataclass
 
 # What a family calls its linears is in `planners.families`; this is what they are called here.
-ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION = ROLES[:4]
-SPACES = ("residual", "mlp", "qk", "vo")
+ROLES: tuple[str, ...] = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+ATTENTION: tuple[str, ...] = ROLES[:4]
+SPACES: tuple[str, ...] = ("residual", "mlp", "qk", "vo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
