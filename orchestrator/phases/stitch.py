@@ -110,12 +110,14 @@ def _index(context: RunContext) -> dict[str, Any]:
     weight_map: dict[str, str] = {}
     total = 0
     names = weight_files(context.form)
-    norm = load_family(context.prepared.plan.shape.family).final_norm
+    family = load_family(context.prepared.plan.shape.family)
+    own = dict.fromkeys((family.final_norm, family.norm_bias, family.head_bias), "norm")
+    own[family.positions] = "positions"
     for unit in context.units:
         tensors = context.ledger.record(unit).values.get("tensors", {})
         assert isinstance(tensors, dict)  # written by our own units
         for name, tensor in tensors.items():
-            weight_map[name] = names["norm" if name == norm else unit.name]
+            weight_map[name] = names[own.get(name, unit.name)]
             total += math.prod(tensor["shape"]) * TORCH_DTYPE[tensor["dtype"]].itemsize
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 

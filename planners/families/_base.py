@@ -79,11 +79,25 @@ class Family:
                 tensors[f"{norm.role}.{part}"] = (f"{name}.{part}", dims)
         return tensors
 
+    @property
+    def norm_bias(self) -> str:
+        """The tensor of the final norm's bias, in families whose norms have one."""
+        return self.final_norm.removesuffix("weight") + "bias"
+
+    @property
+    def head_bias(self) -> str:
+        """The tensor of the head's bias, in families whose head has one."""
+        return self.head.removesuffix("weight") + "bias"
+
+    def norm_tensors(self, shape: ModelShape) -> tuple[str, ...]:
+        """Return the tensors of the final norm."""
+        norm = shape.final_norm
+        return (self.final_norm,) * norm.scale + (self.norm_bias,) * norm.bias
+
     def with_base(self, name: str) -> str:
         """Return the full name of a tensor of a model that was saved without its head."""
         whole = f"{self.base}.{name}"
-        norm = self.final_norm.removesuffix("weight")
-        outer = (self.embedding, norm, *filter(None, [self.positions]))
+        outer = (self.embedding, self.final_norm, self.norm_bias, *filter(None, [self.positions]))
         return whole if whole.startswith((*outer, self.layer.partition("{")[0])) else name
 
     def below_layer(self, role: str) -> str:
@@ -109,7 +123,7 @@ class Family:
         if shape.positions:
             tensors["positions"] = (self.positions, (shape.positions, shape.hidden))
         for part in _parts(shape.final_norm):
-            name = self.final_norm.removesuffix("weight") + part
+            name = self.final_norm if part == "weight" else self.norm_bias
             tensors["final_norm" if part == "weight" else "final_norm.bias"] = (
                 name,
                 (shape.hidden,),
@@ -117,8 +131,7 @@ class Family:
         if not shape.tied:
             tensors["head"] = (self.head, table)
         if shape.head_bias:
-            name = self.head.removesuffix("weight") + "bias"
-            tensors["head.bias"] = (name, (shape.vocab_size,))
+            tensors["head.bias"] = (self.head_bias, (shape.vocab_size,))
         return tensors
 
     def layout(self, shape: ModelShape) -> dict[str, Any]:

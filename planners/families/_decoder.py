@@ -42,6 +42,8 @@ class Facts:
         final_norm: the norm before the head.
         head_bias: the head has a bias.
         positions: rows of the table of learned positions; 0 without.
+        native: the spaces that a stock config can narrow in all layers alike. Not the residual
+            stream where norms subtract its mean, its width gives that of heads or a scale.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -49,6 +51,7 @@ class Facts:
     final_norm: Norm = RMS
     head_bias: bool = False
     positions: int = 0
+    native: tuple[str, ...] = ("residual", "mlp")
 
 
 def llama_like(config: Config, rotary: int, **differences: Any) -> Facts:
@@ -121,6 +124,7 @@ def decoder(  # noqa: PLR0913 what families differ in
             final_norm=found.final_norm,
             head_bias=found.head_bias,
             positions=found.positions,
+            native=found.native,
             dtype=dtype,
             **sizes,
         )

@@ -24,7 +24,7 @@ NORM = replace(LAYER_NORM, bias=False)
 
 def _facts(config: Config, rotary: int) -> Facts:
     wiring = {"pairs": "interleaved", "norm": NORM, "parallel": True, "norms": 1}
-    found = replace(llama_like(config, rotary, **wiring), final_norm=NORM)
+    found = replace(llama_like(config, rotary, **wiring), final_norm=NORM, native=("mlp",))
     if config["model_type"] == "cohere":
         return found
     (roped,), (bare,) = found.kinds, llama_like(config, 0, **wiring).kinds

@@ -1,5 +1,7 @@
 """Helium: a Llama whose rope rotates neighbouring channels."""
 
+from dataclasses import replace
+
 from planners.families._config import flag, positive, refuse
 from planners.families._decoder import MLP, QKV, Config, Facts, decoder, llama_like
 
@@ -7,7 +9,8 @@ from planners.families._decoder import MLP, QKV, Config, Facts, decoder, llama_l
 def _facts(config: Config, rotary: int) -> Facts:
     biases = QKV if flag(config, "attention_bias", default=False) else ()
     biases += MLP if flag(config, "mlp_bias", default=False) else ()
-    return llama_like(config, rotary, pairs="interleaved", biases=frozenset(biases))
+    found = llama_like(config, rotary, pairs="interleaved", biases=frozenset(biases))
+    return replace(found, native=("mlp",))
 
 
 def _check(config: Config) -> None:

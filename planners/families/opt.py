@@ -16,6 +16,7 @@ def _facts(config: Config, rotary: int) -> Facts:
     return replace(
         llama_like({}, rotary, gated=False, norm=norm, biases=biases),
         final_norm=norm,
+        native=("mlp",),
         positions=positive(config, "max_position_embeddings") + OFFSET,
     )
 

@@ -19,7 +19,7 @@ def _facts(config: Config, rotary: int) -> Facts:
     layer = llama_like(
         {}, rotary, gated=False, norm=LAYER_NORM, biases=frozenset(ROLES), parallel=True, norms=1
     )
-    return replace(layer, final_norm=LAYER_NORM, head_bias=True)
+    return replace(layer, final_norm=LAYER_NORM, head_bias=True, native=("mlp",))
 
 
 def _check(config: Config) -> None:

@@ -10,7 +10,7 @@ from planners.model.layer import ATTENTION, ROLES
 def _facts(config: Config, rotary: int) -> Facts:
     biases = frozenset(ROLES if flag(config, "use_bias", default=True) else ())
     layer = llama_like({}, rotary, gated=False, norm=LAYER_NORM, biases=biases)
-    return replace(layer, final_norm=LAYER_NORM)
+    return replace(layer, final_norm=LAYER_NORM, native=("mlp",))
 
 
 FAMILY = decoder(

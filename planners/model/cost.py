@@ -51,18 +51,18 @@ def layer_parameters(shape: ModelShape, form: LayerForm) -> int:
     """Return the elements stored for one layer in that form."""
     kind = shape.kind(form)
     total = sum(linear_parameters(shape, form, role) for role in kind.roles)
-    total += shortcut_parameters(shape, form)
+    total += shortcut_parameters(form)
     for norm in kind.norms:
         if form.norm_weights or norm.over == "head":
             total += (norm.scale + norm.bias) * width_at(shape, form, norm.over)
     return total
 
 
-def shortcut_parameters(shape: ModelShape, form: LayerForm) -> int:
+def shortcut_parameters(form: LayerForm) -> int:
     """Return the elements of the matrices on the residual stream of a layer."""
     if not form.shortcuts:
         return 0
-    if shape.kind(form).parallel:
+    if not form.residual_mid:
         return form.residual_in * form.residual_out
     return form.residual_mid * (form.residual_in + form.residual_out)
 
@@ -86,6 +86,7 @@ def dense_model_form(shape: ModelShape) -> ModelForm:
         head_norm_weight=True,
         tied=shape.tied,
         head_bias=shape.head_bias,
+        positions=shape.positions > 0,
         native=True,
     )
 
@@ -164,7 +165,7 @@ def forward_flops(
         names = last if last is not None and index == len(layers) - 1 else shape.kind(layer).roles
         weights = sum(linear_weights(shape, layer, name) for name in names)
         heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
-        total += weights + shortcut_parameters(shape, layer) + heads * (sequence_length // 2)
+        total += weights + shortcut_parameters(layer) + heads * (sequence_length // 2)
     return 2 * tokens * total
 
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from planners.model.layer import LayerKind, Linear, Norm, Space
 
-if TYPE_CHECKING:
-    from planners.model.form import LayerForm
+
+class OfKind(Protocol):
+    """A layer, such as a `planners.model.form.LayerForm`."""
+
+    @property
+    def kind(self) -> int:
+        """Its kind, as an index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,7 @@ class ModelShape:
         final_norm: the norm before the head.
         head_bias: the head has a bias.
         positions: rows of a table of learned positions that is added to the embedding; 0 without.
+        native: the spaces that a stock config can narrow in all layers alike.
         dtype: storage type of the weights, ``float32``, ``bfloat16`` or ``float16``.
     """
 
@@ -48,6 +54,7 @@ class ModelShape:
     final_norm: Norm = field(default_factory=lambda: Norm(role="final_norm"))
     head_bias: bool = False
     positions: int = 0
+    native: tuple[str, ...] = ("residual", "mlp")
     dtype: str = "float32"
 
     @property
@@ -56,11 +63,16 @@ class ModelShape:
         return 2 * self.num_layers + 1
 
     @property
+    def is_centred(self) -> bool:
+        """Whether the norms subtract the mean: then only the centred residual stream matters."""
+        return any(norm.kind == "layer" for kind in self.kinds for norm in kind.norms)
+
+    @property
     def kind_of(self) -> tuple[int, ...]:
         """The kind of each layer, as an index into ``kinds``."""
         return self.own_kinds or (0,) * self.num_layers
 
-    def kind(self, layer: "LayerForm") -> LayerKind:
+    def kind(self, layer: OfKind) -> LayerKind:
         """Return the kind of a layer."""
         return self.kinds[layer.kind]
 
@@ -83,6 +95,7 @@ def shape_from_json(data: Mapping[str, Any]) -> ModelShape:
             **data,
             "kinds": kinds,
             "own_kinds": tuple(data["own_kinds"]),
+            "native": tuple(data["native"]),
             "final_norm": Norm(**data["final_norm"]),
         }
     )
