@@ -28,6 +28,8 @@ class Family:
         attention: name below the layer of the module that attends.
         activation: name below the layer of the module that is the MLP's activation.
         activation_key: the config's key for it.
+        dropout: the config's key for the dropout of what attention and MLP add to the residual
+            stream; empty where it is no key.
         eps_key: the config's key for the epsilon of the norms; empty where it is no key.
         defaults: model_type -> key -> the value that transformers takes where a config lacks it.
         embedding: tensor of the embedding.
@@ -53,6 +55,7 @@ class Family:
     head: str
     shape_of: Callable[[Mapping[str, Any], str], ModelShape]
     positions: str = ""
+    dropout: str = ""
 
     def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, Dims]]:
         """Return role -> (tensor name, shape) of every tensor of one layer.
@@ -130,6 +133,38 @@ class Family:
         if shape.head_bias:
             tensors["head.bias"] = (self.head_bias, (shape.vocab_size,))
         return tensors
+
+    def layout(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the names and facts that the code of a result needs beside its widths."""
+        kinds = [
+            {
+                "linears": {each.role: [each.reads, each.writes] for each in kind.linears},
+                "norms": {norm.role: norm.over for norm in kind.norms},
+                "parallel": kind.parallel,
+                "rotary": kind.rotary,
+                "pairs": kind.pairs,
+                "residual_scale": kind.residual_scale,
+            }
+            for kind in shape.kinds
+        ]
+        return {
+            "layers": self.layer.removesuffix(".{i}"),
+            "embedding": self.embedding.removesuffix(".weight"),
+            "positions": self.positions.removesuffix(".weight"),
+            "final_norm": self.final_norm.removesuffix(".weight"),
+            "head": self.head.removesuffix(".weight"),
+            "attention": self.attention,
+            "activation": self.activation,
+            "activation_key": self.activation_key,
+            "dropout": self.dropout,
+            "linears": dict(self.linears),
+            "norms": dict(self.norms),
+            "hidden": shape.hidden,
+            "heads": shape.num_heads,
+            "kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "kinds": kinds,
+        }
 
     def _names(self) -> dict[str, str]:
         return {**self.linears, **self.norms, "rope_pairs": f"{self.attention}.rope_pairs"}

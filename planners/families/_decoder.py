@@ -83,6 +83,7 @@ def decoder(  # noqa: PLR0913 what families differ in
     activation_key: str = "hidden_act",
     final_norm: str = "norm",
     positions: str = "",
+    dropout: str = "",
 ) -> Family:
     """Return a family of decoders.
 
@@ -103,6 +104,7 @@ def decoder(  # noqa: PLR0913 what families differ in
         activation_key: the config's key for it.
         final_norm: its name below ``base``.
         positions: name below ``base`` of the table of learned positions.
+        dropout: see `Family`.
     """
 
     def shape_of(config: Config, dtype: str) -> ModelShape:
@@ -143,6 +145,7 @@ def decoder(  # noqa: PLR0913 what families differ in
         positions=f"{base}.{positions}.weight" if positions else "",
         final_norm=f"{base}.{final_norm}.weight",
         head="lm_head.weight",
+        dropout=dropout,
         shape_of=shape_of,
     )
 

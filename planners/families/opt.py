@@ -56,4 +56,5 @@ FAMILY = decoder(
     activation_key="activation_function",
     final_norm="final_layer_norm",
     positions="embed_positions",
+    dropout="dropout",
 )

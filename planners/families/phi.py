@@ -44,4 +44,5 @@ FAMILY = decoder(
     norms={"attn_norm": "input_layernorm"},
     activation="mlp.activation_fn",
     final_norm="final_layernorm",
+    dropout="resid_pdrop",
 )

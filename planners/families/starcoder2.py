@@ -28,4 +28,5 @@ FAMILY = decoder(
         "down_proj": "mlp.c_proj",
     },
     activation="mlp.act",
+    dropout="residual_dropout",
 )

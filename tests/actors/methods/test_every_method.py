@@ -12,8 +12,8 @@ from torch.nn.functional import silu
 from actors import methods
 from actors.methods.modegpt import value_maps
 from actors.methods.svdllm import TAP_OF, low_rank
-from actors.modeling.modeling_compressed import CompressedConfig
 from actors.modeling.outer_model import OuterModel
+from actors.modeling.travelling import COMPRESSED
 from actors.numerics.nystrom import nystrom
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget.widths import form_of, full_widths
@@ -178,7 +178,8 @@ def run(shape, form, tensors, hidden):
         part, dot, rest = role.partition(".")
         named[f"{names.get(part, part)}{dot}{rest}"] = tensor
     config = {
-        "model_type": CompressedConfig.model_type, "num_hidden_layers": 1, "vocab_size": 1,
+        "model_type": COMPRESSED, "compressed_from": shape.model_type,
+        "layout": family.layout(shape), "num_hidden_layers": 1, "vocab_size": 1,
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim, "rms_norm_eps": EPS, "embedding_dim": shape.hidden,
