@@ -39,7 +39,7 @@ class HalvedLayer:
     def attention(self, hidden: Tensor) -> Tensor:
         """Return what attention adds to the residual stream."""
         layer: Any = self.module
-        arguments = self._outer.layer_arguments(hidden)
+        arguments = self._outer.layer_arguments(hidden)[0]
         attended: Tensor = layer.self_attn(layer.input_layernorm(hidden), **arguments)[0]
         return attended
 

@@ -56,8 +56,8 @@ def test_layer_by_layer_the_logits_and_the_loss_are_those_of_the_whole_model(mod
     ids = token_ids()
     hidden = outer.embed(ids)
     arguments = outer.layer_arguments(hidden)
-    for layer in layers:
-        hidden = layer(hidden, **arguments)
+    for layer, given in zip(layers, arguments, strict=True):
+        hidden = layer(hidden, **given)
     expected = whole(model)(ids, labels=ids)
     assert torch.allclose(outer.logits(hidden), expected.logits, atol=1e-5)
     nats, num_predicted = outer.loss(hidden, ids)
@@ -71,9 +71,9 @@ def test_tokens_that_come_later_begin_at_the_position_that_is_given(model):
     ids, cache, found = token_ids(), DynamicCache(), []
     for start in range(LENGTH):
         hidden = outer.embed(ids[:, start : start + 1], start=start)
-        arguments = outer.layer_arguments(hidden, start=start)
-        for layer in layers:
-            hidden = layer(hidden, past_key_values=cache, **arguments)
+        arguments = outer.layer_arguments(hidden, start=start, cache=cache)
+        for layer, given in zip(layers, arguments, strict=True):
+            hidden = layer(hidden, **given)
         found.append(outer.logits(hidden))
     assert torch.allclose(torch.cat(found, dim=1), whole(model)(ids).logits, atol=1e-4)
 
