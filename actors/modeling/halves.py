@@ -10,6 +10,7 @@ from actors.modeling.modeling_compressed import CompressedConfig
 from actors.modeling.outer_model import OuterModel
 from planners.canonical_json import to_json
 from planners.families import load as load_family
+from planners.families.llama import windows
 from planners.model.form import LayerForm
 from planners.model.shape import ModelShape
 
@@ -21,18 +22,19 @@ class HalvedLayer:
         module: the layer itself.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 a layer, and where it stands
         self,
         tensors: Mapping[str, Tensor],
         form: LayerForm,
         config: Mapping[str, Any],
         *,
+        index: int,
         shape: ModelShape,
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """Build the layer from tensors keyed by their names relative to the layer."""
-        alone = {**one_layer_config(config, shape), "layer_forms": [to_json(form)]}
+        """Build layer ``index`` from tensors keyed by their names relative to the layer."""
+        alone = {**one_layer_config(config, shape, index), "layer_forms": [to_json(form)]}
         self._outer = OuterModel(alone, load_family(shape.family), dtype=dtype, device=device)
         self.module: nn.Module = self._outer.layer(0, tensors)
 
@@ -74,8 +76,8 @@ class HalvedLayer:
         return self.after_mlp(self.residual_mid(hidden))
 
 
-def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Return the config of a compressed model of one layer and a vocabulary of one token."""
+def one_layer_config(config: Mapping[str, Any], shape: ModelShape, index: int) -> dict[str, Any]:
+    """Return the config of a compressed model of layer ``index`` and a vocabulary of one token."""
     kept = {
         k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")
     }
@@ -85,7 +87,7 @@ def one_layer_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, 
         "num_hidden_layers": 1,
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
-        "sliding_window": None,  # calibration sequences are not longer than any window
+        "sliding_window": windows({**config, "model_type": shape.model_type})[index],
         "vocab_size": 1,
         "pad_token_id": None,
         "embedding_dim": shape.hidden,

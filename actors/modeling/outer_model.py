@@ -152,7 +152,7 @@ class OuterModel:
             # Every pass adds them to its input, which is of interest only where they are read.
             dims = self._model.get_parameter(family.positions).shape
             nothing = torch.zeros((), dtype=dtype, device=device).expand(dims)
-            self._put(family.positions, nn.Parameter(nothing, requires_grad=False))
+            self._put_positions(nn.Parameter(nothing, requires_grad=False))
 
     def layer(self, index: int, tensors: Named) -> nn.Module:
         """Remove layer ``index`` from the model and return it with the given tensors; call it once.
@@ -170,8 +170,10 @@ class OuterModel:
         Raises:
             ModelError: a tensor is missing or not finite.
         """
-        for name in filter(None, (self._family.embedding, self._family.positions)):
-            self._put(name, self._table(weights, name))
+        embedding = self._model.get_input_embeddings()
+        embedding.weight = self._table(weights, self._family.embedding)
+        if self._family.positions:
+            self._put_positions(self._table(weights, self._family.positions))
 
     def read_head(self, weights: Weights) -> None:
         """Read the tensors that `logits` and `loss` need; a tied head is the embedding.
@@ -179,11 +181,10 @@ class OuterModel:
         Raises:
             ModelError: a tensor is missing or not finite.
         """
-        head = self._family.head
-        self._put(head, self._table(weights, self._family.head_among(weights.locations)))
-        bias = head.removesuffix("weight") + "bias"
-        if self._model.get_submodule(head.rpartition(".")[0]).bias is not None:
-            self._put(bias, self._table(weights, bias))
+        head = self._model.get_output_embeddings()
+        head.weight = self._table(weights, self._family.head_among(weights.locations))
+        if head.bias is not None:
+            head.bias = self._table(weights, self._family.head.removesuffix("weight") + "bias")
         # A norm whose scale was folded into the head has no stored tensor.
         prefix = self._family.final_norm.removesuffix("weight")
         self._filled(self._norm, weights.stream_prefix(prefix))
@@ -280,9 +281,9 @@ class OuterModel:
             self._tables[name] = nn.Parameter(read, requires_grad=False)
         return self._tables[name]
 
-    def _put(self, name: str, parameter: nn.Parameter) -> None:
-        module, _, attribute = name.rpartition(".")
-        setattr(self._model.get_submodule(module), attribute, parameter)
+    def _put_positions(self, table: nn.Parameter) -> None:
+        module, _, name = self._family.positions.rpartition(".")
+        setattr(self._model.get_submodule(module), name, table)
 
     def _filled(self, module: nn.Module, tensors: Named) -> nn.Module:
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
