@@ -227,7 +227,7 @@ class OuterModel:
 
     def logits(self, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         """Return the logits, (batch, tokens, vocabulary), given the output of the last layer."""
-        return self._logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        return self._logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 
     def loss(
         self, hidden: Float[Tensor, "batch tokens width"], ids: Int[Tensor, "batch tokens"]
