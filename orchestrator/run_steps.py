@@ -238,7 +238,7 @@ def _unit(context: RunContext) -> Unit:
         **({"candidates": found} if (found := revisions(prepared.spec)) else {}),
         "options": to_json(prepared.options),
         "start": to_json(prepared.start),
-        "code": code_hash(),
+        "code": code_hash(prepared.plan.shape),
     }
     return Unit(name="step", kind="step", index=-1, inputs=(), fingerprint=fingerprint(key))
 

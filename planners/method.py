@@ -105,6 +105,7 @@ class MethodSpec:
             all values. False for a method that can change values or dtypes alone.
         statistics: (shape, options) -> the sums it needs of every layer.
         refuses: (shape, options) -> why it does not support the model, or an empty string.
+        leaves: (shape, options) -> modules of its own that it leaves as they are, and why.
         form: (shape, start, target, options) -> the widths that meet the target without any
             statistics; what the method does not shrink stays as in ``start``.
         cuts: options -> the modules that it shrinks with these options; all of them if empty.
@@ -126,6 +127,7 @@ class MethodSpec:
     statistics: Callable[[ModelShape, Mapping[str, Option]], frozenset[Statistic]]
     refuses: Callable[[ModelShape, Mapping[str, Option]], str]
     form: Callable[[ModelShape, Start, Target, Mapping[str, Option]], ModelForm]
+    leaves: Callable[[ModelShape, Mapping[str, Option]], Mapping[str, str]] = lambda *_: {}
     measures: Callable[[Mapping[str, Option]], str] = lambda _: ""
     cuts: Callable[[Mapping[str, Option]], tuple[str, ...]] = lambda _: ()
     allocate: (

@@ -19,7 +19,7 @@ from planners.model.cost import (
     model_parameters,
     statistic_elements,
 )
-from planners.model.form import ModelForm, Start
+from planners.model.form import ModelForm, Start, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.plan import RunPlan
@@ -75,7 +75,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         PlanError: the method does not support the model, the target cannot be met, or a layer does
             not fit a worker; the message then has the missing bytes and the cheapest ways to fit.
     """
-    _require_possible(shape, spec, options, target=target, work=work)
+    _require_possible(shape, spec, options, target=target, work=work, others=others)
     start = start or dense_start(shape)
     form = spec.form(shape, start, target, options)
     statistics = spec.statistics(shape, options) | work.extra_statistics
@@ -119,9 +119,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         drafts = refit.disk_bytes(after * width, stream_bytes=stream)
     bases = 0
     if spec.residual:
-        dims = [d for layer in form.layers for d in (layer.residual_in, layer.residual_mid)]
-        dims.append(form.layers[-1].residual_out)
-        bases = sum(dims) * shape.hidden * 8
+        bases = sum(site_dims(form).values()) * shape.hidden * 8
     return RunPlan(
         shape=shape,
         form=form,
@@ -152,10 +150,13 @@ def _require_possible(
     *,
     target: Target,
     work: Workload,
+    others: Sequence[tuple[MethodSpec, Mapping[str, Option]]],
 ) -> None:
     reason = spec.refuses(shape, options)
     if reason:
-        raise PlanError(f"{spec.name} does not support this model: {reason}")
+        able = [each.name for each, given in others if not each.refuses(shape, given)]
+        hint = f"methods that do: {', '.join(able)}" if able else ""
+        raise PlanError(f"{spec.name} does not support this model: {reason}", hint=hint)
     if target.slice is not None and not spec.residual:
         raise PlanError(
             f"slice: {target.slice} is a fraction of the residual width, which {spec.name} keeps",

@@ -39,13 +39,21 @@ def is_identity(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
 
 
 def is_pure_rotation(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:
-    """Return whether a step rotates the residual stream and keeps every axis of it."""
+    """Return whether a step rotates the residual stream and keeps every axis of it.
+
+    With norms other than plain RMS norms the step also centres the stream or moves biases.
+    """
     widths = {
         width
         for layer in form.layers
         for width in (layer.residual_in, layer.residual_mid, layer.residual_out)
     }
-    return spec.residual and widths == {shape.hidden}
+    plain = all(
+        norm.kind == "rms" and norm.scale and not norm.plus_one
+        for kind in shape.kinds
+        for norm in kind.norms
+    )
+    return spec.residual and plain and widths == {shape.hidden}
 
 
 def _parts(spec: MethodSpec, options: Mapping[str, Option]) -> set[str]:

@@ -3,14 +3,16 @@
 Nothing here goes through stages, units, records or stitching; it is what those are compared with.
 """
 
+from dataclasses import replace
+
 import torch
 from transformers import AutoModelForCausalLM
 
 from actors import methods
-from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
+from actors.modeling.travelling import classes
 from actors.storage.checkpoint import Checkpoint
+from orchestrator.prepare.model_config import result_config
 from orchestrator.recipe.method_options import resolve_options
-from planners.canonical_json import to_json
 from planners.families import load as load_family
 
 
@@ -125,19 +127,10 @@ def step_by_hand(model, folder, recipe, *, start, form, ids):
 def built(checkpoint, form, state):
     """Return a model of these widths and tensors."""
     shape = checkpoint.shape
-    given = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype")}
-    config = CompressedConfig(**{
-        **given,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "sliding_window": None,
-        "tie_word_embeddings": form.tied,
-        "embedding_dim": form.embedding_dim,
-        "head_input_dim": form.head_dim,
-        "head_norm_weight": form.head_norm_weight,
-        "layer_forms": to_json(form.layers),
-    })  # fmt: skip
-    model = CompressedForCausalLM(config).double().eval()
+    config = result_config(checkpoint.config, shape, replace(form, native=False))
+    code = classes(shape.model_type)
+    kept = {k: v for k, v in config.items() if k not in ("model_type", "dtype")}
+    model = code.CompressedForCausalLM(code.CompressedConfig(**kept)).double().eval()
     model.load_state_dict(state, strict=True)
     return model
 

@@ -9,10 +9,8 @@ from planners.model.shape import ModelShape
 def llama_shape(*, qkv_bias=False, o_bias=False, mlp_bias=False, **integers):
     """Return the shape of a Llama with these biases."""
     biases = ATTENTION[:3] * qkv_bias + ATTENTION[3:] * o_bias + ROLES[4:] * mlp_bias
-    head_dim = integers["head_dim"]
-    layer = decoder_layer(rotary=head_dim, head_dim=head_dim, biases=frozenset(biases))
-    of_layer = (0,) * integers["num_layers"]
-    return ModelShape(kinds=(layer,), of_layer=of_layer, **integers)
+    layer = decoder_layer(rotary=integers["head_dim"], biases=frozenset(biases))
+    return ModelShape(kinds=(layer,), **integers)
 
 
 def dense_dims(shape, role):

@@ -8,14 +8,14 @@ from actors.layer_units.layer import read_statistics
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.storage.files import Directory
 from actors.storage.tensors import write_tensors
+from planners.model.form import site_dims
 
 SPECTRUM_SAMPLES = 256  # most eigenvalues of a site that its record holds
 
 
 def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
     """Factor the gram of one site, or those of all sites into one shared basis (index -1)."""
-    last = 2 * job.shape.num_layers
-    sites = range(last + 1) if task.index < 0 else [task.index]
+    sites = [*site_dims(job.form)] if task.index < 0 else [task.index]
     grams = [gram for site in sites if (gram := _site_gram(site, job)) is not None]
     return _factored([gram.to(device) for gram in grams], task, job, run)
 
@@ -28,8 +28,9 @@ def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device
 
 def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Directory) -> Done:
     where = f"site {task.index}" if task.index >= 0 else "all sites"
-    keep_dim = _site_dims(job)[max(task.index, 0)]
-    found = methods.load(job.method).factor(grams, keep_dim=keep_dim, where=where)
+    keep_dim = site_dims(job.form)[max(task.index, 0)]
+    centred = job.shape.is_centred
+    found = methods.load(job.method).factor(grams, keep_dim=keep_dim, where=where, centred=centred)
     tensors = {"vectors": found.vectors.cpu(), "values": found.values.cpu()}
     entry = write_tensors(run, f"basis/{task.unit}.safetensors", tensors)
     step = max(1, -(-len(found.values) // SPECTRUM_SAMPLES))
@@ -41,11 +42,6 @@ def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Dir
         "eigenvalues": [float(v) for v in found.values[::step]],
     }
     return (entry,), values
-
-
-def _site_dims(job: CompressionJob) -> list[int]:
-    dims = [d for form in job.form.layers for d in (form.residual_in, form.residual_mid)]
-    return [*dims, job.form.layers[-1].residual_out]
 
 
 def _site_gram(site: int, job: CompressionJob) -> Tensor | None:

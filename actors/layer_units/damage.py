@@ -66,6 +66,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     start = checkpoint.form.layers[index]
     halved = partial(_halved, checkpoint=checkpoint, index=index, probe=probe)
     whole = halved(weights, start)
+    serial = not shape.kind(start).parallel
     middle, output = whole.residual_mid(probe), whole.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     curves: Curves = {}
@@ -80,7 +81,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
             )
             cut = halved(new, form)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
-            after = cut.after_mlp(middle) if module == "mlp" else cut.output(probe)
+            after = cut.after_mlp(middle) if module == "mlp" and serial else cut.output(probe)
             if losses is not None:
                 cuts.append((module, size, after))  # they pass the later layers together
                 continue

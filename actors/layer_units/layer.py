@@ -25,7 +25,8 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
         bases = read_bases(task.inputs, run, device)
-        new = method.apply(weights, (bases[0], bases[len(bases) // 2], bases[-1]), form=form)
+        sites = (bases[0], bases[len(bases) // 2], bases[-1])
+        new = method.apply(weights, sites, shape=job.shape, form=form)
         values: dict[str, object] = {}
     else:
         sums = on_device(device, read_statistics(job, task.index).items())

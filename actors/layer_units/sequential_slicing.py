@@ -109,7 +109,7 @@ class _SiteStream:
             residual_out=shape.hidden,
         )
         dense = {k: v.to(self._device) for k, v in self._checkpoint.read_layer(layer).items()}
-        weights = methods.load(self._job.method).apply(dense, bases, form=form)
+        weights = methods.load(self._job.method).apply(dense, bases, shape=shape, form=form)
         family = load_family(shape.family)
         return HalvedLayer(
             {family.below_layer(role): tensor for role, tensor in weights.items()},

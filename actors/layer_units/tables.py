@@ -10,7 +10,7 @@ from actors import methods
 from actors.layer_units.layer import read_bases
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.storage.checkpoint import Checkpoint
-from actors.storage.files import Directory, FileEntry
+from actors.storage.files import Directory
 from actors.storage.tensors import (
     NAME_OF,
     described,
@@ -27,50 +27,97 @@ Rotate = Callable[[Tensor], Tensor]  # rows as they are read -> rows of the resu
 
 
 def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Write the embedding."""
+    """Write the embedding, and the table of learned positions."""
     family = load_family(job.shape.family)
-    bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
-
-    def rotate(rows: Tensor) -> Tensor:
-        rows = rows.to(device)
-        return methods.load(job.method).apply_embedding(rows, bases[0]) if bases else rows
-
-    return _write_table("embedding", family.embedding, job, run, rotate)
-
-
-def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
-    """Write the head, unless it is the embedding's tensor, and the final norm."""
-    family = load_family(job.shape.family)
-    checkpoint = Checkpoint.of(job)
-    norm_weight = None  # folded into the head by a step before
-    if checkpoint.form.head_norm_weight:
-        norm_weight = checkpoint.read(family.final_norm).to(device)
     bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
 
     def rotate(rows: Tensor) -> Tensor:
         rows = rows.to(device)
         if not bases:
             return rows
+        rotated: Tensor = methods.load(job.method).apply_embedding(rows, bases[0], shape=job.shape)
+        return rotated
+
+    done = _write_table("embedding", family.embedding, job, run, rotate)
+    if not job.form.positions:
+        return done
+    rows = Checkpoint.of(job).read(family.positions)
+    return _with(done, "positions", {family.positions: rotate(rows)}, job, run)
+
+
+def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+    """Write the head, unless it is the embedding's tensor, its bias, and the final norm."""
+    family = load_family(job.shape.family)
+    checkpoint = Checkpoint.of(job)
+    bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
+    norm = {}  # folded into the head by a step before
+    for name in family.norm_tensors(job.shape) if checkpoint.form.head_norm_weight else ():
+        norm[name] = checkpoint.read(name).to(device)
+    moved = _MovedBias(job, norm.get(family.norm_bias) if bases else None)
+
+    def rotate(rows: Tensor) -> Tensor:
+        rows = rows.to(device)
+        if not bases:
+            return rows
+        moved.add(rows)
         rotated: Tensor = methods.load(job.method).apply_head(
-            rows, bases[-1], norm_weight=norm_weight, native=job.form.native
+            rows,
+            bases[-1],
+            shape=job.shape,
+            norm_weight=norm.get(family.final_norm),
+            native=job.form.native,
         )
         return rotated
 
-    files: tuple[FileEntry, ...] = ()
-    values: dict[str, object] = {}
+    done: Done = ((), {})
     if not job.form.tied:
-        source = family.head_among(checkpoint.locations)
-        files, values = _write_table("head", source, job, run, rotate)
-    if norm_weight is not None and job.form.head_norm_weight:
-        scale = norm_weight if not bases else torch.ones(job.form.head_dim, dtype=norm_weight.dtype)
-        tensors = {family.final_norm: scale.cpu()}
-        name = f"model/{weight_files(job.form)['norm']}"
-        norm_file = write_tensors(run, name, tensors, metadata={"format": "pt"})
-        facts = {k: described(t) for k, t in tensors.items()}
-        known = values.get("tensors", {})
-        assert isinstance(known, dict)  # written by _write_table
-        files, values = (*files, norm_file), {"tensors": {**known, **facts}}
-    return files, values
+        done = _write_table("head", family.head_among(checkpoint.locations), job, run, rotate)
+    small: dict[str, Tensor] = {}
+    if job.form.head_norm_weight:
+        small = norm
+        if bases:  # the scale is folded into the head
+            dtype = norm[family.final_norm].dtype
+            small = {family.final_norm: torch.ones(job.form.head_dim, dtype=dtype)}
+    if job.form.head_bias:
+        stored = checkpoint.read(family.head_bias) if checkpoint.form.head_bias else None
+        small = {**small, family.head_bias: moved.result(stored)}
+    return _with(done, "norm", small, job, run) if small else done
+
+
+class _MovedBias:
+    """The bias of the head, to which that of the final norm is added block by block."""
+
+    def __init__(self, job: CompressionJob, norm_bias: Tensor | None) -> None:
+        self._method, self._norm_bias = methods.load(job.method), norm_bias
+        self._dtype = getattr(torch, job.shape.dtype)
+        self._blocks: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of the head that follow."""
+        if self._norm_bias is not None:
+            self._blocks.append(self._method.head_bias(rows, self._norm_bias).cpu())
+
+    def result(self, stored: Tensor | None) -> Tensor:
+        """Return the bias of the result, given that of the input."""
+        if not self._blocks:
+            assert stored is not None  # a head gets a bias only from itself or the norm
+            return stored
+        moved = torch.cat(self._blocks)
+        return (moved if stored is None else moved + stored.to(torch.float64)).to(self._dtype)
+
+
+def _with(
+    done: Done, part: str, tensors: dict[str, Tensor], job: CompressionJob, run: Directory
+) -> Done:
+    """Return the files and values of a unit that also writes these small tensors."""
+    files, values = done
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    name = f"model/{weight_files(job.form)[part]}"
+    file = write_tensors(run, name, kept, metadata={"format": "pt"})
+    known = values.get("tensors", {})
+    assert isinstance(known, dict)  # written by _write_table
+    facts = {name: described(tensor) for name, tensor in kept.items()}
+    return (*files, file), {**values, "tensors": {**known, **facts}}
 
 
 def _is_residual(job: CompressionJob) -> bool:

@@ -4,7 +4,8 @@
   least squares to the kept units.
 - ``qk``: CR decomposition on rope *pairs*, one set per KV head: the score of a pair is
   ``sqrt(E[|q|^2] E[|k|^2])`` of its two channels, which rope does not change. The softmax scale and
-  the angles stay those of the original head.
+  the angles stay those of the original head. Channels that rope leaves as they are may be mixed:
+  there the best scores of a rank are given by an SVD (`score_maps`), as in the paper for OPT.
 - ``vo``: SVD of ``R [W_o^1 ... W_o^g]`` where ``R^T R`` is the h x h gram of v and all query heads
   of the KV group are concatenated. The same product as with the paper's d x d square root.
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
+from actors.numerics.score_maps import ScoreMaps, score_maps
 from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
 from planners.budget.hull import by_measured_damage, require_levels
@@ -30,6 +32,7 @@ from planners.budget.widths import by_influence, layer_widths, uniform, width_la
 from planners.errors import NumericsError, PlanError
 from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
 from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.layer import LayerKind
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 from planners.refit import OPTION as REFIT
@@ -140,7 +143,8 @@ class MoDeGPT:
             rungs["mlp"] = known["mlp"].rung
             del known  # the largest matrix, freed unless the caller keeps it
         if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
-            _cut_qk(new, sums, shape=shape, keep=form.qk_head_dim // 2)
+            kind = shape.kind(form)
+            _cut_qk(new, sums, shape=shape, kind=kind, keep=form.qk_head_dim // 2)
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
             errors["vo"], rungs["vo"] = _cut_vo(new, sums, shape=shape, keep=form.vo_head_dim)
         return new, {"errors": errors, "rungs": rungs}
@@ -173,26 +177,117 @@ def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
 
 
 def _cut_qk(
-    new: dict[str, Tensor], sums: Mapping[str, Tensor], *, shape: ModelShape, keep: int
+    new: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
+    *,
+    shape: ModelShape,
+    kind: LayerKind,
+    keep: int,
 ) -> None:
-    energies = [sums[f"{tap}.pair_energy"] for tap in ("q_rope", "k_rope")]
-    for tap, energy in zip(("q_rope", "k_rope"), energies, strict=True):
-        if not torch.isfinite(energy).all():
-            raise NumericsError(f"tap {tap}: the energies have entries that are NaN or infinite")
-    pairs = kept_pairs(*energies, keep=keep)
-    half = shape.head_dim // 2
-    channels = torch.cat((pairs, pairs + half), dim=1)  # (kv_heads, 2 keep): rotate_half's order
-    group = shape.num_heads // shape.num_kv_heads
-    for name, index in (
-        ("q_proj", channels.repeat_interleave(group, dim=0)),
-        ("k_proj", channels),
-    ):
+    """Cut q and k of each KV head to ``keep`` units: rope pairs, or two channels without rope."""
+    if kind.rotary < shape.head_dim:
+        _mix_qk(new, sums, shape=shape, kind=kind, keep=keep)
+        return
+    chosen = kept_pairs(*_energies(sums, kind), keep=keep)  # rows are selected, nothing is mixed
+    for name in ("q_proj", "k_proj"):
+        group = _heads(name, shape) // shape.num_kv_heads
+        index = _channels(chosen, kind).repeat_interleave(group, dim=0)
         starts = torch.arange(len(index), device=index.device)[:, None] * shape.head_dim
         rows = (starts + index).flatten()
-        new[f"{name}.weight"] = new[f"{name}.weight"][rows]
-        if f"{name}.bias" in new:
-            new[f"{name}.bias"] = new[f"{name}.bias"][rows]
-    new["rope_pairs"] = pairs
+        for part in _stored(new, name):
+            new[part] = new[part][rows]
+    new["rope_pairs"] = chosen
+
+
+def _mix_qk(
+    new: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
+    *,
+    shape: ModelShape,
+    kind: LayerKind,
+    keep: int,
+) -> None:
+    """Cut q and k of heads with channels that rope leaves as they are; pairs compete with them."""
+    heads, first = shape.num_kv_heads, kind.rotary
+    maps = [_score_maps(sums, head, shape=shape, first=first) for head in range(heads)]
+    rest = torch.stack([found.energy for found in maps])
+    scores = rest[:, : rest.shape[1] // 2 * 2].reshape(heads, -1, 2).sum(dim=2)
+    if first:
+        q_energy, k_energy = _energies(sums, kind)
+        # Over all relative rotations a pair has half of the energy of the product.
+        of_pairs = q_energy.reshape(heads, -1, first // 2).sum(dim=1) * k_energy / 2
+        scores = torch.cat((of_pairs, scores), dim=1)
+    best = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (kv_heads, keep)
+    pairs = torch.where(best < first // 2, best, -1)
+    for name in ("q_proj", "k_proj"):
+        axes = _axes(name, pairs, maps, kind=kind, head_dim=shape.head_dim)
+        axes = axes.repeat_interleave(_heads(name, shape) // heads, dim=0)  # (heads, h, 2 keep)
+        for part in _stored(new, name):
+            old = new[part].to(torch.float64).reshape(len(axes), shape.head_dim, -1)
+            cut = (axes.transpose(1, 2) @ old).reshape(-1, *new[part].shape[1:])
+            new[part] = cut.to(new[part].dtype)
+    if first:
+        new["rope_pairs"] = pairs
+
+
+def _heads(name: str, shape: ModelShape) -> int:
+    return shape.num_heads if name == "q_proj" else shape.num_kv_heads
+
+
+def _stored(weights: Weights, name: str) -> list[str]:
+    return [part for part in (f"{name}.weight", f"{name}.bias") if part in weights]
+
+
+def _energies(sums: Mapping[str, Tensor], kind: LayerKind) -> list[Tensor]:
+    name = "pair_energy" if kind.pairs == "half" else "adjacent_pair_energy"
+    found = {tap: sums[f"{tap}.{name}"] for tap in ("q_rope", "k_rope")}
+    for tap, energy in found.items():
+        if not torch.isfinite(energy).all():
+            raise NumericsError(f"tap {tap}: the energies have entries that are NaN or infinite")
+    return list(found.values())
+
+
+def _channels(pairs: Int[Tensor, "kv_heads keep"], kind: LayerKind) -> Int[Tensor, "kv_heads two"]:
+    """Return the channels of pairs: the first of each, then the second, as rope takes them."""
+    if kind.pairs == "half":
+        return torch.cat((pairs, pairs + kind.rotary // 2), dim=1)
+    return torch.cat((2 * pairs, 2 * pairs + 1), dim=1)
+
+
+def _score_maps(
+    sums: Mapping[str, Tensor], head: int, *, shape: ModelShape, first: int
+) -> ScoreMaps:
+    h, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    q_gram = sums["q_rope.head_gram"][head * group : (head + 1) * group].sum(dim=0)
+    k_gram, total = sums["k_rope.head_gram"][head], sums["k_rope.sum"][head * h : (head + 1) * h]
+    centred = k_gram - torch.outer(total, total) / sums["num_tokens"]
+    where = f"taps q_rope and k_rope, KV head {head}"
+    q_gram, centred = (symmetric(gram[first:, first:]) for gram in (q_gram, centred))
+    return score_maps(q_gram, centred, where=where)
+
+
+def _axes(
+    name: str,
+    pairs: Int[Tensor, "kv_heads keep"],
+    maps: list[ScoreMaps],
+    *,
+    kind: LayerKind,
+    head_dim: int,
+) -> Float[Tensor, "kv_heads head_dim two_keep"]:
+    """Return the kept directions of each KV head: channels of pairs, then the best of the rest.
+
+    Rope takes the first and the second half of a head as the two channels of its pairs.
+    """
+    found = []
+    for row, scored in zip(pairs, maps, strict=True):
+        own = row[row >= 0]
+        map_ = scored.queries if name == "q_proj" else scored.keys
+        rest = torch.zeros(head_dim, 2 * (len(row) - len(own))).to(map_)
+        rest[kind.rotary :] = map_[:, : rest.shape[1]]
+        one, two = torch.eye(head_dim).to(map_)[:, _channels(own[None], kind)[0]].chunk(2, dim=1)
+        more, others = rest.chunk(2, dim=1)
+        found.append(torch.cat((one, more, two, others), dim=1))
+    return torch.stack(found)
 
 
 def _cut_vo(
@@ -246,6 +341,25 @@ def _move_bias(new: dict[str, Tensor], bias: Tensor, shape: ModelShape) -> None:
     new["o_proj.bias"] = total.to(bias.dtype)
 
 
+def _of_model(shape: ModelShape, options: Mapping[str, Option]) -> tuple[str, ...]:
+    """Return the modules to compress; by default those that the model's family allows."""
+    left = _leaves(shape, options)
+    return tuple(module for module in _modules(options) if module not in left)
+
+
+def _leaves(shape: ModelShape, options: Mapping[str, Option]) -> dict[str, str]:
+    if options["modules"] != ",".join(MODULES):
+        return {}  # what is asked for by name is refused, not left out
+    reasons = {module: _reason(shape, module) for module in _modules(options)}
+    return {module: reason for module, reason in reasons.items() if reason}
+
+
+def _reason(shape: ModelShape, module: str) -> str:
+    """Return why a module of the model cannot be compressed, or an empty string."""
+    reasons = (kind.space(module).reason for kind in shape.kinds)
+    return next(filter(None, reasons), "")
+
+
 def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
     if options["servable"] == "native":
         return ("mlp",)  # a stock config has one head width for q, k, v and o, and full rope
@@ -254,7 +368,7 @@ def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
 
 def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
     wanted = set()
-    modules = _modules(options)
+    modules = _of_model(shape, options)
     if "mlp" in modules:
         wanted.add(Statistic("mlp_hidden", "gram"))
     if "qk" in modules:
@@ -287,13 +401,17 @@ def _measures(options: Mapping[str, Option]) -> str:
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    del shape
     unknown = set(_modules(options)) - set(MODULES)
     if unknown:
         return (
             f"modules has {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}"
             + did_you_mean(min(unknown), MODULES)
         )
+    for module in _of_model(shape, options):
+        if reason := _reason(shape, module):
+            return f"modules has {module}: {reason}"
+    if options[REFIT.name] and any(kind.parallel for kind in shape.kinds):
+        return "refit=true needs layers whose MLP comes after attention, not beside it"
     try:
         grid = shares(options)
     except ValueError:
@@ -306,11 +424,10 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
 def _ladders(
     shape: ModelShape, layer: LayerForm, options: Mapping[str, Option]
 ) -> dict[str, Ladder]:
-    del shape
     full, round_to = layer_widths(layer), int(options["round_to"])
     found = {
         module: width_ladder(full[module], module, shares(options), round_to=round_to)
-        for module in _modules(options)
+        for module in _of_model(shape, options)
     }
     return {module: ladder for module, ladder in found.items() if ladder.sizes}
 
@@ -331,7 +448,7 @@ def _form(
     form = uniform(
         shape,
         keep_fraction=target.keep_fraction or 1.0,
-        modules=_modules(options),
+        modules=_of_model(shape, options),
         round_to=int(options["round_to"]),
         alike=native,  # a stock config has one width for all layers
         start=start,
@@ -352,7 +469,7 @@ def _allocate(
             shape,
             findings,
             keep_fraction=fraction,
-            modules=_modules(options),
+            modules=_of_model(shape, options),
             round_to=round_to,
             temperature=float(options["temperature"]),
             start=start,
@@ -378,7 +495,11 @@ SPEC = MethodSpec(
             choices=("uniform", "influence", "marginal"),
             help="one ratio for all, by Block Influence, or by measured damage per parameter",
         ),
-        OptionSpec(name="modules", default="mlp,qk,vo", help="modules to compress"),
+        OptionSpec(
+            name="modules",
+            default="mlp,qk,vo",
+            help="modules to compress; by default all that the model's family allows",
+        ),
         OptionSpec(name="round_to", default=8, minimum=1, help="FFN width is a multiple of this"),
         OptionSpec(
             name="ridge",
@@ -416,6 +537,7 @@ SPEC = MethodSpec(
     ),
     statistics=_statistics,
     refuses=_refuses,
+    leaves=_leaves,
     form=_form,
     measures=_measures,
     cuts=_modules,

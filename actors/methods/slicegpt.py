@@ -19,12 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actors.numerics.linalg import BLOCK, eigh_descending
-from actors.numerics.packed import Symmetric, diagonal
+from actors.numerics.packed import Symmetric, diagonal, unpacked
 from planners.budget.widths import largest_width
 from planners.errors import PlanError
 from planners.method import MethodSpec, Option, OptionSpec, Target
 from planners.model.cost import model_parameters
-from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.form import LayerForm, ModelForm, Start, with_biases
+from planners.model.layer import LayerKind, Norm
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
@@ -80,24 +81,36 @@ def shared_gram(grams: list[Tensor]) -> Symmetric:
     return total
 
 
-def sliced_layer(weights: Weights, *, bases: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def centred_gram(gram: Symmetric) -> Float[Tensor, "hidden hidden"]:
+    """Return ``M C M`` of a gram C, with M the map that subtracts the mean over the channels."""
+    whole = unpacked(gram)
+    means = whole.mean(dim=0, keepdim=True)
+    return whole - means - means.T + means.mean()
+
+
+def sliced_layer(
+    weights: Weights, *, kind: LayerKind, bases: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Tensor]:
     """Return the tensors of one layer between three bases, shortcuts included.
 
     Args:
         weights: role -> tensor: ``q_proj.weight`` ... ``attn_norm.weight`` ...; a linear may be
             two factors, and inner widths may be cut.
+        kind: of the layer.
         bases: (hidden, keep) each: of the site that attention reads, of the site that the MLP
-            reads, and of the next layer's first site.
+            reads, and of the next layer's first site. A parallel layer has no site between.
     """
     basis_in, basis_mid, basis_out = bases
-    new = _between(weights, bases)
-    dtype = weights["attn_norm.weight"].dtype
+    new = _between(weights, kind, bases)
+    dtype = _dtype(weights)
+    if kind.parallel:
+        return new | {"attn_shortcut.weight": (basis_out.T @ basis_in).to(dtype)}
     new["attn_shortcut.weight"] = (basis_mid.T @ basis_in).to(dtype)
     new["mlp_shortcut.weight"] = (basis_out.T @ basis_mid).to(dtype)
     return new
 
 
-def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
+def narrowed_layer(weights: Weights, *, kind: LayerKind, basis: Tensor) -> dict[str, Tensor]:
     """Return the tensors of one layer in a basis that all sites share: a stock layer.
 
     A stock norm divides by the root mean square over the kept width d', ours over the original
@@ -105,45 +118,84 @@ def narrowed_layer(weights: Weights, *, basis: Tensor) -> dict[str, Tensor]:
     eps' = eps D / d'.
     """
     hidden, keep = basis.shape
-    new = _between(weights, (basis, basis, basis), gain=math.sqrt(hidden / keep))
-    dtype = weights["attn_norm.weight"].dtype
-    ones = torch.ones(keep, dtype=dtype, device=basis.device)
-    return new | {"attn_norm.weight": ones, "mlp_norm.weight": ones.clone()}
+    new = _between(weights, kind, (basis, basis, basis), gain=math.sqrt(hidden / keep))
+    ones = torch.ones(keep, dtype=_dtype(weights), device=basis.device)
+    return new | {f"{norm.role}.weight": ones.clone() for norm in _block_norms(kind)}
+
+
+def _block_norms(kind: LayerKind) -> list[Norm]:
+    return [norm for norm in kind.norms if norm.over != "head"]
+
+
+def _dtype(weights: Weights) -> torch.dtype:
+    return weights[f"{_part(weights, 'o_proj', 'second')}.weight"].dtype
 
 
 def _between(
-    weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, gain: float = 1.0
+    weights: Weights,
+    kind: LayerKind,
+    bases: tuple[Tensor, Tensor, Tensor],
+    *,
+    gain: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return all tensors but the norms, with inputs and outputs rotated and cut, in their dtypes.
 
-    In a linear of two factors, the first reads the residual stream and the second writes it.
+    In a linear of two factors, the first reads the residual stream and the second writes it. A
+    LayerNorm is an RMS norm of the centred stream: what is written is centred, and the norm's bias
+    becomes one of the linears that read it.
     """
-    basis_in, basis_mid, basis_out = bases
-    reads = {
-        "q_proj": ("attn_norm", basis_in),
-        "k_proj": ("attn_norm", basis_in),
-        "v_proj": ("attn_norm", basis_in),
-        "gate_proj": ("mlp_norm", basis_mid),
-        "up_proj": ("mlp_norm", basis_mid),
-    }
+    at = dict(zip(("residual_in", "residual_mid", "residual_out"), bases, strict=True))
+    norms = _block_norms(kind)
     new: dict[str, Tensor] = {}
-    for name, (norm, basis) in reads.items():
-        scale = weights[f"{norm}.weight"].to(torch.float64) * gain
-        reader = _part(weights, name, "first")
-        new[f"{reader}.weight"] = rotated_rows(
-            weights[f"{reader}.weight"], basis=basis, scale=scale
-        )
-    for name, basis in {"o_proj": basis_mid, "down_proj": basis_out}.items():
-        writer = _part(weights, name, "second")
-        new[f"{writer}.weight"] = _rotated_columns(weights[f"{writer}.weight"], basis)
+    for norm in norms:
+        scale = norm_scale(weights.get(f"{norm.role}.weight"), norm, like=bases[0]) * gain
+        shift = weights.get(f"{norm.role}.bias")
+        for role in kind.readers(norm.role):
+            reader = _part(weights, role, "first")
+            new[f"{reader}.weight"] = rotated_rows(
+                weights[f"{reader}.weight"], basis=at[norm.over], scale=scale
+            )
+            if shift is not None:
+                new |= _shifted(weights, role, shift)
+    layered = any(norm.kind == "layer" for norm in norms)
+    for linear in kind.linears:
+        if not linear.writes.startswith("residual"):
+            continue
+        axes = written_axes(at[linear.writes], centred=layered)
+        writer = _part(weights, linear.role, "second")
+        new[f"{writer}.weight"] = _rotated_columns(weights[f"{writer}.weight"], axes)
         if f"{writer}.bias" in weights:
             bias = weights[f"{writer}.bias"]
-            new[f"{writer}.bias"] = (basis.T @ bias.to(torch.float64)).to(bias.dtype)
-    norms = (
-        "attn_norm.weight",
-        "mlp_norm.weight",
-    )  # their scale is folded into the weights that read them
-    return {k: v.clone() for k, v in weights.items() if k not in (*new, *norms)} | new
+            new[f"{writer}.bias"] = (axes.T @ bias.to(torch.float64)).to(bias.dtype)
+    # The norms are folded into the weights that read them.
+    folded = {f"{norm.role}.{part}" for norm in norms for part in ("weight", "bias")}
+    return {k: v.clone() for k, v in weights.items() if k not in {*new, *folded}} | new
+
+
+def norm_scale(
+    weight: Tensor | None, norm: Norm, *, like: Float[Tensor, "hidden keep"]
+) -> Float[Tensor, " hidden"]:
+    """Return the scale of a norm in float64; ones where it stores none."""
+    if weight is None:
+        return torch.ones(len(like), dtype=torch.float64, device=like.device)
+    scale = weight.to(torch.float64)
+    return scale + 1 if norm.plus_one else scale
+
+
+def written_axes(basis: Float[Tensor, "hidden keep"], *, centred: bool) -> Tensor:
+    """Return the map to a basis of what is written; it also subtracts the mean if ``centred``."""
+    return basis - basis.mean(dim=0, keepdim=True) if centred else basis
+
+
+def _shifted(weights: Weights, role: str, shift: Tensor) -> dict[str, Tensor]:
+    """Return the bias of a linear after that of the norm that it reads has moved into it."""
+    moved = shift.to(torch.float64)
+    for part in (role, f"{role}.first", f"{role}.second"):
+        if f"{part}.weight" in weights:
+            moved = weights[f"{part}.weight"].to(torch.float64) @ moved
+    name = f"{_part(weights, role, 'second')}.bias"
+    old = weights.get(name)
+    return {name: (moved if old is None else moved + old.to(torch.float64)).to(shift.dtype)}
 
 
 def _part(weights: Weights, name: str, factor: str) -> str:
@@ -196,17 +248,30 @@ def _site_kind(options: Mapping[str, Option]) -> str:
 
 
 def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
-    del shape
     if options["schedule"] == "sequential":
         return frozenset()  # the dense model's activations differ from those after sliced sites
-    taps = ["resid_attn", "resid_mlp"]
+    taps = ["resid_attn", *["resid_mlp"] * any(not kind.parallel for kind in shape.kinds)]
     if options["slice_head"] or options["rotation"] == "shared":
         taps.append("resid_out")  # else the last site keeps its full width
     return frozenset(Statistic(tap, _site_kind(options)) for tap in taps)
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    del shape  # every family so far has its norms before the blocks
+    for kind in shape.kinds:
+        space = kind.space("residual")
+        if space.group != "orthogonal":
+            return space.reason
+    if options["rotation"] == "shared" and "residual" not in shape.native:
+        return (
+            f"rotation=shared makes a stock model, but no config of a {shape.model_type} describes "
+            "one with a narrower rotated stream; choose rotation=per_site"
+        )
+    parallel = any(kind.parallel for kind in shape.kinds)
+    if options["schedule"] == "sequential" and (shape.is_centred or parallel):
+        return (
+            "schedule=sequential slices between attention and MLP, one after the other, behind RMS "
+            f"norms; the layers of a {shape.model_type} are others: choose schedule=dense"
+        )
     if options["schedule"] == "sequential" and options["rotation"] == "shared":
         return (
             "schedule=sequential slices each site before the next is observed, but rotation=shared "
@@ -222,25 +287,36 @@ def sliced_form(
     native = options["rotation"] == "shared"
     last_dim = keep_dim if native or options["slice_head"] else shape.hidden
     layers = [
-        replace(
-            layer,
-            residual_in=keep_dim,
-            residual_mid=keep_dim,
-            residual_out=keep_dim,
-            shortcuts=not native,
-            norm_weights=native,
+        with_biases(
+            replace(
+                layer,
+                residual_in=keep_dim,
+                residual_mid=keep_dim if layer.residual_mid else 0,
+                residual_out=keep_dim,
+                shortcuts=not native,
+                norm_weights=native,
+            ),
+            {*layer.biases, *_shifted_roles(shape.kind(layer))},
         )
         for layer in start.form.layers
     ]
     layers[-1] = replace(layers[-1], residual_out=last_dim)
-    return ModelForm(
+    return replace(
+        start.form,
         layers=tuple(layers),
         embedding_dim=keep_dim,
         head_dim=last_dim,
         head_norm_weight=native,
         tied=False,
         native=native,
+        head_bias=start.form.head_bias or shape.final_norm.bias,
     )
+
+
+def _shifted_roles(kind: LayerKind) -> list[str]:
+    """Return the linears that get the bias of a norm."""
+    biased = (norm.role for norm in _block_norms(kind) if norm.bias)
+    return [role for norm in biased for role in kind.readers(norm)]
 
 
 def _form(
@@ -329,7 +405,9 @@ class SliceGPT:
         """Return the kind of statistic whose axes a site keeps."""
         return _site_kind(options)
 
-    def factor(self, grams: list[Tensor], *, keep_dim: int, where: str) -> Basis:
+    def factor(
+        self, grams: list[Tensor], *, keep_dim: int, where: str, centred: bool = False
+    ) -> Basis:
         """Return the basis of one site; of all sites together where several grams are given.
 
         At full width any orthogonal basis is exact, so the model's own axes are used: they need
@@ -339,6 +417,7 @@ class SliceGPT:
             grams: of the width of the residual stream; empty for a site of full width.
             keep_dim: axes to keep.
             where: names the site in errors.
+            centred: only the centred stream matters, whose gram follows from that of the stream.
 
         Raises:
             NumericsError: a gram is not finite or cannot be decomposed.
@@ -347,28 +426,46 @@ class SliceGPT:
             empty = torch.empty(0, dtype=torch.float64)
             return Basis(vectors=torch.eye(keep_dim).to(empty), values=empty, rung="whole")
         gram = grams[0] if len(grams) == 1 else shared_gram(grams)
+        gram = centred_gram(gram) if centred else gram
         basis = site_basis(gram, keep_dim=keep_dim, where=where)
         whole = keep_dim == len(basis.vectors)
         return replace(basis, vectors=torch.eye(keep_dim).to(basis.vectors)) if whole else basis
 
     def apply(
-        self, weights: Weights, bases: tuple[Tensor, Tensor, Tensor], *, form: LayerForm
+        self,
+        weights: Weights,
+        bases: tuple[Tensor, Tensor, Tensor],
+        *,
+        shape: ModelShape,
+        form: LayerForm,
     ) -> dict[str, Tensor]:
         """Return the tensors of one layer between the bases of its three sites."""
+        kind = shape.kind(form)
         if not form.shortcuts:
-            return narrowed_layer(weights, basis=bases[0])
-        return sliced_layer(weights, bases=bases)
+            return narrowed_layer(weights, kind=kind, basis=bases[0])
+        return sliced_layer(weights, kind=kind, bases=bases)
 
-    def apply_embedding(self, rows: Tensor, basis: Tensor) -> Tensor:
-        """Return rows of the embedding in the basis of the first site."""
-        return rotated_rows(rows, basis=basis)
+    def apply_embedding(self, rows: Tensor, basis: Tensor, *, shape: ModelShape) -> Tensor:
+        """Return rows of a table that is added to the stream, in the basis of the first site."""
+        return rotated_rows(rows, basis=written_axes(basis, centred=shape.is_centred))
 
     def apply_head(
-        self, rows: Tensor, basis: Tensor, *, norm_weight: Tensor, native: bool
+        self,
+        rows: Tensor,
+        basis: Tensor,
+        *,
+        shape: ModelShape,
+        norm_weight: Tensor | None,
+        native: bool,
     ) -> Tensor:
         """Return rows of the head, which read the last site, with the final norm's scale."""
         gain = math.sqrt(basis.shape[0] / basis.shape[1]) if native else 1.0
-        return rotated_rows(rows, basis=basis, scale=norm_weight.to(torch.float64) * gain)
+        scale = norm_scale(norm_weight, shape.final_norm, like=basis) * gain
+        return rotated_rows(rows, basis=basis, scale=scale)
+
+    def head_bias(self, rows: Tensor, norm_bias: Tensor) -> Tensor:
+        """Return what the final norm's bias adds to the logits of these rows, in float64."""
+        return rows.to(torch.float64) @ norm_bias.to(torch.float64)
 
 
 METHOD = SliceGPT()

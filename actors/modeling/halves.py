@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.modeling.modeling_compressed import CompressedConfig
-from actors.modeling.outer_model import OuterModel
+from actors.modeling.outer_model import OWN, OuterModel
+from actors.modeling.travelling import COMPRESSED, classes
 from planners.canonical_json import to_json
 from planners.families import load as load_family
-from planners.families.llama import windows
 from planners.model.form import LayerForm
 from planners.model.shape import ModelShape
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # keys with an entry for each layer
 
 
 class HalvedLayer:
@@ -34,34 +35,30 @@ class HalvedLayer:
         device: str,
     ) -> None:
         """Build layer ``index`` from tensors keyed by their names relative to the layer."""
-        alone = {**one_layer_config(config, shape, index), "layer_forms": [to_json(form)]}
+        alone = one_layer_config(config, form, shape, index)
         self._outer = OuterModel(alone, load_family(shape.family), dtype=dtype, device=device)
         self.module: nn.Module = self._outer.layer(0, tensors)
+        self._code = classes(shape.model_type)
+        self._facts = self._code.facts_of(alone["layout"], alone["layer_forms"][0])
 
     def attention(self, hidden: Tensor) -> Tensor:
         """Return what attention adds to the residual stream."""
-        layer: Any = self.module
         arguments = self._outer.layer_arguments(hidden)[0]
-        attended: Tensor = layer.self_attn(layer.input_layernorm(hidden), **arguments)[0]
+        attended: Tensor = self._code.attention_block(self.module, self._facts, hidden, **arguments)
         return attended
 
     def mlp(self, middle: Tensor) -> Tensor:
         """Return what the MLP adds to the residual stream."""
-        layer: Any = self.module
-        inner: Tensor = layer.mlp(layer.post_attention_layernorm(middle))
+        inner: Tensor = self._code.mlp_block(self.module, self._facts, middle)
         return inner
 
     def shortcut_attention(self, hidden: Tensor) -> Tensor:
         """Return the residual stream in the basis attention writes; unchanged if no shortcut."""
-        layer: Any = self.module
-        stream: Tensor = layer.attn_shortcut(hidden)
-        return stream
+        return self._through("attn_shortcut", hidden)
 
     def shortcut_mlp(self, middle: Tensor) -> Tensor:
         """Return the residual stream in the basis the MLP writes; unchanged if no shortcut."""
-        layer: Any = self.module
-        stream: Tensor = layer.mlp_shortcut(middle)
-        return stream
+        return self._through("mlp_shortcut", middle)
 
     def residual_mid(self, hidden: Tensor) -> Tensor:
         """Return the residual stream between attention and MLP."""
@@ -73,23 +70,33 @@ class HalvedLayer:
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return the residual stream after the layer, given the one before it."""
+        if self._facts["parallel"]:
+            return self.residual_mid(hidden) + self.mlp(hidden)
         return self.after_mlp(self.residual_mid(hidden))
 
+    def _through(self, name: str, stream: Tensor) -> Tensor:
+        shortcut: Any = getattr(self.module, name, None)
+        return stream if shortcut is None else shortcut(stream)
 
-def one_layer_config(config: Mapping[str, Any], shape: ModelShape, index: int) -> dict[str, Any]:
+
+def one_layer_config(
+    config: Mapping[str, Any], form: LayerForm, shape: ModelShape, index: int
+) -> dict[str, Any]:
     """Return the config of a compressed model of layer ``index`` and a vocabulary of one token."""
-    kept = {
-        k: v for k, v in config.items() if k not in ("architectures", "auto_map", "layer_types")
-    }
+    kept = {k: v for k, v in config.items() if k not in OWN}
+    whole = classes(shape.model_type).StockConfig(**kept)  # it knows what a config leaves out
+    lists = {key: getattr(whole, key, None) for key in PER_LAYER}
     return {
         **kept,
-        "model_type": CompressedConfig.model_type,
+        **{key: [each[index]] for key, each in lists.items() if each},
+        "model_type": COMPRESSED,
+        "compressed_from": shape.model_type,
+        "layout": load_family(shape.family).layout(shape),
+        "layer_forms": [to_json(form)],
         "num_hidden_layers": 1,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "sliding_window": windows({**config, "model_type": shape.model_type})[index],
         "vocab_size": 1,
         "pad_token_id": None,
         "embedding_dim": shape.hidden,
         "head_input_dim": shape.hidden,
+        "head_bias": shape.head_bias,
     }

@@ -1,18 +1,20 @@
-"""A decoder-only transformer whose layers each have their own widths.
+"""A stock model of transformers whose layers each have their own widths.
 
 This file travels with every compressed checkpoint that a stock config cannot express, and is loaded
 with ``trust_remote_code=True``. It needs torch and transformers, nothing else.
 
-Each layer is built from its entry of ``config.layer_forms``: widths of the residual stream before,
-between and after its two blocks (with *shortcut* matrices on the residual where they differ in
-basis), inner width of the MLP, head widths of q/k and of v/o, and ranks of the linears that are
-stored as two factors. Three things stay those of the original model whatever was cut: the norm's
-denominator (``hidden_size``), the rotary tables and the softmax scale (``head_dim``).
+The stock model is built from its own config, and then every layer is given the widths of its entry
+of ``config.layer_forms``: those of the residual stream before, between and after its two blocks
+(with *shortcut* matrices on the residual where they differ in basis), the inner width of the MLP,
+head widths of q/k and of v/o, and ranks of the linears that are stored as two factors.
+``config.layout`` has the names of the modules. Three things stay those of the original model
+whatever was cut: the norm's denominator, the rotary tables and the softmax scale.
 
 A stored config has the ``model_type`` of the original model, by which transformers chooses a
-tokenizer, and a ``hidden_act`` that no stock class has, so that none is built around these weights.
+tokenizer, and an activation that no stock class has, so that none is built around these weights.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -33,32 +35,39 @@ if _release(transformers.__version__) < _release(LEAST_TRANSFORMERS):
 
 # ruff: noqa: E402 an older transformers lacks some of these
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    eager_attention_forward,
-    rotate_half,
-)
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
+STOCK = "llama"  # model_type of the original model; the copy beside a result has its own
 # What a stock class says that it does not know, in place of an activation.
 NEEDS_CODE = "made by compress-cluster: load it with trust_remote_code=True"
-FULL, SLIDING = "full_attention", "sliding_attention"
+
+StockConfig = CONFIG_MAPPING[STOCK]
+StockModel = MODEL_MAPPING[StockConfig]
+StockForCausalLM = MODEL_FOR_CAUSAL_LM_MAPPING[StockConfig]
+STOCK_CODE: Any = sys.modules[StockForCausalLM.__module__]
+StockLayer, StockAttention = (
+    getattr(StockForCausalLM._can_record_outputs[key], "target_class", None)
+    or StockForCausalLM._can_record_outputs[key]
+    for key in ("hidden_states", "attentions")
+)
 
 
-class CompressedConfig(LlamaConfig):
-    """The original model's config, with the widths of every layer beside it."""
+class CompressedConfig(StockConfig):
+    """The original model's config, with the widths of every layer beside it.
 
-    model_type = "compress_cluster"
+    Attributes:
+        layer_forms: widths and ranks of each layer.
+        embedding_dim: width of the embedding, and of learned positions.
+        head_input_dim: width of the residual stream that the head reads.
+        head_norm_weight: the final norm keeps its scale.
+        head_bias: the head has a bias.
+        layout: names of the modules, and what the kinds of layers have in common.
+        compressed_from: ``model_type`` of the original model.
+        compression: how it was made.
+    """
+
     base_model_tp_plan = None  # shortcuts and odd widths do not divide over devices in general
     base_model_pp_plan = None
 
@@ -66,46 +75,30 @@ class CompressedConfig(LlamaConfig):
     embedding_dim: int = 0
     head_input_dim: int = 0
     head_norm_weight: bool = True
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
+    head_bias: bool = False
+    layout: dict[str, Any] | None = None
     compressed_from: str | None = None
     compression: dict[str, Any] | None = None
 
     def __post_init__(self, activation: str | None = None, **kwargs: Any) -> None:
-        """Take the activation from where it is stored; without ``layer_types`` layers are alike."""
-        if activation is not None:
-            self.hidden_act = activation
-        if self.layer_types is None:
-            kind = FULL if self.sliding_window is None else SLIDING
-            self.layer_types = [kind] * self.num_hidden_layers
+        """Take the activation from where it is stored."""
+        if activation is not None and self.layout is not None:
+            setattr(self, self.layout["activation_key"], activation)
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what is stored, under the model type that it has here."""
-        stored, rest = super().get_config_dict(*args, **kwargs)
-        return {**stored, "model_type": cls.model_type}, rest
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is stored."""
         stored = super().to_dict()
-        if len(set(stored["layer_types"])) == 1:
-            del stored["layer_types"]  # a mistral with the key is read as another architecture
-        return {
-            **stored,
-            "model_type": self.compressed_from or self.model_type,
-            "hidden_act": NEEDS_CODE,
-            "activation": self.hidden_act,
-        }
+        if self.layout is None:  # a bare config, of which transformers takes the defaults
+            return stored
+        key = self.layout["activation_key"]
+        return {**stored, key: NEEDS_CODE, "activation": stored[key]}
 
     def validate_architecture(self) -> None:
         """Accept any widths: they are the point."""
 
 
-MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
-
-
-class ScaledRMSNorm(nn.Module):
+class ScaledNorm(nn.Module):
     """Root mean square norm that divides by the original width, whatever is left of it."""
 
     def __init__(self, dim: int, original_dim: int, eps: float, *, scale: bool) -> None:
@@ -135,89 +128,52 @@ class LowRankLinear(nn.Module):
         return self.second(self.first(x))
 
 
-def _linear(form: dict[str, Any], name: str, dims: tuple[int, int]) -> nn.Module:
-    (out_dim, in_dim), bias = dims, name in form["biases"]
-    rank = form["ranks"].get(name)
-    if rank is None:
-        return nn.Linear(in_dim, out_dim, bias=bias)
-    return LowRankLinear(in_dim, out_dim, rank, bias=bias)
+class CompressedAttention(StockAttention):
+    """The stock attention with narrower heads: of one width in q and k, of another in v and o."""
 
-
-class CompressedMLP(nn.Module):
-    """Gated MLP between two widths of the residual stream."""
-
-    def __init__(self, config: CompressedConfig, form: dict[str, Any]) -> None:
-        super().__init__()
-        inner, mid, out = form["intermediate"], form["residual_mid"], form["residual_out"]
-        self.gate_proj = _linear(form, "gate_proj", (inner, mid))
-        self.up_proj = _linear(form, "up_proj", (inner, mid))
-        self.down_proj = _linear(form, "down_proj", (out, inner))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``down(act(gate(x)) * up(x))``."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class CompressedAttention(nn.Module):
-    """Attention whose q/k and v/o heads may be narrower than the model's own."""
-
-    def __init__(self, config: CompressedConfig, form: dict[str, Any], layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.qk_head_dim = form["qk_head_dim"]
-        self.vo_head_dim = form["vo_head_dim"]
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.num_key_value_groups = heads // kv_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        kinds = config.layer_types
-        windowed = kinds is not None and kinds[layer_idx] == SLIDING
-        self.sliding_window = config.sliding_window if windowed else None
-        read = form["residual_in"]
-        q, k, v = heads * self.qk_head_dim, kv_heads * self.qk_head_dim, kv_heads * self.vo_head_dim
-        self.q_proj = _linear(form, "q_proj", (q, read))
-        self.k_proj = _linear(form, "k_proj", (k, read))
-        self.v_proj = _linear(form, "v_proj", (v, read))
-        out_dims = (form["residual_mid"], heads * self.vo_head_dim)
-        self.o_proj = _linear(form, "o_proj", out_dims)
-        if self.qk_head_dim != config.head_dim:
-            pairs = torch.arange(self.qk_head_dim // 2).repeat(kv_heads, 1)
-            self.register_buffer("rope_pairs", pairs)  # (kv_heads, kept pairs)
-        else:
-            self.rope_pairs = None
-
-    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return x (batch, heads, tokens, dim) turned by the angles of the pairs it kept."""
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (batch, 1, tokens, head_dim)
-        if self.rope_pairs is not None:
-            pairs = self.rope_pairs.repeat_interleave(x.shape[1] // self.rope_pairs.shape[0], dim=0)
-            both = torch.cat((pairs, pairs), dim=-1)  # (heads, dim): both halves turn alike
-            index = both[None, :, None, :].expand(cos.shape[0], -1, cos.shape[2], -1)
-            cos = cos.expand(-1, x.shape[1], -1, -1).gather(-1, index)
-            sin = sin.expand(-1, x.shape[1], -1, -1).gather(-1, index)
-        return x * cos + rotate_half(x) * sin
+    def narrow(self, form: dict[str, Any], layout: dict[str, Any]) -> None:
+        """Take the widths of the heads from the form of a layer."""
+        kind = layout["kinds"][form["kind"]]
+        below = layout["attention"] + "."
+        self.below = {
+            role: name.removeprefix(below)
+            for role, name in {**layout["linears"], **layout["norms"]}.items()
+        }
+        self.head_norms = [role for role in ("q_norm", "k_norm") if role in kind["norms"]]
+        self.qk_head_dim, self.vo_head_dim = form["qk_head_dim"], form["vo_head_dim"]
+        self.rotary, self.pairs = kind["rotary"], kind["pairs"]
+        pairs = None  # (kv_heads, kept pairs of channels); -1 for those that are not rotated
+        if self.rotary and self.qk_head_dim != layout["head_dim"]:
+            pairs = torch.arange(self.qk_head_dim // 2).repeat(layout["kv_heads"], 1)
+        self.register_buffer("rope_pairs", pairs)
+        known = "sliding_window" in StockConfig.__dataclass_fields__
+        of_all = self.config.sliding_window if known else None
+        self.window = getattr(self, "sliding_window", of_all)
+        dropout = "attention_dropout" if hasattr(self, "attention_dropout") else "dropout"
+        self.dropout_of_weights = getattr(self, dropout)
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output, (batch, tokens, residual_mid), and weights if computed."""
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.vo_head_dim).transpose(1, 2)
-        query, key = (self._turned(x, *position_embeddings) for x in (query, key))
+        query = self._of("q_proj")(hidden_states).view(*shape, -1, self.qk_head_dim)
+        key = self._of("k_proj")(hidden_states).view(*shape, -1, self.qk_head_dim)
+        value = self._of("v_proj")(hidden_states).view(*shape, -1, self.vo_head_dim)
+        if self.head_norms:
+            query, key = self._of("q_norm")(query), self._of("k_norm")(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if self.rotary and position_embeddings is not None:
+            query, key = self._rotated(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation, STOCK_CODE.eager_attention_forward
         )
         output, weights = attend(
             self,
@@ -225,178 +181,226 @@ class CompressedAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=self.dropout_of_weights if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.sliding_window,
+            sliding_window=self.window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+        output = self._of("o_proj")(output.reshape(*shape, -1).contiguous())
+        # Only some stock attentions have this one; in others it is the layer's.
+        left_out = getattr(self, "residual_dropout", 0.0)
+        return nn.functional.dropout(output, p=left_out, training=self.training), weights
+
+    def _of(self, role: str) -> nn.Module:
+        return getattr(self, self.below[role])
+
+    def _rotated(
+        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return q and k (batch, heads, tokens, dim) rotated as the stock attention does it.
+
+        Narrower heads are spread over the channels of a whole head, rotated there, and collected.
+        Their own pairs are channels i and i + dim / 2, whatever the pairs of a whole head are.
+        """
+        both, width = (query, key), self.rotary
+        if self.rope_pairs is None:
+            parts = [x[..., :width] for x in both]
+            rotated = STOCK_CODE.apply_rotary_pos_emb(*parts, cos, sin)
+            return tuple(
+                torch.cat((y, x[..., width:]), dim=-1) for x, y in zip(both, rotated, strict=True)
+            )
+        first, second = self.rope_pairs, self.rope_pairs + width // 2
+        if self.pairs == "interleaved":
+            first, second = 2 * self.rope_pairs, 2 * self.rope_pairs + 1
+        channels = torch.cat((first, second), dim=-1)  # (kv_heads, dim)
+        kept = self.rope_pairs.repeat(1, 2) >= 0
+        channels = torch.where(kept, channels, width)  # the others share a column behind the rest
+        places = [_by_head(channels, x) for x in both]
+        spread = [
+            x.new_zeros(*x.shape[:-1], width + 1).scatter(-1, at, x)[..., :width]
+            for x, at in zip(both, places, strict=True)
+        ]
+        rotated = STOCK_CODE.apply_rotary_pos_emb(*spread, cos, sin)
+        return tuple(
+            torch.where(at < width, y.gather(-1, at.clamp(max=width - 1)), x)
+            for x, y, at in zip(both, rotated, places, strict=True)
+        )
 
 
-class CompressedDecoderLayer(GradientCheckpointingLayer):
-    """One block: two additions to the residual stream, which may change its basis at each."""
+def _by_head(channels: Tensor, x: Tensor) -> Tensor:
+    """Return channels (kv_heads, dim) for every element of x (batch, heads, tokens, dim)."""
+    each = channels.repeat_interleave(x.shape[1] // channels.shape[0], dim=0)
+    return each[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)
 
-    def __init__(self, config: CompressedConfig, layer_idx: int) -> None:
-        super().__init__()
-        form = config.layer_forms[layer_idx]  # type: ignore[index] # None only in a bare config
-        width, eps, scale = config.hidden_size, config.rms_norm_eps, form["norm_weights"]
-        self.input_layernorm = ScaledRMSNorm(form["residual_in"], width, eps, scale=scale)
-        self.self_attn = CompressedAttention(config, form, layer_idx)
-        self.post_attention_layernorm = ScaledRMSNorm(form["residual_mid"], width, eps, scale=scale)
-        self.mlp = CompressedMLP(config, form)
-        self.attn_shortcut: nn.Module = nn.Identity()
-        self.mlp_shortcut: nn.Module = nn.Identity()
-        if form["shortcuts"]:
-            into, mid, out = form["residual_in"], form["residual_mid"], form["residual_out"]
-            self.attn_shortcut = nn.Linear(into, mid, bias=False)
+
+def attention_block(layer: nn.Module, facts: dict[str, Any], hidden: Tensor, **kwargs: Any) -> Any:
+    """Return what attention adds to the residual stream that a layer of any form reads."""
+    normed = layer.get_submodule(facts["norms"]["attn_norm"])(hidden)
+    attention = layer.get_submodule(facts["attention"])
+    added, *_ = attention(hidden_states=normed, **kwargs)
+    return added if facts["residual_scale"] == 1 else added * facts["residual_scale"]
+
+
+def mlp_block(layer: nn.Module, facts: dict[str, Any], hidden: Tensor) -> Any:
+    """Return what the MLP adds to the residual stream that it reads in a layer of any form."""
+    norms = facts["norms"]
+    normed = layer.get_submodule(norms.get("mlp_norm", norms["attn_norm"]))(hidden)
+    act = layer.get_submodule(facts["activation"])
+    linears = {role: layer.get_submodule(name) for role, name in facts["linears"].items()}
+    up = linears["up_proj"](normed)
+    inner = act(linears["gate_proj"](normed)) * up if "gate_proj" in linears else act(up)
+    added = linears["down_proj"](inner)
+    return added if facts["residual_scale"] == 1 else added * facts["residual_scale"]
+
+
+class CompressedLayer(StockLayer):
+    """The stock layer with matrices on the residual stream, which changes its basis there."""
+
+    def shorten(self, form: dict[str, Any], layout: dict[str, Any]) -> None:
+        """Add the shortcuts of the form of a layer."""
+        self.facts = facts_of(layout, form)
+        into, mid, out = form["residual_in"], form["residual_mid"], form["residual_out"]
+        self.attn_shortcut = nn.Linear(into, out if self.facts["parallel"] else mid, bias=False)
+        if not self.facts["parallel"]:
             self.mlp_shortcut = nn.Linear(mid, out, bias=False)
+        attention = self.get_submodule(self.facts["attention"])
+        key = layout["dropout"]
+        self.left_out = getattr(attention.config, key) if key else 0.0
+        self.attention_leaves_out = hasattr(attention, "residual_dropout")
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Return the residual stream after the block."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = self.attn_shortcut(hidden_states) + attended
-        inner = self.mlp(self.post_attention_layernorm(hidden_states))
-        return self.mlp_shortcut(hidden_states) + inner
+        """Return the residual stream after the layer."""
+        added = attention_block(self, self.facts, hidden_states, **kwargs)
+        added = added if self.attention_leaves_out else self._dropped(added)
+        middle = self.attn_shortcut(hidden_states) + added
+        if self.facts["parallel"]:
+            return middle + self._dropped(mlp_block(self, self.facts, hidden_states))
+        added = self._dropped(mlp_block(self, self.facts, middle))
+        return self.mlp_shortcut(middle) + added
+
+    def _dropped(self, added: Tensor) -> Tensor:
+        return nn.functional.dropout(added, p=self.left_out, training=self.training)
 
 
-class CompressedPreTrainedModel(PreTrainedModel):
-    """What the base model and the language model share."""
-
-    config_class = CompressedConfig
-    base_model_prefix = "model"
-    _no_split_modules = ("CompressedDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    supports_gradient_checkpointing = True
-    _can_record_outputs = {  # noqa: RUF012 transformers' own form
-        "hidden_states": CompressedDecoderLayer,
-        "attentions": CompressedAttention,
+def facts_of(layout: dict[str, Any], form: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts and names of one layer: those of its kind, and of all layers."""
+    kind = layout["kinds"][form["kind"]]
+    return {
+        **kind,
+        "attention": layout["attention"],
+        "activation": layout["activation"],
+        "linears": {role: layout["linears"][role] for role in kind["linears"]},
+        "norms": {role: layout["norms"][role] for role in kind["norms"]},
     }
 
 
-class CompressedModel(CompressedPreTrainedModel):
-    """Embedding, layers and final norm."""
+def _put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    above, _, last = name.rpartition(".")
+    setattr(parent.get_submodule(above), last, module)
+
+
+def _resize_linear(
+    parent: nn.Module, name: str, dims: tuple[int, int], *, bias: bool, rank: int | None = None
+) -> None:
+    """Replace a linear by one of (out, in) or by two factors, unless it is as it should be."""
+    linear: Any = parent.get_submodule(name)
+    out_dim, in_dim = dims
+    if rank is not None:
+        _put(parent, name, LowRankLinear(in_dim, out_dim, rank, bias=bias))
+    elif (*linear.weight.shape, linear.bias is not None) != (out_dim, in_dim, bias):
+        _put(parent, name, nn.Linear(in_dim, out_dim, bias=bias))
+
+
+def _resize_norm(parent: nn.Module, name: str, dims: tuple[int, int], *, scale: bool) -> None:
+    """Replace a norm of (width, original width), unless it still is the stock one."""
+    if dims[0] == dims[1] and scale:
+        return
+    norm: Any = parent.get_submodule(name)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    _put(parent, name, ScaledNorm(*dims, eps, scale=scale))
+
+
+def _resize_table(table: Any, width: int) -> None:
+    """Narrow an embedding in place: some stock classes do more than to look up."""
+    if table.embedding_dim != width:
+        table.weight = nn.Parameter(table.weight.detach().new_empty(len(table.weight), width))
+        table.embedding_dim = width
+        table._is_hf_initialized = False
+
+
+def _resize_layer(layer: nn.Module, form: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Give a stock layer the widths of a form."""
+    kind = layout["kinds"][form["kind"]]
+    widths = {
+        **{key: form[key] for key in ("residual_in", "residual_mid", "residual_out")},
+        "ffn": form["intermediate"],
+        "q": layout["heads"] * form["qk_head_dim"],
+        "k": layout["kv_heads"] * form["qk_head_dim"],
+        "v": layout["kv_heads"] * form["vo_head_dim"],
+        "o": layout["heads"] * form["vo_head_dim"],
+    }
+    for role, (reads, writes) in kind["linears"].items():
+        _resize_linear(
+            layer,
+            layout["linears"][role],
+            (widths[writes], widths[reads]),
+            bias=role in form["biases"],
+            rank=form["ranks"].get(role),
+        )
+    for role, over in kind["norms"].items():
+        if over in widths:  # not those of single heads
+            dims = (widths[over], layout["hidden"])
+            _resize_norm(layer, layout["norms"][role], dims, scale=form["norm_weights"])
+    if (form["qk_head_dim"], form["vo_head_dim"]) != (layout["head_dim"], layout["head_dim"]):
+        attention = layer.get_submodule(layout["attention"])
+        attention.__class__ = CompressedAttention
+        attention.narrow(form, layout)
+    if form["shortcuts"]:
+        layer.__class__ = CompressedLayer
+        layer.shorten(form, layout)  # type: ignore[operator]
+
+
+def _resize(body: nn.Module, config: Any) -> None:
+    """Give a stock base model the widths of its config."""
+    layout = config.layout
+    below = {  # names in a base model, which has no head
+        key: layout[key].removeprefix(StockForCausalLM.base_model_prefix + ".")
+        for key in ("layers", "embedding", "positions", "final_norm")
+    }
+    layers: Any = body.get_submodule(below["layers"])
+    for layer, form in zip(layers, config.layer_forms, strict=True):
+        _resize_layer(layer, form, layout)
+    for key in ("embedding", "positions"):
+        if below[key]:
+            _resize_table(body.get_submodule(below[key]), config.embedding_dim)
+    dims = (config.head_input_dim, layout["hidden"])
+    _resize_norm(body, below["final_norm"], dims, scale=config.head_norm_weight)
+
+
+class CompressedModel(StockModel):
+    """The stock base model, resized."""
+
+    config_class = CompressedConfig
+    _no_split_modules = (*StockModel._no_split_modules, "CompressedLayer")
 
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.embedding_dim, config.pad_token_id
-        )
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList([CompressedDecoderLayer(config, i) for i in layers])
-        self.norm = ScaledRMSNorm(
-            config.head_input_dim,
-            config.hidden_size,
-            config.rms_norm_eps,
-            scale=config.head_norm_weight,
-        )
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
+        _resize(self, config)
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Return the last hidden state, (batch, tokens, head_input_dim)."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
-        masks = attention_mask  # one for each kind of layer, as `generate` may give them
-        if not isinstance(masks, dict):
-            masks = {
-                kind: MASKS[kind](
-                    config=self.config,
-                    inputs_embeds=hidden,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                )
-                for kind in set(self.config.layer_types)
-            }
-        angles = self.rotary_emb(hidden, position_ids=position_ids)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden = layer(
-                hidden,
-                attention_mask=masks[kind],
-                position_embeddings=angles,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values
-        )
 
+class CompressedForCausalLM(StockForCausalLM):
+    """The stock model with its head, resized."""
 
-def _kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """Return the last so many positions, 0 for all, or those of an index or a mask."""
-    if isinstance(keep, int):
-        return hidden[:, -keep:]
-    if keep.ndim == 1:
-        return hidden[:, keep]
-    if keep.dtype == torch.bool:
-        return hidden[keep]
-    return hidden[torch.arange(len(hidden), device=keep.device)[:, None], keep]
-
-
-class CompressedForCausalLM(CompressedPreTrainedModel, GenerationMixin):
-    """The base model with its head."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 transformers' own form
+    config_class = CompressedConfig
+    _no_split_modules = (*StockForCausalLM._no_split_modules, "CompressedLayer")
+    _tp_plan = None
+    _pp_plan = None
 
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
-        self.model = CompressedModel(config)
-        self.lm_head = nn.Linear(config.head_input_dim, config.vocab_size, bias=False)
+        _resize(self.base_model, config)
+        head = config.layout["head"]  # type: ignore[index] # None only in a bare config
+        dims = (config.vocab_size, config.head_input_dim)
+        _resize_linear(self, head, dims, bias=config.head_bias)
         self.post_init()
-
-    @can_return_tuple
-    def forward(  # noqa: PLR0913 transformers' own signature
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Return logits (batch, tokens, vocab), and the loss where labels are given."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from actors.devices.transfer import to_device
-from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
+from actors.modeling.travelling import COMPRESSED, classes
 from actors.numerics.loss import next_token_nll
 from planners.families._base import Family
 from planners.memory.peaks import LOGIT_TOKENS
@@ -49,16 +49,16 @@ def empty_model(config: Mapping[str, Any]) -> Any:
     with results; both have the same interface.
     """
     rest = {k: v for k, v in config.items() if k not in OWN}
-    compressed = config["model_type"] == CompressedConfig.model_type
+    code = classes(config["compressed_from"]) if config["model_type"] == COMPRESSED else None
     known = (
-        CompressedConfig(**rest)
-        if compressed
+        code.CompressedConfig(**rest)
+        if code
         else AutoConfig.for_model(config["model_type"], **rest)
     )
     known._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = (
-            CompressedForCausalLM(known) if compressed else AutoModelForCausalLM.from_config(known)
+            code.CompressedForCausalLM(known) if code else AutoModelForCausalLM.from_config(known)
         )
     _compute_buffers(model)
     return model.eval()

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from actors.modeling.travelling import COMPRESSED
 from actors.numerics.packed import all_finite
 from actors.storage.contents import CONFIG, config_hash, hasher, remembered, revision_of
 from actors.storage.files import Directory
@@ -35,7 +36,6 @@ SMALL_BYTES = 1_000_000_000  # smaller models are hashed anew each time; hashes 
 READERS = 8  # threads that read and hash, at most one per core
 MAX_JSON_BYTES = 10**7  # an index of 90,000 tensors; JSON takes up to 40 times that once parsed
 MAX_NAME = 255  # characters
-COMPRESSED = "compress_cluster"  # model_type of our own results, in memory
 BLOCK_BYTES = 2**25  # of one block, where a tensor is read in blocks
 # Tables that older programs stored; they follow from the config.
 COMPUTED = ".rotary_emb.inv_freq"
@@ -64,7 +64,8 @@ def read_config(directory: Directory) -> dict[str, Any]:
     config = read_json(directory, CONFIG)
     if "layer_forms" not in config:
         return config
-    return {**config, "model_type": COMPRESSED, "hidden_act": config.get("activation")}
+    key = family_of(config.get("compressed_from")).activation_key
+    return {**config, "model_type": COMPRESSED, key: config.get("activation")}
 
 
 class NamesCheckpoint(Protocol):
@@ -129,7 +130,7 @@ class Checkpoint:
         """
         model_type = self.config.get("model_type")
         if model_type == COMPRESSED:
-            original = {**self.config, "model_type": self.config.get("compressed_from", "llama")}
+            original = {**self.config, "model_type": self.config["compressed_from"]}
             return family_of(original["model_type"]).shape_of(original, self.dtype)
         if model_type is None:
             raise ModelError(f"{self.directory.path('config.json')}: model_type is missing")
@@ -187,6 +188,7 @@ class Checkpoint:
             "embedding_dim": self.config["embedding_dim"],
             "head_dim": self.config["head_input_dim"],
             "head_norm_weight": self.config["head_norm_weight"],
+            "head_bias": self.config["head_bias"],
             "tied": self.config["tie_word_embeddings"],
             "native": False,
         })  # fmt: skip

@@ -1,14 +1,16 @@
 """Validate a checkpoint before any worker or device is reserved."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from actors.storage.checkpoint import COMPRESSED, Checkpoint, read_json
+from actors.modeling.travelling import CODE, COMPRESSED
+from actors.storage.checkpoint import Checkpoint, read_json
 from actors.storage.quoting import error_text, shown
 from planners.errors import ModelError
 from planners.families import load as load_family
 
-CODE = "modeling_compressed.py"  # stored with our own results
 PAIRS = ".rope_pairs"  # which pairs of channels narrower query and key heads kept
 GENERATION = "generation_config.json"
 
@@ -62,9 +64,9 @@ def check_classes(checkpoint: Checkpoint) -> None:
 
     where = checkpoint.directory.path("config.json")
     try:
-        empty_model(checkpoint.config)
+        model = empty_model(checkpoint.config)
         compressed = checkpoint.config["model_type"] == COMPRESSED
-        expected = _compressed_shapes(checkpoint) if compressed else {}
+        expected = _compressed_shapes(checkpoint, model) if compressed else {}
     except _REFUSALS as error:
         raise ModelError(
             f"{where}: transformers cannot build this model: {error_text(error)}"
@@ -83,7 +85,7 @@ def check_classes(checkpoint: Checkpoint) -> None:
 
 def _check_pairs(checkpoint: Checkpoint) -> None:
     """Refuse indices of rope channel pairs that are out of range or repeated in a head."""
-    half = checkpoint.config["head_dim"] // 2
+    half = checkpoint.shape.head_dim // 2
     for name, place in checkpoint.locations.items():
         if not name.endswith(PAIRS):
             continue
@@ -109,13 +111,9 @@ def _check_generation(checkpoint: Checkpoint) -> None:
             raise ModelError(f"{where}: {key} is {shown(value)}; it must be a whole number")
 
 
-def _compressed_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _compressed_shapes(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[int, ...]]:
     """Return tensor -> shape that a compressed checkpoint must contain."""
-    from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
-
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "auto_map")}
-    with torch.device("meta"):
-        state = CompressedForCausalLM(CompressedConfig(**config)).state_dict()
+    state = model.state_dict()
     head = load_family(checkpoint.shape.family).head
     tied = checkpoint.shape.tied and head not in checkpoint.locations
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name != head or not tied}

@@ -2,11 +2,11 @@
 
 import contextlib
 import hashlib
+import json
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from actors.devices.memory import PeakMemory
 from actors.messages import ThroughputRequest, UnitDone, VerifyRequest
 from actors.modeling.outer_model import OuterModel
+from actors.modeling.travelling import CODE, code_of
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.copies import local_copy
 from actors.storage.tensors import NAME_OF, tensor_bytes
@@ -152,11 +153,12 @@ def _brings_our_code(folder: Path) -> bool:
     Raises:
         ModelError: the code differs from that of this version.
     """
-    code = folder / "modeling_compressed.py"
-    if not code.exists():
+    file = folder / CODE
+    if not file.exists():
         return False
-    if code.read_bytes() != resources.files("actors.modeling").joinpath(code.name).read_bytes():
-        raise ModelError(f"{code}: differs from the code of this version, and is not run")
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    if file.read_bytes() != code_of(model_type):
+        raise ModelError(f"{file}: differs from the code of this version, and is not run")
     return True
 
 

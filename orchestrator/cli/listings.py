@@ -42,6 +42,41 @@ def methods(json_: bool) -> None:
     emit(document, show, json_=json_)
 
 
+@click.command()
+@as_json
+def families(json_: bool) -> None:
+    """List the supported model types, and what each method can do with them."""
+    from actors.methods import available, spec
+    from orchestrator.prepare.support import supported
+
+    rows = supported([spec(name) for name in available()])
+
+    def show() -> None:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("model type", "family", *rows[0]["methods"]):
+            table.add_column(column)
+        reasons: list[str] = []
+        for row in rows:
+            cells = [_answer(found, reasons) for found in row["methods"].values()]
+            table.add_row(row["model_type"], row["family"], *cells)
+        stdout.print(table)
+        for number, reason in enumerate(reasons, start=1):
+            stdout.print(Text(f"({number}) {reason}"), soft_wrap=True)
+
+    emit({"families": rows}, show, json_=json_)
+
+
+def _answer(found: dict[str, Any], reasons: list[str]) -> Text:
+    """Return yes, no or the modules that are compressed, with the numbers of the reasons."""
+    why = [found["reason"], *found["left"].values()]
+    for reason in filter(None, why):
+        if reason not in reasons:
+            reasons.append(reason)
+    numbers = ",".join(str(reasons.index(reason) + 1) for reason in filter(None, why))
+    text = "no" if found["reason"] else "yes" if not found["left"] else ", ".join(found["modules"])
+    return Text(text).append(f" ({numbers})" if numbers else "", "dim")
+
+
 @click.group()
 def recipes() -> None:
     """List or print the included recipes."""
@@ -156,4 +191,4 @@ def _titled(title: str, **look: Any) -> Table:
     return Table(title=title, title_justify="left", **look)
 
 
-ALL = (methods, recipes, schema, stats)
+ALL = (families, methods, recipes, schema, stats)

@@ -5,10 +5,11 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from importlib import metadata, resources
+from importlib import metadata
 from typing import Any
 
 from actors.messages import UnitDone
+from actors.modeling.travelling import CODE, code_of
 from actors.storage.checkpoint import INDEX
 from actors.storage.contents import TAKEN_OVER, tokenizer_hash
 from actors.storage.files import Directory, FileEntry
@@ -19,10 +20,9 @@ from orchestrator.prepare.model_config import least_transformers, result_config,
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.errors import ModelError
 from planners.families import load as load_family
+from planners.model.shape import ModelShape
 from planners.model.weight_files import weight_files
 from planners.units.units import Unit
-
-CODE = "modeling_compressed.py"
 
 
 def stitch_unit(context: RunContext) -> Unit:
@@ -31,7 +31,7 @@ def stitch_unit(context: RunContext) -> Unit:
         "schema": SCHEMA_VERSION,
         "kind": "stitch",
         "inputs": [unit.fingerprint for unit in context.units],
-        "code": code_hash(),
+        "code": code_hash(context.prepared.plan.shape),
     }
     names = tuple(unit.name for unit in context.units)
     return Unit(name="stitch", kind="stitch", index=-1, inputs=names, fingerprint=fingerprint(key))
@@ -86,7 +86,7 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     })  # fmt: skip
     files.append(run.write("model/config.json", _json(new_config)))
     if not form.native:
-        files.append(run.write(f"model/{CODE}", _code()))
+        files.append(run.write(f"model/{CODE}", code_of(plan.shape.model_type)))
     if tokenizer_hash(source) != prepared.tokenizer_hash:
         raise ModelError(
             f"{source.uri}: the tokenizer or generation_config.json has changed since this run "
@@ -100,13 +100,9 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     return tuple(files)
 
 
-def code_hash() -> str:
-    """Return the sha256 of the code that travels with a result."""
-    return hashlib.sha256(_code()).hexdigest()
-
-
-def _code() -> bytes:
-    return resources.files("actors.modeling").joinpath(CODE).read_bytes()
+def code_hash(shape: ModelShape) -> str:
+    """Return the sha256 of the code that travels with the results of a model."""
+    return hashlib.sha256(code_of(shape.model_type)).hexdigest()
 
 
 def _index(context: RunContext) -> dict[str, Any]:
@@ -114,12 +110,14 @@ def _index(context: RunContext) -> dict[str, Any]:
     weight_map: dict[str, str] = {}
     total = 0
     names = weight_files(context.form)
-    norm = load_family(context.prepared.plan.shape.family).final_norm
+    family = load_family(context.prepared.plan.shape.family)
+    own = dict.fromkeys((family.final_norm, family.norm_bias, family.head_bias), "norm")
+    own[family.positions] = "positions"
     for unit in context.units:
         tensors = context.ledger.record(unit).values.get("tensors", {})
         assert isinstance(tensors, dict)  # written by our own units
         for name, tensor in tensors.items():
-            weight_map[name] = names["norm" if name == norm else unit.name]
+            weight_map[name] = names[own.get(name, unit.name)]
             total += math.prod(tensor["shape"]) * TORCH_DTYPE[tensor["dtype"]].itemsize
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 

@@ -5,6 +5,7 @@ from importlib import import_module
 
 from planners.errors import ModelError
 from planners.families._base import Family
+from planners.model.shape import ModelShape
 
 MAX_CHARACTERS = 64  # of a config's value in a message
 
@@ -19,6 +20,18 @@ def load(name: str) -> Family:
     """Return the family of that name."""
     family: Family = import_module(f"planners.families.{name}").FAMILY
     return family
+
+
+# Sizes of a small model in the keys of all families, for what holds at any size.
+EXAMPLE = {
+    "hidden_size": 64, "intermediate_size": 128, "ffn_dim": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 128,
+}  # fmt: skip
+
+
+def example_shape(model_type: str) -> ModelShape:
+    """Return the shape of a small model of a supported type."""
+    return family_of(model_type).shape_of({"model_type": model_type, **EXAMPLE}, "float32")
 
 
 def known_types() -> dict[str, Family]:

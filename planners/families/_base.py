@@ -27,6 +27,11 @@ class Family:
         norms: ``attn_norm``, ``mlp_norm``, ``q_norm``, ``k_norm`` -> name below the layer.
         attention: name below the layer of the module that attends.
         activation: name below the layer of the module that is the MLP's activation.
+        activation_key: the config's key for it.
+        dropout: the config's key for the dropout of what attention and MLP add to the residual
+            stream; empty where it is no key.
+        eps_key: the config's key for the epsilon of the norms; empty where it is no key.
+        defaults: model_type -> key -> the value that transformers takes where a config lacks it.
         embedding: tensor of the embedding.
         positions: tensor of the learned positions; empty without.
         final_norm: tensor of the final norm's scale.
@@ -42,11 +47,15 @@ class Family:
     norms: Mapping[str, str]
     attention: str
     activation: str
+    activation_key: str
+    eps_key: str
+    defaults: Mapping[str, Mapping[str, Any]]
     embedding: str
     final_norm: str
     head: str
     shape_of: Callable[[Mapping[str, Any], str], ModelShape]
     positions: str = ""
+    dropout: str = ""
 
     def layer_tensors(self, shape: ModelShape, layer: int) -> dict[str, tuple[str, Dims]]:
         """Return role -> (tensor name, shape) of every tensor of one layer.
@@ -54,7 +63,7 @@ class Family:
         Roles are ``q_proj.weight``, ``q_proj.bias``, ``attn_norm.weight`` and so on.
         """
         prefix = self.layer.format(i=layer)
-        form = dense_form(shape, shape.of_layer[layer])
+        form = dense_form(shape, shape.kind_of[layer])
         kind = shape.kind(form)
         tensors: dict[str, tuple[str, Dims]] = {}
         for linear in kind.linears:
@@ -70,11 +79,25 @@ class Family:
                 tensors[f"{norm.role}.{part}"] = (f"{name}.{part}", dims)
         return tensors
 
+    @property
+    def norm_bias(self) -> str:
+        """The tensor of the final norm's bias, in families whose norms have one."""
+        return self.final_norm.removesuffix("weight") + "bias"
+
+    @property
+    def head_bias(self) -> str:
+        """The tensor of the head's bias, in families whose head has one."""
+        return self.head.removesuffix("weight") + "bias"
+
+    def norm_tensors(self, shape: ModelShape) -> tuple[str, ...]:
+        """Return the tensors of the final norm."""
+        norm = shape.final_norm
+        return (self.final_norm,) * norm.scale + (self.norm_bias,) * norm.bias
+
     def with_base(self, name: str) -> str:
         """Return the full name of a tensor of a model that was saved without its head."""
         whole = f"{self.base}.{name}"
-        norm = self.final_norm.removesuffix("weight")
-        outer = (self.embedding, norm, *filter(None, [self.positions]))
+        outer = (self.embedding, self.final_norm, self.norm_bias, *filter(None, [self.positions]))
         return whole if whole.startswith((*outer, self.layer.partition("{")[0])) else name
 
     def below_layer(self, role: str) -> str:
@@ -100,7 +123,7 @@ class Family:
         if shape.positions:
             tensors["positions"] = (self.positions, (shape.positions, shape.hidden))
         for part in _parts(shape.final_norm):
-            name = self.final_norm.removesuffix("weight") + part
+            name = self.final_norm if part == "weight" else self.norm_bias
             tensors["final_norm" if part == "weight" else "final_norm.bias"] = (
                 name,
                 (shape.hidden,),
@@ -108,9 +131,40 @@ class Family:
         if not shape.tied:
             tensors["head"] = (self.head, table)
         if shape.head_bias:
-            name = self.head.removesuffix("weight") + "bias"
-            tensors["head.bias"] = (name, (shape.vocab_size,))
+            tensors["head.bias"] = (self.head_bias, (shape.vocab_size,))
         return tensors
+
+    def layout(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the names and facts that the code of a result needs beside its widths."""
+        kinds = [
+            {
+                "linears": {each.role: [each.reads, each.writes] for each in kind.linears},
+                "norms": {norm.role: norm.over for norm in kind.norms},
+                "parallel": kind.parallel,
+                "rotary": kind.rotary,
+                "pairs": kind.pairs,
+                "residual_scale": kind.residual_scale,
+            }
+            for kind in shape.kinds
+        ]
+        return {
+            "layers": self.layer.removesuffix(".{i}"),
+            "embedding": self.embedding.removesuffix(".weight"),
+            "positions": self.positions.removesuffix(".weight"),
+            "final_norm": self.final_norm.removesuffix(".weight"),
+            "head": self.head.removesuffix(".weight"),
+            "attention": self.attention,
+            "activation": self.activation,
+            "activation_key": self.activation_key,
+            "dropout": self.dropout,
+            "linears": dict(self.linears),
+            "norms": dict(self.norms),
+            "hidden": shape.hidden,
+            "heads": shape.num_heads,
+            "kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "kinds": kinds,
+        }
 
     def _names(self) -> dict[str, str]:
         return {**self.linears, **self.norms, "rope_pairs": f"{self.attention}.rope_pairs"}

@@ -16,8 +16,10 @@ MAX_DIM = 2**24  # far above any width or count of a real model; guards allocati
 MAX_CHARACTERS = 200  # of a value in a message
 MAX_NUMBER = 1e30  # a setting above it is a mistake, and overflows in float32
 
+# Elementwise, so that the inner units of an MLP can be permuted.
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh", "relu"),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), ACTIVATIONS),
     "dtype": ("float32", "bfloat16", "float16"),
     "torch_dtype": ("float32", "bfloat16", "float16"),
     # Another value may name a repository, whose code would be downloaded and run.
@@ -28,7 +30,7 @@ REFUSED = {
     "quantization_config": "quantised weights cannot be compressed; use the original ones",
     "compression_config": "quantised weights cannot be compressed; use the original ones",
     "transformers_weights": "weights are read from model.safetensors or its index; remove the key",
-    "per_layer_config": "all layers must be alike; remove the key",
+    "per_layer_config": "widths of single layers are not supported; remove the key",
 }
 # rope_type -> the numbers that it needs beside rope_theta.
 ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
@@ -70,8 +72,22 @@ def flag(config: Config, key: str, *, default: bool) -> bool:
     return value
 
 
-def check_settings(config: Config) -> None:
+def number(config: Config, key: str, default: float) -> float:
+    """Return a positive number.
+
+    Raises:
+        ModelError: it is not one.
+    """
+    value = config.get(key, default)
+    if not _is_positive(value):
+        refuse(config, key, "it must be a number above 0")
+    return float(value)
+
+
+def check_settings(config: Config, *, eps: str = "rms_norm_eps") -> None:
     """Refuse keys that request other code or weights, and invalid settings other than widths.
+
+    ``eps`` is the key of the norms' epsilon; empty where it is no key.
 
     Raises:
         ModelError: the message names the key.
@@ -85,11 +101,9 @@ def check_settings(config: Config) -> None:
             raise ModelError(
                 f"config.json: {key} is {_short(value)}; it must be one of: {', '.join(choices)}"
             )
-    eps = config.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise ModelError(
-            f"config.json: rms_norm_eps is {_short(eps)}; it must be a small number such as 1e-05"
-        )
+    value = config.get(eps, 1e-6)
+    if not isinstance(value, float) or not 0 < value < 1:
+        refuse(config, eps, "it must be a small number such as 1e-05")
     if "max_position_embeddings" in config:
         positive(config, "max_position_embeddings")
     positive(config, "sliding_window", 1)  # null in most models
@@ -100,8 +114,20 @@ def check_settings(config: Config) -> None:
         )
 
 
-def check_rope(config: Config, *, head_dim: int) -> None:
-    """Refuse rotary settings that are unknown or malformed, in the old spelling or the new.
+def refuse(config: Config, key: str, why: str) -> None:
+    """Refuse the value of a key.
+
+    Raises:
+        ModelError: always.
+    """
+    raise ModelError(f"config.json: {key} is {_short(config.get(key))}; {why}")
+
+
+def check_rope(config: Config, *, head_dim: int, partial: bool = False) -> int:
+    """Return how many channels of a head are rotated; refuse unknown or malformed settings.
+
+    The settings are read in their old spelling or the new. ``partial`` says that the family may
+    rotate only the first channels of a head.
 
     Raises:
         ModelError: the message names the key.
@@ -110,16 +136,23 @@ def check_rope(config: Config, *, head_dim: int) -> None:
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping):
         raise ModelError(f"config.json: {key} is {_short(rope)}; it must be an object or null")
+    nested = next((name for name, value in rope.items() if isinstance(value, Mapping)), None)
+    if nested is not None:
+        raise ModelError(
+            f"config.json: {key}: has settings of its own for {nested}; only one set of rotary "
+            "settings for all layers is supported"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ModelError(
             f"config.json: {key}: rope_type {_short(kind)} is not supported; supported: "
             + ", ".join(ROPE_TYPES)
         )
+    rotary = _rotary(config, rope, head_dim, partial=partial)
     settings = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
     for name in ("rope_theta", *ROPE_TYPES[kind]):
         value = settings.get(name)
-        count = head_dim // 2 if name in ROPE_LISTS else 0
+        count = rotary // 2 if name in ROPE_LISTS else 0
         if not (_are_positive(value, count) if count else _is_positive(value)):
             wanted = f"a list of {count} numbers" if count else "a number"
             raise ModelError(
@@ -127,8 +160,29 @@ def check_rope(config: Config, *, head_dim: int) -> None:
             )
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError(f"config.json: {key}: high_freq_factor is not above low_freq_factor")
-    if any(c.get("partial_rotary_factor") not in (None, 1) for c in (config, rope)):
+    return rotary
+
+
+def _rotary(config: Config, rope: Config, head_dim: int, *, partial: bool) -> int:
+    """Return how many channels of a head are rotated, an even number of the first."""
+    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    factor = 1.0 if factor is None else factor
+    if factor != 1 and not partial:
         raise ModelError("config.json: partial_rotary_factor is not supported; it must be 1")
+    if not _is_positive(factor) or factor > 1:
+        raise ModelError(
+            f"config.json: partial_rotary_factor is {_short(factor)}; it must be a number above 0 "
+            "and at most 1"
+        )
+    rotary = int(head_dim * factor)
+    if rotary % 2 or not rotary:
+        raise ModelError(
+            f"config.json: head_dim {head_dim} is odd; rotary embedding needs pairs"
+            if factor == 1
+            else f"config.json: partial_rotary_factor {factor} of head_dim {head_dim} is {rotary} "
+            "channels; rotary embedding needs pairs"
+        )
+    return rotary
 
 
 def _is_positive(value: object) -> bool:

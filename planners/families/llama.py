@@ -4,13 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from planners.errors import ModelError
-from planners.families._base import Family
-from planners.families._config import check_rope, check_settings, flag, positive
-from planners.model.layer import ATTENTION, ROLES, decoder_layer
-from planners.model.shape import ModelShape
-
-MAX_LAYERS = 4096
-FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types of Qwen2
+from planners.families._config import flag, positive
+from planners.families._decoder import FULL, QKV, SLIDING, Facts, decoder, llama_like
 
 # The defaults of transformers for absent keys, where its model types differ.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -77,82 +72,26 @@ def _listed_windows(kinds: object, window: int | None, count: int) -> tuple[int 
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
-    """Return the shape that a ``config.json`` describes.
+def _facts(config: Mapping[str, Any], rotary: int) -> Facts:
+    """Only a Llama's config has keys for biases; a Qwen2 has those of q, k and v."""
+    if config["model_type"] == "llama":
+        return llama_like(config, rotary)
+    biases = frozenset(QKV if config["model_type"] == "qwen2" else ())
+    return llama_like({}, rotary, biases=biases)
 
-    Raises:
-        ModelError: a key is missing, of the wrong type or impossible; the message names it.
-    """
-    hidden = positive(config, "hidden_size")
-    num_layers = positive(config, "num_hidden_layers")
-    num_heads = positive(config, "num_attention_heads")
-    model_type = config["model_type"]
-    kv_default = num_heads  # also for null
-    if "num_key_value_heads" not in config:
-        kv_default = DEFAULTS[model_type].get("num_key_value_heads", num_heads)
-    num_kv_heads = positive(config, "num_key_value_heads", kv_default)
-    head_dim = positive(config, "head_dim", max(hidden // num_heads, 1))
-    if num_layers > MAX_LAYERS:
-        raise ModelError(f"config.json: num_hidden_layers {num_layers} is over {MAX_LAYERS}")
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"config.json: num_attention_heads {num_heads} is not a multiple of "
-            f"num_key_value_heads {num_kv_heads}"
-        )
-    if head_dim % 2:
-        raise ModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs pairs")
-    check_settings(config)
-    check_rope(config, head_dim=head_dim)
+
+def _check(config: Mapping[str, Any]) -> None:
     windows(config)
-    return ModelShape(
-        family="llama",
-        model_type=model_type,
-        num_layers=num_layers,
-        hidden=hidden,
-        intermediate=positive(config, "intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=positive(config, "vocab_size"),
-        tied=flag(config, "tie_word_embeddings", default=False),
-        kinds=(decoder_layer(rotary=head_dim, head_dim=head_dim, biases=_biases(config)),),
-        of_layer=(0,) * num_layers,
-        dtype=dtype,
-    )
 
 
-def _biases(config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the roles of the linears with a bias; only a Llama's config has keys for them."""
-    if config["model_type"] != "llama":
-        return frozenset(ATTENTION[:3] if config["model_type"] == "qwen2" else ())
-    attention = flag(config, "attention_bias", default=False)
-    mlp = flag(config, "mlp_bias", default=False)
-    return frozenset((ATTENTION if attention else ()) + (ROLES[4:] if mlp else ()))
-
-
-FAMILY = Family(
+FAMILY = decoder(
     name="llama",
     classes={
         "llama": "LlamaForCausalLM",
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
     },
-    base="model",
-    layer="model.layers.{i}",
-    linears={
-        "q_proj": "self_attn.q_proj",
-        "k_proj": "self_attn.k_proj",
-        "v_proj": "self_attn.v_proj",
-        "o_proj": "self_attn.o_proj",
-        "gate_proj": "mlp.gate_proj",
-        "up_proj": "mlp.up_proj",
-        "down_proj": "mlp.down_proj",
-    },
-    norms={"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    attention="self_attn",
-    activation="mlp.act_fn",
-    embedding="model.embed_tokens.weight",
-    final_norm="model.norm.weight",
-    head="lm_head.weight",
-    shape_of=shape_of,
+    defaults=DEFAULTS,
+    facts=_facts,
+    check=_check,
 )

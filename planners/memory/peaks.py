@@ -286,7 +286,8 @@ def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
     if form.intermediate < start.intermediate:
         peaks.append(nystrom_bytes(start.intermediate, start.residual_out))
     if form.vo_head_dim < start.vo_head_dim:
-        peaks.append(3 * shape.num_heads * start.vo_head_dim * start.residual_mid * DOUBLE)
+        written = linear_dims(shape, start, "o_proj")[0]
+        peaks.append(3 * shape.num_heads * start.vo_head_dim * written * DOUBLE)
     for name in form.ranks.keys() - start.ranks.keys():
         out_dim, in_dim = linear_dims(shape, start, name)
         peaks.append(low_rank_bytes(out_dim, in_dim, form.ranks[name]))

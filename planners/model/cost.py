@@ -51,18 +51,18 @@ def layer_parameters(shape: ModelShape, form: LayerForm) -> int:
     """Return the elements stored for one layer in that form."""
     kind = shape.kind(form)
     total = sum(linear_parameters(shape, form, role) for role in kind.roles)
-    total += shortcut_parameters(shape, form)
+    total += shortcut_parameters(form)
     for norm in kind.norms:
         if form.norm_weights or norm.over == "head":
             total += (norm.scale + norm.bias) * width_at(shape, form, norm.over)
     return total
 
 
-def shortcut_parameters(shape: ModelShape, form: LayerForm) -> int:
+def shortcut_parameters(form: LayerForm) -> int:
     """Return the elements of the matrices on the residual stream of a layer."""
     if not form.shortcuts:
         return 0
-    if shape.kind(form).parallel:
+    if not form.residual_mid:
         return form.residual_in * form.residual_out
     return form.residual_mid * (form.residual_in + form.residual_out)
 
@@ -80,12 +80,13 @@ def model_parameters(shape: ModelShape, form: ModelForm) -> int:
 def dense_model_form(shape: ModelShape) -> ModelForm:
     """Return the form of the uncompressed model."""
     return ModelForm(
-        layers=tuple(dense_form(shape, kind) for kind in shape.of_layer),
+        layers=tuple(dense_form(shape, kind) for kind in shape.kind_of),
         embedding_dim=shape.hidden,
         head_dim=shape.hidden,
         head_norm_weight=True,
         tied=shape.tied,
         head_bias=shape.head_bias,
+        positions=shape.positions > 0,
         native=True,
     )
 
@@ -139,7 +140,7 @@ def statistic_elements(
 
 def linears_before(shape: ModelShape, tap: str) -> tuple[str, ...]:
     """Return the linears that the last layer's forward pass applies before a tap."""
-    roles = shape.kinds[shape.of_layer[-1]].roles
+    roles = shape.kinds[shape.kind_of[-1]].roles
     qkv, attention = roles[:3], roles[:4]
     found = {"q_rope": qkv, "k_rope": qkv, "v": qkv, "o_in": qkv, "resid_mlp": attention,
              "mlp_in": attention, "mlp_hidden": roles[:-1], "resid_out": roles}  # fmt: skip
@@ -161,11 +162,10 @@ def forward_flops(
     total = 0
     layers = (form or dense_model_form(shape)).layers
     for index, layer in enumerate(layers):
-        ends = index == len(layers) - 1 and last is not None
-        names = last if ends else shape.kind(layer).roles
+        names = last if last is not None and index == len(layers) - 1 else shape.kind(layer).roles
         weights = sum(linear_weights(shape, layer, name) for name in names)
         heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
-        total += weights + shortcut_parameters(shape, layer) + heads * (sequence_length // 2)
+        total += weights + shortcut_parameters(layer) + heads * (sequence_length // 2)
     return 2 * tokens * total
 
 

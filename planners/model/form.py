@@ -17,7 +17,7 @@ class LayerForm:
 
     Attributes:
         residual_in: width of the residual stream at the input.
-        residual_mid: width between attention and MLP.
+        residual_mid: width between attention and MLP; 0 where both read the layer's input.
         residual_out: width at the output.
         shortcuts: the residual passes a matrix at each of the two additions (SliceGPT).
         norm_weights: the norms keep their scale; False where it was folded into the next weights.
@@ -47,7 +47,7 @@ def dense_form(shape: ModelShape, kind: int = 0) -> LayerForm:
     """Return the form of an uncompressed layer of a kind."""
     return LayerForm(
         residual_in=shape.hidden,
-        residual_mid=shape.hidden,
+        residual_mid=0 if shape.kinds[kind].parallel else shape.hidden,
         residual_out=shape.hidden,
         intermediate=shape.intermediate,
         qk_head_dim=shape.head_dim,
@@ -71,10 +71,11 @@ class ModelForm:
         layers: one form a layer.
         embedding_dim: columns of the embedding that are kept.
         head_dim: width of the residual stream that the head reads.
-        head_norm_weight: the final norm keeps its scale.
+        head_norm_weight: the final norm keeps its scale and bias.
         tied: the head is still the embedding's tensor.
         native: a stock config of the input's own family expresses it.
         head_bias: the head has a bias.
+        positions: a table of learned positions is added to the embedding.
     """
 
     layers: tuple[LayerForm, ...]
@@ -84,6 +85,15 @@ class ModelForm:
     tied: bool
     native: bool
     head_bias: bool = False
+    positions: bool = False
+
+
+def site_dims(form: ModelForm) -> dict[int, int]:
+    """Return site -> width: layer i has sites 2i and, between its blocks, 2i + 1; then the last."""
+    dims = {2 * index: layer.residual_in for index, layer in enumerate(form.layers)}
+    between = {2 * i + 1: each.residual_mid for i, each in enumerate(form.layers)}
+    dims |= {site: dim for site, dim in between.items() if dim}
+    return dict(sorted(dims.items())) | {2 * len(form.layers): form.layers[-1].residual_out}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

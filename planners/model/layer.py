@@ -9,9 +9,17 @@ statistics and truncates. The tests of `tests/families` apply a random one, whic
 from dataclasses import dataclass
 
 # What a family calls its linears is in `planners.families`; this is what they are called here.
-ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION = ROLES[:4]
-SPACES = ("residual", "mlp", "qk", "vo")
+ROLES: tuple[str, ...] = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+ATTENTION: tuple[str, ...] = ROLES[:4]
+SPACES: tuple[str, ...] = ("residual", "mlp", "qk", "vo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +138,6 @@ class LayerKind:
 def decoder_layer(  # noqa: PLR0913 the facts in which layers differ
     *,
     rotary: int,
-    head_dim: int,
     pairs: str = "half",
     gated: bool = True,
     biases: frozenset[str] = frozenset(),
@@ -144,7 +151,6 @@ def decoder_layer(  # noqa: PLR0913 the facts in which layers differ
 
     Args:
         rotary: channels of a head that rope rotates; 0 without rope.
-        head_dim: width of a head.
         pairs: see `LayerKind`.
         gated: the MLP has a ``gate_proj``.
         biases: roles of the linears with a bias.
@@ -184,7 +190,7 @@ def decoder_layer(  # noqa: PLR0913 the facts in which layers differ
         spaces=(
             Space(name="residual", group="orthogonal"),
             Space(name="mlp", group="permutation"),
-            _qk_space(rotary, head_dim, head_norm),
+            _qk_space(rotary, head_norm),
             Space(name="vo", group="general"),
         ),
         parallel=parallel,
@@ -201,7 +207,7 @@ def _norm(like: Norm, role: str, over: str) -> Norm:
     )  # fmt: skip
 
 
-def _qk_space(rotary: int, head_dim: int, head_norm: Norm | None) -> Space:
+def _qk_space(rotary: int, head_norm: Norm | None) -> Space:
     if head_norm is not None:
         reason = "q and k are normalised over the channels that would be removed"
         return Space(name="qk", group="none", reason=reason)

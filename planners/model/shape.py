@@ -1,13 +1,18 @@
 """The integers of a model, and the kinds of its layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from planners.model.layer import LayerKind, Linear, Norm, Space
 
-if TYPE_CHECKING:
-    from planners.model.form import LayerForm
+
+class OfKind(Protocol):
+    """A layer, such as a `planners.model.form.LayerForm`."""
+
+    @property
+    def kind(self) -> int:
+        """Its kind, as an index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +31,11 @@ class ModelShape:
         vocab_size: rows of the embedding.
         tied: the head is the embedding's tensor and is stored once.
         kinds: of layers.
-        of_layer: the kind of each layer, as an index into ``kinds``.
+        own_kinds: the kind of each layer, an index into ``kinds``; empty where all are alike.
         final_norm: the norm before the head.
         head_bias: the head has a bias.
         positions: rows of a table of learned positions that is added to the embedding; 0 without.
+        native: the spaces that a stock config can narrow in all layers alike.
         dtype: storage type of the weights, ``float32``, ``bfloat16`` or ``float16``.
     """
 
@@ -44,10 +50,11 @@ class ModelShape:
     vocab_size: int
     tied: bool
     kinds: tuple[LayerKind, ...]
-    of_layer: tuple[int, ...]
-    final_norm: Norm = Norm(role="final_norm", over="residual_out")
+    own_kinds: tuple[int, ...] = ()
+    final_norm: Norm = field(default_factory=lambda: Norm(role="final_norm"))
     head_bias: bool = False
     positions: int = 0
+    native: tuple[str, ...] = ("residual", "mlp")
     dtype: str = "float32"
 
     @property
@@ -55,7 +62,17 @@ class ModelShape:
         """Sites of the residual stream: two a layer and the one the head reads."""
         return 2 * self.num_layers + 1
 
-    def kind(self, layer: "LayerForm") -> LayerKind:
+    @property
+    def is_centred(self) -> bool:
+        """Whether the norms subtract the mean: then only the centred residual stream matters."""
+        return any(norm.kind == "layer" for kind in self.kinds for norm in kind.norms)
+
+    @property
+    def kind_of(self) -> tuple[int, ...]:
+        """The kind of each layer, as an index into ``kinds``."""
+        return self.own_kinds or (0,) * self.num_layers
+
+    def kind(self, layer: OfKind) -> LayerKind:
         """Return the kind of a layer."""
         return self.kinds[layer.kind]
 
@@ -77,7 +94,8 @@ def shape_from_json(data: Mapping[str, Any]) -> ModelShape:
         **{
             **data,
             "kinds": kinds,
-            "of_layer": tuple(data["of_layer"]),
+            "own_kinds": tuple(data["own_kinds"]),
+            "native": tuple(data["native"]),
             "final_norm": Norm(**data["final_norm"]),
         }
     )

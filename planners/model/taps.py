@@ -42,7 +42,7 @@ def layer_statistics(
 
     Only the last layer observes its output. A layer without rope has no rope pairs, and so on.
     """
-    kind = shape.kinds[shape.of_layer[layer]]
+    kind = shape.kinds[shape.kind_of[layer]]
     last = layer == shape.num_layers - 1
     return sorted(
         s

@@ -6,11 +6,13 @@ from planners.model.form import ModelForm
 def weight_files(form: ModelForm) -> dict[str, str]:
     """Return part -> its file below the model's directory, as ``model-00002-of-00009.safetensors``.
 
-    Parts are the units ``embedding``, ``layer-00000`` and so on and ``head``, and ``norm``, the
-    final norm. A tied head and a norm that is folded away have no file and are not counted.
+    Parts are the units ``embedding``, ``layer-00000`` and so on and ``head``; ``norm``, the final
+    norm and the bias of the head; ``positions``, the table of learned positions. A part that a
+    model has not, such as a tied head or a norm that is folded away, has no file and no number.
     """
     parts = ["embedding", *(f"layer-{layer:05d}" for layer in range(len(form.layers)))]
-    parts += ["head"] * (not form.tied) + ["norm"] * form.head_norm_weight
+    parts += ["head"] * (not form.tied) + ["norm"] * (form.head_norm_weight or form.head_bias)
+    parts += ["positions"] * form.positions
     return {
         part: f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         for number, part in enumerate(parts, start=1)

@@ -17,7 +17,7 @@ FROM_HUB = 0.25e9
 
 def layers_bytes(shape: ModelShape, first: int, last: int) -> int:
     """Return the bytes of the weights of layers first, ..., last - 1 of the input."""
-    forms = (dense_form(shape, kind) for kind in shape.of_layer[first:last])
+    forms = (dense_form(shape, kind) for kind in shape.kind_of[first:last])
     return sum(layer_parameters(shape, form) for form in forms) * BYTES_OF[shape.dtype]
 
 

@@ -239,7 +239,7 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
         form = _form_of_pass(job, index, observe=observe, compressed=compressed)
         wanted = layer_statistics(shape, job.summed, index) if observe else []
         ends = observe and index == shape.num_layers - 1  # the output of the last layer is not used
-        roles = shape.kinds[shape.of_layer[index]].roles
+        roles = shape.kinds[shape.kind_of[index]].roles
         linears = linears_before(shape, last_tap(wanted)) if ends else roles
         total += work.half_forward(shape, form, linears, tokens=tokens, data=job.data)
         if observe:
@@ -266,7 +266,7 @@ def stage_load_work(
 def _form_of_pass(job: Job, layer: int, *, observe: bool, compressed: bool) -> LayerForm:
     if compressed:
         return job.form.layers[layer]
-    return job.input.layers[layer] if observe else dense_form(job.dense, job.dense.of_layer[layer])
+    return job.input.layers[layer] if observe else dense_form(job.dense, job.dense.kind_of[layer])
 
 
 def unit_work(job: Job, unit: Unit) -> Work:

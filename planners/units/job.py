@@ -7,7 +7,7 @@ from planners.batching import TokenBatching
 from planners.calibration import shard_cuts
 from planners.method import MethodSpec, Option
 from planners.model.cost import dense_model_form
-from planners.model.form import ModelForm
+from planners.model.form import ModelForm, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
@@ -96,10 +96,7 @@ class Job:
 
     def site_dim(self, site: int) -> int:
         """Return the width of a site in the result."""
-        layer = self.form.layers[min(site // 2, self.shape.num_layers - 1)]
-        if site == 2 * self.shape.num_layers:
-            return layer.residual_out
-        return layer.residual_mid if site % 2 else layer.residual_in
+        return site_dims(self.form)[site]
 
 
 def adding(job: Job, index: int) -> Work:

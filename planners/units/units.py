@@ -9,7 +9,7 @@ from planners.batching import TokenBatching
 from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
-from planners.model.form import ModelForm
+from planners.model.form import ModelForm, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
 from planners.units.kinds import KINDS
@@ -172,10 +172,11 @@ def compression_units(
     }
     num_layers = len(form.layers)
     units = _basis_units(sums, common, form, num_microbatches) if spec.residual else []
-    bases = [unit for unit in units if unit.lasting]
+    bases = {unit.index: unit for unit in units if unit.lasting}
 
     def basis(site: int) -> tuple[Unit, ...]:
-        return (bases[site if len(bases) > 1 else 0],) if bases else ()
+        found = bases.get(site, bases.get(-1))  # a shared basis has no site
+        return (found,) if found is not None else ()
 
     refitted = bool(options.get("refit"))
     kind = "draft" if refitted else "layer"
@@ -272,15 +273,14 @@ def _basis_units(
     if common["options"].get("rotation") == "shared":
         key = {**common, "dim": form.embedding_dim}
         return [_unit("basis_shared", -1, tuple(sums), key)]
-    dims = [dim for layer in form.layers for dim in (layer.residual_in, layer.residual_mid)]
-    dims.append(form.layers[-1].residual_out)
+    dims = site_dims(form)
     if common["options"].get("schedule") == "sequential":
         shards = len(shard_cuts(int(common["options"]["shards"]), num_microbatches))
-        return _chain(sums[0], common, dims, shards)
+        return _chain(sums[0], common, list(dims.values()), shards)
     return [
         _unit("basis", s, (sums[min(s // 2, len(sums) - 1)],),
               {**common, "site": s, "dim": dim})
-        for s, dim in enumerate(dims)
+        for s, dim in dims.items()
     ]  # fmt: skip
 
 

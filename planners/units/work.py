@@ -342,7 +342,7 @@ def _rotation(shape: ModelShape, form: LayerForm) -> Work:
         out_dim, in_dim = linear_dims(shape, dense, linear.role)
         flops += 2 * out_dim * in_dim * keep
         elements += out_dim * in_dim
-    crossing = 2 * shape.hidden * shortcut_parameters(shape, form)
+    crossing = 2 * shape.hidden * shortcut_parameters(form)
     bases = shape.hidden * (form.residual_in + form.residual_mid + form.residual_out)
     return Work(matmul=flops, float64=crossing, touched=elements * 12, read=bases * 8)
 

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from actors.modeling import modeling_compressed
+from actors.modeling.travelling import classes, code_of
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.sources import embedded_model
 from actors.worker.evaluator import _stagewise_logits
-from orchestrator.phases.stitch import _code
 from orchestrator.prepare.model_config import result_config, stored
 from orchestrator.prepare.prepare import longest_sequence
 from planners.families.llama import DEFAULTS, windows
@@ -141,7 +140,7 @@ def write_result(folder, dense, *, native=False):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((dense / "model.safetensors").read_bytes())
     if not native:
-        (folder / "modeling_compressed.py").write_bytes(_code())
+        (folder / "modeling_compressed.py").write_bytes(code_of(config["model_type"]))
     return folder
 
 
@@ -391,7 +390,7 @@ def test_a_step_of_training_lowers_the_loss_of_every_method_s_result(compressed)
 def test_a_result_saved_again_is_the_same_result(compressed, tmp_path):
     model = loaded(compressed)
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "modeling_compressed.py").read_bytes() == _code()
+    assert (tmp_path / "modeling_compressed.py").read_bytes() == code_of("llama")
     before, after = (
         json.loads((folder / "config.json").read_text()) for folder in (compressed, tmp_path)
     )
@@ -476,7 +475,7 @@ def test_a_tokenizer_loads_without_a_question_and_is_that_of_the_input(with_toke
 
 def test_the_card_and_the_config_name_the_least_transformers(with_tokenizer):
     _, result = with_tokenizer
-    least = modeling_compressed.LEAST_TRANSFORMERS
+    least = classes("llama").LEAST_TRANSFORMERS
     requires = json.loads((result / "config.json").read_text())["compression"]["requires"]
     assert requires == f"transformers>={least}"
     card = (result / "README.md").read_text()
@@ -490,7 +489,9 @@ def test_the_card_and_the_config_name_the_least_transformers(with_tokenizer):
 def test_the_code_of_a_result_names_the_transformers_that_is_too_old(monkeypatch, version):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(ImportError) as raised:
-        exec(compile(_code(), "modeling_compressed.py", "exec"), {"__name__": "of_a_result"})
+        exec(
+            compile(code_of("llama"), "modeling_compressed.py", "exec"), {"__name__": "of_a_result"}
+        )
     assert str(raised.value) == (
         f"this model needs transformers 5.17 or later, and found {version}: "
         "pip install -U 'transformers>=5.17'"

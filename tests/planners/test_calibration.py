@@ -53,4 +53,4 @@ def test_the_widths_are_those_that_a_step_before_has_left():
 @pytest.mark.parametrize("method", methods.available())
 def test_every_method_is_warned_of_one_token(method):
     spec = methods.spec(method)
-    assert said(1, spec.statistics(resolve_options(spec, {})))
+    assert said(1, spec.statistics(SHAPE, resolve_options(spec, {})))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.modeling.modeling_compressed import CompressedConfig, CompressedForCausalLM
+from actors.modeling.travelling import classes
 from actors.statistics.observe import LayerStatistics
 from planners import families
 from planners.model.cost import (
@@ -73,10 +73,11 @@ def test_the_dense_count_is_that_of_the_transformers_model(shape):
 def test_the_count_of_any_form_is_that_of_the_model_that_runs_it(data):
     shape = data.draw(shapes())
     form = data.draw(model_forms(shape))
-    config = CompressedConfig(
+    code = classes(shape.model_type)
+    config = code.CompressedConfig(
         **{
             **config_of(shape),
-            "model_type": CompressedConfig.model_type,
+            "layout": families.load(shape.family).layout(shape),
             "tie_word_embeddings": form.tied,
             "embedding_dim": form.embedding_dim,
             "head_input_dim": form.head_dim,
@@ -85,7 +86,7 @@ def test_the_count_of_any_form_is_that_of_the_model_that_runs_it(data):
         }
     )
     with torch.device("meta"):
-        model = CompressedForCausalLM(config)
+        model = code.CompressedForCausalLM(config)
     assert model_parameters(shape, form) == num_parameters(model)
 
 

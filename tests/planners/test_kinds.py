@@ -46,7 +46,7 @@ def all_units():
         *drafts, *chain, *chosen, *damage_units(sums, **asked),
         *damage_units(sums, **asked, by="svdllm"),
         *losses_units(sums, method="svdllm", revision=1, modules=linears, form=form),
-        *carried_units(IDENTITY, frozenset(), sums, layers), *shard_units(sums, 1, 2),
+        *carried_units(IDENTITY, frozenset(), sums, layers, shape), *shard_units(sums, 1, 2),
     ]  # fmt: skip
 
 

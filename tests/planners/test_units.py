@@ -50,7 +50,9 @@ def units_of(
     form = SPEC.form(
         shape_of(num_layers), dense_start(shape_of(num_layers)), Target(slice=slice_), options
     )
-    sums = statistics_units(identity, SPEC.statistics(options), num_layers)
+    sums = statistics_units(
+        identity, SPEC.statistics(shape_of(num_layers), options), shape_of(num_layers)
+    )
     rest = compression_units(
         sums,
         spec=replace(SPEC, revision=revision),
@@ -144,9 +146,10 @@ def test_a_stream_is_spent_when_its_gram_is_summed_and_it_has_passed_on():
 
 
 def test_fingerprints_of_runs_that_were_begun_earlier_are_found_again():
-    assert statistics_units(IDENTITY, SPEC.statistics(resolve_options(SPEC, {})), 1)[
-        0
-    ].fingerprint == ("0edeef23363467f3c019612951c98115a6cc3c80aec7de5f3f12984b847e7413")
+    wanted = SPEC.statistics(shape_of(1), resolve_options(SPEC, {}))
+    assert statistics_units(IDENTITY, wanted, shape_of(1))[0].fingerprint == (
+        "0edeef23363467f3c019612951c98115a6cc3c80aec7de5f3f12984b847e7413"
+    )
 
 
 @pytest.mark.parametrize("field", sorted(IDENTITY_FIELDS))
@@ -181,8 +184,8 @@ def test_another_slice_needs_no_other_statistics_and_leaves_the_head_as_it_is():
 
 @given(st.integers(1, 12))
 def test_every_site_is_observed_by_exactly_one_layer(num_layers):
-    wanted = SPEC.statistics(resolve_options(SPEC, {"slice_head": True}))
-    layers = [layer_statistics(wanted, i, num_layers) for i in range(num_layers)]
+    wanted = SPEC.statistics(shape_of(num_layers), resolve_options(SPEC, {"slice_head": True}))
+    layers = [layer_statistics(shape_of(num_layers), wanted, i) for i in range(num_layers)]
     taps = [statistic.tap for statistic in chain.from_iterable(layers)]
     assert taps == ["resid_attn", "resid_mlp"] * (num_layers - 1) + [
         "resid_attn",
@@ -193,7 +196,7 @@ def test_every_site_is_observed_by_exactly_one_layer(num_layers):
 
 def test_the_last_site_is_observed_only_where_it_is_to_be_sliced():
     def taps(**options):
-        return {s.tap for s in SPEC.statistics(resolve_options(SPEC, options))}
+        return {s.tap for s in SPEC.statistics(shape_of(1), resolve_options(SPEC, options))}
 
     assert taps() == {"resid_attn", "resid_mlp"}
     assert taps(rotation="shared") == taps(slice_head=True) == taps() | {"resid_out"}
@@ -208,4 +211,6 @@ def test_the_last_tap_is_the_last_that_the_forward_pass_comes_by():
 
 def test_every_layer_observes_how_much_it_changes_the_residual_stream():
     cosine = Statistic("resid_out", "cosine")
-    assert [layer_statistics(frozenset({cosine}), i, 3) for i in range(3)] == [[cosine]] * 3
+    assert [layer_statistics(shape_of(3), frozenset({cosine}), i) for i in range(3)] == [
+        [cosine]
+    ] * 3

@@ -12,8 +12,8 @@ from torch.nn.functional import silu
 from actors import methods
 from actors.methods.modegpt import value_maps
 from actors.methods.svdllm import TAP_OF, low_rank
-from actors.modeling.modeling_compressed import CompressedConfig
 from actors.modeling.outer_model import OuterModel
+from actors.modeling.travelling import COMPRESSED
 from actors.numerics.nystrom import nystrom
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget.widths import form_of, full_widths
@@ -178,10 +178,12 @@ def run(shape, form, tensors, hidden):
         part, dot, rest = role.partition(".")
         named[f"{names.get(part, part)}{dot}{rest}"] = tensor
     config = {
-        "model_type": CompressedConfig.model_type, "num_hidden_layers": 1, "vocab_size": 1,
+        "model_type": COMPRESSED, "compressed_from": shape.model_type,
+        "layout": family.layout(shape), "num_hidden_layers": 1, "vocab_size": 1,
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim, "rms_norm_eps": EPS, "embedding_dim": shape.hidden, "head_input_dim": shape.hidden,
+        "head_dim": shape.head_dim, "rms_norm_eps": EPS, "embedding_dim": shape.hidden,
+        "head_input_dim": shape.hidden,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
         "pad_token_id": None, "layer_forms": [to_json(form)],
     }  # fmt: skip
@@ -525,13 +527,13 @@ def test_a_gram_that_is_not_finite_is_refused_with_its_place(name, broken):
         bad.flatten()[0] = broken
         spoiled = replace(case, sums=case.sums | {statistic: bad})
         tap = statistic.partition(".")[0]
-        if not uses(name, statistic):
+        if not uses(name, shape, statistic):
             compressed(name, spoiled, form, options)
             continue
         with pytest.raises(NumericsError, match=f"tap {tap}.*NaN or infinite"):
             compressed(name, spoiled, form, options)
 
 
-def uses(name, statistic):
+def uses(name, shape, statistic):
     wanted = methods.spec(name).statistics(shape, own_options(name))
     return statistic in {str(s) for s in wanted}
