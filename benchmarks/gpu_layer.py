@@ -134,7 +134,7 @@ def _rates(
     layer = outer.layer(0, weights)
     held = LayerStatistics(_statistics(), shape, family, device="cuda")
     hidden = torch.randn(tokens // SEQUENCE, SEQUENCE, shape.hidden, device="cuda", dtype=dtype)
-    arguments = outer.layer_arguments(hidden)
+    arguments = outer.layer_arguments(hidden)[0]
 
     def ours() -> None:
         held.attach(layer)

@@ -27,7 +27,6 @@ from actors.storage.tokens import tokens_from_parquet
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.model.form import LayerForm
-from planners.model.shape import ModelShape
 
 Curves = dict[str, list[list[float]]]
 Losses = Callable[[list[Tensor]], list[float]]
@@ -64,8 +63,9 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     """
     shape = job.shape
     probe = sums["probe"].to(device)
-    start, config = checkpoint.form.layers[index], checkpoint.config
-    whole = _halved(weights, start, config, shape, probe)
+    start = checkpoint.form.layers[index]
+    halved = partial(_halved, checkpoint=checkpoint, index=index, probe=probe)
+    whole = halved(weights, start)
     serial = not shape.kind(start).parallel
     middle, output = whole.residual_mid(probe), whole.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
@@ -79,7 +79,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
             new, _ = methods.load(job.method).compress(
                 weights, sums, shape=shape, form=form, options=job.options, factored=factored
             )
-            cut = _halved(new, form, config, shape, probe)
+            cut = halved(new, form)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
             after = cut.after_mlp(middle) if module == "mlp" and serial else cut.output(probe)
             if losses is not None:
@@ -103,15 +103,23 @@ def _level(module: str, size: int, damage: float) -> list[float]:
 def _halved(
     weights: Mapping[str, Tensor],
     form: LayerForm,
-    config: Mapping[str, Any],
-    shape: ModelShape,
+    *,
+    checkpoint: Checkpoint,
+    index: int,
     probe: Tensor,
 ) -> HalvedLayer:
     """Return the layer of these tensors, which are named by their roles."""
+    shape = checkpoint.shape
     family = load_family(shape.family)
     tensors = {family.below_layer(role): tensor for role, tensor in weights.items()}
     return HalvedLayer(
-        tensors, form, config, shape=shape, dtype=probe.dtype, device=str(probe.device)
+        tensors,
+        form,
+        checkpoint.config,
+        index=index,
+        shape=shape,
+        dtype=probe.dtype,
+        device=str(probe.device),
     )
 
 

@@ -41,7 +41,7 @@ def downstream_losses(
         prefix = family.layer.format(i=index) + "."
         module = outer.layer(index, checkpoint.read_prefix(prefix))
         for number, hidden in enumerate(passing):
-            passing[number] = module(hidden, **arguments)
+            passing[number] = module(hidden, **arguments[index])
         del module  # before the next one is read
     outer.read_head(checkpoint)
     summed = [outer.loss(hidden, ids) for hidden in passing]

@@ -178,6 +178,7 @@ class _Builder:
             tensors,
             form,
             self._checkpoint.config,
+            index=self._index,
             shape=self._job.shape,
             dtype=_dtype(self._job),
             device=self._device,

@@ -115,6 +115,7 @@ class _SiteStream:
             {family.below_layer(role): tensor for role, tensor in weights.items()},
             form,
             self._checkpoint.config,
+            index=layer,
             shape=shape,
             dtype=self._dtype,
             device=self._device,

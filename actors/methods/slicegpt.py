@@ -104,7 +104,7 @@ def sliced_layer(
     new = _between(weights, kind, bases)
     dtype = _dtype(weights)
     if kind.parallel:
-        return new | {"shortcut.weight": (basis_out.T @ basis_in).to(dtype)}
+        return new | {"attn_shortcut.weight": (basis_out.T @ basis_in).to(dtype)}
     new["attn_shortcut.weight"] = (basis_mid.T @ basis_in).to(dtype)
     new["mlp_shortcut.weight"] = (basis_out.T @ basis_mid).to(dtype)
     return new

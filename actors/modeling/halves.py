@@ -23,18 +23,19 @@ class HalvedLayer:
         module: the layer itself.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 a layer, and where it stands
         self,
         tensors: Mapping[str, Tensor],
         form: LayerForm,
         config: Mapping[str, Any],
         *,
+        index: int,
         shape: ModelShape,
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """Build the layer from tensors keyed by their names relative to the layer."""
-        alone = one_layer_config(config, form, shape)
+        """Build layer ``index`` from tensors keyed by their names relative to the layer."""
+        alone = one_layer_config(config, form, shape, index)
         self._outer = OuterModel(alone, load_family(shape.family), dtype=dtype, device=device)
         self.module: nn.Module = self._outer.layer(0, tensors)
         self._code = classes(shape.model_type)
@@ -42,7 +43,7 @@ class HalvedLayer:
 
     def attention(self, hidden: Tensor) -> Tensor:
         """Return what attention adds to the residual stream."""
-        arguments = self._outer.layer_arguments(hidden)
+        arguments = self._outer.layer_arguments(hidden)[0]
         attended: Tensor = self._code.attention_block(self.module, self._facts, hidden, **arguments)
         return attended
 
@@ -79,16 +80,15 @@ class HalvedLayer:
 
 
 def one_layer_config(
-    config: Mapping[str, Any], form: LayerForm, shape: ModelShape
+    config: Mapping[str, Any], form: LayerForm, shape: ModelShape, index: int
 ) -> dict[str, Any]:
-    """Return the config of a compressed model of one layer and a vocabulary of one token."""
-    like = shape.kind_of.index(form.kind)  # the first layer of the kind
+    """Return the config of a compressed model of layer ``index`` and a vocabulary of one token."""
     kept = {k: v for k, v in config.items() if k not in OWN}
     whole = classes(shape.model_type).StockConfig(**kept)  # it knows what a config leaves out
     lists = {key: getattr(whole, key, None) for key in PER_LAYER}
     return {
         **kept,
-        **{key: [each[like]] for key, each in lists.items() if each},
+        **{key: [each[index]] for key, each in lists.items() if each},
         "model_type": COMPRESSED,
         "compressed_from": shape.model_type,
         "layout": load_family(shape.family).layout(shape),

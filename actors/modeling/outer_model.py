@@ -1,16 +1,19 @@
-"""Everything of a model except its layers: embedding, positions, final norm, head and loss.
+"""Everything of a model except its layers: embedding, positions, masks, final norm, head and loss.
 
-Code that passes tokens through a model layer by layer uses an `OuterModel`. Only this module knows
-the classes of transformers and what is before, beside and after the layers.
+Code that passes tokens through a model layer by layer uses an `OuterModel`. It is transformers' own
+model with a stub in place of each layer: what the first stub receives is the embedding, what all of
+them are called with are the arguments of the layers, and what the model makes of the output of the
+last one are the logits. So nothing of a model is known here but where its layers and tables are.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from actors.devices.transfer import to_device
@@ -57,10 +60,65 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         model = (
             code.CompressedForCausalLM(known) if code else AutoModelForCausalLM.from_config(known)
         )
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        known
-    )  # on the CPU: its frequencies are computed
+    _compute_buffers(model)
     return model.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute what is not stored with a model, such as the frequencies of rope, on the CPU."""
+    for module in model.modules():
+        computed = module._non_persistent_buffers_set
+        if computed:
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            model._init_weights(module)  # weights stay on the meta device
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass of the model at the last layer of interest."""
+
+
+class _Trace:
+    """One forward pass through the stubs.
+
+    Attributes:
+        calls: what each layer so far was called with: its input, and its other arguments by name.
+        end: how many layers to reach.
+        output: what the last layer returns, from which the model goes on; None ends the pass there.
+    """
+
+    def __init__(self, end: int, output: Tensor | None = None) -> None:
+        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
+        self.end, self.output = end, output
+
+    def received(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Note the call of a layer, and return what it shall return."""
+        self.calls.append((hidden, arguments))
+        if len(self.calls) < self.end:
+            return hidden
+        if self.output is None:
+            raise _ReachedError
+        return self.output
+
+
+class _Stub(nn.Module):
+    """Stands for a layer that returns a tensor, without its weights.
+
+    It has the attributes of the layer that the model may read, such as its kind of attention.
+    """
+
+    trace: _Trace
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        own = vars(self)  # among them the weights and modules of a module
+        own.update({name: value for name, value in vars(layer).items() if name not in own})
+        self._names = tuple(inspect.signature(layer.forward).parameters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the trace of this pass says."""
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        return self.trace.received(arguments.pop(self._names[0]), arguments)
 
 
 class OuterModel:
@@ -79,10 +137,22 @@ class OuterModel:
         """
         self._family, self._dtype, self._device = family, dtype, device
         self._model = empty_model(config)
-        self._rotary = self._model.model.rotary_emb.to(device)
-        self._embedding: Tensor | None = None  # (vocabulary, width)
-        self._head: Tensor | None = None  # (vocabulary, width)
-        self._norm: nn.Module | None = None
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(device))
+        layers = self._model.get_submodule(family.layer.removesuffix(".{i}"))
+        self._layers: dict[int, nn.Module] = dict(enumerate(layers))
+        self._stubs = [_Stub(layer) for layer in layers]
+        for index, stub in enumerate(self._stubs):
+            layers[index] = stub
+        self._norm = self._model.get_submodule(family.final_norm.rpartition(".")[0])
+        self._tables: dict[str, nn.Parameter] = {}  # that were read, by name
+        if family.positions:
+            # Every pass adds them to its input, which is of interest only where they are read.
+            dims = self._model.get_parameter(family.positions).shape
+            nothing = torch.zeros((), dtype=dtype, device=device).expand(dims)
+            self._put_positions(nn.Parameter(nothing, requires_grad=False))
 
     def layer(self, index: int, tensors: Named) -> nn.Module:
         """Remove layer ``index`` from the model and return it with the given tensors; call it once.
@@ -92,66 +162,72 @@ class OuterModel:
             tensors: keyed by their names relative to the layer. From an iterator of pairs, only
                 one tensor at a time is in memory in its original dtype.
         """
-        layers = self._model.model.layers
-        module: nn.Module = layers[index]
-        layers[index] = nn.Identity()  # else the model would keep its weights in memory
-        return self._filled(module, tensors)
+        return self._filled(self._layers.pop(index), tensors)
 
     def read_embedding(self, weights: Weights) -> None:
-        """Read the tensor that `embed` needs.
+        """Read the tensors that `embed` needs.
 
         Raises:
             ModelError: a tensor is missing or not finite.
         """
-        self._embedding = self._table(weights, self._family.embedding)
+        embedding = self._model.get_input_embeddings()
+        embedding.weight = self._table(weights, self._family.embedding)
+        if self._family.positions:
+            self._put_positions(self._table(weights, self._family.positions))
 
     def read_head(self, weights: Weights) -> None:
-        """Read the tensors that `final`, `logits` and `loss` need; a tied head is the embedding.
+        """Read the tensors that `logits` and `loss` need; a tied head is the embedding.
 
         Raises:
             ModelError: a tensor is missing or not finite.
         """
-        name = self._family.head_among(weights.locations)
-        if name == self._family.embedding and self._embedding is not None:
-            self._head = self._embedding
-        else:
-            self._head = self._table(weights, name)
+        head = self._model.get_output_embeddings()
+        head.weight = self._table(weights, self._family.head_among(weights.locations))
+        if head.bias is not None:
+            head.bias = self._table(weights, self._family.head.removesuffix("weight") + "bias")
         # A norm whose scale was folded into the head has no stored tensor.
         prefix = self._family.final_norm.removesuffix("weight")
-        self._norm = self._filled(self._model.model.norm, weights.stream_prefix(prefix))
+        self._filled(self._norm, weights.stream_prefix(prefix))
 
     def tensors(self) -> list[Tensor]:
         """Return the weights that have been read; the shared table of a tied model once."""
-        norm = [] if self._norm is None else [*self._norm.parameters()]
-        tables = [table for table in (self._embedding, self._head) if table is not None]
-        return [*{id(table): table for table in tables}.values(), *norm]
+        norm = [parameter for parameter in self._norm.parameters() if not parameter.is_meta]
+        return [*self._tables.values(), *norm]
 
     def embed(
         self, ids: Int[Tensor, "batch tokens"], *, start: int = 0
     ) -> Float[Tensor, "batch tokens width"]:
         """Return the input of the first layer for tokens at positions start, start + 1, ..."""
-        del start  # in every family here positions are given to the layers: `layer_arguments`
-        assert self._embedding is not None  # it was read
-        return nn.functional.embedding(ids.to(self._device), self._embedding)
+        trace = _Trace(end=1)
+        self._run(trace, input_ids=ids.to(self._device), past_key_values=self._seen(start))
+        return trace.calls[0][0]
 
     def layer_arguments(
-        self, hidden: Float[Tensor, "batch tokens width"], *, start: int = 0
-    ) -> dict[str, Any]:
-        """Return the keyword arguments of every layer, for tokens at positions start, ..."""
-        positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
-        angles = self._rotary(hidden, position_ids=positions)  # cosines and sines
-        return {"attention_mask": None, "position_embeddings": angles}
+        self,
+        hidden: Float[Tensor, "batch tokens width"],
+        *,
+        start: int = 0,
+        cache: DynamicCache | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the keyword arguments of each layer beside its input.
 
-    def final(self, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
-        """Return the input of the head, given the output of the last layer."""
-        assert self._norm is not None  # it was read
-        normed: Tensor = self._norm(hidden)
-        return normed
+        Args:
+            hidden: any input of a layer, for tokens at positions start, start + 1, ...
+            start: how many tokens came before.
+            cache: of keys and values, which all layers of the caller fill; it has those of all
+                tokens before, whatever their windows.
+        """
+        seen = None if cache is None else self._seen(start)
+        trace = _Trace(end=len(self._stubs))
+        self._run(trace, inputs_embeds=self._nothing(*hidden.shape[:2]), past_key_values=seen)
+        return [
+            {name: cache if value is seen else value for name, value in arguments.items()}
+            for _, arguments in trace.calls
+        ]
 
     def logits(self, hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         """Return the logits, (batch, tokens, vocabulary), given the output of the last layer."""
-        assert self._head is not None  # it was read
-        return self.final(hidden) @ self._head.T
+        return self._logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 
     def loss(
         self, hidden: Float[Tensor, "batch tokens width"], ids: Int[Tensor, "batch tokens"]
@@ -160,11 +236,54 @@ class OuterModel:
 
         Logits are computed for `LOGIT_TOKENS` tokens at a time, to save memory.
         """
-        assert self._head is not None  # it was read
-        return next_token_nll(self.final(hidden), self._head, ids, block=LOGIT_TOKENS)
+        return next_token_nll(hidden, self._logits, ids, block=LOGIT_TOKENS)
 
-    def _table(self, weights: Weights, name: str) -> Tensor:
-        return to_device(weights.read(name), self._device, self._dtype)
+    def _logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        # As sequences of one token each: what follows the layers is the same for every token, and
+        # masks and positions, which nothing reads here, are as small as they can be.
+        trace = _Trace(end=len(self._stubs), output=hidden[:, None])
+        logits: Tensor = self._run(trace, inputs_embeds=self._nothing(len(hidden), 1)).logits
+        return logits[:, 0]
+
+    def _run(
+        self, trace: _Trace, *, past_key_values: DynamicCache | None = None, **inputs: Tensor
+    ) -> Any:
+        """Pass inputs through the model; return its output, None where the trace ends it."""
+        for stub in self._stubs:
+            stub.trace = trace
+        cached = {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
+        try:
+            return self._model(**inputs, **cached, return_dict=True)
+        except _ReachedError:
+            return None
+        finally:
+            for stub in self._stubs:
+                del stub.trace  # and with it activations
+
+    def _nothing(self, batch: int, tokens: int) -> Tensor:
+        """Return an input of the layers, (batch, tokens, width), that takes no memory."""
+        width = self._model.get_input_embeddings().weight.shape[1]
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        return zero.expand(batch, tokens, width)
+
+    def _seen(self, tokens: int) -> DynamicCache:
+        """Return a cache that tells how many tokens came before; what is in it is never read."""
+        cache = DynamicCache()
+        if tokens:
+            nothing = torch.zeros(1, 1, tokens, 1, device=self._device)
+            cache.update(nothing, nothing, 0)
+        return cache
+
+    def _table(self, weights: Weights, name: str) -> nn.Parameter:
+        """Read a tensor, once even if it is both embedding and head."""
+        if name not in self._tables:
+            read = to_device(weights.read(name), self._device, self._dtype)
+            self._tables[name] = nn.Parameter(read, requires_grad=False)
+        return self._tables[name]
+
+    def _put_positions(self, table: nn.Parameter) -> None:
+        module, _, name = self._family.positions.rpartition(".")
+        setattr(self._model.get_submodule(module), name, table)
 
     def _filled(self, module: nn.Module, tensors: Named) -> nn.Module:
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors

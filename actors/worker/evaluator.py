@@ -196,7 +196,7 @@ def _stagewise_logits(
     arguments = outer.layer_arguments(hidden)
     for index in range(checkpoint.config["num_hidden_layers"]):
         tensors = checkpoint.read_prefix(family.layer.format(i=index) + ".")
-        hidden = outer.layer(index, tensors)(hidden, **arguments)
+        hidden = outer.layer(index, tensors)(hidden, **arguments[index])
     outer.read_head(checkpoint)
     return outer.logits(hidden)
 

@@ -185,9 +185,9 @@ class Stage:
         hidden = unpack(packed, device=self._setup.device)
         if self._assignment.embedding:
             hidden = outer.embed(hidden, start=start)
-        arguments = outer.layer_arguments(hidden, start=start)
-        for layer in self._layers.values():
-            hidden = layer(hidden, past_key_values=generated.cache, **arguments)
+        arguments = outer.layer_arguments(hidden, start=start, cache=generated.cache)
+        for index, layer in self._layers.items():
+            hidden = layer(hidden, **arguments[index])
         if self._assignment.head:
             hidden = outer.logits(hidden[:, -1:]).argmax(-1)
         handed_on = pack(hidden)
@@ -310,7 +310,7 @@ class Stage:
             if sums is not None:
                 sums.attach(layer, ends=last)
             try:
-                after = layer(hidden, **arguments)
+                after = layer(hidden, **arguments[index])
             except ForwardDoneError:
                 after = None
             if sums is not None:

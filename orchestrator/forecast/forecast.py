@@ -160,7 +160,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
     options = resolve_steps(config, named)
     steps = list(zip(chosen_methods(config, options), options, strict=True))
     require_disjoint(steps)
-    longest = min(DEFAULT_SEQUENCE_LENGTH, longest_sequence(found)[0])
+    longest = min(DEFAULT_SEQUENCE_LENGTH, longest_sequence(found))
     length = config.calibration.sequence_length or longest
     sequences = config.calibration.sequences or SEQUENCES
     workers = devices.count if devices else config.workers

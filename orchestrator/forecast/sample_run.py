@@ -329,11 +329,12 @@ def _prepared(specimen: _ProfileModel, folder: Path) -> Prepared:
         "vocab_size": shape.vocab_size,
         "dtype": shape.dtype,
         "tie_word_embeddings": shape.tied,
-        # No sequence of a run is longer than a window.
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    for name in ("layer_types", "torch_dtype", "quantization_config"):
+    for name in ("torch_dtype", "quantization_config"):
         config.pop(name, None)
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][: shape.num_layers]
     model = folder / "model"
     count = data.microbatch_tokens // data.sequence_length
     sizes = {"calibration": MICROBATCHES * count, "evaluation": EVALUATED * count}

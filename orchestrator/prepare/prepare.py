@@ -20,12 +20,10 @@ from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
 from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
 from planners.batching import batching_of
 from planners.errors import ModelError
-from planners.families.llama import DEFAULTS, windows
+from planners.families.llama import DEFAULTS
 from planners.model.cost import dense_start
 from planners.steps import require_disjoint
 from planners.units.units import Identity
-
-WINDOW = "sliding_window"
 
 
 def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
@@ -63,8 +61,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     device = chosen_device(given.device, given.address)
     facts = Facts(
         model_name=source.name,
-        longest=longest_sequence(checkpoint.config)[0],
-        longest_key=longest_sequence(checkpoint.config)[1],
+        longest=longest_sequence(checkpoint.config),
         options=options,
         device=device,
         calibration_dtype=exact_dtype(device, shape.dtype),  # type: ignore[arg-type] # validated above
@@ -143,11 +140,10 @@ def _tokens(
     return calibration, evaluation
 
 
-def longest_sequence(config: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the longest sequence for which plain causal attention is exact, and its config key."""
-    original = {**config, "model_type": config.get("compressed_from", config["model_type"])}
-    longest = {**DEFAULTS[original["model_type"]], **original}["max_position_embeddings"]
+def longest_sequence(config: Mapping[str, Any]) -> int:
+    """Return the longest sequence that a model takes, as its config says."""
+    model_type = config.get("compressed_from", config["model_type"])
+    longest = {**DEFAULTS[model_type], **config}["max_position_embeddings"]
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
         raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
-    window = min((window for window in windows(original) if window is not None), default=longest)
-    return (window, WINDOW) if window < longest else (longest, "max_position_embeddings")
+    return longest

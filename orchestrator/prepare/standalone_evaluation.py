@@ -10,8 +10,8 @@ from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
 from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
-from orchestrator.prepare.prepare import WINDOW, longest_sequence
-from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, check_length
+from orchestrator.prepare.prepare import longest_sequence
+from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from planners.batching import batching_of
 from planners.memory.placement import load_of, place
 
@@ -50,7 +50,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     own = "embedded" if given.model == "tiny" else "stdlib"
     text = given.evaluation.source or own
     held = text == "embedded" or text.startswith("tokens:")
-    longest, longest_key = longest_sequence(checkpoint.config)
+    longest = longest_sequence(checkpoint.config)
     ids = prepare_tokens(
         text,
         split="evaluation",
@@ -62,10 +62,6 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         bos=given.calibration.bos,
         seed=given.seed,
     )
-    if (
-        longest_key == WINDOW
-    ):  # layers attend to all earlier tokens; longer than trained is only worse
-        check_length(ids.shape[1], longest, longest_key, where="evaluation: has sequences of")
     batching = batching_of(
         *ids.shape,
         microbatch_tokens=given.calibration.microbatch_tokens,

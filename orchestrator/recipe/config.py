@@ -353,7 +353,6 @@ class Facts:
     Attributes:
         model_name: short name of the model, as in `actors.storage.sources.ModelSource`.
         longest: longest sequence the model takes.
-        longest_key: of its config, which says so.
         options: of each step, as `resolve_options` returns them.
         device: where ``device: auto`` computes.
         calibration_dtype: what ``calibration_dtype: auto`` is.
@@ -362,7 +361,6 @@ class Facts:
 
     model_name: str
     longest: int
-    longest_key: str
     options: Sequence[Mapping[str, Option]]
     device: Literal["cpu", "cuda"]
     calibration_dtype: Literal["float32", "bfloat16", "float16"]
@@ -389,7 +387,7 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
         length = min(DEFAULT_SEQUENCE_LENGTH, facts.longest)
     if length is not None:
         where = "calibration.sequence_length: is"
-        check_length(length, facts.longest, facts.longest_key, where=where)
+        _check_length(length, facts.longest, where=where)
     chain = [
         step.model_copy(update={"options": dict(options)})
         for step, options in zip(config.chain, facts.options, strict=True)
@@ -429,7 +427,7 @@ def with_tokens(
     sequences, length = calibration
     for key, longest in (("calibration", length), ("evaluation", evaluation[1])):
         where = f"{key}.source: has sequences of"
-        check_length(longest, facts.longest, facts.longest_key, where=where)
+        _check_length(longest, facts.longest, where=where)
     asked = config.calibration.sequence_length
     if asked not in (None, length):
         raise ConfigError(
@@ -478,15 +476,16 @@ def _holds_tokens(source: str) -> bool:
     return source == "embedded" or source.startswith("tokens:")
 
 
-def check_length(length: int, longest: int, key: str, *, where: str) -> None:
-    """Refuse sequences that are longer than a model takes, as that key of its config says.
+def _check_length(length: int, longest: int, *, where: str) -> None:
+    """Refuse sequences that are longer than a model takes, as its config says.
 
     Raises:
         ConfigError: they are.
     """
     if length > longest:
         raise ConfigError(
-            f"{where} {length} tokens, but the model takes at most {longest} ({key})",
+            f"{where} {length} tokens, but the model takes at most {longest} "
+            "(max_position_embeddings)",
             hint=f"use sequences of {longest} tokens or less",
         )
 

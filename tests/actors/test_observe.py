@@ -131,7 +131,7 @@ def observed(folder, statistics, *, cut=2, dtype=torch.float32):
         for index, layer in enumerate(layers):
             if index == LAYER:
                 held.attach(layer)
-            after = layer(hidden, **arguments)
+            after = layer(hidden, **arguments[index])
             if index == LAYER:
                 held.detach()
                 held.update_residual(hidden, after)
@@ -183,7 +183,7 @@ def test_nothing_is_summed_after_detaching(model):
     held.attach(layer)
     held.detach()
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    layer(hidden, **outer.layer_arguments(hidden))
+    layer(hidden, **outer.layer_arguments(hidden)[0])
     assert not any(total.any() for total in held.sums.values())
 
 

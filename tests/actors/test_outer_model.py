@@ -2,17 +2,58 @@
 
 import gc
 import weakref
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer_model import OuterModel
 from actors.storage.checkpoint import Checkpoint
 from planners import families
-from tests.builders import LENGTH, VOCABULARY, compress_local, save_model
+from planners.families._base import Family
+from planners.model.form import dense_form
+from tests.builders import LENGTH, SIZES, VOCABULARY, compress_local, save_model
 
 FAMILY = families.load("llama")
+WINDOW, TOKENS = 4, 12
+FULL, SLIDING = "full_attention", "sliding_attention"
+MIXED = {"sliding_window": WINDOW, "layer_types": [FULL, SLIDING, FULL]}
+# model_type -> what is special about it.
+STOCK: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, **MIXED},
+    "qwen3": {"head_dim": 16},
+    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **MIXED},
+    "gemma": {"head_dim": 16},
+    "helium": {"head_dim": 8},
+    "ernie4_5": {"use_bias": True},
+    "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32},
+    "phi": {"partial_rotary_factor": 0.5},
+    "starcoder2": {"sliding_window": WINDOW},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": MIXED,  # rope in the layers with a window only
+}
+NAMES = {
+    "opt": {
+        "layer": "model.decoder.layers.{i}",
+        "embedding": "model.decoder.embed_tokens.weight",
+        "positions": "model.decoder.embed_positions.weight",
+        "final_norm": "model.decoder.final_layer_norm.weight",
+    },
+    "phi": {"final_norm": "model.final_layernorm.weight"},
+    "gpt_neox": {
+        "layer": "gpt_neox.layers.{i}",
+        "embedding": "gpt_neox.embed_in.weight",
+        "final_norm": "gpt_neox.final_layer_norm.weight",
+    },
+}
 
 
 @pytest.fixture(scope="module", params=["own head", "tied", "sliced", "sliced, tied"])
@@ -56,8 +97,8 @@ def test_layer_by_layer_the_logits_and_the_loss_are_those_of_the_whole_model(mod
     ids = token_ids()
     hidden = outer.embed(ids)
     arguments = outer.layer_arguments(hidden)
-    for layer in layers:
-        hidden = layer(hidden, **arguments)
+    for layer, given in zip(layers, arguments, strict=True):
+        hidden = layer(hidden, **given)
     expected = whole(model)(ids, labels=ids)
     assert torch.allclose(outer.logits(hidden), expected.logits, atol=1e-5)
     nats, num_predicted = outer.loss(hidden, ids)
@@ -71,9 +112,9 @@ def test_tokens_that_come_later_begin_at_the_position_that_is_given(model):
     ids, cache, found = token_ids(), DynamicCache(), []
     for start in range(LENGTH):
         hidden = outer.embed(ids[:, start : start + 1], start=start)
-        arguments = outer.layer_arguments(hidden, start=start)
-        for layer in layers:
-            hidden = layer(hidden, past_key_values=cache, **arguments)
+        arguments = outer.layer_arguments(hidden, start=start, cache=cache)
+        for layer, given in zip(layers, arguments, strict=True):
+            hidden = layer(hidden, **given)
         found.append(outer.logits(hidden))
     assert torch.allclose(torch.cat(found, dim=1), whole(model)(ids).logits, atol=1e-4)
 
@@ -92,3 +133,165 @@ def test_the_weights_of_a_layer_live_as_long_as_whoever_took_it_out(tmp_path):
     gc.collect()
     assert held() is None
     assert outer.tensors()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tensors in memory, in place of a checkpoint."""
+
+    locations: dict[str, Tensor]
+
+    def read(self, name):
+        return self.locations[name]
+
+    def stream_prefix(self, prefix):
+        return [
+            (n.removeprefix(prefix), t) for n, t in self.locations.items() if n.startswith(prefix)
+        ]
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model of transformers, and what a checkpoint of it holds."""
+
+    stock: Any
+    family: Family
+    weights: Held
+
+    def outer(self):
+        config = self.stock.config.to_dict()
+        return OuterModel(config, self.family, dtype=self.stock.dtype, device="cpu")
+
+    def opened(self):
+        """Return the outer model, with embedding and head, and the layers that were taken out."""
+        outer = self.outer()
+        outer.read_embedding(self.weights)
+        outer.read_head(self.weights)
+        prefixes = [self.family.layer.format(i=i) + "." for i in range(SIZES["num_hidden_layers"])]
+        return outer, [
+            outer.layer(i, self.weights.stream_prefix(prefix)) for i, prefix in enumerate(prefixes)
+        ]
+
+
+def specimen(model_type, *, tied=False, dtype=torch.float32, **changes):
+    keys = {**SIZES, **STOCK[model_type], "tie_word_embeddings": tied, **changes}
+    config = AutoConfig.for_model(model_type, **keys)
+    stock = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * noise.to(dtype))
+    family = replace(FAMILY, **NAMES.get(model_type, {}))
+    weights = stock.state_dict()
+    if tied:
+        del weights[family.head]
+    return Specimen(stock, family, Held(weights))
+
+
+@pytest.fixture(scope="module", params=STOCK)
+def untied(request):
+    return specimen(request.param)
+
+
+@pytest.fixture(scope="module", params=STOCK)
+def tied(request):
+    return specimen(request.param, tied=True, dtype=torch.float64)
+
+
+def some_ids():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCABULARY, (2, TOKENS), generator=generator)
+
+
+@torch.inference_mode()
+def check_streamed(model):
+    outer, layers = model.opened()
+    ids = some_ids()
+    hidden = outer.embed(ids)
+    for layer, given in zip(layers, outer.layer_arguments(hidden), strict=True):
+        hidden = layer(hidden, **given)
+    expected = model.stock(ids, labels=ids, use_cache=False)
+    assert torch.equal(outer.logits(hidden), expected.logits)
+    nats, num_predicted = outer.loss(hidden, ids)
+    assert nats / num_predicted == pytest.approx(float(expected.loss), rel=1e-6)
+
+
+@torch.inference_mode()
+def check_generated(model):
+    outer, layers = model.opened()
+    ids = some_ids()
+    ours, theirs = DynamicCache(), DynamicCache()
+    whole = model.stock(ids, use_cache=False).logits
+    parts = [(0, 6), *((start, start + 1) for start in range(6, TOKENS))]
+    for first, last in parts:
+        hidden = outer.embed(ids[:, first:last], start=first)
+        arguments = outer.layer_arguments(hidden, start=first, cache=ours)
+        for layer, given in zip(layers, arguments, strict=True):
+            hidden = layer(hidden, **given)
+        found = outer.logits(hidden)
+        expected = model.stock(ids[:, first:last], past_key_values=theirs, use_cache=True).logits
+        assert torch.equal(found, expected)
+        assert torch.equal(found.argmax(-1), whole[:, first:last].argmax(-1))
+
+
+def test_streamed_logits_are_bit_for_bit_those_of_the_stock_model(untied):
+    check_streamed(untied)
+
+
+def test_streamed_logits_of_a_tied_model_are_bit_for_bit_those_of_the_stock_model(tied):
+    check_streamed(tied)
+
+
+def test_generation_token_by_token_is_bit_for_bit_that_of_the_stock_model(untied):
+    check_generated(untied)
+
+
+def test_generation_of_a_tied_model_is_bit_for_bit_that_of_the_stock_model(tied):
+    check_generated(tied)
+
+
+def test_arguments_of_the_layers_do_not_wait_for_tables_and_take_no_memory_of_theirs(untied):
+    outer = untied.outer()
+    before = outer.layer_arguments(torch.zeros(2, TOKENS, SIZES["hidden_size"]))
+    assert not outer.tensors()
+    outer.read_embedding(untied.weights)
+    after = outer.layer_arguments(outer.embed(some_ids()))
+    for one, other in zip(before, after, strict=True):
+        assert one.keys() == other.keys()
+        assert one["attention_mask"] is None or torch.equal(
+            one["attention_mask"], other["attention_mask"]
+        )
+
+
+@pytest.mark.parametrize(("tokens", "masked"), [(WINDOW - 1, False), (TOKENS, True)])
+def test_masks_are_made_once_and_only_where_a_window_is_shorter_than_the_sequences(tokens, masked):
+    outer = specimen("mistral").outer()
+    first, *_, last = outer.layer_arguments(torch.zeros(2, tokens, SIZES["hidden_size"]))
+    assert (first["attention_mask"] is not None) == masked
+    assert first["attention_mask"] is last["attention_mask"]
+    assert first["position_embeddings"] is last["position_embeddings"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("index", [1, 2])
+def test_half_a_layer_attends_within_the_window_of_its_layer(index):
+    config = {**STOCK["qwen2"], "layer_types": [FULL, FULL, SLIDING], "num_key_value_heads": 2}
+    model = specimen("qwen2", **config)
+    outer, layers = model.opened()
+    hidden = outer.embed(some_ids())
+    shape = FAMILY.shape_of(model.stock.config.to_dict(), "float32")
+    tensors = dict(model.weights.stream_prefix(FAMILY.layer.format(i=index) + "."))
+    half = HalvedLayer(
+        tensors,
+        dense_form(shape),
+        model.stock.config.to_dict(),
+        index=index,
+        shape=shape,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    expected = layers[index](hidden, **outer.layer_arguments(hidden)[index])
+    assert torch.allclose(half.output(hidden), expected, atol=1e-6)
+    other = layers[index](hidden, **outer.layer_arguments(hidden)[3 - index])
+    assert not torch.allclose(half.output(hidden), other, atol=1e-3)

@@ -35,7 +35,6 @@ DEFAULTS = {"rotation": "per_site", "round_to": 8, "damping": 0.01, "refit": Tru
 FACTS = Facts(
     model_name="tiny",
     longest=256,
-    longest_key="max_position_embeddings",
     options=(DEFAULTS,),
     device="cpu",
     calibration_dtype="float32",

@@ -29,53 +29,30 @@ def long_run(folder):
     return prepared_run(folder, folder / "run", calibration={"source": f"tokens:{folder}/long.safetensors"})  # fmt: skip  # noqa: E501
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, r"5000 tokens, but the model takes at most 4096 \(sliding_window\)"),
-        ({"sliding_window": 512}, r"at most 512 \(sliding_window\)"),
-        ({"sliding_window": None, "max_position_embeddings": 4999},
-         r"at most 4999 \(max_position_embeddings\)"),
-    ],
-)  # fmt: skip
-def test_the_window_of_a_mistral_bounds_its_sequences_and_is_named(mistral, changes, words):
-    says(mistral, **{"max_position_embeddings": 6000, **changes})
+def test_sequences_are_no_longer_than_the_positions_that_a_model_knows(mistral):
+    says(mistral, max_position_embeddings=4999)
+    words = r"5000 tokens, but the model takes at most 4999 \(max_position_embeddings\)"
     with pytest.raises(ConfigError, match=words):
         long_run(mistral)
 
 
-def test_sequences_past_the_window_are_not_evaluated_as_if_there_were_none(mistral):
-    says(mistral, sliding_window=512, max_position_embeddings=6000)
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 512}, {"sliding_window": None}])
+def test_sequences_may_be_longer_than_a_window(mistral, window):
+    says(mistral, max_position_embeddings=6000, **window)
+    assert long_run(mistral).plan.calibration_tokens == 10_000
     given = {"model": str(mistral), "device": "cpu",
              "evaluation.source": f"tokens:{mistral}/long.safetensors"}  # fmt: skip
-    with pytest.raises(ConfigError, match=r"5000 tokens, .* at most 512 \(sliding_window\)"):
-        prepare_evaluation(load_config(None, given))
-    says(mistral, sliding_window=None, max_position_embeddings=6000)
     assert prepare_evaluation(load_config(None, given)).ids.shape == (2, 5000)
 
 
 @pytest.mark.parametrize(
     ("config", "longest"),
     [
-        ({"model_type": "llama", "sliding_window": 8}, (100, "max_position_embeddings")),
-        ({"model_type": "llama", "max_position_embeddings": ...},
-         (2048, "max_position_embeddings")),
-        ({"model_type": "mistral", "sliding_window": 8}, (8, "sliding_window")),
-        ({"model_type": "mistral", "max_position_embeddings": ...}, (4096, "sliding_window")),
-        ({"model_type": "qwen2", "sliding_window": 8}, (100, "max_position_embeddings")),
-        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
-          "max_window_layers": 2}, (8, "sliding_window")),
-        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
-          "max_window_layers": 3}, (100, "max_position_embeddings")),
-        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
-          "layer_types": ["full_attention"] * 3}, (100, "max_position_embeddings")),
+        ({"model_type": "llama", "max_position_embeddings": 100}, 100),
+        ({"model_type": "llama"}, 2048),
+        ({"model_type": "mistral"}, 131072),
+        ({"model_type": "mistral", "sliding_window": 8, "max_position_embeddings": 100}, 100),
     ],
-)  # fmt: skip
-def test_the_longest_sequence_is_bounded_by_windows_of_layers_that_have_one(config, longest):
-    config = {"num_hidden_layers": 3, "max_position_embeddings": 100, **config}
-    assert longest_sequence({k: v for k, v in config.items() if v is not ...}) == longest
-
-
-def test_a_mistral_that_says_it_has_no_window_has_none(mistral):
-    says(mistral, sliding_window=None, max_position_embeddings=6000)
-    assert long_run(mistral).plan.calibration_tokens == 10_000
+)
+def test_the_longest_sequence_is_that_of_the_config_or_of_transformers(config, longest):
+    assert longest_sequence(config) == longest

@@ -184,7 +184,7 @@ def check_config(folder, config, attention):
     padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     seen = mask.bool()
     same(result(ids, **padded).logits[seen], dense(ids, use_cache=False, **padded).logits[seen])
-    short = ids[:, : min(LENGTH, longest_sequence(config)[0])]
+    short = ids[:, : min(LENGTH, longest_sequence(config))]
     fresh = loaded(dense_folder, attn_implementation=attention)  # dynamic angles remember a length
     expected = fresh(short, use_cache=False).logits
     for each in (folder / "dense", folder / "result"):

@@ -189,7 +189,7 @@ def run(shape, form, tensors, hidden):
     }  # fmt: skip
     outer = OuterModel(config, load_family("llama"), dtype=torch.float64, device="cpu")
     with torch.inference_mode():
-        return outer.layer(0, named)(hidden, **outer.layer_arguments(hidden))
+        return outer.layer(0, named)(hidden, **outer.layer_arguments(hidden)[0])
 
 
 # Each method, from its own spec to the tensors of a layer.
