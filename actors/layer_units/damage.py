@@ -65,8 +65,8 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     probe = sums["probe"].to(device)
     start = checkpoint.form.layers[index]
     halved = partial(_halved, checkpoint=checkpoint, index=index, probe=probe)
-    serial = not shape.kind(start).parallel
     whole = halved(weights, start)
+    serial = not shape.kind(start).parallel
     middle, output = whole.residual_mid(probe), whole.output(probe)
     energy = output.float().square().sum(-1)  # (sequences, tokens)
     curves: Curves = {}

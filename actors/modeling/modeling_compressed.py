@@ -43,15 +43,12 @@ STOCK = "llama"  # model_type of the original model; the copy beside a result ha
 # What a stock class says that it does not know, in place of an activation.
 NEEDS_CODE = "made by compress-cluster: load it with trust_remote_code=True"
 
-StockConfig = CONFIG_MAPPING[STOCK]
-StockModel = MODEL_MAPPING[StockConfig]
-StockForCausalLM = MODEL_FOR_CAUSAL_LM_MAPPING[StockConfig]
+StockConfig: Any = CONFIG_MAPPING[STOCK]
+StockModel: Any = MODEL_MAPPING[StockConfig]
+StockForCausalLM: Any = MODEL_FOR_CAUSAL_LM_MAPPING[StockConfig]
+StockLayer: Any = StockForCausalLM._can_record_outputs["hidden_states"]
+StockAttention: Any = StockForCausalLM._can_record_outputs["attentions"]
 STOCK_CODE: Any = sys.modules[StockForCausalLM.__module__]
-StockLayer, StockAttention = (
-    getattr(StockForCausalLM._can_record_outputs[key], "target_class", None)
-    or StockForCausalLM._can_record_outputs[key]
-    for key in ("hidden_states", "attentions")
-)
 
 
 class CompressedConfig(StockConfig):
@@ -194,42 +191,38 @@ class CompressedAttention(StockAttention):
     def _of(self, role: str) -> nn.Module:
         return getattr(self, self.below[role])
 
-    def _rotated(
-        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _rotated(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """Return q and k (batch, heads, tokens, dim) rotated as the stock attention does it.
 
         Narrower heads are spread over the channels of a whole head, rotated there, and collected.
         Their own pairs are channels i and i + dim / 2, whatever the pairs of a whole head are.
         """
         both, width = (query, key), self.rotary
+        rotate = STOCK_CODE.apply_rotary_pos_emb
         if self.rope_pairs is None:
-            parts = [x[..., :width] for x in both]
-            rotated = STOCK_CODE.apply_rotary_pos_emb(*parts, cos, sin)
-            return tuple(
-                torch.cat((y, x[..., width:]), dim=-1) for x, y in zip(both, rotated, strict=True)
-            )
+            rotated = rotate(*(x[..., :width] for x in both), cos, sin)
+            rest = [x[..., width:] for x in both]
+            return [torch.cat(parts, dim=-1) for parts in zip(rotated, rest, strict=True)]
         first, second = self.rope_pairs, self.rope_pairs + width // 2
         if self.pairs == "interleaved":
             first, second = 2 * self.rope_pairs, 2 * self.rope_pairs + 1
-        channels = torch.cat((first, second), dim=-1)  # (kv_heads, dim)
-        kept = self.rope_pairs.repeat(1, 2) >= 0
-        channels = torch.where(kept, channels, width)  # the others share a column behind the rest
-        places = [_by_head(channels, x) for x in both]
+        places = torch.cat((first, second), dim=-1)  # (kv_heads, dim)
+        # Channels that are not rotated share a place behind the others.
+        places = torch.where(self.rope_pairs.repeat(1, 2) < 0, width, places)
+        each = [_by_head(places, x) for x in both]
         spread = [
             x.new_zeros(*x.shape[:-1], width + 1).scatter(-1, at, x)[..., :width]
-            for x, at in zip(both, places, strict=True)
+            for x, at in zip(both, each, strict=True)
         ]
-        rotated = STOCK_CODE.apply_rotary_pos_emb(*spread, cos, sin)
-        return tuple(
-            torch.where(at < width, y.gather(-1, at.clamp(max=width - 1)), x)
-            for x, y, at in zip(both, rotated, places, strict=True)
-        )
+        return [
+            torch.where(at < width, wide.gather(-1, at.clamp(max=width - 1)), x)
+            for x, at, wide in zip(both, each, rotate(*spread, cos, sin), strict=True)
+        ]
 
 
-def _by_head(channels: Tensor, x: Tensor) -> Tensor:
-    """Return channels (kv_heads, dim) for every element of x (batch, heads, tokens, dim)."""
-    each = channels.repeat_interleave(x.shape[1] // channels.shape[0], dim=0)
+def _by_head(places: Tensor, x: Tensor) -> Tensor:
+    """Return places (kv_heads, dim) for every element of x (batch, heads, tokens, dim)."""
+    each = places.repeat_interleave(x.shape[1] // places.shape[0], dim=0)
     return each[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)
 
 
@@ -328,7 +321,7 @@ def _resize_table(table: Any, width: int) -> None:
         table._is_hf_initialized = False
 
 
-def _resize_layer(layer: nn.Module, form: dict[str, Any], layout: dict[str, Any]) -> None:
+def _resize_layer(layer: Any, form: dict[str, Any], layout: dict[str, Any]) -> None:
     """Give a stock layer the widths of a form."""
     kind = layout["kinds"][form["kind"]]
     widths = {
@@ -352,12 +345,12 @@ def _resize_layer(layer: nn.Module, form: dict[str, Any], layout: dict[str, Any]
             dims = (widths[over], layout["hidden"])
             _resize_norm(layer, layout["norms"][role], dims, scale=form["norm_weights"])
     if (form["qk_head_dim"], form["vo_head_dim"]) != (layout["head_dim"], layout["head_dim"]):
-        attention = layer.get_submodule(layout["attention"])
+        attention: Any = layer.get_submodule(layout["attention"])
         attention.__class__ = CompressedAttention
         attention.narrow(form, layout)
     if form["shortcuts"]:
         layer.__class__ = CompressedLayer
-        layer.shorten(form, layout)  # type: ignore[operator]
+        layer.shorten(form, layout)
 
 
 def _resize(body: nn.Module, config: Any) -> None:

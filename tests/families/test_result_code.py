@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from actors.modeling.halves import HalvedLayer
 from actors.modeling.travelling import classes, code_of
 from orchestrator.prepare.model_config import result_config, stored
 from planners.model.cost import dense_model_form
+from planners.model.form import dense_form
 from tests.families.tiny import MODEL_TYPES, config_of, ids_of, logits_of, model_of, shape_of
 
 each_model_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -188,6 +190,33 @@ def test_gradients_are_the_same_with_checkpointing(model_type):
         model(ids, labels=ids).loss.backward()
         found.append({name: each.grad.clone() for name, each in model.named_parameters()})
     torch.testing.assert_close(found[1], found[0])
+
+
+def captured(model, layers, ids):
+    """Return the input and the output of every layer."""
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    logits_of(model, ids)
+    return seen
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["dense", "cut"])
+@each_model_type
+def test_both_halves_of_a_layer_give_what_the_layer_gives(model_type, cut):
+    config = config_of(model_type)
+    family, shape = shape_of(config)
+    model = narrow_result(config)[0] if cut else model_of(config, dtype=torch.float32)
+    prefixes = [family.layer.format(i=i) for i in range(shape.num_layers)]
+    seen = captured(model, [model.get_submodule(each) for each in prefixes], ids_of())
+    for index, (hidden, after) in enumerate(seen):
+        form = dense_form(shape, shape.kind_of[index])
+        form = everything_narrower(shape.kind(form), form) if cut else form
+        half = HalvedLayer(
+            model.get_submodule(prefixes[index]).state_dict(), form, config.to_dict(),
+            index=index, shape=shape, dtype=torch.float32, device="cpu",
+        )  # fmt: skip
+        torch.testing.assert_close(half.output(hidden), after, rtol=1e-4, atol=1e-5)
 
 
 LOAD = """
