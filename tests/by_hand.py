@@ -110,7 +110,9 @@ def step_by_hand(model, folder, recipe, *, start, form, ids):
             if name.startswith(prefix)
         }
         if bases:
-            made = run.apply(weights, tuple(bases[2 * index : 2 * index + 3]), form=layer)
+            made = run.apply(
+                weights, tuple(bases[2 * index : 2 * index + 3]), shape=shape, form=layer
+            )
         else:
             made, _ = run.compress(weights, each, shape=shape, form=layer, options=options)
         new |= {prefix + family.below_layer(role): tensor for role, tensor in made.items()}
@@ -119,8 +121,10 @@ def step_by_hand(model, folder, recipe, *, start, form, ids):
         new[family.final_norm] = state[family.final_norm]
     if bases:
         scale = new.pop(family.final_norm)
-        new[family.embedding] = run.apply_embedding(new[family.embedding], bases[0])
-        new[family.head] = run.apply_head(head, bases[-1], norm_weight=scale, native=False)
+        new[family.embedding] = run.apply_embedding(new[family.embedding], bases[0], shape=shape)
+        new[family.head] = run.apply_head(
+            head, bases[-1], shape=shape, norm_weight=scale, native=False
+        )
     return built(checkpoint, form, new), bases
 
 

@@ -214,7 +214,7 @@ def compressed(name, case, form, options):
         )
         for tap, dim in zip(("resid_attn", "resid_mlp", "resid_out"), dims, strict=True)
     ]
-    new = method.apply(case.weights, tuple(b.vectors for b in bases), form=form)
+    new = method.apply(case.weights, tuple(b.vectors for b in bases), shape=case.shape, form=form)
     return new, {"bases": bases}
 
 

@@ -120,10 +120,14 @@ def test_weights_keep_their_dtype_and_the_inputs_are_not_changed(seed, dtype, bi
     rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
     inputs = {**weights, "rows": rows, "a": bases[0], "b": bases[1], "c": bases[2]}
     before = {name: tensor.clone() for name, tensor in inputs.items()}
-    new = METHOD.apply(weights, bases, form=form.layers[0])
-    new["embedding"] = METHOD.apply_embedding(rows, bases[0])
+    new = METHOD.apply(weights, bases, shape=SHAPE, form=form.layers[0])
+    new["embedding"] = METHOD.apply_embedding(rows, bases[0], shape=SHAPE)
     new["head"] = METHOD.apply_head(
-        rows, bases[2], norm_weight=weights["mlp_norm.weight"], native=form.native
+        rows,
+        bases[2],
+        shape=SHAPE,
+        norm_weight=weights["mlp_norm.weight"],
+        native=form.native,
     )
     assert {tensor.dtype for tensor in new.values()} == {dtype}
     assert [name for name in before if not torch.equal(before[name], inputs[name])] == []
