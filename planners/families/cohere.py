@@ -46,11 +46,16 @@ FAMILY = decoder(
     name="cohere",
     classes={"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM"},
     defaults={
-        "cohere": {"tie_word_embeddings": True, "attention_bias": False},
+        "cohere": {
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "max_position_embeddings": 8192,
+        },
         "cohere2": {
             "tie_word_embeddings": True,
             "attention_bias": False,
             "sliding_window": 4096,
+            "max_position_embeddings": 8192,
         },
     },
     facts=_facts,

@@ -15,6 +15,7 @@ FAMILY = decoder(
     classes={"ernie4_5": "Ernie4_5ForCausalLM"},
     defaults={
         "ernie4_5": {
+            "max_position_embeddings": 131072,
             "num_key_value_heads": 2,
             "head_dim": 128,
             "tie_word_embeddings": True,

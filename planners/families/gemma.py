@@ -16,6 +16,7 @@ FAMILY = decoder(
     classes={"gemma": "GemmaForCausalLM"},
     defaults={
         "gemma": {
+            "max_position_embeddings": 8192,
             "num_key_value_heads": 16,
             "head_dim": 256,
             "tie_word_embeddings": True,

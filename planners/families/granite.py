@@ -12,6 +12,8 @@ def _facts(config: Config, rotary: int) -> Facts:
 FAMILY = decoder(
     name="granite",
     classes={"granite": "GraniteForCausalLM"},
-    defaults={"granite": {"attention_bias": False, "mlp_bias": False}},
+    defaults={
+        "granite": {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048}
+    },
     facts=_facts,
 )

@@ -24,6 +24,7 @@ FAMILY = decoder(
     classes={"helium": "HeliumForCausalLM"},
     defaults={
         "helium": {
+            "max_position_embeddings": 4096,
             "num_key_value_heads": 20,
             "head_dim": 128,
             "attention_bias": False,

@@ -29,7 +29,7 @@ def _check(config: Config) -> None:
 FAMILY = decoder(
     name="phi",
     classes={"phi": "PhiForCausalLM"},
-    defaults={"phi": {"partial_rotary_factor": 0.5}},
+    defaults={"phi": {"partial_rotary_factor": 0.5, "max_position_embeddings": 2048}},
     facts=_facts,
     check=_check,
     keys={"head_dim": ""},

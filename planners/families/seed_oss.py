@@ -16,6 +16,7 @@ FAMILY = decoder(
     classes={"seed_oss": "SeedOssForCausalLM"},
     defaults={
         "seed_oss": {
+            "max_position_embeddings": 524288,
             "num_key_value_heads": 8,
             "head_dim": 128,
             "attention_bias": True,

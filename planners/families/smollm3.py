@@ -23,6 +23,7 @@ FAMILY = decoder(
     classes={"smollm3": "SmolLM3ForCausalLM"},
     defaults={
         "smollm3": {
+            "max_position_embeddings": 32768,
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,

@@ -17,7 +17,12 @@ FAMILY = decoder(
     name="starcoder2",
     classes={"starcoder2": "Starcoder2ForCausalLM"},
     defaults={
-        "starcoder2": {"num_key_value_heads": 2, "tie_word_embeddings": True, "use_bias": True}
+        "starcoder2": {
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_bias": True,
+            "max_position_embeddings": 4096,
+        }
     },
     facts=_facts,
     keys={"head_dim": ""},
