@@ -103,7 +103,7 @@ def test_the_model_it_was_made_from_must_be_supported(refused, edit):
     edit("config.json", compressed_from="bert")
     refused(ModelError, "model_type 'bert' is not supported")
     edit("config.json", compressed_from=["llama"])
-    refused(ModelError, "is ['llama']; it must be one of: llama, mistral, qwen2")
+    refused(ModelError, "is ['llama']; it must be one of: ")
 
 
 def test_code_in_its_directory_is_not_run(refused, model, canary):
