@@ -54,11 +54,11 @@ def require_consent(
     cost = cost or money_text(found)
     if ask is None:
         raise ConfigError(
-            f"{where} may cost money ({cost}), and nobody is here to be asked",
-            hint="add --yes to go on without a question",
+            f"{where} may cost money ({cost}), and there is no terminal to ask for consent",
+            hint="add --yes to start without asking",
         )
-    if not ask(f"{where}: {cost}. Go on?"):
-        raise ConfigError("nothing was started", hint="--yes goes on without a question")
+    if not ask(f"{where}: {cost}. Continue?"):
+        raise ConfigError("nothing was started", hint="--yes starts without asking")
 
 
 def ask_before(address: str, approve: Callable[[ClusterFacts], None]) -> None:

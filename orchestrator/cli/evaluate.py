@@ -121,12 +121,12 @@ def verify(directory: str, *, model_store: str, json_: bool) -> None:
     table = Table(title=directory, title_justify="left", show_header=False)
     for check in checks:
         held = check["passed"]
-        mark = Text("held" if held else "failed", style="green" if held else "red")
+        mark = Text("passed" if held else "failed", style="green" if held else "red")
         table.add_row(mark, check["name"], check["detail"])
     document = {"directory": directory, "passed": not failed, "checks": checks}
     emit(document, lambda: stdout.print(table), json_=json_)
     if failed:
-        raise NumericsError(f"{directory}: {', '.join(failed)}: did not hold")
+        raise NumericsError(f"{directory}: failed checks: {', '.join(failed)}")
 
 
 def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener: Any) -> Any:

@@ -86,12 +86,12 @@ def _require_done(rows: Sequence[Row]) -> None:
     if failed:
         raise CompressionError(
             f"{len(failed)} of {len(rows)} runs failed: {failed[0].name}: {failed[0].error}",
-            hint="the others are done; the same command tries those that failed again",
+            hint="the others are done; the same command retries those that failed",
         )
     if left:
         raise ClusterError(
             f"the budget is spent; {len(left)} of {len(rows)} runs are left",
-            hint="raise the budget in the file; the same command goes on",
+            hint="raise the budget in the file; the same command resumes the batch",
         )
 
 
@@ -113,7 +113,7 @@ def _expected(found: Batch) -> str:
     left, outlooks = waiting(found), list(found.expected.values())
     known = [each for each in outlooks if each.get("seconds")]
     if len(known) < len(left):
-        return f"{len(left)} runs are left; how long all of them take is not known"
+        return f"{len(left)} runs are left; their total time is unknown"
     seconds = sum(each["seconds"]["p50"] for each in known)
     said = f"{len(left)} runs are left: about {seconds_text(seconds)}"
     money = [each["money"]["p50"] for each in known if each.get("money")]

@@ -61,7 +61,9 @@ def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: An
     job = submit(config, address=to, tries=keep_alive + 1, terms=prices, say=say)
 
     def show() -> None:
-        echo(f"job {job.submission_id} at {job.address}; it goes on without this terminal")
+        echo(
+            f"job {job.submission_id} at {job.address}; it keeps running after this terminal closes"
+        )
         for verb in ("watch", "logs", "cancel"):
             echo(f"  compress-cluster {verb} {config.out}")
 
@@ -89,8 +91,8 @@ def cancel(run_uri: str, json_: bool) -> None:
     from orchestrator.remote.submission import cancel
 
     stopped = cancel(Directory(run_uri))
-    said = "stopping; what is done is kept, and `compress-cluster submit` goes on with it"
-    show = partial(echo, said if stopped else "it was not running")
+    said = "stopping; finished work is kept, and `compress-cluster submit` resumes it"
+    show = partial(echo, said if stopped else "the job was not running")
     emit({"run": run_uri, "stopped": stopped}, show, json_=json_)
 
 
@@ -147,7 +149,7 @@ def reproduce(file: str) -> None:
     except Exception as error:  # noqa: BLE001 whatever it is, it is what was asked for
         traceback.print_exception(error)
         sys.exit(error.exit_code if isinstance(error, CompressionError) else 1)
-    echo("it did not fail here")
+    echo("the work did not fail here")
 
 
 ALL = (submit, logs, cancel, job, watch_node, reproduce)

@@ -37,7 +37,7 @@ def methods(json_: bool) -> None:
                 one_of = f" (one of: {choices})" if choices else ""
                 table.add_row(f"{option.name}={typed(option.default)}", f"{option.help}{one_of}")
             stdout.print(table)
-        stdout.print("set one with --option KEY=VALUE; shown are the defaults")
+        stdout.print("set an option with --option KEY=VALUE; the defaults are shown")
 
     emit(document, show, json_=json_)
 
@@ -58,7 +58,7 @@ def recipes_ls(json_: bool) -> None:
         for name, purpose in found.items():
             table.add_row(Text(name, style="bold"), purpose)
         stdout.print(table)
-        said = "compress-cluster run MODEL -r NAME takes one; recipes show NAME prints it"
+        said = "compress-cluster run MODEL -r NAME uses one; recipes show NAME prints it"
         stdout.print(Text(said, "dim"))
 
     emit({"recipes": found}, show, json_=json_)

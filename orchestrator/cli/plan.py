@@ -73,7 +73,7 @@ def _download(job: Job) -> dict[str, str]:
     return {
         "download": f"{bytes_text(size)} from the Hub: {bytes_text(once)} of weights "
         f"{size / once:.1f} times, each part by the worker that needs it; counted with "
-        f"{FROM_HUB / 1e9:g} GB/s a worker, which is assumed"
+        f"{FROM_HUB / 1e9:g} GB/s a worker, an assumption"
     }
 
 
@@ -120,7 +120,7 @@ def _fewer(forecast: Forecast) -> str:
     fewest *= plan.chains
     if fewest >= workers:
         return ""
-    said = f"{fewest} workers pass tokens as fast as {workers}: a stage is whole layers"
+    said = f"{fewest} workers are as fast as {workers}: a stage has whole layers"
     shards = even_shards(plan.shape.num_layers, workers, forecast.job.num_microbatches)
     return f"{said}; --shards {shards} uses all: compare its plan\n" if shards else f"{said}\n"
 
@@ -139,8 +139,10 @@ def _time(forecast: Forecast) -> RenderableType:
         flops = f"{work[name].flops / 1e12:,.4g} TFLOP" if name in work else ""
         table.add_row(name, flops, *(_quantiles(found.phases[name]) if found else ()))
     if found is None or clock is None:
-        said = f"how fast a worker is, is not known ({forecast.device or 'no device here'}): "
-        return Group(table, Text(said + "no time is planned; --cluster 8xA100-80GB names one"))
+        said = f"the speed of a worker is unknown ({forecast.device or 'no device here'}): "
+        return Group(
+            table, Text(said + "no time is estimated; name a device with --cluster 8xA100-80GB")
+        )
     bold = "bold"
     flops = f"{sum(w.flops for w in work.values()) / 1e12:,.4g} TFLOP"
     table.add_row("time", flops, *_quantiles(found.seconds), style=bold)
@@ -155,7 +157,7 @@ def _time(forecast: Forecast) -> RenderableType:
     lines.append(
         Text(
             f"times are {clock.source}; {found.draws} simulated runs on {workers}, busy "
-            f"{found.busy:.0%} of the time; Ray's own start is not in it",
+            f"{found.busy:.0%} of the time; excluding the start of Ray",
             style="dim" if clock.samples else "yellow",
         )
     )
@@ -209,7 +211,7 @@ def money_text(forecast: Forecast) -> str:
     """Return in a line what a run may take and cost."""
     found = forecast.outlook
     if found is None:
-        return "how long it takes is not known"
+        return "the time it takes is unknown"
     said = f"{seconds_text(found.seconds.p50)}, at most {seconds_text(found.seconds.p90)}"
     if found.money is None:
         return said

@@ -67,7 +67,7 @@ class ProgressScreen:
         elif kind in kinds_of(self._phase):
             self._advance(event)
         elif kind == "statistics missing":
-            self._console.print(f"calibrating what is not there: {event['detail']}")
+            self._console.print(f"calibrating missing statistics: {event['detail']}")
         elif kind == "step":
             self._console.print(Text.assemble((event["unit"], "bold"), f": {event['detail']}"))
         elif kind in RECOVERY_TEXT:

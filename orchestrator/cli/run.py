@@ -51,7 +51,7 @@ def run(
 
     report = compress_as(config, started, **how)
     if was_ready:
-        stderr.print("it was READY before; this is its report")
+        stderr.print("the run was already READY; this is its report")
     print_report(report, json_=json_)
 
 
@@ -85,7 +85,7 @@ def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: 
         return
     if config.stats:
         raise ConfigError(
-            f"stats: {config.stats} is of a model with weights, this plan of a config alone",
+            f"stats: {config.stats} needs a model with weights; this plan uses only a config",
             hint="plan with the model's directory and without --cluster, or without --stats",
         )
     devices = parse_cluster(cluster_text) if cluster_text else None
@@ -137,7 +137,7 @@ def redo(  # noqa: PLR0913 -- what the command is given
     config = recipe_of(Directory(run_uri)).model_copy(update=placement)
     new = changed(config, wanted, options)
     said = started_run(new, terms, yes=yes)
-    stderr.print(f"of this only layers {layers}, and what needs them or they need, is done again")
+    stderr.print(f"only layers {layers} and the work that depends on them are recomputed")
     ask_before(config.address, said.approve)  # before READY is taken away
     withdraw(new, wanted)
     print_report(do_prepared(new, lambda _: replace(said, approve=lambda _: None)), json_=json_)

@@ -83,9 +83,9 @@ def _print_holder(holder: Mapping[str, Any] | None, run_: Directory, verdict: st
         stdout.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
     elif verdict != "READY" and run_.is_local:
         resume = shlex.join(["compress-cluster", "run", "-r", run_.path("run.yaml")])
-        stdout.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
+        stdout.print(f"no driver is running; to resume: {resume}", soft_wrap=True)
     elif verdict != "READY":
-        stdout.print("nobody works on it; the command that began it goes on with it")
+        stdout.print("no driver is running; the command that started the run resumes it")
 
 
 def _print_quality_and_job(read: Quality | None, job: dict[str, Any] | None) -> None:
@@ -101,7 +101,7 @@ def _finished(run_: Directory) -> dict[str, Any]:
     if found is None:
         raise StorageError(
             f"{run_.uri}: has no finished run ({READY} and {REPORT})",
-            hint=f"compress-cluster status {run_.uri} says how far it is",
+            hint=f"compress-cluster status {run_.uri} shows its progress",
         )
     return found
 

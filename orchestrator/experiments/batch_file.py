@@ -126,7 +126,7 @@ def read_batch(path: str) -> Batch:
     budget = _budget(path, file.get("budget", {}))
     runs = file.get("runs")
     if not isinstance(runs, list) or not runs:
-        raise ConfigError(f"{path}: runs: must be a list with an entry or more")
+        raise ConfigError(f"{path}: runs: must be a list with at least one entry")
     out = Directory(file["out"])
     entries: dict[str, Entry] = {}
     for number, given in enumerate(runs, start=1):
@@ -135,7 +135,7 @@ def read_batch(path: str) -> Batch:
             if entry.name in entries:
                 raise ConfigError(
                     f"{where}: {entry.name} is a run of {entries[entry.name].where} already",
-                    hint="leave one out, or give it an `out` of its own",
+                    hint="remove one, or give it its own `out`",
                 )
             entries[entry.name] = entry
         if len(entries) > MAX_RUNS:
@@ -173,7 +173,7 @@ def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
     if not isinstance(defaults, dict) or not isinstance(given, dict):
         raise ConfigError(f"{where}: it and defaults must be mappings with keys of a recipe")
     if "stats" in given or "stats" in defaults:
-        raise ConfigError(f"{where}: stats: a batch shares its own statistics; leave it out")
+        raise ConfigError(f"{where}: stats: a batch shares its own statistics; remove it")
     left_out = {"keep_fraction", "slice"} if {"keep_fraction", "slice"} & given.keys() else set()
     if "steps" in given:
         left_out = set(SINGLE)
@@ -200,9 +200,7 @@ def _budget(path: str, given: object) -> Budget:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ConfigError(f"{path}: budget.{key}: is {value!r}; it must be a number above 0")
     if "money" in given and "price_per_worker_hour" not in given:
-        raise ConfigError(
-            f"{path}: budget.money: says nothing without budget.price_per_worker_hour"
-        )
+        raise ConfigError(f"{path}: budget.money: needs budget.price_per_worker_hour")
     return Budget(**given)
 
 

@@ -20,7 +20,7 @@ from orchestrator.rundir.layout import HALF_WRITTEN, MAY_BE_GONE, READY, REPORT
 from planners.errors import StorageError
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
-REDO = "run the command that made it again: that unit alone is done again"
+REDO = "repeat the command that wrote it: only that unit is recomputed"
 
 
 def verify(
@@ -148,7 +148,7 @@ def check_files(run: Directory) -> dict[str, Any]:
         if name not in vouched and not name.endswith(HALF_WRITTEN)
     ]
     if strange:
-        raise StorageError(f"{run.path(strange[0])}: no record vouches for it", hint=REDO)
+        raise StorageError(f"{run.path(strange[0])}: no record lists it", hint=REDO)
     if ready and finished_report(run) is None:
         raise StorageError(
             f"{run.path(READY)}: is not the mark of this result, or {REPORT} not its report",

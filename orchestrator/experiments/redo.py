@@ -53,7 +53,7 @@ def changed(config: RunConfig, layers: list[int], options: Mapping[str, str]) ->
         raise ConfigError(
             f"--option {next(iter(options))}: {config.out} is a run of several steps, whose layers "
             "have no options of their own",
-            hint="leave --option out, and they are made as they were",
+            hint="without --option they are recomputed unchanged",
         )
     old, new = prepare(config), prepare(with_overrides(config, layers, options))
     beyond = [layer for layer in layers if layer >= old.plan.shape.num_layers]

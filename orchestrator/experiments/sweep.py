@@ -71,8 +71,8 @@ def points_of(
     """
     if base.former:
         raise ConfigError(
-            f"{base.run.uri}: is a run of several steps; a sweep takes a run of one method",
-            hint="compress-cluster run the first method alone, and sweep that",
+            f"{base.run.uri}: is a run of several steps; a sweep needs a run of one method",
+            hint="run the first method alone, and sweep that run",
         )
     known = {name: {option.name for option in methods.spec(name).options} for name in names}
     unused = set(options).difference(*known.values())

@@ -108,7 +108,7 @@ def estimated_clock(setting: ProfileKey, device: str) -> CostModel:
     """
     rates = rates_of(device, setting.data.dtype, threads=setting.threads)
     if rates is None:
-        raise PlanError(f"nothing is known of how fast a {device} is")
+        raise PlanError(f"the speed of a {device} is unknown")
     return CostModel(
         rates=rates, source=f"estimated from published peaks of {device}, not measured"
     )

@@ -359,8 +359,8 @@ def _clock(setting: ProfileKey, device: str, terms: Pricing) -> CostModel | None
     at_hand = setting.device == "cpu" or bool(here and device.upper() in here)
     if terms.measure and not at_hand:
         raise ConfigError(
-            f"--measure: this machine has no {device} to measure on",
-            hint="leave --measure out, or give the command on a machine that is like the workers",
+            f"--measure: this machine has no {device}",
+            hint="remove --measure, or run the command on a machine like the workers",
         )
     if terms.measure:
         return measure(setting)

@@ -95,7 +95,7 @@ def measure(setting: ProfileKey, *, budget_seconds: float = BUDGET_SECONDS) -> C
         return found
     raise ClusterError(
         "no sample of this model could be timed on this machine in the time given",
-        hint="leave out --measure: the plan is then estimated",
+        hint="without --measure the plan is estimated",
     )
 
 
@@ -148,7 +148,11 @@ def _specimen(
         said.append(f"1/{scale} of the widths")
     if length != data.sequence_length or sequences * length != data.microbatch_tokens:
         said.append(f"microbatches of {sequences * length} tokens")
-    note = f"timed on {' and '.join(said)}; larger ones follow from the operations" if said else ""
+    note = (
+        f"timed on {' and '.join(said)}; times of the full size are scaled by operations"
+        if said
+        else ""
+    )
     return _ProfileModel(
         setting=setting,
         num_layers=num_layers,

@@ -103,8 +103,8 @@ def _devices() -> Iterator[Check]:
             yield Check(level="ok", name=f"GPU {index}", said=said)
     elif Path("/dev/nvidia0").exists():
         yield Check(
-            level="error", name="GPU", said="there is one, and torch does not see it",
-            fix="install a torch built for CUDA, and a driver that is new enough: nvidia-smi",
+            level="error", name="GPU", said="present, but torch does not detect it",
+            fix="install a torch built for CUDA and a recent enough driver; check with nvidia-smi",
         )  # fmt: skip
     else:
         yield Check(level="note", name="GPU", said="none; runs go on the CPU, for small models")
@@ -114,8 +114,8 @@ def _shared_memory() -> Iterator[Check]:
     path = Path("/dev/shm")
     if not path.is_dir():
         yield Check(
-            level="warning", name="shared memory", said="/dev/shm is not there",
-            fix="Ray falls back to /tmp, slowly; mount one",
+            level="warning", name="shared memory", said="/dev/shm does not exist",
+            fix="Ray falls back to /tmp, which is slow; mount /dev/shm",
         )  # fmt: skip
         return
     free = shutil.disk_usage(path).free
@@ -123,7 +123,7 @@ def _shared_memory() -> Iterator[Check]:
     yield Check(
         level="ok" if enough else "warning", name="shared memory",
         said=f"{bytes_text(free)} free in /dev/shm",
-        fix="" if enough else "activations wait there: docker run --shm-size=8g, or remount it",
+        fix="" if enough else "activations are kept there: docker run --shm-size=8g, or remount it",
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _sockets() -> Iterator[Check]:
     yield Check(
         level="note" if place.why else "ok", name="Ray's sockets",
         said=f"in a new directory below {place.folder}" if place.why else f"in {place.folder}/ray",
-        fix=f"{place.why}; nothing is to be done" if place.why else "",
+        fix=f"{place.why}; no action is needed" if place.why else "",
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def _disk(out: str) -> Iterator[Check]:
     yield Check(
         level="ok" if enough else "warning", name="disk",
         said=f"{bytes_text(free)} free at {path}",
-        fix="" if enough else "`compress-cluster plan` says what a run needs; another --out",
+        fix="" if enough else "`compress-cluster plan` shows what a run needs; free space or choose another --out",
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _rights(out: str) -> Iterator[Check]:
     try:
         folder = Directory(out)
         if folder.is_local and not Path(folder.root).exists():
-            yield Check(level="ok", name="run directory", said=f"{out} will be made")
+            yield Check(level="ok", name="run directory", said=f"{out} will be created")
             return
         step = "written to"
         folder.write(name, b"doctor")
@@ -188,14 +188,14 @@ def _token() -> Iterator[Check]:
         mode = path.stat().st_mode & 0o777
     except OSError:
         yield Check(
-            level="note", name="token", said=f"none at {path}; a local Ray makes its own",
+            level="note", name="token", said=f"none at {path}; a local Ray creates its own",
             fix="for a cluster: ray get-auth-token --generate",
         )  # fmt: skip
         return
     closed = not mode & 0o077
     yield Check(
         level="ok" if closed else "error", name="token",
-        said=f"{path}, " + ("its owner's alone" if closed else f"open to others ({mode:o})"),
+        said=f"{path}, " + ("private to its owner" if closed else f"open to others ({mode:o})"),
         fix="" if closed else f"chmod 600 {path}",
     )  # fmt: skip
 
@@ -214,21 +214,21 @@ def _hub() -> Iterator[Check]:
         said = "reachable, logged in" if token else "reachable, not logged in"
         yield Check(
             level="ok" if token else "note", name="Hub", said=said,
-            fix="" if token else "hf auth login, for models that ask for it, such as Llama",
+            fix="" if token else "hf auth login, for gated models, such as Llama",
         )  # fmt: skip
     except urllib.error.HTTPError as error:
         with error:
             date = error.headers.get("Date", "")
         yield Check(
             level="error" if token else "warning", name="Hub",
-            said=f"answers {error.code}" + (": the login is not valid" if token else ""),
+            said=f"returned HTTP {error.code}" + (": the login is not valid" if token else ""),
             fix="hf auth login" if token else "try again later, or use a local directory",
         )  # fmt: skip
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         yield Check(
             level="warning", name="Hub", said=f"cannot be reached: {reason}",
-            fix="models and text of local paths and object stores need no Hub; HF_HUB_OFFLINE=1",
+            fix="models and texts in local paths and object stores need no Hub; HF_HUB_OFFLINE=1",
         )  # fmt: skip
         return
     yield from _clock(date)
@@ -240,7 +240,7 @@ def _clock(date: str) -> Iterator[Check]:
         right = abs(off) <= CLOCK_SECONDS
         yield Check(
             level="ok" if right else "error", name="clock", said=f"{abs(off):.0f} s off",
-            fix="" if right else "timedatectl set-ntp true; object stores refuse a wrong clock",
+            fix="" if right else "timedatectl set-ntp true; object stores reject a wrong clock",
         )  # fmt: skip
 
 
@@ -253,6 +253,6 @@ def _extras() -> Iterator[Check]:
         there = importlib.util.find_spec(module) is not None
         yield Check(
             level="ok" if there else "note", name=module,
-            said="is there" if there else f"is not installed; {why} needs it",
+            said="installed" if there else f"is not installed; {why} needs it",
             fix="" if there else f"pip install {module}",
         )  # fmt: skip

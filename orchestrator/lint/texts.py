@@ -26,19 +26,19 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 }
 SHORT = 64  # characters; a text of fewer is a heading, not a text
 MEANING = {
-    "duplicates": "texts that are there already, but for blanks and case",
+    "duplicates": "texts that repeat an earlier one, blanks and case ignored",
     "short": f"texts of fewer than {SHORT} characters",
     "broken": "characters lost in another encoding (U+FFFD)",
     "control": "control characters",
     "overlap": f"runs of {GRAM_WORDS} words of the evaluation text that are in this text too",
-    "repeated sequences": "sequences of tokens that are there already",
+    "repeated sequences": "sequences of tokens that repeat an earlier one",
 }
 FIXES = {
-    "duplicates": "drop them: they weigh as often as they are there",
-    "short": "join them, or drop them",
+    "duplicates": "remove them: each copy counts again in the statistics",
+    "short": "join them, or remove them",
     "broken": "decode the source in the encoding that it was written in",
     "control": "strip them",
-    "overlap": "take what is measured on out of what is calibrated on; the perplexity flatters",
+    "overlap": "remove the evaluation text from the calibration text; the perplexity is too good",
     "repeated sequences": "fewer sequences, or more text",
 }
 

@@ -144,8 +144,8 @@ class StepConfig(_Section):
     def _one_target(self) -> Self:
         if (self.keep_fraction is None) == (self.slice is None):
             raise ValueError(
-                "keep_fraction, slice: give one of them; each step says how much of the input "
-                "model is left after it"
+                "keep_fraction, slice: give one of them; it sets how much of the input "
+                "model is left after this step"
             )
         return self
 
@@ -291,7 +291,7 @@ class RunConfig(_Section):
     def _one_target(self) -> Self:
         if self.keep_fraction is not None and self.slice is not None:
             raise ValueError(
-                "keep_fraction, slice: both are given; give one of them, they are two ways to say "
+                "keep_fraction, slice: both are given; give only one, both set "
                 "how small the result is"
             )
         return self
@@ -301,12 +301,12 @@ class RunConfig(_Section):
         both = [key for key in SINGLE if self.steps and key in self.model_fields_set]
         if both:
             raise ValueError(
-                f"{both[0]}: is given beside steps; each step has its own, so leave it out here"
+                f"{both[0]}: cannot be given with steps; each step has its own, so remove it here"
             )
         if self.steps and self.layer_options:
             raise ValueError(
-                "layer_options: is given beside steps; a layer has options of its own in a run of "
-                "one method only"
+                "layer_options: cannot be given with steps; only a run of one method has options "
+                "for single layers"
             )
         for index, (step, later) in enumerate(pairwise(self.steps)):
             if later.keep_fraction and later.keep_fraction > (step.keep_fraction or 1):
@@ -434,8 +434,8 @@ def with_tokens(
     if asked not in (None, length):
         raise ConfigError(
             f"calibration.sequence_length: is {asked}, but {config.calibration.source} holds "
-            f"sequences of {length} tokens, which are used as they are",
-            hint=f"leave it out, or give {length}",
+            f"sequences of {length} tokens, which are used unchanged",
+            hint=f"remove it, or set it to {length}",
         )
     return config.model_copy(
         update={
@@ -486,7 +486,7 @@ def check_length(length: int, longest: int, key: str, *, where: str) -> None:
     """
     if length > longest:
         raise ConfigError(
-            f"{where} {length} tokens, but the model takes at most {longest} ({key})",
+            f"{where} {length} tokens, but the model accepts at most {longest} ({key})",
             hint=f"use sequences of {longest} tokens or less",
         )
 

@@ -102,8 +102,8 @@ def resolve_layer_options(
         shared = [name for name in options if name not in own]
         if shared:
             raise ConfigError(
-                f"layer_options.{layer}.{shared[0]}: all layers of a run share it",
-                hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
+                f"layer_options.{layer}.{shared[0]}: must be the same for all layers of a run",
+                hint=f"{spec.name} accepts for a single layer: {', '.join(own) or 'nothing'}",
             )
         found[layer] = {name: complete[name] for name in options}
     return found

@@ -32,7 +32,7 @@ def long_run(folder):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, r"5000 tokens, but the model takes at most 4096 \(sliding_window\)"),
+        ({}, r"5000 tokens, but the model accepts at most 4096 \(sliding_window\)"),
         ({"sliding_window": 512}, r"at most 512 \(sliding_window\)"),
         ({"sliding_window": None, "max_position_embeddings": 4999},
          r"at most 4999 \(max_position_embeddings\)"),
