@@ -120,7 +120,7 @@ def _fewer(forecast: Forecast) -> str:
     fewest *= plan.chains
     if fewest >= workers:
         return ""
-    said = f"{fewest} workers are as fast as {workers}: a stage has whole layers"
+    said = f"{fewest} workers process tokens as fast as {workers}: a stage has whole layers"
     shards = even_shards(plan.shape.num_layers, workers, forecast.job.num_microbatches)
     return f"{said}; --shards {shards} uses all: compare its plan\n" if shards else f"{said}\n"
 

@@ -137,7 +137,7 @@ def redo(  # noqa: PLR0913 -- what the command is given
     config = recipe_of(Directory(run_uri)).model_copy(update=placement)
     new = changed(config, wanted, options)
     said = started_run(new, terms, yes=yes)
-    stderr.print(f"only layers {layers} and the work that depends on them are recomputed")
+    stderr.print(f"only layers {layers}, what they need and what depends on them are recomputed")
     ask_before(config.address, said.approve)  # before READY is taken away
     withdraw(new, wanted)
     print_report(do_prepared(new, lambda _: replace(said, approve=lambda _: None)), json_=json_)

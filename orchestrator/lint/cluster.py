@@ -48,7 +48,7 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
     if not starts:
         yield file.finding(
             "error", ("head_start_ray_commands",),
-            "Ray's defaults start the head: no token, and a hung node is detected only after a minute",
+            "Ray's defaults start the head: no token, and a hung node is found only after a minute",
             "the head_start_ray_commands of cluster.yaml",
         )  # fmt: skip
     for key, text in starts:
@@ -67,7 +67,7 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
     for key, text in file.commands("worker_start_ray_commands"):
         if "--system-config" in text:
             yield file.finding(
-                "error", key, "only the head accepts --system-config; a worker given it exits at once",
+                "error", key, "only the head accepts --system-config; a worker with it exits",
                 "remove it; the head's setting applies to all nodes",
             )  # fmt: skip
 

@@ -41,7 +41,7 @@ def _start(file: ClusterFile, key: Key, text: str) -> Iterator[Finding]:
             )  # fmt: skip
     if "--ray-client-server-port" in text:
         yield file.finding(
-            "warning", key, "Ray Client is a second way into the cluster, and compress-cluster does not use it",
+            "warning", key, "Ray Client is a second, unused way into the cluster",
             "remove --ray-client-server-port; `compress-cluster submit` uses the job API",
         )  # fmt: skip
 
@@ -61,7 +61,7 @@ def _token(file: ClusterFile) -> Iterator[Finding]:
         for key, text in starts:
             if "RAY_AUTH_MODE=" not in text:
                 yield file.finding(
-                    "error", key, "Ray starts without token authentication, whatever the other nodes use",
+                    "error", key, "Ray starts without its token, whatever the other nodes use",
                     "RAY_AUTH_MODE=token ray start ...",
                 )  # fmt: skip
     mounts = mapping(file.values.get("file_mounts"))
@@ -120,6 +120,6 @@ def _secrets(file: ClusterFile, key: Key, value: Any) -> Iterator[Finding]:
             yield from _secrets(file, (*key, index), inner)
     elif isinstance(value, str) and SECRETS.search(value):
         yield file.finding(
-            "error", key, "a secret is written here; the file is copied to every node and into its logs",
+            "error", key, "a secret is written here; the file goes to every node and into its logs",
             "an instance profile (IamInstanceProfile, serviceAccounts), or a file in file_mounts",
         )  # fmt: skip

@@ -58,8 +58,8 @@ def _limits(file: ClusterFile) -> Iterator[Finding]:
     if spot and file.provider.get("type") == "aws" and _caches(file):
         yield file.finding(
             "error", ("provider", "cache_stopped_nodes"),
-            "spot machines cannot be stopped, only terminated: `ray down` would fail and they would be "
-            "paid for",
+            "spot machines cannot be stopped, only terminated: `ray down` would fail and they "
+            "would still be billed",
             "cache_stopped_nodes: false",
         )  # fmt: skip
 
@@ -91,7 +91,7 @@ def _head(file: ClusterFile, key: Key, node: Mapping[str, Any]) -> Iterator[Find
     if not alone and mapping(node.get("resources")).get("CPU") != 0:
         yield file.finding(
             "error", (*key, "resources", "CPU"),
-            "workers can be placed on the head, where they starve the driver and have no GPU",
+            "workers can be placed on the head: they starve the driver and wait for no GPU",
             "resources: {CPU: 0, GPU: 0} on the head",
         )  # fmt: skip
 

@@ -152,7 +152,7 @@ def _disk(out: str) -> Iterator[Check]:
     yield Check(
         level="ok" if enough else "warning", name="disk",
         said=f"{bytes_text(free)} free at {path}",
-        fix="" if enough else "`compress-cluster plan` shows what a run needs; free space or choose another --out",
+        fix="" if enough else "`compress-cluster plan` shows what a run needs; or change --out",
     )  # fmt: skip
 
 
