@@ -82,7 +82,7 @@ def data() -> None:
 def data_lint(sources: tuple[str, ...], json_: bool, **given: Any) -> None:
     """Report duplicate, broken and short texts, and overlap with the evaluation data.
 
-    Of several texts it says how many tokens, or characters, are of each.
+    For several sources, also report the share of the tokens, or characters, that each one has.
 
     \b
     compress-cluster data lint train.jsonl --evaluation held-out.jsonl
@@ -161,7 +161,7 @@ def _print_findings(path: str, found: Sequence["Finding"]) -> None:
     levels = [finding.level for finding in found]
     said = [(levels.count(level), level) for level in ("error", "warning", "note")]
     counts = [f"{n} {level}" + ("s" if n > 1 else "") for n, level in said if n]
-    stdout.print(", ".join(counts) or f"{path}: nothing found")
+    stdout.print(", ".join(counts) or f"{path}: no findings")
 
 
 ALL = (cluster, doctor, data)

@@ -60,7 +60,7 @@ def run(
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
     prices = pricing(given)
     config = config_of(model, given)
-    echo("reading the model and the text", err=True)  # what is imported next takes seconds
+    echo("reading the model and the data", err=True)  # what is imported next takes seconds
     if token_on_stdin:
         from actors.storage import hub
 
@@ -300,14 +300,14 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
     "--worker-gib",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Memory of each. [its share of this machine, or its device]",
+    help="Memory of a worker. [its share of this machine, or its device]",
 )
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where they generate.",
+    help="Device to generate on.",
 )
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
@@ -323,7 +323,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"--keep-fraction {text}: must be numbers with commas") from error
+        raise ConfigError(f"--keep-fraction {text}: must be numbers separated by commas") from error
 
 
 ALL = (

@@ -117,7 +117,7 @@ def _expected(found: Batch) -> str:
     seconds = sum(each["seconds"]["p50"] for each in known)
     said = f"{len(left)} runs are left: about {seconds_text(seconds)}"
     money = [each["money"]["p50"] for each in known if each.get("money")]
-    return said + (f", about {sum(money):,.2f} of money" if money else "")
+    return said + (f", cost about {sum(money):,.2f}" if money else "")
 
 
 def _require_consent(found: Batch, forecasts: dict[str, Forecast], *, yes: bool) -> None:
@@ -205,7 +205,7 @@ def _spent(found: Batch) -> str:
         said += f" of {budget.hours:g}"
     if budget.price_per_worker_hour:
         money = spent.worker_seconds / 3600 * budget.price_per_worker_hour
-        said += f", {money:.2f} of money" + (f" of {budget.money:g}" if budget.money else "")
+        said += f", cost {money:.2f}" + (f" of {budget.money:g}" if budget.money else "")
     return f"used: {said}"
 
 

@@ -32,14 +32,14 @@ from planners.errors import CompressionError
     default="http://127.0.0.1:8265",
     show_default=True,
     envvar="RAY_API_SERVER_ADDRESS",
-    help="Dashboard of the cluster; `ray dashboard cluster.yaml` tunnels it to this one.",
+    help="Dashboard of the cluster; `ray dashboard cluster.yaml` tunnels it to the default.",
 )
 @click.option(
     "--keep-alive",
     type=click.IntRange(0, 100),
     default=0,
     metavar="N",
-    help="Start a driver that was killed up to N times again. [0]",
+    help="Restart a killed driver up to N times. [0]",
 )
 @terms
 @as_json
@@ -61,9 +61,8 @@ def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: An
     job = submit(config, address=to, tries=keep_alive + 1, terms=prices, say=say)
 
     def show() -> None:
-        echo(
-            f"job {job.submission_id} at {job.address}; it keeps running after this terminal closes"
-        )
+        where = f"job {job.submission_id} at {job.address}"
+        echo(f"{where}; it keeps running after this terminal closes")
         for verb in ("watch", "logs", "cancel"):
             echo(f"  compress-cluster {verb} {config.out}")
 
@@ -118,8 +117,8 @@ def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
 
 
 @click.command("watch-node")
-@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster.")
-@click.option("--node", default="", help="Ray's id of the node; none means this one.")
+@click.option("--address", default="auto", show_default=True, help="Address of the Ray cluster.")
+@click.option("--node", default="", help="Ray's id of the node. [this node]")
 @click.option("--metadata", default=METADATA, hidden=True, help="Base URL of the metadata service.")
 def watch_node(address: str, node: str, metadata: str) -> None:
     """Drain this node when its cloud preempts it.
@@ -137,7 +136,7 @@ def watch_node(address: str, node: str, metadata: str) -> None:
 def reproduce(file: str) -> None:
     """Repeat failed work in this process, to debug it.
 
-    Exits with 1, or the failure's own code, where it fails again.
+    Exits with 1, or the failure's own code, if it fails again.
     """
     import traceback
 

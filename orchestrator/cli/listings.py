@@ -148,7 +148,7 @@ def stats_verify(run_uri: str, json_: bool) -> None:
 
     found = verify(Directory(run_uri))
     said = f"{found['files']} files of {found['layers']} layers, {bytes_text(found['bytes'])}: as "
-    said += "recorded; every sum finite, every gram symmetric"
+    said += "recorded; every sum is finite, every Gram matrix symmetric"
     emit(found, lambda: stdout.print(said, soft_wrap=True), json_=json_)
 
 

@@ -58,8 +58,8 @@ def _invoke(arguments: list[str]) -> None:
         _complain("ConfigError", error.format_message(), hint, json_=json_)
         sys.exit(ConfigError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        resume = f"to go on: {shlex.join(['compress-cluster', *arguments])}"
-        _complain("Interrupted", "what is done is kept", resume, json_=json_)
+        resume = f"to resume: {shlex.join(['compress-cluster', *arguments])}"
+        _complain("Interrupted", "finished work is kept", resume, json_=json_)
         sys.stdout.flush()
         sys.stderr.flush()
         # Ctrl-C went to Ray's processes too: on its way out Ray would make another code of this.

@@ -17,14 +17,14 @@ run_argument = click.argument("run_uri", metavar="RUN", shell_complete=completio
 model_argument = click.argument("model", required=False, shell_complete=completion.models)
 recipe_file = click.option(
     "-r", "--recipe", metavar="FILE.yaml", shell_complete=completion.recipes,
-    help="Any of these from a file, such as the run.yaml of a run, or a name from "
+    help="File that sets any of these, such as the run.yaml of a run, or a name from "
     "`compress-cluster recipes ls`.",
 )  # fmt: skip
 _TERMS = (
     click.option("--price", type=click.FloatRange(min=0), metavar="P",
                  help="Price of one worker for one hour, for the cost forecast."),
     click.option("--preemptions-per-hour", type=click.FloatRange(min=0), default=0.0, metavar="R",
-                 help="Preemptions of one worker in an hour. [0]"),
+                 help="Expected preemptions of one worker per hour. [0]"),
 )  # fmt: skip
 _PLACEMENT = (
     click.option("--workers", type=int, help="Number of workers. [as in the run]"),
@@ -171,13 +171,13 @@ def step_of(text: str) -> dict[str, Any]:
     sizes = {key: pairs.pop(key) for key in ("keep_fraction", "slice") if key in pairs}
     if not method or not sizes:
         raise ConfigError(
-            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with more of the last",
+            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with one or more KEY=VALUE",
             hint="such as --step modegpt:0.9:modules=mlp,vo, or --step slicegpt:slice=0.2",
         )
     try:
         return {"method": method, **{k: float(v) for k, v in sizes.items()}, "options": pairs}
     except ValueError as error:
-        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is no number") from error
+        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is not a number") from error
 
 
 def pairs_of(options: Sequence[str]) -> dict[str, str]:

@@ -72,8 +72,8 @@ def _download(job: Job) -> dict[str, str]:
         return {}
     return {
         "download": f"{bytes_text(size)} from the Hub: {bytes_text(once)} of weights "
-        f"{size / once:.1f} times, each part by the worker that needs it; counted with "
-        f"{FROM_HUB / 1e9:g} GB/s a worker, an assumption"
+        f"{size / once:.1f} times, each part by the worker that needs it; assumed: "
+        f"{FROM_HUB / 1e9:g} GB/s per worker"
     }
 
 
@@ -93,9 +93,9 @@ def _workers(plan: RunPlan) -> RenderableType:
     waves = len(plan.waves)
     stages = max(map(len, plan.waves))
     head = f"{waves} wave{'s' if waves > 1 else ''} of up to {stages} "
-    head += f"stage{'s' if stages > 1 else ''}, one a worker"
+    head += f"stage{'s' if stages > 1 else ''}, one per worker"
     if plan.chains > 1:
-        head += f"; {plan.chains} chains of them side by side"
+        head += f"; {plan.chains} such chains in parallel"
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     for kind in (*KINDS, "peak"):
         table.add_column(kind, justify="right", no_wrap=True)
@@ -149,7 +149,7 @@ def _time(forecast: Forecast) -> RenderableType:
     lines: list[RenderableType] = []
     if found.money is not None:
         money = [f"{m:,.2f}" for m in (found.money.p10, found.money.p50, found.money.p90)]
-        table.add_row("money, as in --price", "", *money, style=bold)
+        table.add_row("cost, in the currency of --price", "", *money, style=bold)
     if forecast.terms.preemptions_per_hour:
         lost = [f"{x:.0f}" for x in (found.losses.p10, found.losses.p50, found.losses.p90)]
         table.add_row("workers lost", "", *lost)
@@ -216,4 +216,4 @@ def money_text(forecast: Forecast) -> str:
     if found.money is None:
         return said
     most = math.ceil(found.money.p90 * 100) / 100
-    return f"{said}; about {found.money.p50:,.2f}, at most {most:,.2f} nine times in ten"
+    return f"{said}; about {found.money.p50:,.2f}, at most {most:,.2f} in nine of ten cases"

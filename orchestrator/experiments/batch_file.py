@@ -122,7 +122,7 @@ def read_batch(path: str) -> Batch:
             hint="compress-cluster batch --help shows a file",
         )
     if not isinstance(file.get("out"), str) or not file["out"]:
-        raise ConfigError(f"{path}: out: must be the directory that the runs go below")
+        raise ConfigError(f"{path}: out: must be the directory for all runs")
     budget = _budget(path, file.get("budget", {}))
     runs = file.get("runs")
     if not isinstance(runs, list) or not runs:
@@ -134,7 +134,7 @@ def read_batch(path: str) -> Batch:
         for entry in _entries(where, out, file.get("defaults", {}), given):
             if entry.name in entries:
                 raise ConfigError(
-                    f"{where}: {entry.name} is a run of {entries[entry.name].where} already",
+                    f"{where}: {entry.name} is already a run of {entries[entry.name].where}",
                     hint="remove one, or give it its own `out`",
                 )
             entries[entry.name] = entry
@@ -155,7 +155,7 @@ def _entries(where: str, out: Directory, defaults: object, given: object) -> Ite
         raise ConfigError(f"{where}: priority: is {priority!r}; it must be a whole number")
     many = {k: v if isinstance(v, list) else [v] for k, v in values.items() if k in MANY}
     if own is not None and any(len(choices) != 1 for choices in many.values()):
-        raise ConfigError(f"{where}: out: names one folder, and this entry is several runs")
+        raise ConfigError(f"{where}: out: names one directory, but this entry is several runs")
     for choice in itertools.product(*many.values()):
         recipe = {**values, **dict(zip(many, choice, strict=True))}
         try:
@@ -171,7 +171,9 @@ def _entries(where: str, out: Directory, defaults: object, given: object) -> Ite
 def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
     """Return an entry with the defaults below it; its own way to say a size replaces theirs."""
     if not isinstance(defaults, dict) or not isinstance(given, dict):
-        raise ConfigError(f"{where}: it and defaults must be mappings with keys of a recipe")
+        raise ConfigError(
+            f"{where}: this entry and defaults must be mappings with keys of a recipe"
+        )
     if "stats" in given or "stats" in defaults:
         raise ConfigError(f"{where}: stats: a batch shares its own statistics; remove it")
     left_out = {"keep_fraction", "slice"} if {"keep_fraction", "slice"} & given.keys() else set()

@@ -129,7 +129,7 @@ def check_files(run: Directory) -> dict[str, Any]:
     records = read_records(run)
     torn = torn_records(run)
     if torn:
-        raise StorageError(f"{run.path(torn[0])}: is torn", hint=REDO)
+        raise StorageError(f"{run.path(torn[0])}: is damaged", hint=REDO)
     ready = run.size(READY) is not None
     checked = 0
     for record in records.values():
@@ -138,7 +138,7 @@ def check_files(run: Directory) -> dict[str, Any]:
                 continue
             if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
                 raise StorageError(
-                    f"{run.path(file.path)}: is not as {record.unit} recorded it", hint=REDO
+                    f"{run.path(file.path)}: differs from the record of {record.unit}", hint=REDO
                 )
             checked += 1
     vouched = {file.path for record in records.values() for file in record.files}
@@ -151,7 +151,7 @@ def check_files(run: Directory) -> dict[str, Any]:
         raise StorageError(f"{run.path(strange[0])}: no record lists it", hint=REDO)
     if ready and finished_report(run) is None:
         raise StorageError(
-            f"{run.path(READY)}: is not the mark of this result, or {REPORT} not its report",
+            f"{run.path(READY)}: does not belong to this result, or {REPORT} does not",
             hint=REDO,
         )
     return {"name": "every file as recorded", "passed": True, "detail": f"{checked} files"}

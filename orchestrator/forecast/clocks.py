@@ -110,7 +110,7 @@ def estimated_clock(setting: ProfileKey, device: str) -> CostModel:
     if rates is None:
         raise PlanError(f"the speed of a {device} is unknown")
     return CostModel(
-        rates=rates, source=f"estimated from published peaks of {device}, not measured"
+        rates=rates, source=f"estimated from the published peak rates of {device}, not measured"
     )
 
 

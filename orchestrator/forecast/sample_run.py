@@ -149,7 +149,7 @@ def _specimen(
     if length != data.sequence_length or sequences * length != data.microbatch_tokens:
         said.append(f"microbatches of {sequences * length} tokens")
     note = (
-        f"timed on {' and '.join(said)}; times of the full size are scaled by operations"
+        f"timed on {' and '.join(said)}; larger sizes are scaled by their operations"
         if said
         else ""
     )

@@ -48,7 +48,7 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
     if not starts:
         yield file.finding(
             "error", ("head_start_ray_commands",),
-            "Ray's defaults start the head: no token, and a hung node is found only after a minute",
+            "Ray's defaults start the head: no token, a hung node detected only after a minute",
             "the head_start_ray_commands of cluster.yaml",
         )  # fmt: skip
     for key, text in starts:

@@ -61,7 +61,7 @@ def _token(file: ClusterFile) -> Iterator[Finding]:
         for key, text in starts:
             if "RAY_AUTH_MODE=" not in text:
                 yield file.finding(
-                    "error", key, "Ray starts without its token, whatever the other nodes use",
+                    "error", key, "starts Ray without its token; every node needs it",
                     "RAY_AUTH_MODE=token ray start ...",
                 )  # fmt: skip
     mounts = mapping(file.values.get("file_mounts"))

@@ -91,7 +91,7 @@ def _head(file: ClusterFile, key: Key, node: Mapping[str, Any]) -> Iterator[Find
     if not alone and mapping(node.get("resources")).get("CPU") != 0:
         yield file.finding(
             "error", (*key, "resources", "CPU"),
-            "workers can be placed on the head: they starve the driver and wait for no GPU",
+            "workers can be placed on the head, where they slow the driver and have no GPU",
             "resources: {CPU: 0, GPU: 0} on the head",
         )  # fmt: skip
 

@@ -107,7 +107,11 @@ def _devices() -> Iterator[Check]:
             fix="install a torch built for CUDA and a recent enough driver; check with nvidia-smi",
         )  # fmt: skip
     else:
-        yield Check(level="note", name="GPU", said="none; runs go on the CPU, for small models")
+        yield Check(
+            level="note",
+            name="GPU",
+            said="none; runs use the CPU, which is enough for small models",
+        )
 
 
 def _shared_memory() -> Iterator[Check]:
@@ -248,7 +252,7 @@ def _extras() -> Iterator[Check]:
     """Yield what is not installed and only some need."""
     for module, why in (
         ("boto3", "cluster.yaml on AWS"),
-        ("sentencepiece", "text for a model whose tokenizer is tokenizer.model alone"),
+        ("sentencepiece", "text for a model that has only a tokenizer.model"),
     ):
         there = importlib.util.find_spec(module) is not None
         yield Check(

@@ -26,11 +26,11 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 }
 SHORT = 64  # characters; a text of fewer is a heading, not a text
 MEANING = {
-    "duplicates": "texts that repeat an earlier one, blanks and case ignored",
+    "duplicates": "texts that repeat an earlier one, ignoring blanks and case",
     "short": f"texts of fewer than {SHORT} characters",
     "broken": "characters lost in another encoding (U+FFFD)",
     "control": "control characters",
-    "overlap": f"runs of {GRAM_WORDS} words of the evaluation text that are in this text too",
+    "overlap": f"runs of {GRAM_WORDS} words of the evaluation text that this text contains too",
     "repeated sequences": "sequences of tokens that repeat an earlier one",
 }
 FIXES = {
@@ -38,8 +38,8 @@ FIXES = {
     "short": "join them, or remove them",
     "broken": "decode the source in the encoding that it was written in",
     "control": "strip them",
-    "overlap": "remove the evaluation text from the calibration text; the perplexity is too good",
-    "repeated sequences": "fewer sequences, or more text",
+    "overlap": "remove the evaluation text from the calibration data: it lowers the perplexity",
+    "repeated sequences": "use fewer sequences, or more text",
 }
 
 

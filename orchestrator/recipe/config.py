@@ -291,8 +291,8 @@ class RunConfig(_Section):
     def _one_target(self) -> Self:
         if self.keep_fraction is not None and self.slice is not None:
             raise ValueError(
-                "keep_fraction, slice: both are given; give only one, both set "
-                "how small the result is"
+                "keep_fraction, slice: both are given; give only one of them, each "
+                "sets the size of the result"
             )
         return self
 

@@ -103,7 +103,7 @@ def resolve_layer_options(
         if shared:
             raise ConfigError(
                 f"layer_options.{layer}.{shared[0]}: must be the same for all layers of a run",
-                hint=f"{spec.name} accepts for a single layer: {', '.join(own) or 'nothing'}",
+                hint=f"options of {spec.name} for single layers: {', '.join(own) or 'none'}",
             )
         found[layer] = {name: complete[name] for name in options}
     return found

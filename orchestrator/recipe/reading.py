@@ -72,7 +72,7 @@ def _read_recipe(path: Path) -> dict[object, object]:
     if not isinstance(data, dict):
         raise ConfigError(
             f"recipe {path}: is a {type(data).__name__}; it must be a mapping",
-            hint="one `key: value` a line, such as `model: tiny`",
+            hint="one `key: value` per line, such as `model: tiny`",
         )
     if "runs" in data:
         raise ConfigError(

@@ -119,7 +119,7 @@ def test_a_dry_run_says_what_the_runs_come_to_and_that_only_one_of_them_calibrat
     main(["batch", path, "--dry-run"])
     said = capsys.readouterr().out
     assert "2 runs are left: about " in said
-    assert " of money" in said
+    assert ", cost about " in said
 
 
 @pytest.mark.parametrize("width", [40, 80])
