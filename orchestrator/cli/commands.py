@@ -1,6 +1,6 @@
-"""The commands that work on models and runs: parse, call. What takes long to import waits inside.
+"""The commands that work on models and runs: they parse, and call a module that does the work.
 
-What each does and prints is in the module that it calls.
+Imports that take long are inside the functions.
 """
 
 import sys
@@ -27,7 +27,7 @@ from orchestrator.cli.output import echo, stdout
 from planners.errors import ConfigError
 
 COUNT = click.IntRange(min=1)
-# Keys of a recipe that measuring one model has a use for.
+# Keys of a recipe that are used to measure one model.
 MEASURING = (
     "evaluation.source", "evaluation.sequences", "calibration.sequence_length", "seed",
     "model_store", "workers", "threads", "address", "device", "worker_gib",

@@ -1,4 +1,4 @@
-"""Print perplexity, checks and speeds of models that exist."""
+"""Print perplexity, checks and speeds of existing models."""
 
 import tempfile
 from collections.abc import Sequence
@@ -111,10 +111,10 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
 
 
 def verify(directory: str, *, model_store: str, json_: bool) -> None:
-    """Print what was checked of a run or a model.
+    """Print the checks of a run or a model.
 
     Raises:
-        NumericsError: a check did not hold.
+        NumericsError: a check failed.
     """
     checks = inspect.verify(directory, model_store=model_store)
     failed = [check["name"] for check in checks if not check["passed"]]

@@ -1,4 +1,4 @@
-"""Print batches and sweeps: what they come to, how each run goes, then the table."""
+"""Print batches and sweeps: the forecast, the progress of each run, then the table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -53,7 +53,7 @@ def batch(path: str, *, dry_run: bool, yes: bool, json_: bool) -> None:
         return
     if forecasts:
         stderr.print(_expected(found), soft_wrap=True)
-        # Whoever says how much money may be spent has answered.
+        # A budget in money is the consent.
         _require_consent(found, forecasts, yes=yes or found.budget.money is not None)
     screen: list[ProgressScreen] = []
 
@@ -96,7 +96,7 @@ def _require_done(rows: Sequence[Row]) -> None:
 
 
 def _forecasts(found: Batch) -> dict[str, Forecast]:
-    """Return what each run that is left comes to: the first of each model and text calibrates."""
+    """Return the forecast of each remaining run: the first of each model and data calibrates."""
     left = waiting(found)[:MAX_FORECASTS]
     terms = Pricing(price_per_hour=found.budget.price_per_worker_hour or None)
     begun = {e.calibration for e in found.entries if e.prepared.run.names("stats")}
@@ -109,7 +109,7 @@ def _forecasts(found: Batch) -> dict[str, Forecast]:
 
 
 def _expected(found: Batch) -> str:
-    """Return what the runs that are left may take and cost, in a line."""
+    """Return one line on the time and cost of the remaining runs."""
     left, outlooks = waiting(found), list(found.expected.values())
     known = [each for each in outlooks if each.get("seconds")]
     if len(known) < len(left):
@@ -121,7 +121,7 @@ def _expected(found: Batch) -> str:
 
 
 def _require_consent(found: Batch, forecasts: dict[str, Forecast], *, yes: bool) -> None:
-    """Ask once for all runs, at each cluster that they are to go to."""
+    """Ask once for all runs, at each cluster that they use."""
     entries = {e.prepared.config.address: e for e in found.entries if e.name in forecasts}
     for address, entry in entries.items():
         forecast = forecasts[entry.name]
@@ -153,7 +153,7 @@ def _print_batch(found: Batch, rows: Sequence[Row]) -> None:
 
 
 def _facts(found: Batch, row: Row) -> dict[str, Text]:
-    """Return column -> what is known of a run; a column of which nothing is known is not there."""
+    """Return column -> text for a run; unknown columns are absent."""
     seconds = (found.expected.get(row.name) or {}).get("seconds")
     facts = {"planned": Text(seconds_text(seconds["p50"]))} if seconds else {}
     if row.state == "READY":
@@ -173,7 +173,7 @@ def _measured(kept: float, perplexity: float, dense: float, quality: Text) -> di
 
 
 def _shown(heads: tuple[str, str], rows: Sequence[Shown]) -> Table:
-    """Return a table of results; on a terminal too narrow for it, each above what is known."""
+    """Return a table of results; on a terminal too narrow for it, a list with one block each."""
     columns = list(dict.fromkeys(name for *_, facts in rows for name in facts))
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     for name in (*heads, *columns):
@@ -228,7 +228,7 @@ def sweep(
 
 
 def print_sweep(run_uri: str, found: Mapping[str, Any]) -> None:
-    """Print the points of a sweep, as ``pareto.json`` holds them, and where the page is."""
+    """Print the points of a sweep, as in ``pareto.json``, and the path of the page."""
     dense = found["dense"]["perplexity"]
     stdout.print(f"{found['model']}: dense perplexity {decimal(dense)}", soft_wrap=True)
     rows = []

@@ -1,4 +1,4 @@
-"""A run as a job of a cluster, and the commands for its nodes and for what failed there."""
+"""Commands for runs as cluster jobs, for nodes, and for reproducing failures."""
 
 import sys
 from dataclasses import asdict
@@ -102,7 +102,7 @@ def cancel(run_uri: str, json_: bool) -> None:
 @click.option("--lent", default="", help="Name of the token for the Hub in the head's memory.")
 @terms
 def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
-    """Do on the head what `submit` sent."""
+    """Run on the head what `submit` sent."""
     from orchestrator.remote.restart_driver import do_job
 
     secret = ""

@@ -1,4 +1,4 @@
-"""Lists of what there is: methods, recipes and their schema, the statistics that a run kept."""
+"""Lists: methods, recipes and their schema, the kept statistics of a run."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,4 +1,4 @@
-"""A plan on the terminal: what is made, who holds what, what it takes, and what it may cost."""
+"""A plan on the terminal: result, memory of the workers, time and cost."""
 
 import math
 from typing import Any
@@ -22,12 +22,12 @@ from planners.simulation.timetable import (
 from planners.units.job import Job
 from planners.units.shards import even_shards
 
-SHOWN = 3  # waves of which the layers are named
+SHOWN = 3  # waves whose layers are printed
 KINDS = ("weights", "statistics", "boundaries", "workspace", "libraries")
 
 
 def show(console: Console, forecast: Forecast, *, title: str, out: str) -> None:
-    """Print a plan and what it comes to."""
+    """Print a plan and its forecast."""
     console.print(Text(title, style="bold"))
     console.print(_facts(forecast, out))
     console.print()
@@ -66,7 +66,7 @@ def _facts(forecast: Forecast, out: str) -> Table:
 
 
 def _download(job: Job) -> dict[str, str]:
-    """Return what workers read from the Hub, where the input lies there."""
+    """Return what workers read from the Hub, if the input is there."""
     size, once = download_bytes(job), input_bytes(job)
     if not size:
         return {}
@@ -78,7 +78,7 @@ def _download(job: Job) -> dict[str, str]:
 
 
 def _steps(forecast: Forecast) -> dict[str, str]:
-    """Return the widths, of each of several steps with what is left after it."""
+    """Return the widths; for several steps those of each, and the parameters left after it."""
     if not forecast.job.former:
         return {"widths": _widths(forecast.plan)}
     return {
@@ -89,7 +89,7 @@ def _steps(forecast: Forecast) -> dict[str, str]:
 
 
 def _workers(plan: RunPlan) -> RenderableType:
-    """Return one line a distinct kind of stage: which layers, and the bytes by kind."""
+    """Return the layers of the stages, wave by wave, and the bytes of the largest by kind."""
     waves = len(plan.waves)
     stages = max(map(len, plan.waves))
     head = f"{waves} wave{'s' if waves > 1 else ''} of up to {stages} "
@@ -111,7 +111,7 @@ def _workers(plan: RunPlan) -> RenderableType:
 
 
 def _fewer(forecast: Forecast) -> str:
-    """Return how many workers a pass has a use for, where there are more of them."""
+    """Return how many workers a pass can use, if there are more."""
     plan, workers = forecast.plan, forecast.num_workers
     fewest = 0
     for wave in plan.waves:
@@ -126,7 +126,7 @@ def _fewer(forecast: Forecast) -> str:
 
 
 def _time(forecast: Forecast) -> RenderableType:
-    """Return operations, seconds and money; of unknown devices the operations alone."""
+    """Return operations, seconds and money; for unknown devices only the operations."""
     found, clock = forecast.outlook, forecast.clock
     work = phase_work(forecast.job)
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
@@ -178,7 +178,7 @@ def _layers(stage: StagePlan) -> str:
 
 
 def _cut(line: str, longest: int = 76) -> str:
-    """Return a list that ends in dots where it would need a second line."""
+    """Return a list cut with dots to fit one line."""
     return line if len(line) <= longest else line[: line.rindex(" ", 0, longest - 3)] + " ..."
 
 
@@ -208,7 +208,7 @@ def _ranks(name: str, ranks: list[int], num_layers: int) -> str:
 
 
 def money_text(forecast: Forecast) -> str:
-    """Return in a line what a run may take and cost."""
+    """Return one line on the time and cost of a run."""
     found = forecast.outlook
     if found is None:
         return "the time it takes is unknown"

@@ -37,7 +37,7 @@ class Spent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a batch may use, all its drivers together.
+    """The budget of a batch, for all its drivers together.
 
     Attributes:
         hours: of wall-clock time while runs go on; None is as long as it takes.
@@ -77,7 +77,7 @@ class Entry:
 
     @property
     def calibration(self) -> tuple[Any, ...]:
-        """What runs that can share their statistics have in common; of several steps, nothing."""
+        """Key of the runs that can share statistics; a run of several steps shares none."""
         if self.prepared.former:
             return (self.name,)
         facts = self.prepared.facts
@@ -86,7 +86,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch file that was checked: nothing in it can fail for a reason known beforehand.
+    """A checked batch file: nothing in it can fail for a reason known beforehand.
 
     Attributes:
         out: that all runs go below.
@@ -111,7 +111,7 @@ def read_batch(path: str) -> Batch:
     """Return a batch whose every run has been prepared.
 
     Raises:
-        CompressionError: a run cannot be done; the message says which entry it is from.
+        CompressionError: a run cannot be done; the message names its entry.
     """
     file = _mapping_of(path)
     unknown = min((str(key) for key in file if key not in KEYS), default=None)
@@ -162,14 +162,14 @@ def _entries(where: str, out: Directory, defaults: object, given: object) -> Ite
             config = load_config(None, recipe)
             name = own or _name(config)
             prepared = prepare(config.model_copy(update={"out": out.below(name)}))
-            check_run(prepared)  # one that is READY is not begun, so nobody else would look
+            check_run(prepared)  # a READY run is not started, so nothing else checks it
         except CompressionError as error:
             raise type(error)(f"{where}: {error}", hint=error.hint) from error
         yield Entry(name=name, where=where, priority=priority, prepared=prepared)
 
 
 def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
-    """Return an entry with the defaults below it; its own way to say a size replaces theirs."""
+    """Return an entry on top of the defaults; its own kind of size replaces theirs."""
     if not isinstance(defaults, dict) or not isinstance(given, dict):
         raise ConfigError(
             f"{where}: this entry and defaults must be mappings with keys of a recipe"

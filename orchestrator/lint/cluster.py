@@ -1,4 +1,4 @@
-"""What Ray's own check of a cluster file does not see, found before a machine is rented."""
+"""Errors in a cluster file that Ray's own check misses, found before a machine is rented."""
 
 import json
 import re

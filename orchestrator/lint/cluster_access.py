@@ -1,4 +1,4 @@
-"""Who can reach a cluster: whoever can, can run any code on it."""
+"""Access to a cluster: anyone who can reach it can run any code on it."""
 
 import ipaddress
 import re
@@ -23,7 +23,7 @@ SECRETS = re.compile(
 
 
 def access_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield what lets strangers in: open ports, no token, secrets in the file."""
+    """Yield findings on access: open ports, no token, secrets in the file."""
     for key, text in file.commands(*STARTS):
         yield from _start(file, key, text)
     yield from _token(file)

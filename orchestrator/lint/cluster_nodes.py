@@ -1,4 +1,4 @@
-"""Node types: the head stays and does no work, the workers are spot and go away when idle."""
+"""Node types: the head stays and does no work, the workers are spot and end when idle."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ CLOUDS = ("aws", "gcp")
 
 
 def node_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield what is wrong with the node types of a cloud; machines one owns have none."""
+    """Yield findings on the node types of a cloud; on-premises files have none."""
     kind = file.provider.get("type")
     if kind not in CLOUDS:
         return
@@ -29,7 +29,7 @@ def node_findings(file: ClusterFile) -> Iterator[Finding]:
 
 
 def is_spot(config: Mapping[str, Any]) -> bool:
-    """Return whether a node_config, of AWS or GCP, asks for a spot machine."""
+    """Return whether a node_config, of AWS or GCP, requests a spot machine."""
     market = mapping(config.get("InstanceMarketOptions")).get("MarketType")
     scheduling = config.get("scheduling")
     settings = scheduling if isinstance(scheduling, list) else [scheduling]

@@ -1,4 +1,4 @@
-"""What nodes may read and write: the bucket of the run, the Hub; and what their head may do."""
+"""Permissions of nodes: the bucket of the run, the Hub, and the head's right to start workers."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ HUB_TOKEN = re.compile(r"huggingface/(token|stored_tokens)$")
 
 
 def rights_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield nodes that may not do what a run asks of them, and rights that lie about in files."""
+    """Yield missing permissions of nodes, and credentials that are copied to nodes."""
     kind = str(file.provider.get("type"))
     if kind in SETTINGS:
         for name, node in file.node_types.items():
@@ -39,7 +39,7 @@ def rights_findings(file: ClusterFile) -> Iterator[Finding]:
 
 
 def skypilot_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield a model that asks for a token which the machine of a SkyPilot task does not get."""
+    """Yield a gated model whose token the machine of a SkyPilot task does not get."""
     given = {**mapping(file.values.get("envs")), **mapping(file.values.get("secrets"))}
     text = f"{file.values.get('run', '')} {' '.join(map(str, given.values()))}"
     gated = [name for name in HUB_ALIASES if re.search(rf"(?<![\w.-]){name}(?![\w.-])", text)]
@@ -60,7 +60,7 @@ def _worker(file: ClusterFile, kind: str, key: Key, config: Any) -> Iterator[Fin
 
 
 def _aws_head(file: ClusterFile, key: Key, config: Any) -> Iterator[Finding]:
-    """Yield a head that cannot start its workers: Ray's own profile knows neither of both."""
+    """Yield a head that cannot start its workers: Ray's own profile allows neither."""
     workers = [mapping(n.get("node_config")) for t, n in file.node_types.items() if t != file.head]
     passes = any("IamInstanceProfile" in each for each in workers)
     resolves = any(str(each.get("ImageId", "")).startswith("resolve:ssm:") for each in workers)

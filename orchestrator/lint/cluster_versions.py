@@ -1,4 +1,4 @@
-"""Versions: nodes that differ from the driver fail late, or give other bits."""
+"""Versions: nodes that differ from the driver fail late, or change the bits of the result."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WHEEL = re.compile(r"compress[_-]cluster(?:-|==)(\d+(?:\.\d+)*)")
 
 
 def version_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield versions of Ray, Python and this package that are not those of this machine."""
+    """Yield versions of Ray, Python and this package that differ from this machine's."""
     ray, ours = metadata.version("ray"), metadata.version(PACKAGE)
     commands = list(file.commands(*COMMANDS))
     for key, text in commands:

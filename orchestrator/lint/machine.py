@@ -1,4 +1,4 @@
-"""What is wrong with this machine, and how to put it right, before a run finds out."""
+"""Checks of this machine before a run, with fixes."""
 
 import contextlib
 import importlib.util
@@ -35,13 +35,13 @@ Level = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What was looked at.
+    """One check.
 
     Attributes:
-        level: ``ok``; a ``note`` is only to be known; an ``error`` stops a run.
-        name: what was looked at.
-        said: what is there.
-        fix: what would be right; empty where nothing is wrong.
+        level: ``ok``; a ``note`` is for information; an ``error`` stops a run.
+        name: what was checked.
+        said: the result.
+        fix: what to do; empty if nothing is wrong.
     """
 
     level: Level
@@ -51,10 +51,10 @@ class Check:
 
 
 def examine(out: str, *, offline: bool) -> list[Check]:
-    """Return what was found on this machine; ``out`` is where runs are to go.
+    """Return the checks of this machine; ``out`` is where runs are written.
 
-    Nothing is sent but two requests to the Hub, and nothing kept but a small file in ``out`` that
-    is removed again. ``offline`` leaves the requests out.
+    Unless ``offline``, one request goes to the Hub. A small file is written to ``out`` and removed
+    again.
     """
     looks: list[Callable[[], Iterator[Check]]] = [
         _versions, _devices, _shared_memory, _sockets, lambda: _disk(out), lambda: _rights(out),
@@ -132,7 +132,7 @@ def _shared_memory() -> Iterator[Check]:
 
 
 def _sockets() -> Iterator[Check]:
-    """Yield where a Ray of this machine alone keeps its sockets and logs."""
+    """Yield where a local Ray keeps its sockets and logs."""
     try:
         place = socket_place()
     except ClusterError as error:
@@ -161,7 +161,7 @@ def _disk(out: str) -> Iterator[Check]:
 
 
 def _rights(out: str) -> Iterator[Check]:
-    """Write, read, list and delete a small file: each can be forbidden by itself."""
+    """Write, read, list and delete a small file: each needs its own permission."""
     name = f".doctor-{uuid4().hex[:8]}"
     step = "named"
     try:
@@ -205,7 +205,7 @@ def _token() -> Iterator[Check]:
 
 
 def _hub() -> Iterator[Check]:
-    """Ask the Hub who we are; what it says of the time tells whether our clock is right."""
+    """Check the login at the Hub; the date of its response checks the clock."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -249,7 +249,7 @@ def _clock(date: str) -> Iterator[Check]:
 
 
 def _extras() -> Iterator[Check]:
-    """Yield what is not installed and only some need."""
+    """Yield optional packages and whether they are installed."""
     for module, why in (
         ("boto3", "cluster.yaml on AWS"),
         ("sentencepiece", "text for a model that has only a tokenizer.model"),

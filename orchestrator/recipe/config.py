@@ -1,4 +1,4 @@
-"""The recipe: what the user typed, as frozen data, and what fills that which it leaves open."""
+"""The recipe: what the user typed, as frozen data, and how open values are filled."""
 
 import math
 import textwrap
@@ -348,12 +348,12 @@ SECTIONS: Mapping[str, type[_Section]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the model and the machines say, to fill what a recipe leaves open.
+    """Facts of the model and the machines that fill what a recipe leaves open.
 
     Attributes:
         model_name: short name of the model, as in `actors.storage.sources.ModelSource`.
         longest: longest sequence the model takes.
-        longest_key: of its config, which says so.
+        longest_key: key of its config that says so.
         options: of each step, as `resolve_options` returns them.
         device: where ``device: auto`` computes.
         calibration_dtype: what ``calibration_dtype: auto`` is.
@@ -370,17 +370,17 @@ class Facts:
 
 
 def resolved(config: RunConfig, facts: Facts) -> RunConfig:
-    """Return the recipe with all that is left open replaced by what is used.
+    """Return the recipe with every open value replaced by the value in use.
 
-    Only what the data alone can say stays None, for `with_tokens`: numbers of sequences that are
-    not given, and the length of those that a file of tokens holds.
+    Values that only the data determine stay None, for `with_tokens`: numbers of sequences that are
+    not given, and the length of the sequences of a token file.
 
     Raises:
         ConfigError: the sequences are longer than the model takes.
     """
     own = "embedded" if config.model == "tiny" else "stdlib"
     source = config.calibration.source or own
-    # A file has no evaluation split: measuring on what was calibrated on would flatter.
+    # A file has no evaluation split: measuring on the calibration data would be too optimistic.
     evaluation_source = config.evaluation.source or (
         source if source in SOURCES_WITH_SPLITS else own
     )
@@ -423,7 +423,7 @@ def with_tokens(
     """Return a resolved recipe with the shapes (sequences, tokens) of the data that is used.
 
     Raises:
-        ConfigError: a file of tokens holds sequences of another length than the recipe asks for,
+        ConfigError: a file of tokens holds sequences of another length than the recipe requests,
             or longer than the model takes.
     """
     sequences, length = calibration
@@ -466,7 +466,7 @@ def recipe_values(config: RunConfig) -> dict[str, Any]:
 
 
 def _size(target: Target) -> str:
-    """Return ``keep0.80`` or ``slice0.25``: two digits, more where two would not tell it apart."""
+    """Return ``keep0.80`` or ``slice0.25``: two digits, more if two would be ambiguous."""
     name, value = ("keep", target.keep_fraction)
     if target.slice is not None:
         name, value = ("slice", target.slice)
@@ -479,7 +479,7 @@ def _holds_tokens(source: str) -> bool:
 
 
 def check_length(length: int, longest: int, key: str, *, where: str) -> None:
-    """Refuse sequences that are longer than a model takes, as that key of its config says.
+    """Refuse sequences longer than the maximum of a model, which ``key`` of its config gives.
 
     Raises:
         ConfigError: they are.
