@@ -107,14 +107,14 @@ def _commands() -> str:
 
 def _exit_codes() -> str:
     """Return the table of exit codes, from the tree of errors."""
-    rows = {0: ["done; of a run, READY"]}
+    rows = {0: ["done; a run is READY"]}
     for _, found in inspect.getmembers(errors, inspect.isclass):
         if found is not errors.CompressionError:
             words = (found.__doc__ or "").partition("\n")[0].rstrip(".")
             said = f"`{found.__name__}`: {words[:1].lower()}{words[1:]}"
             rows.setdefault(found.exit_code, []).append(said)
-    rows[1] = ["of a batch, some of its runs failed; of anything else, a defect of this program"]
-    rows[INTERRUPTED] = ["interrupted; it says how to go on"]
+    rows[1] = ["of a batch, some of its runs failed; else, a defect of this program"]
+    rows[INTERRUPTED] = ["interrupted; the message says how to resume"]
     return table(("code", "means"), [(code, "; ".join(rows[code])) for code in sorted(rows)])
 
 

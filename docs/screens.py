@@ -90,6 +90,8 @@ def _watch(browser: str, run: Path, folder: Path, picture: Path) -> bool:
         return False
     if not any(state != found.layers[0] for state in found.layers):
         return False  # all layers alike: the grid shows nothing yet
+    if not all(worker.peak_bytes for worker in found.workers):
+        return False  # no worker has done anything yet
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     shown = replace(found, uri="runs/tiny")  # where it lies here is of no interest
     console.print(screen(shown, price=0.0, now=time.time(), width=COLUMNS))

@@ -1,4 +1,4 @@
-"""Checks before anything costs anything: of this machine, a text, a cluster file."""
+"""Checks before a run: of this machine, a text, a cluster file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from orchestrator.cli.options import as_json
 from orchestrator.cli.output import emit, stdout
 from planners.errors import ClusterError, ConfigError, DataError
 
-if TYPE_CHECKING:  # each check imports what takes long
+if TYPE_CHECKING:  # imports that take long are inside each check
     from orchestrator.lint.cluster_file import Finding
     from orchestrator.lint.machine import Check
 
@@ -82,7 +82,7 @@ def data() -> None:
 def data_lint(sources: tuple[str, ...], json_: bool, **given: Any) -> None:
     """Report duplicate, broken and short texts, and overlap with the evaluation data.
 
-    Of several texts it says how many tokens, or characters, are of each.
+    For several sources, also report the share of the tokens, or characters, that each one has.
 
     \b
     compress-cluster data lint train.jsonl --evaluation held-out.jsonl
@@ -137,7 +137,7 @@ def _print_text(found: Mapping[str, Any]) -> None:
 
 
 def _print_shares(found: Sequence[Mapping[str, Any]]) -> None:
-    """Print how much of all that is each source's, where there are several."""
+    """Print the share of each source, if there are several."""
     unit = "tokens" if "tokens" in found[0] else "characters"
     total = max(1, sum(each[unit] for each in found))
     for each in found if len(found) > 1 else ():
@@ -161,7 +161,7 @@ def _print_findings(path: str, found: Sequence["Finding"]) -> None:
     levels = [finding.level for finding in found]
     said = [(levels.count(level), level) for level in ("error", "warning", "note")]
     counts = [f"{n} {level}" + ("s" if n > 1 else "") for n, level in said if n]
-    stdout.print(", ".join(counts) or f"{path}: nothing found")
+    stdout.print(", ".join(counts) or f"{path}: no findings")
 
 
 ALL = (cluster, doctor, data)

@@ -1,6 +1,6 @@
-"""The commands that work on models and runs: parse, call. What takes long to import waits inside.
+"""The commands that work on models and runs: they parse, and call a module that does the work.
 
-What each does and prints is in the module that it calls.
+Imports that take long are inside the functions.
 """
 
 import sys
@@ -27,7 +27,7 @@ from orchestrator.cli.output import echo, stdout
 from planners.errors import ConfigError
 
 COUNT = click.IntRange(min=1)
-# Keys of a recipe that measuring one model has a use for.
+# Keys of a recipe that are used to measure one model.
 MEASURING = (
     "evaluation.source", "evaluation.sequences", "calibration.sequence_length", "seed",
     "model_store", "workers", "threads", "address", "device", "worker_gib",
@@ -60,7 +60,7 @@ def run(
     how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
     prices = pricing(given)
     config = config_of(model, given)
-    echo("reading the model and the text", err=True)  # what is imported next takes seconds
+    echo("reading the model and the data", err=True)  # what is imported next takes seconds
     if token_on_stdin:
         from actors.storage import hub
 
@@ -300,14 +300,14 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
     "--worker-gib",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Memory of each. [its share of this machine, or its device]",
+    help="Memory of a worker. [its share of this machine, or its device]",
 )
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where they generate.",
+    help="Device to generate on.",
 )
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
@@ -323,7 +323,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"--keep-fraction {text}: must be numbers with commas") from error
+        raise ConfigError(f"--keep-fraction {text}: must be numbers separated by commas") from error
 
 
 ALL = (

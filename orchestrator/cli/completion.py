@@ -1,8 +1,8 @@
-"""What a shell proposes behind Tab: values of options, models, runs. Nothing heavy is imported.
+"""Shell completion: values of options, models, runs. Nothing heavy is imported.
 
-Each function has the form that click asks for: it is told the command line so far, and returns what
-may follow. An item of type ``file`` or ``dir`` leaves it to the shell; it comes first, as bash's
-side of click drops what stands before it.
+Each function has the signature that click requires: it gets the command line so far, and returns
+what may follow. An item of type ``file`` or ``dir`` leaves completion to the shell; it comes first,
+because click's script for bash drops the items before it.
 """
 
 import json
@@ -16,11 +16,11 @@ from planners.spelling import typed
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 FILE, FOLDER = CompletionItem("", type="file"), CompletionItem("", type="dir")
-RUNS = Path("runs")  # where runs go that name no other place
+RUNS = Path("runs")  # the default place of runs
 
 
 def of(*words: str, otherwise: CompletionItem | None = None) -> Completer:
-    """Return what proposes some words, and files or folders where none of them begins so."""
+    """Return a completer that proposes some words, and ``otherwise``."""
 
     def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return _items(words, incomplete, otherwise)
@@ -39,7 +39,7 @@ def models(_: click.Context, __: click.Parameter, incomplete: str) -> list[Compl
 
 
 def runs(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Propose run directories: those below what is typed, and those in ``runs/``."""
+    """Propose run directories: those below the typed path, and those in ``runs/``."""
     places = [Path(incomplete), Path(incomplete).parent, RUNS]
     found = (path for place in places if place.is_dir() for path in sorted(place.iterdir()))
     known = [str(path) for path in found if (path / "plan.json").is_file()]
@@ -54,7 +54,7 @@ def recipes(_: click.Context, __: click.Parameter, incomplete: str) -> list[Comp
 
 
 def methods(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Propose a method; where methods stand with commas, the next one."""
+    """Propose a method; in a list with commas, the next one."""
     from actors.methods import available
 
     before = incomplete[: incomplete.rfind(",") + 1]
@@ -97,7 +97,7 @@ def points(context: click.Context, _: click.Parameter, incomplete: str) -> list[
 
 
 def of_option(name: str, words: Sequence[str]) -> Completer | None:
-    """Return what proposes the values of an option that sets a key of the recipe.
+    """Return the completer for the values of an option that sets a key of the recipe.
 
     Args:
         name: such as ``--method``.
@@ -120,10 +120,10 @@ def _items(
 
 
 class _Bash(BashComplete):
-    """As click's, but for ``KEY=VALUE``, which bash hands over as three words."""
+    """Click's completion for bash, with ``KEY=VALUE``, which bash passes as three words, joined."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Return the words before the one that is typed, and that one, with = inside."""
+        """Return the words before the incomplete one, and the incomplete one, joined at =."""
         before, incomplete = super().get_completion_args()
         words: list[str] = []
         for word in (*before, incomplete):
@@ -135,7 +135,7 @@ class _Bash(BashComplete):
         return words[:-1], words[-1]
 
     def format_completion(self, item: CompletionItem) -> str:
-        """Return an item less what bash counts as words before."""
+        """Return an item without the part that bash counts as earlier words."""
         return f"{item.type},{item.value.removeprefix(self._typed)}"
 
 

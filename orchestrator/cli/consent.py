@@ -1,4 +1,4 @@
-"""Asking before money is spent: a cluster that somebody pays for is used only with consent."""
+"""Asking before money is spent: a cluster that may be billed is used only with consent."""
 
 import sys
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from planners.errors import ConfigError
 
 
 def asker() -> Callable[[str], bool] | None:
-    """Return who puts a question to the user, or None where nobody is there to answer."""
+    """Return a function that asks the user, or None without a terminal."""
     return partial(click.confirm, err=True) if sys.stdin.isatty() else None
 
 
 def costs_money(found: Forecast, facts: ClusterFacts) -> bool:
-    """Return whether workers of a cluster are likely to be paid for.
+    """Return whether workers of a cluster are likely to be billed.
 
-    One that this command started itself costs nothing; another does if a price was given, or if its
-    nodes have accelerators or are said to be spot capacity.
+    A Ray that this command started costs nothing; another cluster does if a price was given, or if
+    its nodes have accelerators or are marked as spot capacity.
     """
     if facts.address == "local":
         return False
@@ -36,17 +36,17 @@ def require_consent(
     ask: Callable[[str], bool] | None,
     cost: str = "",
 ) -> None:
-    """Return if the run may go on.
+    """Return if the run may start.
 
     Args:
-        found: what the run comes to.
+        found: the forecast of the run.
         facts: the cluster that it would use.
-        yes: the answer was given beforehand.
-        ask: puts a question to the user; None where nobody is there to answer.
-        cost: what to say of time and money, where it is not the forecast's alone.
+        yes: consent was given beforehand.
+        ask: asks the user; None without a terminal.
+        cost: text on time and money, if it is not that of the forecast.
 
     Raises:
-        ConfigError: the answer was no, or nobody can be asked.
+        ConfigError: the answer was no, or there is no terminal.
     """
     if yes or not costs_money(found, facts):
         return
@@ -54,18 +54,18 @@ def require_consent(
     cost = cost or money_text(found)
     if ask is None:
         raise ConfigError(
-            f"{where} may cost money ({cost}), and nobody is here to be asked",
-            hint="add --yes to go on without a question",
+            f"{where} may cost money ({cost}), and there is no terminal to ask for consent",
+            hint="add --yes to start without asking",
         )
-    if not ask(f"{where}: {cost}. Go on?"):
-        raise ConfigError("nothing was started", hint="--yes goes on without a question")
+    if not ask(f"{where}: {cost}. Continue?"):
+        raise ConfigError("nothing was started", hint="--yes starts without asking")
 
 
 def ask_before(address: str, approve: Callable[[ClusterFacts], None]) -> None:
-    """Let a cluster be approved before anything is changed for what is to be done on it.
+    """Have a cluster approved before anything is changed.
 
     Raises:
-        ClusterError: there is none at the address.
+        ClusterError: there is no cluster at the address.
         ConfigError: it was not approved.
     """
     if address == "local":

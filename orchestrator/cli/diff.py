@@ -1,4 +1,4 @@
-"""What `compress-cluster diff` prints: what matters first, and every difference where asked."""
+"""Printing for `compress-cluster diff`: results first; with --details every difference."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +19,7 @@ OPTIONS = "options."
 
 
 def diff(run_a: str, run_b: str, *, details: bool, json_: bool) -> None:
-    """Print in what two runs differ: the results and the recipe, or all of it."""
+    """Print how two runs differ: the results and the recipe, or everything."""
     uris = (run_a, run_b)
     a, b = map(Directory, uris)
     found = differences(a, b)
@@ -66,7 +66,7 @@ def _print_results(reports: Sequence[Document]) -> None:
 
 
 def _print_recipe(rows: list[Difference]) -> None:
-    """Print the keys that differ; options that only one of two methods has are named, no more."""
+    """Print the keys that differ; of options that only one method has, only the names."""
     if not rows:
         stdout.print(Text("recipe   ", style="bold"), "the same")
         return

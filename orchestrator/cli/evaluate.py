@@ -1,4 +1,4 @@
-"""Print perplexity, checks and speeds of models that exist."""
+"""Print perplexity, checks and speeds of existing models."""
 
 import tempfile
 from collections.abc import Sequence
@@ -111,22 +111,22 @@ def evaluate(config: RunConfig, *, json_: bool) -> None:
 
 
 def verify(directory: str, *, model_store: str, json_: bool) -> None:
-    """Print what was checked of a run or a model.
+    """Print the checks of a run or a model.
 
     Raises:
-        NumericsError: a check did not hold.
+        NumericsError: a check failed.
     """
     checks = inspect.verify(directory, model_store=model_store)
     failed = [check["name"] for check in checks if not check["passed"]]
     table = Table(title=directory, title_justify="left", show_header=False)
     for check in checks:
         held = check["passed"]
-        mark = Text("held" if held else "failed", style="green" if held else "red")
+        mark = Text("passed" if held else "failed", style="green" if held else "red")
         table.add_row(mark, check["name"], check["detail"])
     document = {"directory": directory, "passed": not failed, "checks": checks}
     emit(document, lambda: stdout.print(table), json_=json_)
     if failed:
-        raise NumericsError(f"{directory}: {', '.join(failed)}: did not hold")
+        raise NumericsError(f"{directory}: failed checks: {', '.join(failed)}")
 
 
 def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener: Any) -> Any:

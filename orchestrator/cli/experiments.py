@@ -1,4 +1,4 @@
-"""Print batches and sweeps: what they come to, how each run goes, then the table."""
+"""Print batches and sweeps: the forecast, the progress of each run, then the table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -53,7 +53,7 @@ def batch(path: str, *, dry_run: bool, yes: bool, json_: bool) -> None:
         return
     if forecasts:
         stderr.print(_expected(found), soft_wrap=True)
-        # Whoever says how much money may be spent has answered.
+        # A budget in money is the consent.
         _require_consent(found, forecasts, yes=yes or found.budget.money is not None)
     screen: list[ProgressScreen] = []
 
@@ -86,17 +86,17 @@ def _require_done(rows: Sequence[Row]) -> None:
     if failed:
         raise CompressionError(
             f"{len(failed)} of {len(rows)} runs failed: {failed[0].name}: {failed[0].error}",
-            hint="the others are done; the same command tries those that failed again",
+            hint="the others are done; the same command retries those that failed",
         )
     if left:
         raise ClusterError(
             f"the budget is spent; {len(left)} of {len(rows)} runs are left",
-            hint="raise the budget in the file; the same command goes on",
+            hint="raise the budget in the file; the same command resumes the batch",
         )
 
 
 def _forecasts(found: Batch) -> dict[str, Forecast]:
-    """Return what each run that is left comes to: the first of each model and text calibrates."""
+    """Return the forecast of each remaining run: the first of each model and data calibrates."""
     left = waiting(found)[:MAX_FORECASTS]
     terms = Pricing(price_per_hour=found.budget.price_per_worker_hour or None)
     begun = {e.calibration for e in found.entries if e.prepared.run.names("stats")}
@@ -109,19 +109,19 @@ def _forecasts(found: Batch) -> dict[str, Forecast]:
 
 
 def _expected(found: Batch) -> str:
-    """Return what the runs that are left may take and cost, in a line."""
+    """Return one line on the time and cost of the remaining runs."""
     left, outlooks = waiting(found), list(found.expected.values())
     known = [each for each in outlooks if each.get("seconds")]
     if len(known) < len(left):
-        return f"{len(left)} runs are left; how long all of them take is not known"
+        return f"{len(left)} runs are left; their total time is unknown"
     seconds = sum(each["seconds"]["p50"] for each in known)
     said = f"{len(left)} runs are left: about {seconds_text(seconds)}"
     money = [each["money"]["p50"] for each in known if each.get("money")]
-    return said + (f", about {sum(money):,.2f} of money" if money else "")
+    return said + (f", cost about {sum(money):,.2f}" if money else "")
 
 
 def _require_consent(found: Batch, forecasts: dict[str, Forecast], *, yes: bool) -> None:
-    """Ask once for all runs, at each cluster that they are to go to."""
+    """Ask once for all runs, at each cluster that they use."""
     entries = {e.prepared.config.address: e for e in found.entries if e.name in forecasts}
     for address, entry in entries.items():
         forecast = forecasts[entry.name]
@@ -153,7 +153,7 @@ def _print_batch(found: Batch, rows: Sequence[Row]) -> None:
 
 
 def _facts(found: Batch, row: Row) -> dict[str, Text]:
-    """Return column -> what is known of a run; a column of which nothing is known is not there."""
+    """Return column -> text for a run; unknown columns are absent."""
     seconds = (found.expected.get(row.name) or {}).get("seconds")
     facts = {"planned": Text(seconds_text(seconds["p50"]))} if seconds else {}
     if row.state == "READY":
@@ -173,7 +173,7 @@ def _measured(kept: float, perplexity: float, dense: float, quality: Text) -> di
 
 
 def _shown(heads: tuple[str, str], rows: Sequence[Shown]) -> Table:
-    """Return a table of results; on a terminal too narrow for it, each above what is known."""
+    """Return a table of results; on a terminal too narrow for it, a list with one block each."""
     columns = list(dict.fromkeys(name for *_, facts in rows for name in facts))
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     for name in (*heads, *columns):
@@ -205,7 +205,7 @@ def _spent(found: Batch) -> str:
         said += f" of {budget.hours:g}"
     if budget.price_per_worker_hour:
         money = spent.worker_seconds / 3600 * budget.price_per_worker_hour
-        said += f", {money:.2f} of money" + (f" of {budget.money:g}" if budget.money else "")
+        said += f", cost {money:.2f}" + (f" of {budget.money:g}" if budget.money else "")
     return f"used: {said}"
 
 
@@ -228,7 +228,7 @@ def sweep(
 
 
 def print_sweep(run_uri: str, found: Mapping[str, Any]) -> None:
-    """Print the points of a sweep, as ``pareto.json`` holds them, and where the page is."""
+    """Print the points of a sweep, as in ``pareto.json``, and the path of the page."""
     dense = found["dense"]["perplexity"]
     stdout.print(f"{found['model']}: dense perplexity {decimal(dense)}", soft_wrap=True)
     rows = []

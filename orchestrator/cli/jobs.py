@@ -1,4 +1,4 @@
-"""A run as a job of a cluster, and the commands for its nodes and for what failed there."""
+"""Commands for runs as cluster jobs, for nodes, and for reproducing failures."""
 
 import sys
 from dataclasses import asdict
@@ -32,14 +32,14 @@ from planners.errors import CompressionError
     default="http://127.0.0.1:8265",
     show_default=True,
     envvar="RAY_API_SERVER_ADDRESS",
-    help="Dashboard of the cluster; `ray dashboard cluster.yaml` tunnels it to this one.",
+    help="Dashboard of the cluster; `ray dashboard cluster.yaml` tunnels it to the default.",
 )
 @click.option(
     "--keep-alive",
     type=click.IntRange(0, 100),
     default=0,
     metavar="N",
-    help="Start a driver that was killed up to N times again. [0]",
+    help="Restart a killed driver up to N times. [0]",
 )
 @terms
 @as_json
@@ -61,7 +61,8 @@ def submit(model: str | None, to: str, keep_alive: int, json_: bool, **given: An
     job = submit(config, address=to, tries=keep_alive + 1, terms=prices, say=say)
 
     def show() -> None:
-        echo(f"job {job.submission_id} at {job.address}; it goes on without this terminal")
+        where = f"job {job.submission_id} at {job.address}"
+        echo(f"{where}; it keeps running after this terminal closes")
         for verb in ("watch", "logs", "cancel"):
             echo(f"  compress-cluster {verb} {config.out}")
 
@@ -89,8 +90,8 @@ def cancel(run_uri: str, json_: bool) -> None:
     from orchestrator.remote.submission import cancel
 
     stopped = cancel(Directory(run_uri))
-    said = "stopping; what is done is kept, and `compress-cluster submit` goes on with it"
-    show = partial(echo, said if stopped else "it was not running")
+    said = "stopping; finished work is kept, and `compress-cluster submit` resumes it"
+    show = partial(echo, said if stopped else "the job was not running")
     emit({"run": run_uri, "stopped": stopped}, show, json_=json_)
 
 
@@ -101,7 +102,7 @@ def cancel(run_uri: str, json_: bool) -> None:
 @click.option("--lent", default="", help="Name of the token for the Hub in the head's memory.")
 @terms
 def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
-    """Do on the head what `submit` sent."""
+    """Run on the head what `submit` sent."""
     from orchestrator.remote.restart_driver import do_job
 
     secret = ""
@@ -116,8 +117,8 @@ def job(sent_by: str, tries: int, recipe: str, lent: str, **given: Any) -> None:
 
 
 @click.command("watch-node")
-@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster.")
-@click.option("--node", default="", help="Ray's id of the node; none means this one.")
+@click.option("--address", default="auto", show_default=True, help="Address of the Ray cluster.")
+@click.option("--node", default="", help="Ray's id of the node. [this node]")
 @click.option("--metadata", default=METADATA, hidden=True, help="Base URL of the metadata service.")
 def watch_node(address: str, node: str, metadata: str) -> None:
     """Drain this node when its cloud preempts it.
@@ -135,7 +136,7 @@ def watch_node(address: str, node: str, metadata: str) -> None:
 def reproduce(file: str) -> None:
     """Repeat failed work in this process, to debug it.
 
-    Exits with 1, or the failure's own code, where it fails again.
+    Exits with 1, or the failure's own code, if it fails again.
     """
     import traceback
 
@@ -147,7 +148,7 @@ def reproduce(file: str) -> None:
     except Exception as error:  # noqa: BLE001 whatever it is, it is what was asked for
         traceback.print_exception(error)
         sys.exit(error.exit_code if isinstance(error, CompressionError) else 1)
-    echo("it did not fail here")
+    echo("the work did not fail here")
 
 
 ALL = (submit, logs, cancel, job, watch_node, reproduce)

@@ -1,4 +1,4 @@
-"""Lists of what there is: methods, recipes and their schema, the statistics that a run kept."""
+"""Lists: methods, recipes and their schema, the kept statistics of a run."""
 
 from dataclasses import asdict
 from typing import Any
@@ -37,7 +37,7 @@ def methods(json_: bool) -> None:
                 one_of = f" (one of: {choices})" if choices else ""
                 table.add_row(f"{option.name}={typed(option.default)}", f"{option.help}{one_of}")
             stdout.print(table)
-        stdout.print("set one with --option KEY=VALUE; shown are the defaults")
+        stdout.print("set an option with --option KEY=VALUE; the defaults are shown")
 
     emit(document, show, json_=json_)
 
@@ -93,7 +93,7 @@ def recipes_ls(json_: bool) -> None:
         for name, purpose in found.items():
             table.add_row(Text(name, style="bold"), purpose)
         stdout.print(table)
-        said = "compress-cluster run MODEL -r NAME takes one; recipes show NAME prints it"
+        said = "compress-cluster run MODEL -r NAME uses one; recipes show NAME prints it"
         stdout.print(Text(said, "dim"))
 
     emit({"recipes": found}, show, json_=json_)
@@ -183,7 +183,7 @@ def stats_verify(run_uri: str, json_: bool) -> None:
 
     found = verify(Directory(run_uri))
     said = f"{found['files']} files of {found['layers']} layers, {bytes_text(found['bytes'])}: as "
-    said += "recorded; every sum finite, every gram symmetric"
+    said += "recorded; every sum is finite, every Gram matrix symmetric"
     emit(found, lambda: stdout.print(said, soft_wrap=True), json_=json_)
 
 

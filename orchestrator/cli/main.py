@@ -1,4 +1,4 @@
-"""The command line: the commands in one group, and what is said where one fails."""
+"""The command line: all commands in one group, and the messages of failed ones."""
 
 import json
 import os
@@ -35,7 +35,7 @@ for _command in (*commands.ALL, *jobs.ALL, *checks.ALL, *listings.ALL):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with the exit code of what happened."""
+    """Run the command line and exit with the code of its outcome."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with streams():
         _invoke(arguments)
@@ -48,7 +48,7 @@ def _invoke(arguments: list[str]) -> None:
         cli.main(arguments, prog_name="compress-cluster", standalone_mode=False)
     except CompressionError as error:
         said = [_as_given(text, arguments) for text in (str(error), error.hint)]
-        # What a module raises for itself is called as the tree of errors calls it.
+        # A module's own error class is reported by its base in the tree of errors.
         kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == TREE]
         _complain(kinds[0], *said, json_=json_)
         sys.exit(error.exit_code)
@@ -58,8 +58,8 @@ def _invoke(arguments: list[str]) -> None:
         _complain("ConfigError", error.format_message(), hint, json_=json_)
         sys.exit(ConfigError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        resume = f"to go on: {shlex.join(['compress-cluster', *arguments])}"
-        _complain("Interrupted", "what is done is kept", resume, json_=json_)
+        resume = f"to resume: {shlex.join(['compress-cluster', *arguments])}"
+        _complain("Interrupted", "finished work is kept", resume, json_=json_)
         sys.stdout.flush()
         sys.stderr.flush()
         # Ctrl-C went to Ray's processes too: on its way out Ray would make another code of this.
@@ -67,7 +67,7 @@ def _invoke(arguments: list[str]) -> None:
 
 
 def _require_names(arguments: list[str]) -> None:
-    """Refuse names that no recipe, journal or report could hold: those are UTF-8.
+    """Refuse names that recipes, journals and reports, which are UTF-8, cannot contain.
 
     Raises:
         ConfigError: an argument is not UTF-8, or the locale has no letters for it.
@@ -83,7 +83,7 @@ def _require_names(arguments: list[str]) -> None:
 
 
 def _as_given(text: str, arguments: list[str]) -> str:
-    """Return a message with the paths below this directory as they were typed: relative to it."""
+    """Return a message with paths below the working directory relative, if they were so typed."""
     here = f"{Path.cwd()}/"
     return text if any(here in word for word in arguments) else text.replace(here, "")
 

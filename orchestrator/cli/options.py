@@ -1,4 +1,4 @@
-"""Options of commands; those that set a key of the recipe are made from the recipe's own fields."""
+"""Options of commands; those that set a key of the recipe are built from the recipe's fields."""
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ run_argument = click.argument("run_uri", metavar="RUN", shell_complete=completio
 model_argument = click.argument("model", required=False, shell_complete=completion.models)
 recipe_file = click.option(
     "-r", "--recipe", metavar="FILE.yaml", shell_complete=completion.recipes,
-    help="Any of these from a file, such as the run.yaml of a run, or a name from "
+    help="File that sets any of these, such as the run.yaml of a run, or a name from "
     "`compress-cluster recipes ls`.",
 )  # fmt: skip
 _TERMS = (
     click.option("--price", type=click.FloatRange(min=0), metavar="P",
                  help="Price of one worker for one hour, for the cost forecast."),
     click.option("--preemptions-per-hour", type=click.FloatRange(min=0), default=0.0, metavar="R",
-                 help="Preemptions of one worker in an hour. [0]"),
+                 help="Expected preemptions of one worker per hour. [0]"),
 )  # fmt: skip
 _PLACEMENT = (
     click.option("--workers", type=int, help="Number of workers. [as in the run]"),
@@ -33,18 +33,18 @@ _PLACEMENT = (
 
 
 def terms(command: Any) -> Any:
-    """Add what workers cost and how long they last."""
+    """Add the options on the price and the preemptions of workers."""
     return _TERMS[0](_TERMS[1](command))
 
 
 def terms_of(given: dict[str, Any]) -> dict[str, float]:
-    """Take what `terms` gave out of the options of a command; what was not given is out."""
+    """Pop the options of `terms` from those of a command; return those that were given."""
     found = {name: given.pop(name) for name in ("price", "preemptions_per_hour")}
     return {name: value for name, value in found.items() if value}
 
 
 def pricing(given: dict[str, Any]) -> Any:
-    """Take what `terms` gave, and ``--measure``, out of the options of a command."""
+    """Pop the options of `terms`, and ``--measure``, from those of a command."""
     from orchestrator.forecast.pricing import Pricing
 
     price, losses = given.pop("price"), given.pop("preemptions_per_hour")
@@ -53,12 +53,12 @@ def pricing(given: dict[str, Any]) -> Any:
 
 
 def placement(command: Any) -> Any:
-    """Add where the work on a run that there is already is done."""
+    """Add the options on where the work on an existing run is done."""
     return _PLACEMENT[0](_PLACEMENT[1](command))
 
 
 def placement_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Take what `placement` gave out of the options of a command; what was not given is out."""
+    """Pop the options of `placement` from those of a command; return those that were given."""
     found = {name: given.pop(name) for name in ("workers", "address")}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -66,9 +66,9 @@ def placement_of(given: dict[str, Any]) -> dict[str, Any]:
 class RecipeCommand(click.Command):
     """A command with an option for the keys of a recipe, all or some of them.
 
-    It is given each value under its key, such as ``calibration.source``, and None for what was not
-    on the command line. The options are made once somebody asks for them: importing the recipe
-    takes longer than ``compress-cluster --help`` may.
+    The command gets each value under its key, such as ``calibration.source``, and None for what was
+    not on the command line. The options are built on first use: importing the recipe takes longer
+    than ``compress-cluster --help`` may.
     """
 
     def __init__(self, *args: Any, keys: Container[str] = (), **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ class RecipeCommand(click.Command):
         return super().get_params(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write method -> options with defaults, where there is a method to choose."""
+        """Write method -> options with defaults, for a command that takes a whole recipe."""
         super().format_epilog(ctx, formatter)
         if self._keys:
             return
@@ -133,14 +133,14 @@ def _option(key: str, field: Any, flag: Any) -> click.Option:
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """Yield the types that a value may have, and the words of those of a few words."""
+    """Yield the types that a value may have, and the words of a Literal."""
     yield getattr(annotation, "__origin__", annotation)
     for part in get_args(annotation):
         yield from _kinds(part)
 
 
 def config_of(model: str | None, given: dict[str, Any]) -> Any:
-    """Return the recipe that a command line asks for; ``given`` is what click parsed.
+    """Return the recipe of a command line; ``given`` is what click parsed.
 
     Raises:
         ConfigError: an option is wrong, or the recipe file is.
@@ -160,7 +160,7 @@ def config_of(model: str | None, given: dict[str, Any]) -> Any:
 
 
 def step_of(text: str) -> dict[str, Any]:
-    """Return the step that ``METHOD:F[:KEY=VALUE...]`` says; a colon is in no name and no value.
+    """Return the step of ``METHOD:F[:KEY=VALUE...]``; no name and no value contains a colon.
 
     Raises:
         ConfigError: the text is not of that form.
@@ -171,13 +171,13 @@ def step_of(text: str) -> dict[str, Any]:
     sizes = {key: pairs.pop(key) for key in ("keep_fraction", "slice") if key in pairs}
     if not method or not sizes:
         raise ConfigError(
-            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with more of the last",
+            f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with one or more KEY=VALUE",
             hint="such as --step modegpt:0.9:modules=mlp,vo, or --step slicegpt:slice=0.2",
         )
     try:
         return {"method": method, **{k: float(v) for k, v in sizes.items()}, "options": pairs}
     except ValueError as error:
-        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is no number") from error
+        raise ConfigError(f"--step {text}: {', '.join(sizes.values())} is not a number") from error
 
 
 def pairs_of(options: Sequence[str]) -> dict[str, str]:
@@ -194,7 +194,7 @@ def pairs_of(options: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A method as far as its options go, with no need to import it."""
+    """Name and options of a method, known without importing it."""
 
     name: str
     options: tuple[OptionSpec, ...]

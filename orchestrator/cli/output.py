@@ -1,4 +1,4 @@
-"""All that is printed: consoles, documents, and streams that take every text in any encoding."""
+"""Printing: consoles, JSON documents, and streams that accept any text in any encoding."""
 
 import codecs
 import contextlib
@@ -35,7 +35,7 @@ class Console(rich.console.Console):
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
-        """Let `streams` see that nobody reads any more, as where no console prints."""
+        """Let `streams` handle a closed pipe, as for output that no console prints."""
         raise  # rich calls this where it has caught the error
 
 
@@ -43,7 +43,7 @@ stderr, stdout = Console(stderr=True), Console()
 
 
 def emit(document: Any, show: Callable[[], None], *, json_: bool) -> None:
-    """Print one JSON document for machines, or let people be shown what it says."""
+    """Print one JSON document for machines, or call ``show`` for people."""
     if json_:
         echo(json.dumps(document))
     else:
@@ -51,19 +51,19 @@ def emit(document: Any, show: Callable[[], None], *, json_: bool) -> None:
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
-    """Print a text to stdout or stderr, in its own encoding: click alone would take UTF-8."""
+    """Print a text to stdout or stderr in the stream's encoding; click would use UTF-8."""
     click.echo(text, file=sys.stderr if err else sys.stdout, nl=nl)
 
 
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    r"""Let stdout and stderr take every text in this block, and end quietly once nobody reads.
+    r"""Let stdout and stderr accept any text in this block, and end quietly on a closed pipe.
 
-    What their encoding does not have is printed as what looks like it, a letter as its number:
+    A character that their encoding lacks is replaced by a lookalike, a letter by its number:
     ``caf\xe9``. JSON is not changed: its documents are ASCII.
 
     Raises:
-        SystemExit: with 1, whoever read has left; with 6, there is no space where it goes.
+        SystemExit: with 1, the reader closed the pipe; with 6, the disk is full.
     """
     codecs.register_error("lookalike", _lookalike)
     both = (sys.stdout, sys.stderr)  # click puts others there once nobody reads
@@ -88,7 +88,7 @@ def streams() -> Iterator[None]:
 
 
 def _flush(stream: TextIO | None) -> int | None:
-    """Write what waits; return why that cannot be, and see that the interpreter does not try."""
+    """Flush; return the errno if that fails, and keep the interpreter from trying again."""
     if stream is None:  # closed by who started this process
         return None
     try:
@@ -100,7 +100,7 @@ def _flush(stream: TextIO | None) -> int | None:
 
 
 def _lookalike(error: UnicodeError) -> tuple[str, int]:
-    """Return what stands for letters that cannot be encoded, and where to go on."""
+    """Return the replacement of characters that cannot be encoded, and where to continue."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(_replaced, error.object[error.start : error.end])), error.end

@@ -1,4 +1,4 @@
-"""A plan on the terminal: what is made, who holds what, what it takes, and what it may cost."""
+"""A plan on the terminal: result, memory of the workers, time and cost."""
 
 import math
 from typing import Any
@@ -22,12 +22,12 @@ from planners.simulation.timetable import (
 from planners.units.job import Job
 from planners.units.shards import even_shards
 
-SHOWN = 3  # waves of which the layers are named
+SHOWN = 3  # waves whose layers are printed
 KINDS = ("weights", "statistics", "boundaries", "workspace", "libraries")
 
 
 def show(console: Console, forecast: Forecast, *, title: str, out: str) -> None:
-    """Print a plan and what it comes to."""
+    """Print a plan and its forecast."""
     console.print(Text(title, style="bold"))
     console.print(_facts(forecast, out))
     console.print()
@@ -66,19 +66,19 @@ def _facts(forecast: Forecast, out: str) -> Table:
 
 
 def _download(job: Job) -> dict[str, str]:
-    """Return what workers read from the Hub, where the input lies there."""
+    """Return what workers read from the Hub, if the input is there."""
     size, once = download_bytes(job), input_bytes(job)
     if not size:
         return {}
     return {
         "download": f"{bytes_text(size)} from the Hub: {bytes_text(once)} of weights "
-        f"{size / once:.1f} times, each part by the worker that needs it; counted with "
-        f"{FROM_HUB / 1e9:g} GB/s a worker, which is assumed"
+        f"{size / once:.1f} times, each part by the worker that needs it; assumed: "
+        f"{FROM_HUB / 1e9:g} GB/s per worker"
     }
 
 
 def _steps(forecast: Forecast) -> dict[str, str]:
-    """Return the widths, of each of several steps with what is left after it."""
+    """Return the widths; for several steps those of each, and the parameters left after it."""
     if not forecast.job.former:
         return {"widths": _widths(forecast.plan)}
     return {
@@ -89,13 +89,13 @@ def _steps(forecast: Forecast) -> dict[str, str]:
 
 
 def _workers(plan: RunPlan) -> RenderableType:
-    """Return one line a distinct kind of stage: which layers, and the bytes by kind."""
+    """Return the layers of the stages, wave by wave, and the bytes of the largest by kind."""
     waves = len(plan.waves)
     stages = max(map(len, plan.waves))
     head = f"{waves} wave{'s' if waves > 1 else ''} of up to {stages} "
-    head += f"stage{'s' if stages > 1 else ''}, one a worker"
+    head += f"stage{'s' if stages > 1 else ''}, one per worker"
     if plan.chains > 1:
-        head += f"; {plan.chains} chains of them side by side"
+        head += f"; {plan.chains} such chains in parallel"
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     for kind in (*KINDS, "peak"):
         table.add_column(kind, justify="right", no_wrap=True)
@@ -111,7 +111,7 @@ def _workers(plan: RunPlan) -> RenderableType:
 
 
 def _fewer(forecast: Forecast) -> str:
-    """Return how many workers a pass has a use for, where there are more of them."""
+    """Return how many workers a pass can use, if there are more."""
     plan, workers = forecast.plan, forecast.num_workers
     fewest = 0
     for wave in plan.waves:
@@ -120,13 +120,13 @@ def _fewer(forecast: Forecast) -> str:
     fewest *= plan.chains
     if fewest >= workers:
         return ""
-    said = f"{fewest} workers pass tokens as fast as {workers}: a stage is whole layers"
+    said = f"{fewest} workers process tokens as fast as {workers}: a stage has whole layers"
     shards = even_shards(plan.shape.num_layers, workers, forecast.job.num_microbatches)
     return f"{said}; --shards {shards} uses all: compare its plan\n" if shards else f"{said}\n"
 
 
 def _time(forecast: Forecast) -> RenderableType:
-    """Return operations, seconds and money; of unknown devices the operations alone."""
+    """Return operations, seconds and money; for unknown devices only the operations."""
     found, clock = forecast.outlook, forecast.clock
     work = phase_work(forecast.job)
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
@@ -139,15 +139,17 @@ def _time(forecast: Forecast) -> RenderableType:
         flops = f"{work[name].flops / 1e12:,.4g} TFLOP" if name in work else ""
         table.add_row(name, flops, *(_quantiles(found.phases[name]) if found else ()))
     if found is None or clock is None:
-        said = f"how fast a worker is, is not known ({forecast.device or 'no device here'}): "
-        return Group(table, Text(said + "no time is planned; --cluster 8xA100-80GB names one"))
+        said = f"the speed of a worker is unknown ({forecast.device or 'no device here'}): "
+        return Group(
+            table, Text(said + "no time is estimated; name a device with --cluster 8xA100-80GB")
+        )
     bold = "bold"
     flops = f"{sum(w.flops for w in work.values()) / 1e12:,.4g} TFLOP"
     table.add_row("time", flops, *_quantiles(found.seconds), style=bold)
     lines: list[RenderableType] = []
     if found.money is not None:
         money = [f"{m:,.2f}" for m in (found.money.p10, found.money.p50, found.money.p90)]
-        table.add_row("money, as in --price", "", *money, style=bold)
+        table.add_row("cost, in the currency of --price", "", *money, style=bold)
     if forecast.terms.preemptions_per_hour:
         lost = [f"{x:.0f}" for x in (found.losses.p10, found.losses.p50, found.losses.p90)]
         table.add_row("workers lost", "", *lost)
@@ -155,7 +157,7 @@ def _time(forecast: Forecast) -> RenderableType:
     lines.append(
         Text(
             f"times are {clock.source}; {found.draws} simulated runs on {workers}, busy "
-            f"{found.busy:.0%} of the time; Ray's own start is not in it",
+            f"{found.busy:.0%} of the time; excluding the start of Ray",
             style="dim" if clock.samples else "yellow",
         )
     )
@@ -176,7 +178,7 @@ def _layers(stage: StagePlan) -> str:
 
 
 def _cut(line: str, longest: int = 76) -> str:
-    """Return a list that ends in dots where it would need a second line."""
+    """Return a list cut with dots to fit one line."""
     return line if len(line) <= longest else line[: line.rindex(" ", 0, longest - 3)] + " ..."
 
 
@@ -206,12 +208,12 @@ def _ranks(name: str, ranks: list[int], num_layers: int) -> str:
 
 
 def money_text(forecast: Forecast) -> str:
-    """Return in a line what a run may take and cost."""
+    """Return one line on the time and cost of a run."""
     found = forecast.outlook
     if found is None:
-        return "how long it takes is not known"
+        return "the time it takes is unknown"
     said = f"{seconds_text(found.seconds.p50)}, at most {seconds_text(found.seconds.p90)}"
     if found.money is None:
         return said
     most = math.ceil(found.money.p90 * 100) / 100
-    return f"{said}; about {found.money.p50:,.2f}, at most {most:,.2f} nine times in ten"
+    return f"{said}; about {found.money.p50:,.2f}, at most {most:,.2f} in nine of ten cases"

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line a phase, or plain log lines."""
+"""The progress of a run: one live line per phase, or plain log lines."""
 
 import time
 
@@ -23,7 +23,7 @@ LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
 
 
 class ProgressScreen:
-    """Follows the events of a run; a context manager, because a live screen must be taken down."""
+    """Shows the events of a run; a context manager, because a live display must be stopped."""
 
     def __init__(self, console: Console, *, num_workers: int) -> None:
         self._console = console
@@ -52,7 +52,7 @@ class ProgressScreen:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take the live display down."""
+        """Stop the live display."""
         if not self._phase and self._task is not None:
             self._progress.remove_task(self._task)  # nothing began: all was done before
         self._progress.stop()
@@ -67,7 +67,7 @@ class ProgressScreen:
         elif kind in kinds_of(self._phase):
             self._advance(event)
         elif kind == "statistics missing":
-            self._console.print(f"calibrating what is not there: {event['detail']}")
+            self._console.print(f"calibrating missing statistics: {event['detail']}")
         elif kind == "step":
             self._console.print(Text.assemble((event["unit"], "bold"), f": {event['detail']}"))
         elif kind in RECOVERY_TEXT:
@@ -105,7 +105,7 @@ class ProgressScreen:
             self._console.print(f"{self._name}: {done}, {rate}, about {left:.0f} s left")
 
     def _rate(self, seconds: float) -> str:
-        """Return how fast it goes, on what, and who does it."""
+        """Return the rate, the number of layers and the number of workers."""
         said = []
         if self._tokens:
             said.append(f"{self._tokens / seconds:,.0f} tok/s")
@@ -124,7 +124,7 @@ class ProgressScreen:
 
 
 def _trouble(event: Event) -> Text:
-    """Return one line about what went wrong, or is waited for, and what is done about it."""
+    """Return one line about a failure or a wait, and how it is handled."""
     kind = event["kind"]
     detail = event["detail"].removeprefix(f"{kind}: ").partition("\n")[0].rstrip(".")
     who = " ".join(part for part in (event["worker"], event["unit"]) if part)

@@ -1,4 +1,4 @@
-"""Run a recipe, print its plan, or recompute layers of a run, and print what came of it."""
+"""Run a recipe, print its plan, or recompute layers of a run, and print the report."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ def run(
     json_: bool,
     **how: Any,
 ) -> None:
-    """Show the plan of a run, do it, showing how it goes on stderr, and print its report."""
+    """Show the plan of a run, do the run with progress on stderr, and print its report."""
     if dry_run:
         prepared = prepare(config, only_plan=True)
         open_run.require_same(prepared)
@@ -51,14 +51,14 @@ def run(
 
     report = compress_as(config, started, **how)
     if was_ready:
-        stderr.print("it was READY before; this is its report")
+        stderr.print("the run was already READY; this is its report")
     print_report(report, json_=json_)
 
 
 def started_run(
     prepared: Prepared, terms: Pricing, *, yes: bool, is_done: bool = False
 ) -> RunHooks:
-    """Show what a run comes to, and return who asks whether to go on and shows how it goes."""
+    """Show the forecast of a run; return the hooks that ask for consent and show progress."""
     found = forecast_of(prepared, terms)
     if is_done:
         title = Text(prepared.title, style="bold")
@@ -77,7 +77,7 @@ def started_run(
 
 
 def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: bool) -> None:
-    """Print the plan of a run; for a model whose weights are not here, from its config alone."""
+    """Print the plan of a run; without weights on this machine, from the config only."""
     if cluster_text is None and config.model not in CONFIGS:
         prepared = prepare(config, only_plan=True)
         open_run.require_same(prepared)
@@ -85,7 +85,7 @@ def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: 
         return
     if config.stats:
         raise ConfigError(
-            f"stats: {config.stats} is of a model with weights, this plan of a config alone",
+            f"stats: {config.stats} needs a model with weights; this plan uses only a config",
             hint="plan with the model's directory and without --cluster, or without --stats",
         )
     devices = parse_cluster(cluster_text) if cluster_text else None
@@ -132,12 +132,12 @@ def redo(  # noqa: PLR0913 -- what the command is given
     yes: bool,
     json_: bool,
 ) -> None:
-    """Make some layers of a run again and print the new report."""
+    """Recompute some layers of a run and print the new report."""
     wanted = layers_of(layers)
     config = recipe_of(Directory(run_uri)).model_copy(update=placement)
     new = changed(config, wanted, options)
     said = started_run(new, terms, yes=yes)
-    stderr.print(f"of this only layers {layers}, and what needs them or they need, is done again")
-    ask_before(config.address, said.approve)  # before READY is taken away
+    stderr.print(f"only layers {layers}, what they need and what depends on them are recomputed")
+    ask_before(config.address, said.approve)  # before READY is removed
     withdraw(new, wanted)
     print_report(do_prepared(new, lambda _: replace(said, approve=lambda _: None)), json_=json_)

@@ -1,4 +1,4 @@
-"""Commands that only look at a run: no library that takes seconds to import is needed."""
+"""Commands that only read a run: no library that takes seconds to import is needed."""
 
 import json
 import shlex
@@ -26,7 +26,7 @@ from planners.units.kinds import layer_of
 
 
 def report(run_uri: str, *, json_: bool) -> None:
-    """Print the report of a finished run, and write its page again."""
+    """Print the report of a finished run, and rewrite its page."""
     run_ = Directory(run_uri)
     found = _finished(run_)
     run_.write("report.html", render_page(found).encode())
@@ -34,7 +34,7 @@ def report(run_uri: str, *, json_: bool) -> None:
 
 
 def status(run_uri: str, *, json_: bool) -> None:
-    """Print how many units of each kind are done, and who holds the run."""
+    """Print how many units of each kind are done, and which driver holds the run."""
     run_ = Directory(run_uri)
     job = _job(run_)
     if run_.size("plan.json") is None and job is None:
@@ -83,9 +83,9 @@ def _print_holder(holder: Mapping[str, Any] | None, run_: Directory, verdict: st
         stdout.print(f"held by process {holder['pid']} on {holder['host']} since {since}")
     elif verdict != "READY" and run_.is_local:
         resume = shlex.join(["compress-cluster", "run", "-r", run_.path("run.yaml")])
-        stdout.print(f"nobody works on it; to go on: {resume}", soft_wrap=True)
+        stdout.print(f"no driver is running; to resume: {resume}", soft_wrap=True)
     elif verdict != "READY":
-        stdout.print("nobody works on it; the command that began it goes on with it")
+        stdout.print("no driver is running; the command that started the run resumes it")
 
 
 def _print_quality_and_job(read: Quality | None, job: dict[str, Any] | None) -> None:
@@ -101,13 +101,13 @@ def _finished(run_: Directory) -> dict[str, Any]:
     if found is None:
         raise StorageError(
             f"{run_.uri}: has no finished run ({READY} and {REPORT})",
-            hint=f"compress-cluster status {run_.uri} says how far it is",
+            hint=f"compress-cluster status {run_.uri} shows its progress",
         )
     return found
 
 
 def _job(run_: Directory) -> dict[str, Any] | None:
-    """Return where a run was sent and how it is there, or None where it was not sent."""
+    """Return the job of a run and its state, or None if it was not submitted."""
     if run_.size(JOB) is None:
         return None
     from orchestrator.remote import submission  # what asks a cluster takes longer to import
@@ -129,7 +129,7 @@ def _print_steps(steps: list[dict[str, Any]]) -> None:
 
 
 def _steps_done(run_: Directory) -> list[dict[str, Any]]:
-    """Return method and units done of every step, where a run has several."""
+    """Return method and finished units of every step, for a run of several steps."""
     try:
         asked = json.loads(run_.read("plan.json"))["identity"].get("steps", [])
         names = [str(step["method"]) for step in asked]
@@ -147,11 +147,11 @@ def _steps_done(run_: Directory) -> list[dict[str, Any]]:
 
 
 def _without_number(unit: str) -> str:
-    """Return the name of a unit up to what its number counts: ``evaluation-dense``, ``basis``."""
+    """Return the name of a unit without its number: ``evaluation-dense``, ``basis``."""
     words = list(takewhile(lambda word: not word.isdigit(), unit.split("-")))
     return "-".join(words[:-1] or words)
 
 
 def print_report(found: dict[str, Any], *, json_: bool) -> None:
-    """Print a report: the document itself, or what people want to know of it."""
+    """Print a report: the JSON document, or a summary for people."""
     emit(found, lambda: stdout.print(render_terminal(found), crop=False), json_=json_)

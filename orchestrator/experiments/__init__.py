@@ -1,1 +1,1 @@
-"""Many results from one calibration: batches, sweeps, layers made again, comparisons."""
+"""Many results from one calibration: batches, sweeps, recomputed layers, checks of results."""

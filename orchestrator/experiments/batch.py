@@ -1,4 +1,4 @@
-"""Many runs as one: what shares model and text is calibrated once, within a budget."""
+"""Many runs as one: runs of the same model and data calibrate once, within a budget."""
 
 import json
 import time
@@ -21,7 +21,7 @@ STATE = "batch.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What became of a run of a batch.
+    """The state of one run of a batch.
 
     Attributes:
         name: of its folder.
@@ -29,7 +29,7 @@ class Row:
         keep_fraction: true fraction of the result; 0 where there is none.
         dense_perplexity: of the input; 0 where it was not measured.
         perplexity: of the result; 0 where there is none.
-        quality: how that is to be read, and ``tone``, as in `orchestrator.report.quality`.
+        quality: judgement of the perplexity, and ``tone``, as in `orchestrator.report.quality`.
         seconds: that it took, all its drivers together.
         calibration: ``own``, the name of the run whose statistics it used, or empty.
         error: why it failed.
@@ -48,15 +48,15 @@ class Row:
 
 
 class _BudgetSpentError(Exception):
-    """Leaves a run in the middle; what is done is kept."""
+    """Stops a run in the middle; finished work is kept."""
 
 
 def do_batch(batch: Batch, *, listener: Listener, on_run: Any) -> list[Row]:
-    """Do what is left of a batch and return its table; a run that fails does not stop the others.
+    """Do the remaining runs of a batch and return its table; a failed run does not stop the others.
 
     Args:
         batch: from `read_batch`.
-        listener: is told the events of each run.
+        listener: gets the events of each run.
         on_run: is called with each entry before it starts.
 
     Raises:
@@ -81,12 +81,12 @@ def do_batch(batch: Batch, *, listener: Listener, on_run: Any) -> list[Row]:
 
 
 def table_of(batch: Batch) -> list[Row]:
-    """Return what became of each run so far."""
+    """Return the state of each run so far."""
     return [_row(batch, entry) for entry in batch.entries]
 
 
 def waiting(batch: Batch) -> list[Entry]:
-    """Return the runs that are left, in their order."""
+    """Return the remaining runs in order."""
     return [e for e in batch.entries if finished_report(e.prepared.run) is None]
 
 
@@ -122,7 +122,7 @@ def _do(batch: Batch, entry: Entry, listener: Listener) -> bool:
 
 
 def _sharing(batch: Batch, entry: Entry) -> Prepared:
-    """Return a run that uses the statistics of another of its kind, or keeps its own for them."""
+    """Return a run that reuses the statistics of another, or keeps its own for later runs."""
     if entry.prepared.former:
         batch.shared[entry.name] = "own"
         return entry.prepared
@@ -150,7 +150,7 @@ def _sharing(batch: Batch, entry: Entry) -> Prepared:
 
 
 def _drop_statistics(batch: Batch) -> None:
-    """Drop the statistics that no run of this batch has a use for any more."""
+    """Delete the statistics that no run of this batch needs any more."""
     for entry in batch.entries:
         kind = [e for e in batch.entries if e.calibration == entry.calibration]
         done = all(finished_report(e.prepared.run) is not None for e in kind)
@@ -181,7 +181,7 @@ def _row(batch: Batch, entry: Entry) -> Row:
 
 
 def _read_state(folder: Directory, batch: Batch) -> None:
-    """Take what earlier drivers spent and shared; a torn note counts as nothing spent."""
+    """Read what earlier drivers spent and shared; a damaged file counts as nothing spent."""
     if folder.size(STATE) is None:
         return
     try:

@@ -37,7 +37,7 @@ class Spent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a batch may use, all its drivers together.
+    """The budget of a batch, for all its drivers together.
 
     Attributes:
         hours: of wall-clock time while runs go on; None is as long as it takes.
@@ -77,7 +77,7 @@ class Entry:
 
     @property
     def calibration(self) -> tuple[Any, ...]:
-        """What runs that can share their statistics have in common; of several steps, nothing."""
+        """Key of the runs that can share statistics; a run of several steps shares none."""
         if self.prepared.former:
             return (self.name,)
         facts = self.prepared.facts
@@ -86,7 +86,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch file that was checked: nothing in it can fail for a reason known beforehand.
+    """A checked batch file: nothing in it can fail for a reason known beforehand.
 
     Attributes:
         out: that all runs go below.
@@ -111,7 +111,7 @@ def read_batch(path: str) -> Batch:
     """Return a batch whose every run has been prepared.
 
     Raises:
-        CompressionError: a run cannot be done; the message says which entry it is from.
+        CompressionError: a run cannot be done; the message names its entry.
     """
     file = _mapping_of(path)
     unknown = min((str(key) for key in file if key not in KEYS), default=None)
@@ -122,11 +122,11 @@ def read_batch(path: str) -> Batch:
             hint="compress-cluster batch --help shows a file",
         )
     if not isinstance(file.get("out"), str) or not file["out"]:
-        raise ConfigError(f"{path}: out: must be the directory that the runs go below")
+        raise ConfigError(f"{path}: out: must be the directory for all runs")
     budget = _budget(path, file.get("budget", {}))
     runs = file.get("runs")
     if not isinstance(runs, list) or not runs:
-        raise ConfigError(f"{path}: runs: must be a list with an entry or more")
+        raise ConfigError(f"{path}: runs: must be a list with at least one entry")
     out = Directory(file["out"])
     entries: dict[str, Entry] = {}
     for number, given in enumerate(runs, start=1):
@@ -134,8 +134,8 @@ def read_batch(path: str) -> Batch:
         for entry in _entries(where, out, file.get("defaults", {}), given):
             if entry.name in entries:
                 raise ConfigError(
-                    f"{where}: {entry.name} is a run of {entries[entry.name].where} already",
-                    hint="leave one out, or give it an `out` of its own",
+                    f"{where}: {entry.name} is already a run of {entries[entry.name].where}",
+                    hint="remove one, or give it its own `out`",
                 )
             entries[entry.name] = entry
         if len(entries) > MAX_RUNS:
@@ -155,25 +155,27 @@ def _entries(where: str, out: Directory, defaults: object, given: object) -> Ite
         raise ConfigError(f"{where}: priority: is {priority!r}; it must be a whole number")
     many = {k: v if isinstance(v, list) else [v] for k, v in values.items() if k in MANY}
     if own is not None and any(len(choices) != 1 for choices in many.values()):
-        raise ConfigError(f"{where}: out: names one folder, and this entry is several runs")
+        raise ConfigError(f"{where}: out: names one directory, but this entry is several runs")
     for choice in itertools.product(*many.values()):
         recipe = {**values, **dict(zip(many, choice, strict=True))}
         try:
             config = load_config(None, recipe)
             name = own or _name(config)
             prepared = prepare(config.model_copy(update={"out": out.below(name)}))
-            check_run(prepared)  # one that is READY is not begun, so nobody else would look
+            check_run(prepared)  # a READY run is not started, so nothing else checks it
         except CompressionError as error:
             raise type(error)(f"{where}: {error}", hint=error.hint) from error
         yield Entry(name=name, where=where, priority=priority, prepared=prepared)
 
 
 def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
-    """Return an entry with the defaults below it; its own way to say a size replaces theirs."""
+    """Return an entry on top of the defaults; its own kind of size replaces theirs."""
     if not isinstance(defaults, dict) or not isinstance(given, dict):
-        raise ConfigError(f"{where}: it and defaults must be mappings with keys of a recipe")
+        raise ConfigError(
+            f"{where}: this entry and defaults must be mappings with keys of a recipe"
+        )
     if "stats" in given or "stats" in defaults:
-        raise ConfigError(f"{where}: stats: a batch shares its own statistics; leave it out")
+        raise ConfigError(f"{where}: stats: a batch shares its own statistics; remove it")
     left_out = {"keep_fraction", "slice"} if {"keep_fraction", "slice"} & given.keys() else set()
     if "steps" in given:
         left_out = set(SINGLE)
@@ -200,9 +202,7 @@ def _budget(path: str, given: object) -> Budget:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ConfigError(f"{path}: budget.{key}: is {value!r}; it must be a number above 0")
     if "money" in given and "price_per_worker_hour" not in given:
-        raise ConfigError(
-            f"{path}: budget.money: says nothing without budget.price_per_worker_hour"
-        )
+        raise ConfigError(f"{path}: budget.money: needs budget.price_per_worker_hour")
     return Budget(**given)
 
 

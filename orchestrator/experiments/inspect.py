@@ -1,4 +1,4 @@
-"""Looking at results from outside: is every byte as recorded, does it load, how fast is it."""
+"""Checks of finished results: bytes against records, loading, speed."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from orchestrator.rundir.layout import HALF_WRITTEN, MAY_BE_GONE, READY, REPORT
 from planners.errors import StorageError
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
-REDO = "run the command that made it again: that unit alone is done again"
+REDO = "repeat the command that wrote it: only that unit is recomputed"
 
 
 def verify(
     uri: str, *, model_store: str = "", threads: int = 1, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Return what was checked of a run, or of a model directory that no run of ours wrote.
+    """Return the checks of a run, or of a model directory that is not part of a run.
 
     Raises:
         StorageError: a file differs from its record; the message names it.
@@ -56,7 +56,7 @@ def verify(
 
 
 def model_of(directory: Directory) -> str:
-    """Return where the model is: in the directory, or in that of the run that it is."""
+    """Return the model directory: that of a run, or the given one."""
     is_run = directory.size("plan.json") is not None
     return directory.below("model") if is_run else directory.uri
 
@@ -71,15 +71,15 @@ def bench(  # noqa: PLR0913 all that decides what is measured
     workers: Workers,
     model_store: str = "",
 ) -> list[dict[str, Any]]:
-    """Return one row a model and batch size: prefill and decode tokens per second, peak bytes.
+    """Return one row per model and batch size: prefill and decode tokens per second, peak bytes.
 
-    Where all models fit one worker they are measured in turn in one process, so that they share
-    whatever else the machine does; else each goes over as few workers as hold it, one model after
+    If all models fit one worker they are measured in turn in one process, so that other load on the
+    machine affects all alike; else each is spread over as few workers as hold it, one model after
     the other. Medians of three rounds. A model that does not fit has a row that says so.
     """
     models, store = {uri: model_of(Directory(uri)) for uri in uris}, resolve_store(model_store)
     for model in models.values():
-        Checkpoint(model, model_store=store)  # at the door: every one of them is a sound checkpoint
+        Checkpoint(model, model_store=store)  # first validate every checkpoint
     gpus = workers.number if setup.device == "cuda" else 0
     rows = []
     with (
@@ -117,19 +117,19 @@ def bench(  # noqa: PLR0913 all that decides what is measured
 
 
 def _nobody(event: Event) -> None:
-    del event  # nobody listens to a measurement
+    del event  # a measurement has no listener
 
 
 def check_files(run: Directory) -> dict[str, Any]:
-    """Compare every byte with the records, and see that each file of the result has one.
+    """Compare every byte with the records, and check that each file of the result has one.
 
     Raises:
-        StorageError: a file differs, or nothing vouches for it; the message names it.
+        StorageError: a file differs, or has no record; the message names it.
     """
     records = read_records(run)
     torn = torn_records(run)
     if torn:
-        raise StorageError(f"{run.path(torn[0])}: is torn", hint=REDO)
+        raise StorageError(f"{run.path(torn[0])}: is damaged", hint=REDO)
     ready = run.size(READY) is not None
     checked = 0
     for record in records.values():
@@ -138,7 +138,7 @@ def check_files(run: Directory) -> dict[str, Any]:
                 continue
             if run.size(file.path) != file.bytes or run.sha256(file.path) != file.sha256:
                 raise StorageError(
-                    f"{run.path(file.path)}: is not as {record.unit} recorded it", hint=REDO
+                    f"{run.path(file.path)}: differs from the record of {record.unit}", hint=REDO
                 )
             checked += 1
     vouched = {file.path for record in records.values() for file in record.files}
@@ -148,10 +148,10 @@ def check_files(run: Directory) -> dict[str, Any]:
         if name not in vouched and not name.endswith(HALF_WRITTEN)
     ]
     if strange:
-        raise StorageError(f"{run.path(strange[0])}: no record vouches for it", hint=REDO)
+        raise StorageError(f"{run.path(strange[0])}: no record lists it", hint=REDO)
     if ready and finished_report(run) is None:
         raise StorageError(
-            f"{run.path(READY)}: is not the mark of this result, or {REPORT} not its report",
+            f"{run.path(READY)}: does not belong to this result, or {REPORT} does not",
             hint=REDO,
         )
     return {"name": "every file as recorded", "passed": True, "detail": f"{checked} files"}
@@ -167,7 +167,7 @@ def _tensors_of(records: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the files hold, to be compared with what a loaded model holds."""
+    """Return the tensors of the files, to compare with those of the loaded model."""
     from actors.storage.tensors import described  # torch: needed here only
 
     return {name: described(checkpoint.read(name)) for name in checkpoint.locations}

@@ -1,4 +1,4 @@
-"""Making some layers of a run again, with another option for these alone."""
+"""Recompute some layers of a run, with their own options."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from planners.units.kinds import KINDS
 
 
 def with_overrides(config: RunConfig, layers: list[int], options: Mapping[str, str]) -> RunConfig:
-    """Return a recipe in which some layers have options of their own, beside those they had."""
+    """Return a recipe in which some layers have their own options, added to those they had."""
     own = {layer: dict(values) for layer, values in config.layer_options.items()}
     for layer in layers:
         own[layer] = {**own.get(layer, {}), **options}
@@ -27,7 +27,7 @@ def with_overrides(config: RunConfig, layers: list[int], options: Mapping[str, s
 def redo(
     config: RunConfig, layers: list[int], options: Mapping[str, str], *, listener: Listener
 ) -> dict[str, Any]:
-    """Make layers of a run again, verify the whole result again, and return the new report.
+    """Recompute layers of a run, verify the whole result again, and return the new report.
 
     Raises:
         ConfigError: see `changed`.
@@ -39,12 +39,12 @@ def redo(
 
 
 def changed(config: RunConfig, layers: list[int], options: Mapping[str, str]) -> Prepared:
-    """Return a run as it is to be once layers of it are made again; nothing is changed yet.
+    """Return the run with the new options of its layers; nothing is changed yet.
 
     Args:
         config: the recipe of the run.
         layers: which.
-        options: of the method, for these layers alone; none makes them as they were.
+        options: of the method, for these layers only; without any they are recomputed unchanged.
 
     Raises:
         ConfigError: there is no such layer, or an option is not one that a layer can have alone.
@@ -53,7 +53,7 @@ def changed(config: RunConfig, layers: list[int], options: Mapping[str, str]) ->
         raise ConfigError(
             f"--option {next(iter(options))}: {config.out} is a run of several steps, whose layers "
             "have no options of their own",
-            hint="leave --option out, and they are made as they were",
+            hint="without --option they are recomputed unchanged",
         )
     old, new = prepare(config), prepare(with_overrides(config, layers, options))
     beyond = [layer for layer in layers if layer >= old.plan.shape.num_layers]
@@ -66,7 +66,7 @@ def changed(config: RunConfig, layers: list[int], options: Mapping[str, str]) ->
 
 
 def withdraw(new: Prepared, layers: list[int]) -> None:
-    """Take READY away and forget layers; the directory then holds the run with overrides."""
+    """Remove READY and the records of layers; the directory then holds the new run."""
     directory = new.run
     with lease.held(directory):
         directory.delete(READY)

@@ -1,4 +1,4 @@
-"""One calibration, many results: every method at every size, and the front they make."""
+"""One calibration, many results: every method at every size, and their Pareto front."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class Point:
 def points_of(
     base: Prepared, names: Sequence[str], fractions: Sequence[float], options: Mapping[str, str]
 ) -> list[Prepared]:
-    """Return the runs of a sweep, each below ``points/`` of the run that holds the statistics.
+    """Return the runs of a sweep, each below ``points/`` of the run that has the statistics.
 
     Raises:
         ConfigError: a method or an option does not exist, or no method has it.
@@ -71,8 +71,8 @@ def points_of(
     """
     if base.former:
         raise ConfigError(
-            f"{base.run.uri}: is a run of several steps; a sweep takes a run of one method",
-            hint="compress-cluster run the first method alone, and sweep that",
+            f"{base.run.uri}: is a run of several steps; a sweep needs a run of one method",
+            hint="run the first method alone, and sweep that run",
         )
     known = {name: {option.name for option in methods.spec(name).options} for name in names}
     unused = set(options).difference(*known.values())
@@ -86,7 +86,7 @@ def points_of(
 
 
 def sweep(base: Prepared, points: Sequence[Prepared], *, listener: Listener) -> dict[str, Any]:
-    """Calibrate once for all points, make and measure each, and write the front.
+    """Calibrate once for all points, compress and measure each, and write the front.
 
     Raises:
         CompressionError: see `planners.errors`; what is done is kept.
@@ -113,11 +113,11 @@ def sweep_on(
     journal = Journal(base.run, listener)
     pool = new_pool(base, executor, journal)
     try:
-        # The points read this directory alone, so it gets whatever the run took from another.
+        # The points read only this directory, so it gets statistics reused from elsewhere too.
         context = _context(replace(base, statistics_uri=""), pool, journal)
         calibrate(context)
         for point in {point.spec.name: point for point in points}.values():
-            # Curves do not depend on the size that is asked for: found once, here.
+            # Curves do not depend on the requested size: they are measured once, here.
             own = replace(point, extra_statistics=wanted)
             measured(replace(context, prepared=own, form=point.plan.form))
         dense = evaluate(context, evaluation_plan(base), dense_subject(base))
@@ -140,7 +140,7 @@ def sweep_on(
 
 
 def with_front(points: Sequence[Point]) -> list[Point]:
-    """Return the points, smallest first, those marked that none beats in size and perplexity."""
+    """Return the points, smallest first; those on the Pareto front are marked."""
     ordered = sorted(points, key=lambda p: (p.keep_fraction, p.perplexity))
     marked = []
     for point in ordered:

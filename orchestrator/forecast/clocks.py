@@ -28,14 +28,14 @@ CLOCK = TypeAdapter(CostModel)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileKey:
-    """What is timed.
+    """The setting that is timed.
 
     Attributes:
         config: the model's ``config.json``.
         shape: its integers.
         method: a file of ``actors/methods``.
         options: of the method, complete.
-        target: how small, which says how wide the sample's result is.
+        target: size of the result, which sets the widths of the sample's result.
         data: of the run; a sample takes less of it.
         device: ``cpu`` or ``cuda``.
         threads: of a worker.
@@ -52,7 +52,7 @@ class ProfileKey:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What a measurement is of: with another value it is another."""
+        """What identifies a measurement."""
         shape = to_json(self.shape)
         del shape["num_layers"]  # a layer is timed, however many there are
         return {
@@ -70,7 +70,7 @@ class ProfileKey:
 
 
 def device_name(device: str) -> str:
-    """Return what a machine calls its processor or accelerator."""
+    """Return the name of this machine's processor or accelerator."""
     if device == "cuda":
         import torch
 
@@ -82,7 +82,7 @@ def device_name(device: str) -> str:
 
 
 def kept_clock(setting: ProfileKey) -> CostModel | None:
-    """Return the clock of an earlier measurement of this setting on this machine, if there is."""
+    """Return the clock of an earlier measurement of this setting on this machine, or None."""
     try:
         found = json.loads(kept_path(setting).read_text(encoding="utf-8"))
         return CLOCK.validate_python(found["clock"])
@@ -91,7 +91,7 @@ def kept_clock(setting: ProfileKey) -> CostModel | None:
 
 
 def keep_clock(setting: ProfileKey, clock: CostModel) -> None:
-    """Keep what was measured of a setting on this machine for later plans."""
+    """Store the measurement of a setting on this machine for later plans."""
     kept = {"clock": CLOCK.dump_python(clock, mode="json"), "key": setting.key}
     path = kept_path(setting)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,19 +101,19 @@ def keep_clock(setting: ProfileKey, clock: CostModel) -> None:
 
 
 def estimated_clock(setting: ProfileKey, device: str) -> CostModel:
-    """Return a clock from published peaks of a device, which says that it is estimated.
+    """Return a clock estimated from the published peak rates of a device.
 
     Raises:
-        PlanError: nobody knows the device.
+        PlanError: the device is unknown.
     """
     rates = rates_of(device, setting.data.dtype, threads=setting.threads)
     if rates is None:
-        raise PlanError(f"nothing is known of how fast a {device} is")
+        raise PlanError(f"the speed of a {device} is unknown")
     return CostModel(
-        rates=rates, source=f"estimated from published peaks of {device}, not measured"
+        rates=rates, source=f"estimated from the published peak rates of {device}, not measured"
     )
 
 
 def kept_path(setting: ProfileKey) -> Path:
-    """Return the file that keeps what was measured of a setting on this machine."""
+    """Return the file of the measurement of a setting on this machine."""
     return cache_folder() / "measured" / f"{fingerprint(setting.key)[:16]}.json"

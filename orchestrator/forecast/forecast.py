@@ -1,6 +1,6 @@
-"""What a run comes to: the plan, and by simulation its time, money and losses.
+"""The forecast of a run: the plan, and by simulation its time, money and lost workers.
 
-For a model of which only the config is known no weight is read and no token cut.
+A model of which only the config is known needs no weights and no tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ DETECTION_SECONDS = 15.0  # until the loss of a worker is noticed and its slot f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """A plan and what it comes to.
+    """A plan with its time, money and lost workers.
 
     Attributes:
         job: the plan with its method and data.
@@ -76,17 +76,17 @@ class Forecast:
 
     @property
     def plan(self) -> RunPlan:
-        """Widths, stages, waves and bytes; of several steps those of the last."""
+        """Widths, stages, waves and bytes; for several steps those of the last."""
         return self.job.plan
 
     @property
     def steps(self) -> list[Job]:
-        """All steps in their order, one where there is one method."""
+        """All steps in order; a single one for one method."""
         return [*self.job.former, self.job]
 
     @property
     def few_tokens(self) -> list[str]:
-        """What is to be said where there are fewer calibration tokens than a width."""
+        """Warnings for widths with fewer calibration tokens."""
         found = [
             few_tokens(
                 job.plan.shape,
@@ -101,12 +101,12 @@ class Forecast:
 
     @property
     def worker_bytes(self) -> int:
-        """What the fullest worker of any step holds at its peak."""
+        """Peak bytes of the fullest worker of any step."""
         return max(job.plan.worker_bytes for job in self.steps)
 
     @property
     def disk_bytes(self) -> int:
-        """At the most; files of a step are there until the next one is done."""
+        """Peak disk use; files of a step are kept until the next one is done."""
         disks = [job.plan.disk_bytes for job in self.steps]
         return max((a + b for a, b in pairwise(disks)), default=disks[-1])
 
@@ -130,7 +130,7 @@ class Forecast:
 
 
 def config_of(model: str) -> dict[str, Any] | None:
-    """Return a model's config where it is known without weights, else None."""
+    """Return a model's config if it is known without weights, else None."""
     if model in CONFIGS:
         return dict(CONFIGS[model])
     directory = Directory(model)
@@ -140,7 +140,7 @@ def config_of(model: str) -> dict[str, Any] | None:
 
 
 def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Forecast:
-    """Return what a recipe comes to for a model of which only the config is known.
+    """Return the forecast of a recipe for a model of which only the config is known.
 
     Raises:
         ConfigError: an option is wrong, or the target is out of reach.
@@ -178,7 +178,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
     work = replace(recipes, num_workers=workers, worker_bytes=memory)
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
     source = StepInput(config=found, shape=shape, start=dense_start(shape))
-    # What one machine alone works on it has downloaded before.
+    # A run on one machine downloads the model beforehand.
     shared = devices is not None or config.address != "local" or config.model.startswith(SCHEME)
     from_hub = shared and hub_place(config.model) is not None
     jobs: list[Job] = []
@@ -207,7 +207,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
 
 
 def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False) -> Forecast:
-    """Return what a prepared run comes to.
+    """Return the forecast of a prepared run.
 
     Args:
         prepared: the run.
@@ -248,7 +248,7 @@ def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False)
 
 
 def _kept(prepared: Prepared) -> frozenset[Statistic]:
-    """Return which of its statistics a run is to take from another."""
+    """Return the statistics that a run reuses from another."""
     uri = prepared.statistics_uri
     try:
         rows = list_(Directory(uri)) if uri else []
@@ -274,7 +274,7 @@ def _settings(
     device: str,
     threads: int,
 ) -> list[ProfileKey]:
-    """Return what is timed for each step: its method on the model that the run begins with.
+    """Return the setting to time for each step: its method on the input model of the run.
 
     A later step is timed at the cut that it makes itself.
     """
@@ -298,7 +298,7 @@ def _settings(
 
 
 def other_methods(spec: MethodSpec) -> list[tuple[MethodSpec, dict[str, Option]]]:
-    """Return all methods but one, with their defaults: where one does not fit, another may."""
+    """Return all methods but one, with their defaults: another may fit."""
     specs = [methods.spec(name) for name in methods.available() if name != spec.name]
     return [(each, resolve_options(each, {})) for each in specs]
 
@@ -335,7 +335,7 @@ def _looked_ahead(
 
 
 def _said_of_all(clocks: Sequence[CostModel]) -> CostModel:
-    """Return the last step's clock with what is to be known of all, the widest spreads included."""
+    """Return the last step's clock with the samples, notes and widest spreads of all steps."""
     last = clocks[-1]
     if len(clocks) == 1:
         return last
@@ -357,13 +357,13 @@ def _said_of_all(clocks: Sequence[CostModel]) -> CostModel:
 
 
 def _clock(setting: ProfileKey, device: str, terms: Pricing) -> CostModel | None:
-    """Return what was measured here, if this machine is like the workers, or else an estimate."""
+    """Return a measured clock, if this machine is like the workers, or else an estimate."""
     here = _accelerator().upper()
     at_hand = setting.device == "cpu" or bool(here and device.upper() in here)
     if terms.measure and not at_hand:
         raise ConfigError(
-            f"--measure: this machine has no {device} to measure on",
-            hint="leave --measure out, or give the command on a machine that is like the workers",
+            f"--measure: this machine has no {device}",
+            hint="remove --measure, or run the command on a machine like the workers",
         )
     if terms.measure:
         return measure(setting)
@@ -373,7 +373,7 @@ def _clock(setting: ProfileKey, device: str, terms: Pricing) -> CostModel | None
     try:
         return estimated_clock(setting, device)
     except PlanError:
-        return None  # then the plan says no time
+        return None  # the plan then shows no time
 
 
 def _accelerator() -> str:

@@ -1,4 +1,4 @@
-"""Machines and prices that a forecast is for."""
+"""Machines and prices of a forecast."""
 
 import re
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Pricing:
     """What workers cost and how long they last; neither changes what is computed.
 
     Attributes:
-        price_per_hour: of one worker; None where nobody said.
-        preemptions_per_hour: how often one worker is taken away.
+        price_per_hour: of one worker; None if not given.
+        preemptions_per_hour: expected preemptions of one worker.
         measure: time a layer on this machine first.
     """
 
@@ -26,7 +26,7 @@ class Pricing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What a cluster would have.
+    """The devices of a cluster.
 
     Attributes:
         count: devices, one worker each.
@@ -40,7 +40,7 @@ class Devices:
 
 
 def parse_cluster(text: str) -> Devices:
-    """Return the devices that ``8xA100-80GB`` says.
+    """Return the devices of a text such as ``8xA100-80GB``.
 
     Raises:
         ConfigError: the text is not of that form.

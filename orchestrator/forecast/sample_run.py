@@ -1,8 +1,8 @@
-"""How long a layer takes on the machine at hand: timed once, kept, and used by every later plan.
+"""The time of a layer on this machine: measured once, kept, and used by every later plan.
 
 A model of one or two layers of the true shapes, with random weights and tokens, goes through the
 phases of a run in a process of its own, and every call is timed. Where that would take too long or
-too much memory, a smaller one is timed and the rest follows from the operations; the clock says so.
+too much memory, a smaller model is timed and the times are scaled by operations; the notes say so.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ NO_LIMIT = 2**60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ProfileModel:
-    """A setting with the sizes that are really timed."""
+    """A setting with the sizes that are timed."""
 
     setting: ProfileKey
     num_layers: int
@@ -82,10 +82,10 @@ class _ProfileModel:
 
 
 def measure(setting: ProfileKey, *, budget_seconds: float = BUDGET_SECONDS) -> CostModel:
-    """Time a sample of a setting on this machine, keep what it took, and return the clock.
+    """Time a sample of a setting on this machine, store the result, and return the clock.
 
     Raises:
-        ClusterError: not even the smallest sample came to an end.
+        ClusterError: not even the smallest sample finished in time.
     """
     for specimen in _specimens(setting, budget_seconds):
         found = _in_process_of_its_own(specimen, seconds=PATIENCE * budget_seconds)
@@ -95,12 +95,12 @@ def measure(setting: ProfileKey, *, budget_seconds: float = BUDGET_SECONDS) -> C
         return found
     raise ClusterError(
         "no sample of this model could be timed on this machine in the time given",
-        hint="leave out --measure: the plan is then estimated",
+        hint="without --measure the plan is estimated",
     )
 
 
 def _specimens(setting: ProfileKey, budget_seconds: float) -> Iterator[_ProfileModel]:
-    """Yield what fits memory and time, the nearest to the truth first."""
+    """Yield samples that fit memory and time, the closest to the real sizes first."""
     memory = _free_bytes(setting.device) * MEMORY_SHARE
     rates = _rates(setting)
     for scale in (1, 2, 4, 8, 16):
@@ -148,7 +148,11 @@ def _specimen(
         said.append(f"1/{scale} of the widths")
     if length != data.sequence_length or sequences * length != data.microbatch_tokens:
         said.append(f"microbatches of {sequences * length} tokens")
-    note = f"timed on {' and '.join(said)}; larger ones follow from the operations" if said else ""
+    note = (
+        f"timed on {' and '.join(said)}; larger sizes are scaled by their operations"
+        if said
+        else ""
+    )
     return _ProfileModel(
         setting=setting,
         num_layers=num_layers,
@@ -208,7 +212,7 @@ def _free_bytes(device: str) -> float:
 
 
 def _in_process_of_its_own(specimen: _ProfileModel, *, seconds: float) -> CostModel | None:
-    """Return the clock of a specimen; None where it did not come to an end in that time."""
+    """Return the clock of a specimen; None if it did not finish in that time."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(theirs, specimen), daemon=True)
@@ -238,7 +242,7 @@ def _work(end: Connection, specimen: _ProfileModel) -> None:
 
 
 class _TimingExecutor(LocalExecutor):
-    """Runs every call in this process, and keeps how long each kind took."""
+    """Runs every call in this process, and records the seconds of each kind."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -265,7 +269,7 @@ class _TimingExecutor(LocalExecutor):
 
 
 def _timed(specimen: _ProfileModel) -> CostModel:
-    """Return what every kind of task of a run took for a specimen, here and now."""
+    """Return the measured time of every kind of task of a run for a specimen."""
     watch, job = _TimingExecutor(), _job(specimen)
     with tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder:
         prepared = _prepared(specimen, Path(folder))
@@ -298,7 +302,7 @@ def _timed(specimen: _ProfileModel) -> CostModel:
 
 
 def _go_through(context: RunContext, watch: _TimingExecutor) -> None:
-    """Do all that a run does, in its order."""
+    """Do the phases of a run in their order."""
     prepared = context.prepared
     plan = evaluation_plan(prepared)
 
@@ -358,7 +362,7 @@ def _prepared(specimen: _ProfileModel, folder: Path) -> Prepared:
 
 
 def _task(job: Job, kind: str) -> Work:
-    """Return the work of what was timed under that name."""
+    """Return the work of the task that was timed under that name."""
     stage = job.plan.waves[0][0]
     name, compressed = kind.removesuffix("_compressed"), kind.endswith("_compressed")
     if name == "load":

@@ -1,1 +1,1 @@
-"""What is wrong with a machine, a text or a cluster file, before it costs anything."""
+"""Checks of a machine, a text or a cluster file, before a run."""

@@ -1,4 +1,4 @@
-"""What Ray's own check of a cluster file does not see, found before a machine is rented."""
+"""Errors in a cluster file that Ray's own check misses, found before a machine is rented."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
     if not starts:
         yield file.finding(
             "error", ("head_start_ray_commands",),
-            "Ray's defaults start the head: no token, and a minute until a frozen node is noticed",
+            "Ray's defaults start the head: no token, a hung node detected only after a minute",
             "the head_start_ray_commands of cluster.yaml",
         )  # fmt: skip
     for key, text in starts:
@@ -56,7 +56,7 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
         if missing:
             yield file.finding(
                 "warning", key,
-                f"a node that hangs is noticed after a minute; not set: {', '.join(missing)}",
+                f"a hung node is detected only after a minute; not set: {', '.join(missing)}",
                 f"--system-config='{json.dumps(ray_cluster.HEALTH_CHECK, separators=(',', ':'))}'",
             )  # fmt: skip
         if file.provider.get("type") in CLOUDS and "--autoscaling-config" not in text:
@@ -67,8 +67,8 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
     for key, text in file.commands("worker_start_ray_commands"):
         if "--system-config" in text:
             yield file.finding(
-                "error", key, "only the head takes --system-config; a worker with it stops at once",
-                "leave it out; the head's reaches all nodes",
+                "error", key, "only the head accepts --system-config; a worker with it exits",
+                "remove it; the head's setting applies to all nodes",
             )  # fmt: skip
 
 
@@ -88,22 +88,22 @@ def _skypilot(file: ClusterFile) -> Iterator[Finding]:
     if mapping(file.values.get("resources")).get("use_spot") is not True:
         yield file.finding(
             "warning", ("resources", "use_spot"), "on-demand: three times the price, or more",
-            "use_spot: true; the same command goes on where the last machine was",
+            "use_spot: true; the same command resumes a preempted run",
         )  # fmt: skip
     if mapping(file.values.get("resources")).get("ports"):
         yield file.finding(
             "error", ("resources", "ports"), "opens ports of the machine to the whole world",
-            "no ports; nothing of ours listens",
+            "remove ports; compress-cluster needs no open port",
         )  # fmt: skip
     text = str(file.values.get("run", ""))
     outs = [str(v) for k, v in mapping(file.values.get("envs")).items() if f"${k}" in text]
     if not re.search(r"(s3|gs)://", " ".join([text, *outs])):
         yield file.finding(
-            "error", ("run",), "the run directory is on the machine's disk, and goes with it",
+            "error", ("run",), "the run directory is on the machine's disk, and is lost with it",
             "--out s3://BUCKET/runs/NAME",
         )  # fmt: skip
     if not re.search(r"install.*(\.whl|compress[_-]cluster)", str(file.values.get("setup", ""))):
         yield file.finding(
             "error", ("setup",), "compress-cluster is not installed on the machine",
-            "pip install of the wheel that `make wheel` makes",
+            "pip install the wheel that `make wheel` builds",
         )  # fmt: skip

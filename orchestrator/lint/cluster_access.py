@@ -1,4 +1,4 @@
-"""Who can reach a cluster: whoever can, can run any code on it."""
+"""Access to a cluster: anyone who can reach it can run any code on it."""
 
 import ipaddress
 import re
@@ -23,7 +23,7 @@ SECRETS = re.compile(
 
 
 def access_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield what lets strangers in: open ports, no token, secrets in the file."""
+    """Yield findings on access: open ports, no token, secrets in the file."""
     for key, text in file.commands(*STARTS):
         yield from _start(file, key, text)
     yield from _token(file)
@@ -41,8 +41,8 @@ def _start(file: ClusterFile, key: Key, text: str) -> Iterator[Finding]:
             )  # fmt: skip
     if "--ray-client-server-port" in text:
         yield file.finding(
-            "warning", key, "Ray Client is a second door to the cluster, and nothing here needs it",
-            "leave out --ray-client-server-port; `compress-cluster submit` uses the job API",
+            "warning", key, "Ray Client is a second, unused way into the cluster",
+            "remove --ray-client-server-port; `compress-cluster submit` uses the job API",
         )  # fmt: skip
 
 
@@ -61,13 +61,13 @@ def _token(file: ClusterFile) -> Iterator[Finding]:
         for key, text in starts:
             if "RAY_AUTH_MODE=" not in text:
                 yield file.finding(
-                    "error", key, "Ray starts without its token, whatever the other nodes do",
+                    "error", key, "starts Ray without its token; every node needs it",
                     "RAY_AUTH_MODE=token ray start ...",
                 )  # fmt: skip
     mounts = mapping(file.values.get("file_mounts"))
     if not any(str(target).endswith(".ray/auth_token") for target in mounts):
         yield file.finding(
-            "error", ("file_mounts",), "the nodes get no token, so they let everybody in or nobody",
+            "error", ("file_mounts",), "the nodes get no token, so they admit everybody or nobody",
             "~/.ray/auth_token: ~/.ray/auth_token, made by `ray get-auth-token --generate`",
         )  # fmt: skip
 
@@ -78,7 +78,7 @@ def _ports(file: ClusterFile) -> Iterator[Finding]:
     at: Key = ("provider", "security_group")
     if not isinstance(rules, list):
         yield file.finding(
-            "warning", at, "Ray then makes a group with ssh open to the whole world",
+            "warning", at, "Ray then creates a security group with ssh open to the whole world",
             "IpPermissions with port 22 and your own address, as in cluster.yaml",
         )  # fmt: skip
         return
@@ -90,7 +90,7 @@ def _ports(file: ClusterFile) -> Iterator[Finding]:
         if world and (low, high) != (SSH, SSH):
             yield file.finding(
                 "error", key, f"ports {low}-{high} are open to the whole world",
-                "ssh alone, from your own address; the rest goes through its tunnel",
+                "only ssh, from your own address; use an ssh tunnel for the rest",
             )  # fmt: skip
         elif world:
             yield file.finding(
@@ -98,7 +98,7 @@ def _ports(file: ClusterFile) -> Iterator[Finding]:
             )
         if any(_is_example(r) for r in ranges):
             yield file.finding(
-                "note", key, "this address is nobody's, it stands in examples: you cannot log in",
+                "note", key, "this address is reserved for examples: you cannot log in",
                 "your own address, with /32: curl https://checkip.amazonaws.com",
             )  # fmt: skip
 
@@ -120,6 +120,6 @@ def _secrets(file: ClusterFile, key: Key, value: Any) -> Iterator[Finding]:
             yield from _secrets(file, (*key, index), inner)
     elif isinstance(value, str) and SECRETS.search(value):
         yield file.finding(
-            "error", key, "a secret stands here; the file goes to every node and into its logs",
+            "error", key, "a secret is written here; the file goes to every node and into its logs",
             "an instance profile (IamInstanceProfile, serviceAccounts), or a file in file_mounts",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A cluster file with the line of each of its values, and what is found in it."""
+"""A cluster file with the line of each value, and the findings in it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Finding:
             filled in.
         line: counted from 1.
         path: dotted path of the key.
-        why: what is wrong, and what comes of it.
-        fix: what would be right.
+        why: what is wrong, and its consequence.
+        fix: the correct setting.
     """
 
     level: Level

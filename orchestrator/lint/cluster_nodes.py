@@ -1,4 +1,4 @@
-"""Node types: the head stays and does no work, the workers are spot and go away when idle."""
+"""Node types: the head stays and does no work, the workers are spot and end when idle."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ CLOUDS = ("aws", "gcp")
 
 
 def node_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield what is wrong with the node types of a cloud; machines one owns have none."""
+    """Yield findings on the node types of a cloud; on-premises files have none."""
     kind = file.provider.get("type")
     if kind not in CLOUDS:
         return
@@ -29,7 +29,7 @@ def node_findings(file: ClusterFile) -> Iterator[Finding]:
 
 
 def is_spot(config: Mapping[str, Any]) -> bool:
-    """Return whether a node_config, of AWS or GCP, asks for a spot machine."""
+    """Return whether a node_config, of AWS or GCP, requests a spot machine."""
     market = mapping(config.get("InstanceMarketOptions")).get("MarketType")
     scheduling = config.get("scheduling")
     settings = scheduling if isinstance(scheduling, list) else [scheduling]
@@ -44,22 +44,22 @@ def _limits(file: ClusterFile) -> Iterator[Finding]:
     if isinstance(idle, int | float) and idle > MAX_IDLE_MINUTES:
         yield file.finding(
             "warning", ("idle_timeout_minutes",),
-            f"a machine that nobody uses is paid for {idle:g} minutes more",
-            f"{MAX_IDLE_MINUTES} or less; a run takes a machine back within minutes",
+            f"an idle machine is paid for {idle:g} minutes more",
+            f"{MAX_IDLE_MINUTES} or less; a run gets a new machine within minutes",
         )  # fmt: skip
     zones = str(file.provider.get("availability_zone", ""))
     spot = any(is_spot(mapping(n.get("node_config"))) for n in file.node_types.values())
     if spot and zones.count(",") < 1:
         yield file.finding(
             "warning", ("provider", "availability_zone"),
-            "one zone: when its spot market is empty, no worker comes",
+            "one zone: when it has no spot capacity, no worker starts",
             "several zones with commas, such as us-west-2a,us-west-2b",
         )  # fmt: skip
     if spot and file.provider.get("type") == "aws" and _caches(file):
         yield file.finding(
             "error", ("provider", "cache_stopped_nodes"),
-            "spot machines cannot be stopped, only ended: `ray down` would fail and they would be "
-            "paid for",
+            "spot machines cannot be stopped, only terminated: `ray down` would fail and they "
+            "would still be billed",
             "cache_stopped_nodes: false",
         )  # fmt: skip
 
@@ -70,7 +70,7 @@ def _notices(file: ClusterFile) -> Iterator[Finding]:
     if spot and not any("compress-cluster watch-node" in text for text in starts):
         yield file.finding(
             "warning", ("worker_start_ray_commands",),
-            "nobody listens for the notice that a spot machine is about to go: its work is done "
+            "nothing watches for preemption notices of spot machines: their work is done "
             "again instead of handed over",
             "a last command: nohup compress-cluster watch-node > /tmp/watch-node.log 2>&1 &",
         )  # fmt: skip
@@ -84,14 +84,14 @@ def _head(file: ClusterFile, key: Key, node: Mapping[str, Any]) -> Iterator[Find
     if is_spot(mapping(node.get("node_config"))):
         yield file.finding(
             "error", (*key, "node_config"),
-            "the head is a spot machine: with it the driver, the autoscaler and every worker go",
-            "no spot options here; spot belongs on workers",
+            "the head is a spot machine: its preemption ends the driver, autoscaler and workers",
+            "no spot options here; use spot for workers only",
         )  # fmt: skip
     alone = len(file.node_types) == 1
     if not alone and mapping(node.get("resources")).get("CPU") != 0:
         yield file.finding(
             "error", (*key, "resources", "CPU"),
-            "the head takes work: a worker there starves the driver and waits for no GPU",
+            "workers can be placed on the head, where they slow the driver and have no GPU",
             "resources: {CPU: 0, GPU: 0} on the head",
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ def _worker(file: ClusterFile, key: Key, node: Mapping[str, Any]) -> Iterator[Fi
         yield file.finding(
             "error", (*key, "min_workers"),
             f"{node['min_workers']} machines are paid for while no run needs them",
-            "min_workers: 0; a run asks for what it needs",
+            "min_workers: 0; a run requests what it needs",
         )  # fmt: skip
     if node.get("max_workers") == 0:
         yield file.finding(
@@ -128,8 +128,8 @@ def _aws(file: ClusterFile, key: Key, config: Mapping[str, Any]) -> Iterator[Fin
     if str(config.get("ImageId", "")).lower() in ("", "latest_dlami"):
         yield file.finding(
             "error", (*at, "ImageId"),
-            "Ray then takes an image of Ubuntu 18.04 with CUDA 11.2, on which no Python and torch "
-            "of ours start",
+            "Ray then uses an image of Ubuntu 18.04 with CUDA 11.2, on which the Python and torch "
+            "needed here do not start",
             "ImageId: an image with Ubuntu 24.04 and an NVIDIA driver, as in cluster.yaml",
         )  # fmt: skip
     spot = mapping(mapping(config.get("InstanceMarketOptions")).get("SpotOptions"))
@@ -142,6 +142,6 @@ def _aws(file: ClusterFile, key: Key, config: Mapping[str, Any]) -> Iterator[Fin
     if spot.get("InstanceInterruptionBehavior", "terminate") != "terminate":
         yield file.finding(
             "error", (*at, "InstanceMarketOptions", "SpotOptions", "InstanceInterruptionBehavior"),
-            "a machine that is stopped, not ended, keeps its disk and its bill",
+            "a machine that is stopped, not terminated, keeps its disk, which is billed",
             "InstanceInterruptionBehavior: terminate",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What nodes may read and write: the bucket of the run, the Hub; and what their head may do."""
+"""Permissions of nodes: the bucket of the run, the Hub, and the head's right to start workers."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ STORES = {"aws": "s3://", "gcp": "gs://"}
 SETTINGS = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}
 FIXES = {
     "aws": "IamInstanceProfile: {Name: compress-cluster-worker}, which "
-    "`python examples/aws_roles.py BUCKET` makes",
+    "`python examples/aws_roles.py BUCKET` creates",
     "gcp": "serviceAccounts: [{email: ..., scopes: "
     "[https://www.googleapis.com/auth/devstorage.read_write]}]",
 }
@@ -24,7 +24,7 @@ HUB_TOKEN = re.compile(r"huggingface/(token|stored_tokens)$")
 
 
 def rights_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield nodes that may not do what a run asks of them, and rights that lie about in files."""
+    """Yield missing permissions of nodes, and credentials that are copied to nodes."""
     kind = str(file.provider.get("type"))
     if kind in SETTINGS:
         for name, node in file.node_types.items():
@@ -39,20 +39,20 @@ def rights_findings(file: ClusterFile) -> Iterator[Finding]:
 
 
 def skypilot_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield a model that asks for a token which the machine of a SkyPilot task does not get."""
+    """Yield a gated model whose token the machine of a SkyPilot task does not get."""
     given = {**mapping(file.values.get("envs")), **mapping(file.values.get("secrets"))}
     text = f"{file.values.get('run', '')} {' '.join(map(str, given.values()))}"
     gated = [name for name in HUB_ALIASES if re.search(rf"(?<![\w.-]){name}(?![\w.-])", text)]
     if gated and "HF_TOKEN" not in given:
         yield file.finding(
-            "error", ("secrets",), f"{gated[0]} asks for a token, and the machine gets none",
+            "error", ("secrets",), f"{gated[0]} requires a token, and the machine gets none",
             "secrets: {HF_TOKEN: null}, and `sky jobs launch --secret HF_TOKEN`",
         )  # fmt: skip
 
 
 def _worker(file: ClusterFile, kind: str, key: Key, config: Any) -> Iterator[Finding]:
     found = config.get(SETTINGS[kind])
-    why = f"Ray gives rights to the head alone: these machines can use no {STORES[kind]} bucket"
+    why = f"Ray gives rights to the head only: these machines cannot use a {STORES[kind]} bucket"
     if kind == "gcp" and found and not any(scope in str(found) for scope in SCOPES):
         why, found = "no scope lets these machines write to a gs:// bucket", None
     if not found:
@@ -60,17 +60,17 @@ def _worker(file: ClusterFile, kind: str, key: Key, config: Any) -> Iterator[Fin
 
 
 def _aws_head(file: ClusterFile, key: Key, config: Any) -> Iterator[Finding]:
-    """Yield a head that cannot start its workers: Ray's own profile knows neither of both."""
+    """Yield a head that cannot start its workers: Ray's own profile allows neither."""
     workers = [mapping(n.get("node_config")) for t, n in file.node_types.items() if t != file.head]
     passes = any("IamInstanceProfile" in each for each in workers)
     resolves = any(str(each.get("ImageId", "")).startswith("resolve:ssm:") for each in workers)
     if (passes or resolves) and not config.get("IamInstanceProfile"):
-        what = "hand a role to a worker" if passes else "look up the image of a worker"
+        what = "pass a role to a worker" if passes else "look up the image of a worker"
         yield file.finding(
             "error", (*key, "IamInstanceProfile"),
-            f"the profile that Ray makes for the head may not {what}: no worker would start",
+            f"the profile that Ray creates for the head may not {what}: no worker would start",
             "IamInstanceProfile: {Name: compress-cluster-head}, which "
-            "`python examples/aws_roles.py BUCKET` makes",
+            "`python examples/aws_roles.py BUCKET` creates",
         )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def _autoscaler(file: ClusterFile, package: str) -> Iterator[Finding]:
     if not any(package in text for text in installs) and "docker" not in file.values:
         yield file.finding(
             "error", ("setup_commands",),
-            f"the autoscaler needs {package}, and the setup does not bring it: no worker starts",
+            f"the autoscaler needs {package}, and the setup does not install it: no worker starts",
             f"pip install {package}",
         )  # fmt: skip
 
@@ -89,6 +89,6 @@ def _hub_token(file: ClusterFile) -> Iterator[Finding]:
         if HUB_TOKEN.search(str(target)) or HUB_TOKEN.search(str(source)):
             yield file.finding(
                 "warning", ("file_mounts", str(target)),
-                "your token for the Hub would lie on every node, for every program there",
-                "leave it out: `submit` lends it to the run alone, in memory",
+                "your Hub token would be on every node, readable by every program there",
+                "remove it: `submit` passes it to the run only, in memory",
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Versions: nodes that differ from the driver fail late, or give other bits."""
+"""Versions: nodes that differ from the driver fail late, or change the bits of the result."""
 
 import re
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ WHEEL = re.compile(r"compress[_-]cluster(?:-|==)(\d+(?:\.\d+)*)")
 
 
 def version_findings(file: ClusterFile) -> Iterator[Finding]:
-    """Yield versions of Ray, Python and this package that are not those of this machine."""
+    """Yield versions of Ray, Python and this package that differ from this machine's."""
     ray, ours = metadata.version("ray"), metadata.version(PACKAGE)
     commands = list(file.commands(*COMMANDS))
     for key, text in commands:
         for found in re.findall(r"\bray(?:\[[\w,]+\])?==([\w.]+)", text):
             if found != ray:
                 yield file.finding(
-                    "error", key, f"installs Ray {found}; nodes and driver speak {ray} here",
-                    f"ray[default]=={ray}, or leave it to constraints.txt",
+                    "error", key, f"installs Ray {found}; the driver here has {ray}",
+                    f"ray[default]=={ray}, or let constraints.txt pin it",
                 )  # fmt: skip
         for found in WHEEL.findall(text):
             if found != ours:
@@ -38,7 +38,7 @@ def version_findings(file: ClusterFile) -> Iterator[Finding]:
     elif not any("constraints.txt" in text for _, text in commands):
         yield file.finding(
             "warning", ("setup_commands",),
-            "versions are left to the day of the install: another torch, other bits",
+            "versions depend on the day of the install: another torch, other bits",
             "pip install -c ~/compress-cluster/dist/constraints.txt ...",
         )  # fmt: skip
     yield from _images(file, ray)
@@ -51,7 +51,7 @@ def _images(file: ClusterFile, ray: str) -> Iterator[Finding]:
         match = re.search(r"rayproject/ray(?:-ml)?:([\d.]+)(?:-py3(\d+))?", str(docker.get(name)))
         if match and match[1] != ray:
             yield file.finding(
-                "error", ("docker", name), f"holds Ray {match[1]}; this one is {ray}",
+                "error", ("docker", name), f"contains Ray {match[1]}; the driver here has {ray}",
                 f"rayproject/ray:{ray}-...",
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is wrong with this machine, and how to put it right, before a run finds out."""
+"""Checks of this machine before a run, with fixes."""
 
 import contextlib
 import importlib.util
@@ -35,13 +35,13 @@ Level = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What was looked at.
+    """One check.
 
     Attributes:
-        level: ``ok``; a ``note`` is only to be known; an ``error`` stops a run.
-        name: what was looked at.
-        said: what is there.
-        fix: what would be right; empty where nothing is wrong.
+        level: ``ok``; a ``note`` is for information; an ``error`` stops a run.
+        name: what was checked.
+        said: the result.
+        fix: what to do; empty if nothing is wrong.
     """
 
     level: Level
@@ -51,10 +51,10 @@ class Check:
 
 
 def examine(out: str, *, offline: bool) -> list[Check]:
-    """Return what was found on this machine; ``out`` is where runs are to go.
+    """Return the checks of this machine; ``out`` is where runs are written.
 
-    Nothing is sent but two requests to the Hub, and nothing kept but a small file in ``out`` that
-    is removed again. ``offline`` leaves the requests out.
+    Unless ``offline``, one request goes to the Hub. A small file is written to ``out`` and removed
+    again.
     """
     looks: list[Callable[[], Iterator[Check]]] = [
         _versions, _devices, _shared_memory, _sockets, lambda: _disk(out), lambda: _rights(out),
@@ -103,19 +103,23 @@ def _devices() -> Iterator[Check]:
             yield Check(level="ok", name=f"GPU {index}", said=said)
     elif Path("/dev/nvidia0").exists():
         yield Check(
-            level="error", name="GPU", said="there is one, and torch does not see it",
-            fix="install a torch built for CUDA, and a driver that is new enough: nvidia-smi",
+            level="error", name="GPU", said="present, but torch does not detect it",
+            fix="install a torch built for CUDA and a recent enough driver; check with nvidia-smi",
         )  # fmt: skip
     else:
-        yield Check(level="note", name="GPU", said="none; runs go on the CPU, for small models")
+        yield Check(
+            level="note",
+            name="GPU",
+            said="none; runs use the CPU, which is enough for small models",
+        )
 
 
 def _shared_memory() -> Iterator[Check]:
     path = Path("/dev/shm")
     if not path.is_dir():
         yield Check(
-            level="warning", name="shared memory", said="/dev/shm is not there",
-            fix="Ray falls back to /tmp, slowly; mount one",
+            level="warning", name="shared memory", said="/dev/shm does not exist",
+            fix="Ray falls back to /tmp, which is slow; mount /dev/shm",
         )  # fmt: skip
         return
     free = shutil.disk_usage(path).free
@@ -123,12 +127,12 @@ def _shared_memory() -> Iterator[Check]:
     yield Check(
         level="ok" if enough else "warning", name="shared memory",
         said=f"{bytes_text(free)} free in /dev/shm",
-        fix="" if enough else "activations wait there: docker run --shm-size=8g, or remount it",
+        fix="" if enough else "activations are kept there: docker run --shm-size=8g, or remount it",
     )  # fmt: skip
 
 
 def _sockets() -> Iterator[Check]:
-    """Yield where a Ray of this machine alone keeps its sockets and logs."""
+    """Yield where a local Ray keeps its sockets and logs."""
     try:
         place = socket_place()
     except ClusterError as error:
@@ -137,7 +141,7 @@ def _sockets() -> Iterator[Check]:
     yield Check(
         level="note" if place.why else "ok", name="Ray's sockets",
         said=f"in a new directory below {place.folder}" if place.why else f"in {place.folder}/ray",
-        fix=f"{place.why}; nothing is to be done" if place.why else "",
+        fix=f"{place.why}; no action is needed" if place.why else "",
     )  # fmt: skip
 
 
@@ -152,18 +156,18 @@ def _disk(out: str) -> Iterator[Check]:
     yield Check(
         level="ok" if enough else "warning", name="disk",
         said=f"{bytes_text(free)} free at {path}",
-        fix="" if enough else "`compress-cluster plan` says what a run needs; another --out",
+        fix="" if enough else "`compress-cluster plan` shows what a run needs; or change --out",
     )  # fmt: skip
 
 
 def _rights(out: str) -> Iterator[Check]:
-    """Write, read, list and delete a small file: each can be forbidden by itself."""
+    """Write, read, list and delete a small file: each needs its own permission."""
     name = f".doctor-{uuid4().hex[:8]}"
     step = "named"
     try:
         folder = Directory(out)
         if folder.is_local and not Path(folder.root).exists():
-            yield Check(level="ok", name="run directory", said=f"{out} will be made")
+            yield Check(level="ok", name="run directory", said=f"{out} will be created")
             return
         step = "written to"
         folder.write(name, b"doctor")
@@ -188,20 +192,20 @@ def _token() -> Iterator[Check]:
         mode = path.stat().st_mode & 0o777
     except OSError:
         yield Check(
-            level="note", name="token", said=f"none at {path}; a local Ray makes its own",
+            level="note", name="token", said=f"none at {path}; a local Ray creates its own",
             fix="for a cluster: ray get-auth-token --generate",
         )  # fmt: skip
         return
     closed = not mode & 0o077
     yield Check(
         level="ok" if closed else "error", name="token",
-        said=f"{path}, " + ("its owner's alone" if closed else f"open to others ({mode:o})"),
+        said=f"{path}, " + ("private to its owner" if closed else f"open to others ({mode:o})"),
         fix="" if closed else f"chmod 600 {path}",
     )  # fmt: skip
 
 
 def _hub() -> Iterator[Check]:
-    """Ask the Hub who we are; what it says of the time tells whether our clock is right."""
+    """Check the login at the Hub; the date of its response checks the clock."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -214,21 +218,21 @@ def _hub() -> Iterator[Check]:
         said = "reachable, logged in" if token else "reachable, not logged in"
         yield Check(
             level="ok" if token else "note", name="Hub", said=said,
-            fix="" if token else "hf auth login, for models that ask for it, such as Llama",
+            fix="" if token else "hf auth login, for gated models, such as Llama",
         )  # fmt: skip
     except urllib.error.HTTPError as error:
         with error:
             date = error.headers.get("Date", "")
         yield Check(
             level="error" if token else "warning", name="Hub",
-            said=f"answers {error.code}" + (": the login is not valid" if token else ""),
+            said=f"returned HTTP {error.code}" + (": the login is not valid" if token else ""),
             fix="hf auth login" if token else "try again later, or use a local directory",
         )  # fmt: skip
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         yield Check(
             level="warning", name="Hub", said=f"cannot be reached: {reason}",
-            fix="models and text of local paths and object stores need no Hub; HF_HUB_OFFLINE=1",
+            fix="models and texts in local paths and object stores need no Hub; HF_HUB_OFFLINE=1",
         )  # fmt: skip
         return
     yield from _clock(date)
@@ -240,19 +244,19 @@ def _clock(date: str) -> Iterator[Check]:
         right = abs(off) <= CLOCK_SECONDS
         yield Check(
             level="ok" if right else "error", name="clock", said=f"{abs(off):.0f} s off",
-            fix="" if right else "timedatectl set-ntp true; object stores refuse a wrong clock",
+            fix="" if right else "timedatectl set-ntp true; object stores reject a wrong clock",
         )  # fmt: skip
 
 
 def _extras() -> Iterator[Check]:
-    """Yield what is not installed and only some need."""
+    """Yield optional packages and whether they are installed."""
     for module, why in (
         ("boto3", "cluster.yaml on AWS"),
-        ("sentencepiece", "text for a model whose tokenizer is tokenizer.model alone"),
+        ("sentencepiece", "text for a model that has only a tokenizer.model"),
     ):
         there = importlib.util.find_spec(module) is not None
         yield Check(
             level="ok" if there else "note", name=module,
-            said="is there" if there else f"is not installed; {why} needs it",
+            said="installed" if there else f"is not installed; {why} needs it",
             fix="" if there else f"pip install {module}",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is wrong with a text before any device looks at it."""
+"""Checks of a text before it is used for calibration."""
 
 import hashlib
 import unicodedata
@@ -12,7 +12,7 @@ from actors.storage.texts import read_texts
 from actors.storage.tokens import prepare_tokens
 
 Level = Literal["ok", "warning", "error"]
-GRAM_WORDS = 13  # so many words in a row that two texts share are one text, by common practice
+GRAM_WORDS = 13  # shared words in a row that count as an overlap, by common practice
 MAX_TEXTS = 200_000
 BUCKETS = (64, 256, 1024, 4096, 16384, 65536)  # characters
 # name -> (warn from, fail from), as shares from 0 to 1
@@ -26,26 +26,26 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 }
 SHORT = 64  # characters; a text of fewer is a heading, not a text
 MEANING = {
-    "duplicates": "texts that are there already, but for blanks and case",
+    "duplicates": "texts that repeat an earlier one, ignoring blanks and case",
     "short": f"texts of fewer than {SHORT} characters",
     "broken": "characters lost in another encoding (U+FFFD)",
     "control": "control characters",
-    "overlap": f"runs of {GRAM_WORDS} words of the evaluation text that are in this text too",
-    "repeated sequences": "sequences of tokens that are there already",
+    "overlap": f"runs of {GRAM_WORDS} words of the evaluation text that this text contains too",
+    "repeated sequences": "sequences of tokens that repeat an earlier one",
 }
 FIXES = {
-    "duplicates": "drop them: they weigh as often as they are there",
-    "short": "join them, or drop them",
+    "duplicates": "remove them: each copy counts again in the statistics",
+    "short": "join them, or remove them",
     "broken": "decode the source in the encoding that it was written in",
     "control": "strip them",
-    "overlap": "take what is measured on out of what is calibrated on; the perplexity flatters",
-    "repeated sequences": "fewer sequences, or more text",
+    "overlap": "remove the evaluation text from the calibration data: it lowers the perplexity",
+    "repeated sequences": "use fewer sequences, or more text",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """One share of a text, and what it means.
+    """The share of one defect in a text.
 
     Attributes:
         name: a key of `LIMITS`.
@@ -65,11 +65,11 @@ class Measure:
 def lint_texts(
     source: str, *, evaluation: str, model: str, sequence_length: int
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what a text source holds and how much of it is wrong.
+    """Return the size of a text source and the share of each defect.
 
     Args:
         source: of text; see `actors.storage.texts`.
-        evaluation: another one, of which nothing may be in the first; empty for none.
+        evaluation: another source, which the first must not overlap; empty for none.
         model: whose tokens are counted; empty for none.
         sequence_length: of the sequences that tokens are cut into.
 

@@ -1,4 +1,4 @@
-"""The recipe: what the user typed, as frozen data, and what fills that which it leaves open."""
+"""The recipe: what the user typed, as frozen data, and how open values are filled."""
 
 import math
 import textwrap
@@ -144,8 +144,8 @@ class StepConfig(_Section):
     def _one_target(self) -> Self:
         if (self.keep_fraction is None) == (self.slice is None):
             raise ValueError(
-                "keep_fraction, slice: give one of them; each step says how much of the input "
-                "model is left after it"
+                "keep_fraction, slice: give one of them; it sets how much of the input "
+                "model is left after this step"
             )
         return self
 
@@ -291,8 +291,8 @@ class RunConfig(_Section):
     def _one_target(self) -> Self:
         if self.keep_fraction is not None and self.slice is not None:
             raise ValueError(
-                "keep_fraction, slice: both are given; give one of them, they are two ways to say "
-                "how small the result is"
+                "keep_fraction, slice: both are given; give only one of them, each "
+                "sets the size of the result"
             )
         return self
 
@@ -301,12 +301,12 @@ class RunConfig(_Section):
         both = [key for key in SINGLE if self.steps and key in self.model_fields_set]
         if both:
             raise ValueError(
-                f"{both[0]}: is given beside steps; each step has its own, so leave it out here"
+                f"{both[0]}: cannot be given with steps; each step has its own, so remove it here"
             )
         if self.steps and self.layer_options:
             raise ValueError(
-                "layer_options: is given beside steps; a layer has options of its own in a run of "
-                "one method only"
+                "layer_options: cannot be given with steps; only a run of one method has options "
+                "for single layers"
             )
         for index, (step, later) in enumerate(pairwise(self.steps)):
             if later.keep_fraction and later.keep_fraction > (step.keep_fraction or 1):
@@ -348,7 +348,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the model and the machines say, to fill what a recipe leaves open.
+    """Facts of the model and the machines that fill what a recipe leaves open.
 
     Attributes:
         model_name: short name of the model, as in `actors.storage.sources.ModelSource`.
@@ -368,17 +368,17 @@ class Facts:
 
 
 def resolved(config: RunConfig, facts: Facts) -> RunConfig:
-    """Return the recipe with all that is left open replaced by what is used.
+    """Return the recipe with every open value replaced by the value in use.
 
-    Only what the data alone can say stays None, for `with_tokens`: numbers of sequences that are
-    not given, and the length of those that a file of tokens holds.
+    Values that only the data determine stay None, for `with_tokens`: numbers of sequences that are
+    not given, and the length of the sequences of a token file.
 
     Raises:
         ConfigError: the sequences are longer than the model takes.
     """
     own = "embedded" if config.model == "tiny" else "stdlib"
     source = config.calibration.source or own
-    # A file has no evaluation split: measuring on what was calibrated on would flatter.
+    # A file has no evaluation split: measuring on the calibration data would be too optimistic.
     evaluation_source = config.evaluation.source or (
         source if source in SOURCES_WITH_SPLITS else own
     )
@@ -421,7 +421,7 @@ def with_tokens(
     """Return a resolved recipe with the shapes (sequences, tokens) of the data that is used.
 
     Raises:
-        ConfigError: a file of tokens holds sequences of another length than the recipe asks for,
+        ConfigError: a file of tokens holds sequences of another length than the recipe requests,
             or longer than the model takes.
     """
     sequences, length = calibration
@@ -432,8 +432,8 @@ def with_tokens(
     if asked not in (None, length):
         raise ConfigError(
             f"calibration.sequence_length: is {asked}, but {config.calibration.source} holds "
-            f"sequences of {length} tokens, which are used as they are",
-            hint=f"leave it out, or give {length}",
+            f"sequences of {length} tokens, which are used unchanged",
+            hint=f"remove it, or set it to {length}",
         )
     return config.model_copy(
         update={
@@ -464,7 +464,7 @@ def recipe_values(config: RunConfig) -> dict[str, Any]:
 
 
 def _size(target: Target) -> str:
-    """Return ``keep0.80`` or ``slice0.25``: two digits, more where two would not tell it apart."""
+    """Return ``keep0.80`` or ``slice0.25``: two digits, more if two would be ambiguous."""
     name, value = ("keep", target.keep_fraction)
     if target.slice is not None:
         name, value = ("slice", target.slice)
@@ -477,14 +477,14 @@ def _holds_tokens(source: str) -> bool:
 
 
 def _check_length(length: int, longest: int, *, where: str) -> None:
-    """Refuse sequences that are longer than a model takes, as its config says.
+    """Refuse sequences longer than the maximum of a model, as its config says.
 
     Raises:
         ConfigError: they are.
     """
     if length > longest:
         raise ConfigError(
-            f"{where} {length} tokens, but the model takes at most {longest} "
+            f"{where} {length} tokens, but the model accepts at most {longest} "
             "(max_position_embeddings)",
             hint=f"use sequences of {longest} tokens or less",
         )

@@ -1,4 +1,4 @@
-"""The options of methods: what a recipe says of them, in the type of each."""
+"""The options of methods, as given in a recipe, converted to their types."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -13,15 +13,15 @@ from planners.spelling import did_you_mean, typed
 
 
 class HasOptions(Protocol):
-    """A method as far as its options go: its whole spec, or what stands in its source."""
+    """Name and options of a method: its whole spec, or what its source declares."""
 
     @property
     def name(self) -> str:
-        """Of the method."""
+        """Name of the method."""
 
     @property
     def options(self) -> Sequence[OptionSpec]:
-        """That it has."""
+        """Its options."""
 
 
 def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[str, Option]]:
@@ -41,10 +41,10 @@ def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[s
 
 
 def chosen_methods(config: RunConfig, options: Sequence[Mapping[str, Option]]) -> list[MethodSpec]:
-    """Return the method of every step, together with those that its options let compete.
+    """Return the method of every step, together with the candidates in its options.
 
     Raises:
-        ConfigError: one cannot compete; the message has the path.
+        ConfigError: a candidate cannot be combined; the message has the path.
     """
     found = []
     for index, (step, own) in enumerate(zip(config.chain, options, strict=True)):
@@ -81,7 +81,7 @@ def resolve_options(spec: HasOptions, options: Mapping[str, object]) -> dict[str
     if candidates.NAME in found:
         joining = candidates.others(spec.name, found)
         found[candidates.NAME] = ",".join([spec.name, *joining]) if joining else ""
-    # Empty is what an option without a default is; it is then as if there were no such option.
+    # An option without a default is empty; it is then treated as absent.
     return {
         name: value for name, value in found.items() if value != "" or known[name].default != ""
     }
@@ -102,8 +102,8 @@ def resolve_layer_options(
         shared = [name for name in options if name not in own]
         if shared:
             raise ConfigError(
-                f"layer_options.{layer}.{shared[0]}: all layers of a run share it",
-                hint=f"a layer of {spec.name} can have its own: {', '.join(own) or 'nothing'}",
+                f"layer_options.{layer}.{shared[0]}: must be the same for all layers of a run",
+                hint=f"options of {spec.name} for single layers: {', '.join(own) or 'none'}",
             )
         found[layer] = {name: complete[name] for name in options}
     return found

@@ -47,7 +47,7 @@ def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> Run
 
 
 def _recipe_text(path: Path) -> str:
-    """Return a file, or where there is none the recipe of that name that comes with the package."""
+    """Return the text of a file, or if there is none of the included recipe of that name."""
     if not path.is_file() and str(path) in presets.available():
         return presets.text(str(path))
     return path.read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def _read_recipe(path: Path) -> dict[object, object]:
     if not isinstance(data, dict):
         raise ConfigError(
             f"recipe {path}: is a {type(data).__name__}; it must be a mapping",
-            hint="one `key: value` a line, such as `model: tiny`",
+            hint="one `key: value` per line, such as `model: tiny`",
         )
     if "runs" in data:
         raise ConfigError(
@@ -82,7 +82,7 @@ def _read_recipe(path: Path) -> dict[object, object]:
 
 
 def _with_override(recipe: dict[object, object], key: str, value: object) -> dict[object, object]:
-    """Return the recipe with one value set; what is no mapping stays, to be complained about."""
+    """Return the recipe with one value set; a wrong section stays, for validation to report."""
     name, _, inner = key.partition(".")
     if not inner:
         return {**recipe, name: value}
@@ -91,7 +91,7 @@ def _with_override(recipe: dict[object, object], key: str, value: object) -> dic
 
 
 def _explain(kind: str, loc: tuple[int | str, ...], error: Mapping[str, Any]) -> str:
-    """Return one line: the key's path, what is wrong with it, and what would be right."""
+    """Return one line: the key's path, what is wrong with it, and what is expected."""
     step, loc = _step_of(loc)
     if kind == "value_error":
         return f"{step}{error['ctx']['error']}"

@@ -1,4 +1,4 @@
-"""Words of a message about what a user typed."""
+"""Wording of messages about user input."""
 
 import reprlib
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ MAX_SHOWN = 200  # characters of a value in a message
 
 
 def printable(name: str) -> str:
-    """Return a name as a terminal may see it."""
+    """Return a name that is safe to print on a terminal."""
     return name if name.isprintable() else repr(name)
 
 
 def short(value: object) -> str:
-    """Return a value as it is in Python, cut where it is long."""
+    """Return the Python repr of a value, cut if long."""
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         return "a huge number"  # which Python may refuse to print
     return "empty" if value in (None, "") else reprlib.repr(value)[:MAX_SHOWN]

@@ -185,7 +185,7 @@ def test_the_installed_command_says_the_same(given, model):
 
 def test_a_path_is_called_what_the_user_calls_it(refused, tmp_path):
     (tmp_path / "results").mkdir()
-    refused(["report", "results"], 6, "results: has no finished run", "status results says")
+    refused(["report", "results"], 6, "results: has no finished run", "status results shows")
     refused(["report", tmp_path / "results"], 6, f"{tmp_path}/results: has no finished run")
     said = command_line(["report", "results"], folder=tmp_path)
     assert str(tmp_path) not in said.stderr

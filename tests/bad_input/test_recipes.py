@@ -189,7 +189,7 @@ def test_a_worker_too_small_for_a_layer_is_refused_by_the_bytes_it_lacks(refused
 
 
 def test_sequences_longer_than_the_model_takes_are_refused(refused):
-    words = "calibration.sequence_length: is 1000 tokens, but the model takes at most 40"
+    words = "calibration.sequence_length: is 1000 tokens, but the model accepts at most 40"
     refused(ConfigError, words, calibration__sequence_length=1000)
 
 

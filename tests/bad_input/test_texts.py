@@ -70,7 +70,7 @@ def test_wrong_tokens_are_refused(refused, tmp_path, case):
 
 def test_tokens_longer_than_the_model_takes_are_refused(refused, tmp_path):
     save_file({"input_ids": np.zeros((2, 41), np.int64)}, tmp_path / "ids.safetensors")
-    words = "calibration.source: has sequences of 41 tokens, but the model takes at most 40"
+    words = "calibration.source: has sequences of 41 tokens, but the model accepts at most 40"
     refused(ConfigError, words, calibration__source=f"tokens:{tmp_path}/ids.safetensors")
 
 

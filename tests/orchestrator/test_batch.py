@@ -119,7 +119,7 @@ def test_a_dry_run_says_what_the_runs_come_to_and_that_only_one_of_them_calibrat
     main(["batch", path, "--dry-run"])
     said = capsys.readouterr().out
     assert "2 runs are left: about " in said
-    assert " of money" in said
+    assert ", cost about " in said
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -264,7 +264,7 @@ def test_money_is_spent_by_workers_and_hours_by_the_clock():
         ({"runs": ["tiny"]}, "entry 1"),
         ({"runs": [{"priority": "high"}]}, "priority"),
         ({"runs": [{"stats": "x"}]}, "stats"),
-        ({"runs": [{"slice": [0.1, 0.2], "out": "x"}]}, "names one folder"),
+        ({"runs": [{"slice": [0.1, 0.2], "out": "x"}]}, "names one directory"),
         ({"runs": [{"model": "tiny", "slice": 0.2}, {"model": "tiny", "slice": 0.2}]}, "already"),
         ({"out": ""}, "out: must be"),
     ],

@@ -471,7 +471,7 @@ def test_a_recipe_that_cannot_be_is_refused_at_the_door_with_its_place(model, tm
 @pytest.mark.parametrize("key", ["method", "keep_fraction", "slice", "options"])
 def test_steps_leave_no_room_for_the_keys_of_one_method(key):
     value = {"method": "slicegpt", "keep_fraction": 0.8, "slice": 0.1, "options": {}}[key]
-    with pytest.raises(ConfigError, match=f"^{key}: is given beside steps"):
+    with pytest.raises(ConfigError, match=f"^{key}: cannot be given with steps"):
         load_config(None, {"steps": RECIPES["three"], key: value})
 
 

@@ -229,7 +229,7 @@ def test_a_batch_takes_entries_of_several_steps(model, tmp_path, monkeypatch):
 
 def test_layers_of_several_steps_have_no_options_of_their_own(model, tmp_path):
     steps = [MODEGPT, SLICE]
-    with pytest.raises(ConfigError, match=r"^layer_options: is given beside steps"):
+    with pytest.raises(ConfigError, match=r"^layer_options: cannot be given with steps"):
         load_config(None, {"steps": steps, "layer_options": {1: {"ridge": 0.5}}})
     open_run(prepared_run(model, tmp_path, steps=steps))
     config = recipe_of(Directory(str(tmp_path)))

@@ -91,7 +91,7 @@ def test_a_reproducer_does_the_unit_again_and_leaves_the_run_alone(model, tmp_pa
         compress_local(model, tmp_path, executor=executor, workers=2)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     main(["reproduce", str(tmp_path / "failures" / "layer-00001.json")])
-    assert "it did not fail here" in capsys.readouterr().out
+    assert "the work did not fail here" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -131,7 +131,7 @@ def test_a_stage_that_fails_the_same_way_twice_leaves_a_reproducer_of_the_pass(
     (reproducer,) = (tmp_path / "failures").iterdir()
     assert reproducer.name.startswith("calibrate-layers-2-3-")
     main(["reproduce", str(reproducer)])
-    assert "it did not fail here" in capsys.readouterr().out
+    assert "the work did not fail here" in capsys.readouterr().out
 
 
 def test_a_reproducer_of_a_stage_in_the_middle_does_all_of_its_last_layer(

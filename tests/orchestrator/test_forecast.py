@@ -179,7 +179,7 @@ def test_a_torn_measurement_counts_as_none(model, tmp_path):
 
 
 def test_measuring_needs_the_device_that_is_planned_for():
-    with pytest.raises(ConfigError, match="no A100 to measure on"):
+    with pytest.raises(ConfigError, match="this machine has no A100"):
         of_70b(terms=Pricing(measure=True))
 
 

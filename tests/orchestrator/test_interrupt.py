@@ -66,7 +66,7 @@ def test_once_saves_what_is_under_way_and_says_how_to_go_on(model, tmp_path):
     code, said = interrupt(model, tmp_path / "run", times=1)
     assert code == 130
     assert "saving unfinished work first" in said
-    assert "to go on: compress-cluster run" in said
+    assert "to resume: compress-cluster run" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "lease.json").exists()
     saved = read_records(Directory(str(tmp_path / "run")))["partial-layer-00000"].values["next"]
@@ -82,5 +82,5 @@ def test_once_saves_what_is_under_way_and_says_how_to_go_on(model, tmp_path):
 def test_twice_leaves_at_once(model, tmp_path):
     code, said = interrupt(model, tmp_path / "run", times=2)
     assert code == 130
-    assert "to go on: compress-cluster run" in said
+    assert "to resume: compress-cluster run" in said
     assert "Traceback" not in said

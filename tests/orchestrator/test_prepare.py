@@ -31,7 +31,7 @@ def long_run(folder):
 
 def test_sequences_are_no_longer_than_the_positions_that_a_model_knows(mistral):
     says(mistral, max_position_embeddings=4999)
-    words = r"5000 tokens, but the model takes at most 4999 \(max_position_embeddings\)"
+    words = r"5000 tokens, but the model accepts at most 4999 \(max_position_embeddings\)"
     with pytest.raises(ConfigError, match=words):
         long_run(mistral)
 

@@ -89,8 +89,8 @@ def test_the_command_that_made_a_run_does_not_undo_what_was_redone(model, copied
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"nosuch": "1"}, "no such option"), ({"round_to": "4"}, "all layers of a run share it"),
-     ({"damage": "loss"}, "all layers of a run share it"), ({"ridge": "much"}, "must be a number")],
+    [({"nosuch": "1"}, "no such option"), ({"round_to": "4"}, "the same for all layers"),
+     ({"damage": "loss"}, "the same for all layers"), ({"ridge": "much"}, "must be a number")],
 )  # fmt: skip
 def test_an_option_that_no_layer_can_have_alone_is_refused(model, tmp_path, options, words):
     config = prepared_run(model, tmp_path / "x", **RECIPE).config

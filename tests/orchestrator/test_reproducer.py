@@ -150,7 +150,7 @@ def test_a_unit_that_reads_the_step_before_is_done_again(model, tmp_path, capsys
     ]
     reproducer = failing(model, tmp_path, "carried-layer-00001", steps=steps, keep_statistics=True)
     main(["reproduce", str(reproducer)])
-    assert "it did not fail here" in capsys.readouterr().out
+    assert "the work did not fail here" in capsys.readouterr().out
 
 
 NO_FAILURES = (None, "", "[]", "{", '{"call": 1, "worker": {}}', "\x00", "[" * 10**5)

@@ -187,7 +187,5 @@ def test_a_report_of_other_numbers_is_not_believed(torn):
 
 def test_a_file_that_nothing_vouches_for_is_named(torn):
     (torn / "model" / "model-00009-of-00009.safetensors").write_bytes(b"?")
-    with pytest.raises(
-        StorageError, match=r"model-00009-of-00009.safetensors: no record vouches for it"
-    ):
+    with pytest.raises(StorageError, match=r"model-00009-of-00009.safetensors: no record lists it"):
         inspect.check_files(Directory(str(torn)))

@@ -1,7 +1,7 @@
 """Recipes that come with the package: the files of this folder, named without their ending.
 
-The first line of each says, behind its ``#``, what it is for. ``run -r NAME`` takes one as if its
-file had been given; options on the command line come on top.
+The first line of each, after its ``#``, is its purpose. ``run -r NAME`` uses one as if its file had
+been given; options on the command line override it.
 """
 
 from importlib import resources
@@ -13,7 +13,7 @@ ENDING = ".yaml"
 
 
 def available() -> dict[str, str]:
-    """Return name -> what it is for, sorted."""
+    """Return name -> purpose, sorted."""
     return {name: text(name).partition("\n")[0].lstrip("# ") for name in _names()}
 
 

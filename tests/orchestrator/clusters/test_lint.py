@@ -67,7 +67,7 @@ MISTAKES = {
     ),
     "work on the head": (
         "cluster.yaml", (*HEAD, "resources", "CPU"), 4,
-        "error", "available_node_types.head.resources.CPU", "the head takes work",
+        "error", "available_node_types.head.resources.CPU", "workers can be placed on the head",
     ),
     "machines that stay": (
         "cluster.yaml", (*WORKER, "min_workers"), 2,
@@ -114,7 +114,7 @@ MISTAKES = {
         "cluster.yaml", ("idle_timeout_minutes",), 240,
         "warning", "idle_timeout_minutes", "240 minutes more",
     ),
-    "a head that is not there": (
+    "a head type that does not exist": (
         "cluster.yaml", ("head_node_type",), "haed",
         "error", "", "`head_node_type` must be one of",
     ),
@@ -149,14 +149,14 @@ MISTAKES = {
         ("provider", "security_group", "IpPermissions", 0, "IpRanges", 0, "CidrIp"), "0.0.0.0/0",
         "warning", "provider.security_group.IpPermissions.0", "ssh is open",
     ),
-    "a second door": (
+    "a second way in": (
         "cluster.yaml", ("head_start_ray_commands", 1),
         "RAY_AUTH_MODE=token ray start --head --ray-client-server-port=10001",
         "warning", "head_start_ray_commands.1", "Ray Client",
     ),
     "a secret": (
         "cluster.yaml", ("setup_commands", 0), "export HF_TOKEN=hf_" + "a" * 34,
-        "error", "setup_commands.0", "a secret stands here",
+        "error", "setup_commands.0", "a secret is written here",
     ),
     "another Ray": (
         "cluster.yaml", ("setup_commands", 0), "pip install 'ray[default]==2.9.0'",
@@ -176,12 +176,12 @@ MISTAKES = {
     ),
     "versions of the day": (
         "cluster.yaml", ("setup_commands", 2), "pip install ~/compress-cluster/dist/*.whl",
-        "warning", "setup_commands", "versions are left to the day",
+        "warning", "setup_commands", "versions depend on the day",
     ),
     "another Ray in the image": (
         "cluster.yaml", ("docker",),
         {"image": "rayproject/ray:2.40.0-py312-cu128", "container_name": "ray"},
-        "error", "docker.image", "holds Ray 2.40.0",
+        "error", "docker.image", "contains Ray 2.40.0",
     ),
     "a slow health check": (
         "cluster.yaml", ("head_start_ray_commands", 1),
@@ -201,10 +201,10 @@ MISTAKES = {
         "cluster.yaml", ("head_start_ray_commands",), ["ray stop"],
         "error", "head_start_ray_commands", "Ray's defaults start the head",
     ),
-    "nobody listens": (
+    "nothing watches for preemption": (
         "cluster.yaml", ("worker_start_ray_commands",),
         ["RAY_AUTH_MODE=token ray start --address=$RAY_HEAD_IP:6379"],
-        "warning", "worker_start_ray_commands", "nobody listens for the notice",
+        "warning", "worker_start_ray_commands", "nothing watches for preemption notices",
     ),
     "what Ray itself refuses": (
         "cluster.yaml", ("max_wokers",), 8, "error", "", "Ray refuses it",
@@ -216,17 +216,17 @@ MISTAKES = {
     ),
     "a run on the machine's disk": (
         "examples/clusters/skypilot.yaml", ("envs", "OUT"), "/tmp/run",
-        "error", "run", "goes with it",
+        "error", "run", "is lost with it",
     ),
     "a worker without a bucket": (
         "cluster.yaml", (*CONFIG, "IamInstanceProfile"), None,
         "error", "available_node_types.spot-l40s.node_config.IamInstanceProfile",
-        "rights to the head alone",
+        "rights to the head only",
     ),
     "a head that cannot start workers": (
         "cluster.yaml", (*HEAD, "node_config", "IamInstanceProfile"), None,
         "error", "available_node_types.head.node_config.IamInstanceProfile",
-        "may not hand a role to a worker",
+        "may not pass a role to a worker",
     ),
     "no client of the cloud on the head": (
         "cluster.yaml", ("setup_commands", 2),
@@ -236,13 +236,13 @@ MISTAKES = {
     "a token for the Hub in a file": (
         "cluster.yaml", ("file_mounts", "~/.cache/huggingface/token"),
         "~/.cache/huggingface/token",
-        "warning", "file_mounts.~/.cache/huggingface/token", "would lie on every node",
+        "warning", "file_mounts.~/.cache/huggingface/token", "would be on every node",
     ),
     "a worker without a bucket on GCP": (
         "examples/clusters/gcp.yaml",
         ("available_node_types", "spot-l4", "node_config", "serviceAccounts"), None,
         "error", "available_node_types.spot-l4.node_config.serviceAccounts",
-        "rights to the head alone",
+        "rights to the head only",
     ),
     "a scope that only reads": (
         "examples/clusters/gcp.yaml",
@@ -256,7 +256,7 @@ MISTAKES = {
     ),
     "a gated model on SkyPilot": (
         "examples/clusters/skypilot.yaml", ("secrets",), {"WANDB_API_KEY": None},
-        "error", "secrets", "llama-2-70b asks for a token",
+        "error", "secrets", "llama-2-70b requires a token",
     ),
     "SkyPilot without spot": (
         "examples/clusters/skypilot.yaml", ("resources", "use_spot"), False,

@@ -64,7 +64,7 @@ def test_a_driver_that_is_killed_is_started_again_and_the_run_is_found_by_its_di
 ):
     out = tmp_path / "run"
     main(["submit", *options_of(model, out, at_home), "--keep-alive", "1", "--price", "2.5"])
-    assert "goes on without this terminal" in capsys.readouterr().out
+    assert "keeps running after this terminal closes" in capsys.readouterr().out
     with pytest.raises(SystemExit) as refused:
         main(["submit", *options_of(model, out, at_home)])
     assert refused.value.code == 2
@@ -117,7 +117,7 @@ def test_a_job_is_cancelled_by_its_run_and_its_driver_ends(model, at_home, tmp_p
     run = Directory(str(out))
     holder = wait_for(lambda: lease.holder(run), "driver")
     main(["cancel", str(out)])
-    assert "what is done is kept" in capsys.readouterr().out
+    assert "finished work is kept" in capsys.readouterr().out
     wait_for(lambda: not psutil.pid_exists(holder["pid"]), "end of the driver")
     job = submission.required_job(run)
     wait_for(lambda: submission.state(job) in ("STOPPED", "FAILED"), "end of the job")
