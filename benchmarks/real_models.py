@@ -31,8 +31,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from trained import SHARED
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 OUT = ROOT / "benchmarks" / ".real"
 NAME = "smollm2"
@@ -46,22 +44,23 @@ TEXTS = {"calibration": ("wikitext2.valid.txt", 48), "evaluation": ("wikitext2.t
 DENSE_PERPLEXITY = 26.30
 TOLERANCE = 0.01  # of the above, which is rounded; another torch sums in another order
 
-CONFIG = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-    dtype="bfloat16",
-)
+# transformers is imported where it is used: at its import it reads what `with_code_apart` sets.
+CONFIG: Mapping[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "dtype": "bfloat16",
+}
 # Names in a layer of the file -> in a layer of the checkpoint.
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -74,7 +73,7 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROTARY = {"attn_q": CONFIG.num_attention_heads, "attn_k": CONFIG.num_key_value_heads}
+ROTARY = {"attn_q": CONFIG["num_attention_heads"], "attn_k": CONFIG["num_key_value_heads"]}
 # WikiText writes words apart, and marks what joins them in the middle of one.
 JOINED = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" 's", "'s"), ("<unk>", "unknown"))
 
@@ -145,7 +144,7 @@ def read_weights(gguf: Path) -> dict[str, Tensor]:
         "model.norm.weight": stored["output_norm.weight"],
         "lm_head.weight": embedding,
     }
-    for layer in range(CONFIG.num_hidden_layers):
+    for layer in range(CONFIG["num_hidden_layers"]):
         for theirs, ours in LAYER.items():
             weight = stored[f"blk.{layer}.{theirs}.weight"]
             if theirs in ROTARY:
@@ -174,12 +173,16 @@ def clean(text: str) -> str:
 
 def make(out: Path, texts: Mapping[str, str]) -> None:
     """Write the checkpoint with its tokenizer, and the tokens of the texts."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     gguf = fetch(out / "download")
     with tempfile.TemporaryDirectory(prefix="gguf-reader-") as packages:
         _pip("install", "--target", packages, READER)
         sys.path.insert(0, packages)  # transformers looks for it too, to read the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model = LlamaForCausalLM(CONFIG)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
         model.load_state_dict(read_weights(gguf))
         sys.path.remove(packages)
     model.to(torch.bfloat16).save_pretrained(out / NAME)
@@ -193,6 +196,8 @@ def make(out: Path, texts: Mapping[str, str]) -> None:
 @torch.inference_mode()
 def dense_perplexity(model_uri: str, sequences: Tensor) -> float:
     """Return that of a checkpoint as transformers loads it, in float32, on (sequences, tokens)."""
+    from transformers import LlamaForCausalLM
+
     model = LlamaForCausalLM.from_pretrained(model_uri, dtype=torch.float32).eval()
     nats = 0.0
     for sequence in sequences:
@@ -221,7 +226,6 @@ def main() -> None:
         help="folder of the two parts of WikiText-2 [../shared/reference]",
     )
     given = parser.parse_args()
-    transformers_logging.disable_progress_bar()
     texts = _read(given.texts, [name for name, _ in TEXTS.values()])
     make(given.out, dict(zip(TEXTS, texts, strict=True)))
     for use in TEXTS:
