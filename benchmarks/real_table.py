@@ -5,9 +5,9 @@ of MoDeGPT has a lower perplexity than its published allocation, SVD-LLM and Sli
 is within 0.5 % of the target, from below; and the dense perplexity is what transformers computes.
 
 Method: a whole run of the orchestrator for each row, in this process, on the model and tokens that
-``real_models.py`` makes, which a fresh clone has not. On two cores a row takes about 20 minutes, so
-a row that is done is kept beside the model: at the same commit, without changes, the same command
-resumes.
+``real_models.py`` makes, which a fresh clone has not. A row takes about 20 minutes on an idle core,
+so one that is done is kept beside the model: at the same commit, without changes, the same command
+resumes, and another process may make some of the rows at the same time (``--only``).
 
     .venv/bin/python benchmarks/real_table.py [--real FOLDER] [--only ROW ...] [--quick]
 """
@@ -37,7 +37,7 @@ from trained import nobody, with_code_apart
 
 KEEP_FRACTION = 0.8
 MAX_BELOW = 0.005  # of the target
-THREADS = 2
+THREADS = 1
 PHASES = ("calibrate", "allocate", "compress", "evaluate")
 METHOD = """\
 A whole run of the orchestrator (calibrate, allocate, compress, stitch, evaluate, verify) in this
