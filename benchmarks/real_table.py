@@ -46,8 +46,8 @@ weights of 4 bits dequantised to bfloat16, as `benchmarks/real_models.py` makes 
 comparable with each other, not with those of the published model. Calibration data: the first
 48 sequences of 1,024 tokens of the valid part of WikiText-2; perplexity: the first 20 of the test
 part, 20,460 predictions. Options are the defaults but for those named. Kept: true parameters over
-those of the input. Seconds: of the whole run, verification and timed inference included, and of four of its
-phases; evaluation is of both models."""
+those of the input. Seconds: of the whole run, verification and timed inference included, and of
+four of its phases; evaluation is of both models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
