@@ -174,7 +174,8 @@ An OPT of 521,472 parameters trained from scratch on the source of Python's stan
 exists to be compressed where a measurement needs LayerNorm, biases, learned positions and an FFN
 without a gate. It writes text that looks a little like Python, and is of no other use.""",
         shape="""\
-`OPTForCausalLM`: 4 layers, hidden 96, intermediate 384, ReLU, 6 heads of 16 dimensions""",
+`OPTForCausalLM`: 4 layers, hidden 96, intermediate 384, ReLU, 6 heads of
+16 dimensions""",
         command="python -m examples.train_tiny --family opt",
         config=OPTConfig(
             vocab_size=VOCABULARY,
