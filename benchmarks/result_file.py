@@ -86,7 +86,7 @@ def _markdown(result: Result) -> str:
         "hardware": hardware(),
         "load average (1, 5, 15 min) before and after": f"{result.load} / {load_average()}",
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     sections = [
         f"# {result.claim}: goal {verdict}",
@@ -129,12 +129,14 @@ def versions() -> str:
     return f"Python {platform.python_version()}, {libraries}"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit that is checked out, and whether files differ from it."""
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    commit = git("rev-parse", "HEAD") or "unknown"
+    head = git("rev-parse", "HEAD") or "unknown"
     # The results themselves are what is new after a measurement.
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return f"{commit}{' and changes on top' if changed else ''}"
+    return f"{head}{' and changes on top' if changed else ''}"

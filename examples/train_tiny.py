@@ -1,4 +1,4 @@
-"""Train the model that ships with the package, ``actors/models/tiny``.
+"""Train the model that ships with the package, ``actors/models/tiny``, or a small one to try with.
 
 A Llama of one million parameters that has read the standard library of Python: small enough to be
 package data, trained enough that compressing it badly shows. To reproduce it (CPython 3.11, about
@@ -6,7 +6,12 @@ package data, trained enough that compressing it badly shows. To reproduce it (C
 
     python -m examples.train_tiny
 
-The defaults are the values it was made with. The tokenizer and the two token files depend on the
+An OPT that has read the same text, for measurements on another architecture (half the parameters
+and a third of the steps; it does not ship):
+
+    python -m examples.train_tiny --family opt
+
+The defaults are the values they were made with. The tokenizer and the two token files depend on the
 text alone and are written first; the weights and the model card are written again every few
 minutes, so that an interrupted training leaves a model that loads.
 """
@@ -28,7 +33,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from actors.storage.texts import SPLITS, read_texts
 
@@ -49,16 +61,13 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# tiny
+# {family.title}
 
-A Llama of 988,544 parameters trained from scratch on the source of Python's standard library. It
-exists to be compressed: in tests, in examples and in a first run without network or GPU. It
-writes text that looks like Python; it is no use as an assistant or for writing real code.
+{family.introduction}
 
 ## Model
 
-`LlamaForCausalLM`: 5 layers, hidden 128, intermediate 352, 8 heads and 4 key-value heads of
-16 dimensions, context {context}, tied embeddings, float32. The tokenizer is a byte-level BPE of
+{family.shape}, context {context}, tied embeddings, float32. The tokenizer is a byte-level BPE of
 {vocabulary} tokens (`<s>` = 0, `</s>` = 1) trained on the same text; it encodes any text.
 
 ## Data
@@ -88,7 +97,7 @@ the split, where `</s>` ends each source file; the sequences are spread evenly o
 | seed | {recipe.seed} |
 | versions | torch {torch}, transformers {transformers} |
 
-Made by `python -m examples.train_tiny`.
+Made by `{family.command}`.
 
 ## Quality
 
@@ -105,6 +114,86 @@ On the {predicted_tokens:,} predicted tokens of `evaluation.safetensors`:
 The weights and the tokenizer are under the Apache License 2.0. The text they were trained on, and
 that the two token files hold excerpts of, is under the Python Software Foundation License.
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """An architecture that is trained, and what its card says of it.
+
+    Attributes:
+        title: of the card.
+        introduction: its first paragraph.
+        shape: the beginning of its paragraph on the model.
+        command: that makes it.
+        config: of transformers.
+        output: where it goes unless told otherwise.
+        steps: of the optimiser, unless told otherwise.
+    """
+
+    title: str
+    introduction: str
+    shape: str
+    command: str
+    config: PreTrainedConfig
+    output: Path
+    steps: int
+
+
+FAMILIES = {
+    "llama": Family(
+        title="tiny",
+        introduction="""\
+A Llama of 988,544 parameters trained from scratch on the source of Python's standard library. It
+exists to be compressed: in tests, in examples and in a first run without network or GPU. It
+writes text that looks like Python; it is no use as an assistant or for writing real code.""",
+        shape="""\
+`LlamaForCausalLM`: 5 layers, hidden 128, intermediate 352, 8 heads and 4 key-value heads of
+16 dimensions""",
+        command="python -m examples.train_tiny",
+        config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=5,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=16,
+            max_position_embeddings=CONTEXT,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+        ),
+        output=Path("actors/models/tiny"),
+        steps=3600,
+    ),
+    "opt": Family(
+        title="opt-small",
+        introduction="""\
+An OPT of 521,472 parameters trained from scratch on the source of Python's standard library. It
+exists to be compressed where a measurement needs LayerNorm, biases, learned positions and an FFN
+without a gate. It writes text that looks a little like Python, and is of no other use.""",
+        shape="""\
+`OPTForCausalLM`: 4 layers, hidden 96, intermediate 384, ReLU, 6 heads of
+16 dimensions""",
+        command="python -m examples.train_tiny --family opt",
+        config=OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=96,
+            ffn_dim=384,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            max_position_embeddings=CONTEXT,
+            dropout=0.0,
+            tie_word_embeddings=True,
+            pad_token_id=None,  # its default is our </s>, whose embedding would stay untrained
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+        ),
+        output=Path("runs/opt-small"),
+        steps=1200,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,35 +288,20 @@ def draw_batches(
             yield cut_sequences(stream, batch)
 
 
-def build_model(seed: int) -> LlamaForCausalLM:
-    """Return the untrained model: 988,544 parameters with the tied embedding counted once."""
+def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
+    """Return the untrained model."""
     torch.manual_seed(seed)  # transformers initialises from the global generator.
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=5,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=16,
-            max_position_embeddings=CONTEXT,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            bos_token_id=BOS_ID,
-            eos_token_id=EOS_ID,
-        )
-    )
+    return AutoModelForCausalLM.from_config(config)
 
 
-def build_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and leaves norms alone."""
+def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices and leaves norms and biases alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=recipe.peak_learning_rate,
         betas=(0.9, 0.95),
@@ -243,14 +317,14 @@ def learning_rate_factor(step: int, *, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def predict_nats(model: LlamaForCausalLM, sequences: Tensor) -> Tensor:
+def predict_nats(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """Return the negative log-likelihood of each token but the first, (sequences * tokens,)."""
     logits = model(input_ids=sequences, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), reduction="none")
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     stream: Tensor,
     recipe: Recipe,
     *,
@@ -289,7 +363,7 @@ def train(
 
 
 @torch.inference_mode()
-def measure(model: LlamaForCausalLM, evaluation: Tensor, train_stream: Tensor) -> Quality:
+def measure(model: PreTrainedModel, evaluation: Tensor, train_stream: Tensor) -> Quality:
     """Return the perplexity of the model and of add-one token frequencies of the train split."""
     targets = evaluation[:, 1:]
     nats = predict_nats(model, evaluation).double().sum()
@@ -335,9 +409,12 @@ def write_data_files(
     save_file({"input_ids": evaluation}, directory / "evaluation.safetensors")
 
 
-def model_card(recipe: Recipe, progress: Progress, quality: Quality, *, train_tokens: int) -> str:
+def model_card(
+    family: Family, recipe: Recipe, progress: Progress, quality: Quality, *, train_tokens: int
+) -> str:
     """Return the text of the README beside the weights."""
     return _CARD.format(
+        family=family,
         context=CONTEXT,
         vocabulary=VOCABULARY,
         calibration_sequences=CALIBRATION_SEQUENCES,
@@ -360,8 +437,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("actors/models/tiny"), help="folder")
-    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps")
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="architecture")
+    for option, kind, what in (("--output", Path, "folder"), ("--steps", int, "optimiser steps")):
+        parser.add_argument(
+            option, type=kind, default=argparse.SUPPRESS, help=f"{what} (default: the family's)"
+        )
     parser.add_argument("--batch-sequences", type=int, default=16, help="sequences in a step")
     parser.add_argument("--warmup-steps", type=int, default=100, help="steps of rising rate")
     parser.add_argument("--peak-learning-rate", type=float, default=3e-3, help="after warm-up")
@@ -377,6 +457,8 @@ def main() -> None:
     """Train the tokenizer, cut the token files, train the model, and measure it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options = vars(parse_arguments())
+    family = FAMILIES[options.pop("family")]
+    options = {"output": family.output, "steps": family.steps, **options}
     output: Path = options.pop("output")
     checkpoint_seconds: float = options.pop("checkpoint_seconds")
     recipe = Recipe(**options)
@@ -400,11 +482,11 @@ def main() -> None:
         output,
     )
 
-    model = build_model(recipe.seed)
+    model = build_model(family.config, seed=recipe.seed)
 
     def save(progress: Progress) -> None:
         quality = measure(model, evaluation, streams["train"])
-        card = model_card(recipe, progress, quality, train_tokens=len(streams["train"]))
+        card = model_card(family, recipe, progress, quality, train_tokens=len(streams["train"]))
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
