@@ -20,7 +20,7 @@ from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
 from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
 from planners.batching import batching_of
 from planners.errors import ModelError
-from planners.families.llama import DEFAULTS
+from planners.families import family_of
 from planners.model.cost import dense_start
 from planners.steps import require_disjoint
 from planners.units.units import Identity
@@ -141,9 +141,14 @@ def _tokens(
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int:
-    """Return the longest sequence that a model takes, as its config says."""
+    """Return the longest sequence that a model takes, as its config says.
+
+    Raises:
+        ModelError: it does not say it, and its family has no default.
+    """
     model_type = config.get("compressed_from", config["model_type"])
-    longest = {**DEFAULTS[model_type], **config}["max_position_embeddings"]
+    defaults = family_of(model_type).defaults[model_type]
+    longest = {**defaults, **config}.get("max_position_embeddings")
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
         raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
     return longest
