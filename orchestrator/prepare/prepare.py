@@ -141,10 +141,14 @@ def _tokens(
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int:
-    """Return the longest sequence that a model takes, as its config says."""
+    """Return the longest sequence that a model takes, as its config says.
+
+    Raises:
+        ModelError: it says something else than a number above 1.
+    """
     model_type = config.get("compressed_from", config["model_type"])
-    known = family_of(model_type).defaults[model_type]
-    longest = {**known, **config}["max_position_embeddings"]
+    defaults = family_of(model_type).defaults[model_type]
+    longest = {**defaults, **config}.get("max_position_embeddings")
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 2:  # noqa: PLR2004
         raise ModelError(f"config.json: max_position_embeddings is {longest!r}; it must be above 1")
     return longest

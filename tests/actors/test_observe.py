@@ -202,7 +202,7 @@ def test_a_new_kind_of_statistic_is_a_row_and_its_functions(model, monkeypatch):
     def add_magnitudes(x, *, total):
         total += x.abs().flatten(0, -2).sum(dim=0, dtype=torch.float64)
 
-    row = StatisticKind(name="magnitude", dims=lambda dim, _layer, _number: (dim,))
+    row = StatisticKind(name="magnitude", dims=lambda at, _number: (at.dim,))
     functions = Functions(add=add_magnitudes)
     monkeypatch.setitem(KINDS, "magnitude", row)
     monkeypatch.setitem(FUNCTIONS, "magnitude", functions)

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.prepare.standalone_evaluation import prepare_evaluation
 from orchestrator.recipe.reading import load_config
-from planners.errors import ConfigError
+from planners.errors import ConfigError, ModelError
 from tests.builders import prepared_run, save_model, save_tokens
 
 
@@ -51,8 +51,14 @@ def test_sequences_may_be_longer_than_a_window(mistral, window):
         ({"model_type": "llama", "max_position_embeddings": 100}, 100),
         ({"model_type": "llama"}, 2048),
         ({"model_type": "mistral"}, 131072),
+        ({"model_type": "opt"}, 2048),
         ({"model_type": "mistral", "sliding_window": 8, "max_position_embeddings": 100}, 100),
     ],
 )
 def test_the_longest_sequence_is_that_of_the_config_or_of_transformers(config, longest):
     assert longest_sequence(config) == longest
+
+
+def test_a_model_whose_longest_sequence_is_not_known_is_refused():
+    with pytest.raises(ModelError, match="max_position_embeddings is None; it must be above 1"):
+        longest_sequence({"model_type": "phi"})
