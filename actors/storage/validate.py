@@ -85,7 +85,10 @@ def check_classes(checkpoint: Checkpoint) -> None:
 
 def _check_pairs(checkpoint: Checkpoint) -> None:
     """Refuse indices of rope channel pairs that are out of range or repeated in a head."""
-    half = checkpoint.shape.head_dim // 2
+    shape = checkpoint.shape
+    half = max(kind.rotary for kind in shape.kinds) // 2
+    # -1 stands for a channel that is not rotated, in heads that have such.
+    least = -1 if any(0 < kind.rotary < shape.head_dim for kind in shape.kinds) else 0
     for name, place in checkpoint.locations.items():
         if not name.endswith(PAIRS):
             continue
@@ -93,10 +96,11 @@ def _check_pairs(checkpoint: Checkpoint) -> None:
         if place.entry.dtype != "I64":
             raise ModelError(f"{where} is {place.entry.dtype}; it must be I64")
         pairs = checkpoint.read(name)  # (kv_heads, kept pairs)
-        wrong = pairs[(pairs < 0) | (pairs >= half)]
+        wrong = pairs[(pairs < least) | (pairs >= half)]
         if wrong.numel():
             raise ModelError(f"{where} has pair {int(wrong[0])}; valid pairs are 0 to {half - 1}")
-        if any(len(row.unique()) != len(row) for row in pairs):
+        rotated = (row[row >= 0] for row in pairs)
+        if any(len(row.unique()) != len(row) for row in rotated):
             raise ModelError(f"{where} has a pair twice in one head")
 
 

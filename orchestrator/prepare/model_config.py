@@ -28,17 +28,19 @@ def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm)
 def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return the stock config of the narrower model; eps makes up for the narrower norm."""
     layer = form.layers[0]
-    width = layer.residual_in
+    width, family = layer.residual_in, load_family(shape.family)
     unread = OF_A_CACHE if shape.model_type == "llama" else ()
+    own = {"head_dim": shape.head_dim} if family.head_dim_key else {}
+    if family.eps_key:
+        own[family.eps_key] = config.get(family.eps_key, 1e-6) * shape.hidden / width
     return {
         **{k: v for k, v in config.items() if k not in unread},
         # The config of a model saved without its head names a class without one.
-        "architectures": [load_family(shape.family).classes[shape.model_type]],
+        "architectures": [family.classes[shape.model_type]],
         "hidden_size": width,
-        "head_dim": shape.head_dim,
-        "intermediate_size": layer.intermediate,
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6) * shape.hidden / width,
+        family.intermediate_key: layer.intermediate,
         "tie_word_embeddings": form.tied,
+        **own,
     }
 
 

@@ -30,6 +30,8 @@ class Family:
         activation_key: the config's key for it.
         dropout: the config's key for the dropout of what attention and MLP add to the residual
             stream; empty where it is no key.
+        intermediate_key: the config's key for the inner width of the MLP.
+        head_dim_key: the config's key for the width of a head; empty where it is no key.
         eps_key: the config's key for the epsilon of the norms; empty where it is no key.
         defaults: model_type -> key -> the value that transformers takes where a config lacks it.
         embedding: tensor of the embedding.
@@ -48,6 +50,8 @@ class Family:
     attention: str
     activation: str
     activation_key: str
+    intermediate_key: str
+    head_dim_key: str
     eps_key: str
     defaults: Mapping[str, Mapping[str, Any]]
     embedding: str

@@ -107,9 +107,11 @@ def decoder(  # noqa: PLR0913 what families differ in
         dropout: see `Family`.
     """
 
+    own = keys or {}
+
     def shape_of(config: Config, dtype: str) -> ModelShape:
         whole = {**defaults.get(config["model_type"], {}), **config}
-        sizes = _sizes(whole, keys or {})
+        sizes = _sizes(whole, own)
         check_settings(whole, eps=eps)
         rotary = check_rope(whole, head_dim=sizes["head_dim"], partial=partial) if rope else 0
         _check_layer_types(whole, sizes["num_layers"])
@@ -140,6 +142,8 @@ def decoder(  # noqa: PLR0913 what families differ in
         attention="self_attn",
         activation=activation,
         activation_key=activation_key,
+        intermediate_key=own.get("intermediate_size", "intermediate_size"),
+        head_dim_key=own.get("head_dim", "head_dim"),
         eps_key=eps,
         embedding=f"{base}.embed_tokens.weight",
         positions=f"{base}.{positions}.weight" if positions else "",
