@@ -106,7 +106,6 @@ def decoder(  # noqa: PLR0913 what families differ in
         positions: name below ``base`` of the table of learned positions.
         dropout: see `Family`.
     """
-
     own = keys or {}
 
     def shape_of(config: Config, dtype: str) -> ModelShape:
