@@ -72,16 +72,46 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
     done: Done = ((), {})
     if not job.form.tied:
         done = _write_table("head", family.head_among(checkpoint.locations), job, run, rotate)
+    small = _small(job, checkpoint, bases, norm)
+    if job.form.head_bias:
+        stored = checkpoint.read(family.head_bias) if checkpoint.form.head_bias else None
+        small[family.head_bias] = moved.result(stored)
+    return _with(done, "norm", small, job, run) if small else done
+
+
+def _small(
+    job: CompressionJob,
+    checkpoint: Checkpoint,
+    bases: tuple[Tensor, ...],
+    norm: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the final norm and the head's shortcut, where the result has them."""
+    family = load_family(job.shape.family)
     small: dict[str, Tensor] = {}
     if job.form.head_norm_weight:
-        small = norm
+        small = dict(norm)
         if bases:  # the scale is folded into the head
             dtype = norm[family.final_norm].dtype
             small = {family.final_norm: torch.ones(job.form.head_dim, dtype=dtype)}
-    if job.form.head_bias:
-        stored = checkpoint.read(family.head_bias) if checkpoint.form.head_bias else None
-        small = {**small, family.head_bias: moved.result(stored)}
-    return _with(done, "norm", small, job, run) if small else done
+    if job.form.head_shortcut:
+        small[family.head_shortcut] = _shortcut(job, checkpoint, bases, norm)
+    return small
+
+
+def _shortcut(
+    job: CompressionJob,
+    checkpoint: Checkpoint,
+    bases: tuple[Tensor, ...],
+    norm: dict[str, Tensor],
+) -> Tensor:
+    """Return the matrix between the final norm and a tied head; that of a former step if any."""
+    family = load_family(job.shape.family)
+    if not bases:
+        return checkpoint.read(family.head_shortcut)
+    found: Tensor = methods.load(job.method).head_shortcut(
+        bases[0], bases[-1], shape=job.shape, norm_weight=norm.get(family.final_norm)
+    )
+    return found.to(getattr(torch, job.shape.dtype))
 
 
 class _MovedBias:

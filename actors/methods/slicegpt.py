@@ -257,15 +257,25 @@ def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[S
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    for kind in shape.kinds:
-        space = kind.space("residual")
-        if space.group != "orthogonal":
-            return space.reason
+    reasons = [kind.space("residual").reason for kind in shape.kinds]
+    if any(reasons):
+        return next(filter(None, reasons))
     if options["rotation"] == "shared" and "residual" not in shape.native:
         return (
             f"rotation=shared makes a stock model, but no config of a {shape.model_type} describes "
             "one with a narrower rotated stream; choose rotation=per_site"
         )
+    if options["head_shortcut"] and not shape.tied:
+        return "head_shortcut=true keeps a tied head tied, and the head of this model is not"
+    if options["head_shortcut"] and (shape.is_centred or options["rotation"] == "shared"):
+        return (
+            "head_shortcut=true needs RMS norms, which leave the mean of the embedding as it is, "
+            "and rotation=per_site"
+        )
+    return _refuses_schedule(shape, options)
+
+
+def _refuses_schedule(shape: ModelShape, options: Mapping[str, Option]) -> str:
     parallel = any(kind.parallel for kind in shape.kinds)
     if options["schedule"] == "sequential" and (shape.is_centred or parallel):
         return (
@@ -284,7 +294,7 @@ def sliced_form(
     shape: ModelShape, start: Start, keep_dim: int, options: Mapping[str, Option]
 ) -> ModelForm:
     """Return the widths of the model with a residual stream of ``keep_dim``."""
-    native = options["rotation"] == "shared"
+    native, shortcut = options["rotation"] == "shared", bool(options["head_shortcut"])
     last_dim = keep_dim if native or options["slice_head"] else shape.hidden
     layers = [
         with_biases(
@@ -307,8 +317,9 @@ def sliced_form(
         embedding_dim=keep_dim,
         head_dim=last_dim,
         head_norm_weight=native,
-        tied=False,
+        tied=shortcut,
         native=native,
+        head_shortcut=shortcut,
         head_bias=start.form.head_bias or shape.final_norm.bias,
     )
 
@@ -376,6 +387,13 @@ SPEC = MethodSpec(
             default=False,
             choices=(False, True),
             help="slice the last site and the head too (the published program does not)",
+        ),
+        OptionSpec(
+            name="head_shortcut",
+            default=False,
+            choices=(False, True),
+            help="keep a tied head tied, with one more matrix before it: where the vocabulary is "
+            "most of a model, its second copy costs more than the slices save",
         ),
         OptionSpec(
             name="schedule",
@@ -462,6 +480,17 @@ class SliceGPT:
         gain = math.sqrt(basis.shape[0] / basis.shape[1]) if native else 1.0
         scale = norm_scale(norm_weight, shape.final_norm, like=basis) * gain
         return rotated_rows(rows, basis=basis, scale=scale)
+
+    def head_shortcut(
+        self, first: Tensor, last: Tensor, *, shape: ModelShape, norm_weight: Tensor | None
+    ) -> Tensor:
+        """Return ``Q_0^T diag(g) Q_L``, from the stream of the last site to the embedding's basis.
+
+        So a tied head stays tied: ``x Q_L (Q_L^T diag(g) Q_0) (E Q_0)^T`` is ``x diag(g) E^T`` at
+        full width.
+        """
+        scale = norm_scale(norm_weight, shape.final_norm, like=last)
+        return first.T @ (scale[:, None] * last)
 
     def head_bias(self, rows: Tensor, norm_bias: Tensor) -> Tensor:
         """Return what the final norm's bias adds to the logits of these rows, in float64."""

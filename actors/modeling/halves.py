@@ -99,4 +99,5 @@ def one_layer_config(
         "embedding_dim": shape.hidden,
         "head_input_dim": shape.hidden,
         "head_bias": shape.head_bias,
+        "head_shortcut": False,
     }

@@ -60,6 +60,7 @@ class CompressedConfig(StockConfig):
         head_input_dim: width of the residual stream that the head reads.
         head_norm_weight: the final norm keeps its scale.
         head_bias: the head has a bias.
+        head_shortcut: a matrix follows the final norm, and the head reads what it returns.
         layout: names of the modules, and what the kinds of layers have in common.
         compressed_from: ``model_type`` of the original model.
         compression: how it was made.
@@ -73,6 +74,7 @@ class CompressedConfig(StockConfig):
     head_input_dim: int = 0
     head_norm_weight: bool = True
     head_bias: bool = False
+    head_shortcut: bool = False
     layout: dict[str, Any] | None = None
     compressed_from: str | None = None
     compression: dict[str, Any] | None = None
@@ -103,13 +105,14 @@ class ScaledNorm(nn.Module):
         self.original_dim = original_dim
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim)) if scale else None
+        self.shortcut: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x / sqrt(sum(x^2) / original_dim + eps)``, computed in float32."""
         x32 = x.to(torch.float32)
         mean_square = x32.square().sum(-1, keepdim=True) / self.original_dim
         normed = (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
-        return normed if self.weight is None else self.weight * normed
+        return self.shortcut(normed if self.weight is None else self.weight * normed)
 
 
 class LowRankLinear(nn.Module):
@@ -368,6 +371,9 @@ def _resize(body: nn.Module, config: Any) -> None:
             _resize_table(body.get_submodule(below[key]), config.embedding_dim)
     dims = (config.head_input_dim, layout["hidden"])
     _resize_norm(body, below["final_norm"], dims, scale=config.head_norm_weight)
+    if config.head_shortcut:
+        norm: Any = body.get_submodule(below["final_norm"])
+        norm.shortcut = nn.Linear(config.head_input_dim, config.embedding_dim, bias=False)
 
 
 class CompressedModel(StockModel):
@@ -394,6 +400,7 @@ class CompressedForCausalLM(StockForCausalLM):
         super().__init__(config)
         _resize(self.base_model, config)
         head = config.layout["head"]  # type: ignore[index] # None only in a bare config
-        dims = (config.vocab_size, config.head_input_dim)
+        reads = config.embedding_dim if config.head_shortcut else config.head_input_dim
+        dims = (config.vocab_size, reads)
         _resize_linear(self, head, dims, bias=config.head_bias)
         self.post_init()

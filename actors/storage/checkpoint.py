@@ -189,6 +189,7 @@ class Checkpoint:
             "head_dim": self.config["head_input_dim"],
             "head_norm_weight": self.config["head_norm_weight"],
             "head_bias": self.config["head_bias"],
+            "head_shortcut": self.config["head_shortcut"],
             "tied": self.config["tie_word_embeddings"],
             "native": False,
         })  # fmt: skip

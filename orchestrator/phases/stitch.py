@@ -111,7 +111,9 @@ def _index(context: RunContext) -> dict[str, Any]:
     total = 0
     names = weight_files(context.form)
     family = load_family(context.prepared.plan.shape.family)
-    own = dict.fromkeys((family.final_norm, family.norm_bias, family.head_bias), "norm")
+    own = dict.fromkeys(
+        (family.final_norm, family.norm_bias, family.head_shortcut, family.head_bias), "norm"
+    )
     own[family.positions] = "positions"
     for unit in context.units:
         tensors = context.ledger.record(unit).values.get("tensors", {})

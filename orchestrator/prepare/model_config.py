@@ -58,6 +58,7 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
         "head_input_dim": form.head_dim,
         "head_norm_weight": form.head_norm_weight,
         "head_bias": form.head_bias,
+        "head_shortcut": form.head_shortcut,
         "layer_forms": to_json(form.layers),
     }
 

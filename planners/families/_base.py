@@ -89,6 +89,11 @@ class Family:
         return self.final_norm.removesuffix("weight") + "bias"
 
     @property
+    def head_shortcut(self) -> str:
+        """The tensor that compression adds between the final norm and a tied head."""
+        return self.final_norm.removesuffix("weight") + "shortcut.weight"
+
+    @property
     def head_bias(self) -> str:
         """The tensor of the head's bias, in families whose head has one."""
         return self.head.removesuffix("weight") + "bias"

@@ -70,8 +70,9 @@ def shortcut_parameters(form: LayerForm) -> int:
 def model_parameters(shape: ModelShape, form: ModelForm) -> int:
     """Return the distinct elements stored for the whole model; a tied head counts once."""
     table = (shape.vocab_size + shape.positions) * form.embedding_dim
-    head = 0 if form.tied else shape.vocab_size * form.head_dim
+    head = 0 if form.tied else shape.vocab_size * form.head_reads
     head += shape.vocab_size if form.head_bias else 0
+    head += form.embedding_dim * form.head_dim if form.head_shortcut else 0
     final = shape.final_norm
     norm = form.head_dim * (final.scale + final.bias) if form.head_norm_weight else 0
     return table + head + norm + sum(layer_parameters(shape, layer) for layer in form.layers)

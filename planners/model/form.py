@@ -76,6 +76,8 @@ class ModelForm:
         native: a stock config of the input's own family expresses it.
         head_bias: the head has a bias.
         positions: a table of learned positions is added to the embedding.
+        head_shortcut: a matrix after the final norm leads from the stream that the head reads to
+            the basis of the embedding, whose table a tied head still is.
     """
 
     layers: tuple[LayerForm, ...]
@@ -86,6 +88,12 @@ class ModelForm:
     native: bool
     head_bias: bool = False
     positions: bool = False
+    head_shortcut: bool = False
+
+    @property
+    def head_reads(self) -> int:
+        """Columns of the head's matrix."""
+        return self.embedding_dim if self.head_shortcut else self.head_dim
 
 
 def site_dims(form: ModelForm) -> dict[int, int]:

@@ -245,7 +245,7 @@ def step_work(job: Job, stage: StagePlan, *, observe: bool, compressed: bool = F
         if observe:
             total += work.layer_statistics_work(shape, wanted, tokens=tokens, form=form)
     if stage.head and not observe:
-        width = job.form.head_dim if compressed else shape.hidden
+        width = job.form.head_reads if compressed else shape.hidden
         total += work.loss_work(shape, width, tokens=tokens)
     return total
 

@@ -188,9 +188,11 @@ def compression_units(
             key["makers"] = dict(makers[layer])
             key["revisions"] = {c.spec.name: c.spec.revision for c in spec.candidates}
         units.append(_unit(kind, layer, parts, key))
-    edges = {"embedding": (form.embedding_dim, 0), "head": (form.head_dim, 2 * num_layers)}
-    for kind, (dim, site) in edges.items():
-        parts = basis(site) or (sums[0],)
+    last = basis(2 * num_layers)
+    ends = basis(0) + last if form.head_shortcut else last
+    edges = {"embedding": (form.embedding_dim, basis(0)), "head": (form.head_dim, ends)}
+    for kind, (dim, read) in edges.items():
+        parts = read or (sums[0],)
         key = {**common, "dim": dim, "tied": form.tied, "native": form.native}
         units.append(_unit(kind, -1, parts, key))
     return units

@@ -84,6 +84,13 @@ def outer_state(method, dense, form, bases):
     for table in (family.embedding, family.positions):
         if table:
             outer[table] = method.apply_embedding(state[table], bases[0], shape=shape)
+    if form.head_shortcut:
+        outer[family.head_shortcut] = method.head_shortcut(
+            bases[0], bases[2 * shape.num_layers], shape=shape, norm_weight=state[family.final_norm]
+        )
+        outer[family.head] = outer[family.embedding]
+        del outer[family.final_norm]
+        return outer
     outer[family.head] = method.apply_head(
         state[family.head],
         bases[2 * shape.num_layers],
@@ -101,11 +108,11 @@ def outer_state(method, dense, form, bases):
     return outer
 
 
-def compressed(dense, name, target):
+def compressed(dense, name, target, **changes):
     """Return a model compressed by a method, and its widths."""
     shape, family = dense.shape, dense.family
     method, spec = methods.load(name), methods.spec(name)
-    options = resolve_options(spec, OPTIONS[name])
+    options = resolve_options(spec, {**OPTIONS[name], **changes})
     assert spec.refuses(shape, options) == ""
     form = spec.form(shape, dense_start(shape), target, options)
     sums = dense.observed(spec.statistics(shape, options))
@@ -141,6 +148,21 @@ def test_full_width_changes_nothing(model_type, name):
     target = Target(slice=0.0) if methods.spec(name).residual else Target(keep_fraction=1.0)
     model, _ = compressed(dense, name, target)
     assert distance(model, dense) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "granite"])
+def test_a_head_shortcut_keeps_the_head_tied_and_the_logits_at_full_width(model_type):
+    dense = Dense(model_type, tied=True)
+    model, form = compressed(dense, "slicegpt", Target(slice=0.0), head_shortcut=True)
+    assert form.tied
+    assert distance(model, dense) < 1e-5
+    cut, form = compressed(dense, "slicegpt", Target(slice=0.25), head_shortcut=True)
+    stored = sum(parameter.numel() for parameter in cut.parameters())
+    assert stored == model_parameters(dense.shape, form)
+    untied, other = compressed(dense, "slicegpt", Target(slice=0.25))
+    # The same numbers but for the columns of the embedding that the shortcut cannot reach.
+    assert distance(cut, dense) < 2 * distance(untied, dense)
+    assert model_parameters(dense.shape, other) > stored
 
 
 @pytest.mark.parametrize("name", methods.available())
