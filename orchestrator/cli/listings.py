@@ -45,7 +45,7 @@ def methods(json_: bool) -> None:
 @click.command()
 @as_json
 def families(json_: bool) -> None:
-    """List the supported model types, and what each method can do with them."""
+    """List the model types, and what each method does with them."""
     from actors.methods import available, spec
     from orchestrator.prepare.support import supported
 

@@ -36,8 +36,8 @@ def example_shape(model_type: str) -> ModelShape:
 
 def known_types() -> dict[str, Family]:
     """Return model_type -> family for every supported model type, sorted."""
-    families = [load(name) for name in available()]
-    return {t: family for family in families for t in sorted(family.classes)}
+    found = {t: family for family in map(load, available()) for t in family.classes}
+    return dict(sorted(found.items()))
 
 
 def family_of(model_type: object) -> Family:

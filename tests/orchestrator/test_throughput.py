@@ -324,7 +324,7 @@ def test_bench_says_how_a_model_that_does_not_fit_would(model, tmp_path):
     memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
     done = bench(model, small, "--workers", 2, "--worker-gib", memory)
     said = done.stdout + done.stderr
-    assert f"{model}, batch 2: not measured: generating takes" in said
+    assert f"{model}, batch 2: not measured: generation needs" in said
     assert "use more --workers" in said
 
 
