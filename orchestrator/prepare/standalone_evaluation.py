@@ -11,7 +11,7 @@ from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
 from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
 from orchestrator.prepare.prepare import longest_sequence
-from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
+from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, check_length
 from planners.batching import batching_of
 from planners.memory.placement import load_of, place
 
@@ -38,6 +38,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
 
     Raises:
         ModelError: the checkpoint is missing, broken or not supported.
+        ConfigError: the sequences are longer than the table of positions of the model.
         DataError: there is too little text, or it cannot be read.
         ClusterError: ``device`` is auto, and the cluster cannot be reached to choose it.
     """
@@ -62,6 +63,8 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
         bos=given.calibration.bos,
         seed=given.seed,
     )
+    if shape.positions:  # with rope, sequences longer than in training are only worse
+        check_length(ids.shape[1], longest, where="evaluation: has sequences of")
     batching = batching_of(
         *ids.shape,
         microbatch_tokens=given.calibration.microbatch_tokens,

@@ -387,7 +387,7 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
         length = min(DEFAULT_SEQUENCE_LENGTH, facts.longest)
     if length is not None:
         where = "calibration.sequence_length: is"
-        _check_length(length, facts.longest, where=where)
+        check_length(length, facts.longest, where=where)
     chain = [
         step.model_copy(update={"options": dict(options)})
         for step, options in zip(config.chain, facts.options, strict=True)
@@ -427,7 +427,7 @@ def with_tokens(
     sequences, length = calibration
     for key, longest in (("calibration", length), ("evaluation", evaluation[1])):
         where = f"{key}.source: has sequences of"
-        _check_length(longest, facts.longest, where=where)
+        check_length(longest, facts.longest, where=where)
     asked = config.calibration.sequence_length
     if asked not in (None, length):
         raise ConfigError(
@@ -476,7 +476,7 @@ def _holds_tokens(source: str) -> bool:
     return source == "embedded" or source.startswith("tokens:")
 
 
-def _check_length(length: int, longest: int, *, where: str) -> None:
+def check_length(length: int, longest: int, *, where: str) -> None:
     """Refuse sequences longer than the maximum of a model, as its config says.
 
     Raises:

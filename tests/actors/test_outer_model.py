@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer_model import OuterModel
@@ -16,30 +16,12 @@ from actors.storage.checkpoint import Checkpoint
 from planners import families
 from planners.families._base import Family
 from planners.model.form import dense_form
-from tests.builders import LENGTH, SIZES, VOCABULARY, compress_local, save_model
+from tests.builders import LENGTH, VOCABULARY, compress_local, save_model
+from tests.families.tiny import MODEL_TYPES, SIZES, config_of, ids_of, model_of
 
 FAMILY = families.load("llama")
-WINDOW, TOKENS = 4, 12
 FULL, SLIDING = "full_attention", "sliding_attention"
-MIXED = {"sliding_window": WINDOW, "layer_types": [FULL, SLIDING, FULL]}
-# model_type -> what is special about it.
-STOCK: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": WINDOW},
-    "qwen2": {"use_sliding_window": True, **MIXED},
-    "qwen3": {"head_dim": 16},
-    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
-    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **MIXED},
-    "gemma": {"head_dim": 16},
-    "helium": {"head_dim": 8},
-    "ernie4_5": {"use_bias": True},
-    "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32},
-    "phi": {"partial_rotary_factor": 0.5},
-    "starcoder2": {"sliding_window": WINDOW},
-    "gpt_neox": {"rotary_pct": 0.5},
-    "cohere": {"logit_scale": 0.25},
-    "cohere2": MIXED,  # rope in the layers with a window only
-}
+WINDOWED = {"starcoder2": {"sliding_window": 5}, "ministral": {"sliding_window": 5}}
 # A type that has no family file yet, but whose layers take their cache under a name of its own.
 GPT_NEOX = replace(
     FAMILY,
@@ -160,21 +142,16 @@ class Specimen:
         outer = self.outer()
         outer.read_embedding(self.weights)
         outer.read_head(self.weights)
-        prefixes = [self.family.layer.format(i=i) + "." for i in range(SIZES["num_hidden_layers"])]
+        count = self.stock.config.num_hidden_layers
+        prefixes = [self.family.layer.format(i=i) + "." for i in range(count)]
         return outer, [
             outer.layer(i, self.weights.stream_prefix(prefix)) for i, prefix in enumerate(prefixes)
         ]
 
 
 def specimen(model_type, *, tied=False, dtype=torch.float32, **changes):
-    keys = {**SIZES, **STOCK[model_type], "tie_word_embeddings": tied, **changes}
-    config = AutoConfig.for_model(model_type, **keys)
-    stock = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in stock.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.2 * noise.to(dtype))
+    config = config_of(model_type, tied=tied, **WINDOWED.get(model_type, {}), **changes)
+    stock = model_of(config, dtype=dtype)
     family = GPT_NEOX if model_type == "gpt_neox" else families.family_of(model_type)
     weights = stock.state_dict()
     if tied:
@@ -182,25 +159,20 @@ def specimen(model_type, *, tied=False, dtype=torch.float32, **changes):
     return Specimen(stock, family, Held(weights))
 
 
-@pytest.fixture(scope="module", params=STOCK)
+@pytest.fixture(scope="module", params=[*MODEL_TYPES, "gpt_neox"])
 def untied(request):
     return specimen(request.param)
 
 
-@pytest.fixture(scope="module", params=STOCK)
+@pytest.fixture(scope="module", params=[*MODEL_TYPES, "gpt_neox"])
 def tied(request):
     return specimen(request.param, tied=True, dtype=torch.float64)
-
-
-def some_ids():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, VOCABULARY, (2, TOKENS), generator=generator)
 
 
 @torch.inference_mode()
 def check_streamed(model):
     outer, layers = model.opened()
-    ids = some_ids()
+    ids = ids_of()
     hidden = outer.embed(ids)
     for layer, given in zip(layers, outer.layer_arguments(hidden), strict=True):
         hidden = layer(hidden, **given)
@@ -213,10 +185,10 @@ def check_streamed(model):
 @torch.inference_mode()
 def check_generated(model):
     outer, layers = model.opened()
-    ids = some_ids()
+    ids = ids_of()
     ours, theirs = DynamicCache(), DynamicCache()
     whole = model.stock(ids, use_cache=False).logits
-    parts = [(0, 6), *((start, start + 1) for start in range(6, TOKENS))]
+    parts = [(0, 6), *((start, start + 1) for start in range(6, ids.shape[1]))]
     for first, last in parts:
         hidden = outer.embed(ids[:, first:last], start=first)
         arguments = outer.layer_arguments(hidden, start=first, cache=ours)
@@ -246,10 +218,11 @@ def test_generation_of_a_tied_model_is_bit_for_bit_that_of_the_stock_model(tied)
 
 def test_arguments_of_the_layers_do_not_wait_for_tables_and_take_no_memory_of_theirs(untied):
     outer = untied.outer()
-    before = outer.layer_arguments(torch.zeros(2, TOKENS, SIZES["hidden_size"]))
+    ids = ids_of()
+    before = outer.layer_arguments(torch.zeros(*ids.shape, SIZES["hidden_size"]))
     assert not outer.tensors()
     outer.read_embedding(untied.weights)
-    after = outer.layer_arguments(outer.embed(some_ids()))
+    after = outer.layer_arguments(outer.embed(ids))
     for one, other in zip(before, after, strict=True):
         assert one.keys() == other.keys()
         assert one["attention_mask"] is None or torch.equal(
@@ -257,7 +230,7 @@ def test_arguments_of_the_layers_do_not_wait_for_tables_and_take_no_memory_of_th
         )
 
 
-@pytest.mark.parametrize(("tokens", "masked"), [(WINDOW - 1, False), (TOKENS, True)])
+@pytest.mark.parametrize(("tokens", "masked"), [(4, False), (12, True)])
 def test_masks_are_made_once_and_only_where_a_window_is_shorter_than_the_sequences(tokens, masked):
     outer = specimen("mistral").outer()
     first, *_, last = outer.layer_arguments(torch.zeros(2, tokens, SIZES["hidden_size"]))
@@ -267,12 +240,11 @@ def test_masks_are_made_once_and_only_where_a_window_is_shorter_than_the_sequenc
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("index", [0, 1])
 def test_half_a_layer_attends_within_the_window_of_its_layer(index):
-    config = {**STOCK["qwen2"], "layer_types": [FULL, FULL, SLIDING], "num_key_value_heads": 2}
-    model = specimen("qwen2", **config)
+    model = specimen("qwen2", layer_types=[FULL, SLIDING])
     outer, layers = model.opened()
-    hidden = outer.embed(some_ids())
+    hidden = outer.embed(ids_of())
     shape = FAMILY.shape_of(model.stock.config.to_dict(), "float32")
     tensors = dict(model.weights.stream_prefix(FAMILY.layer.format(i=index) + "."))
     half = HalvedLayer(
@@ -286,5 +258,5 @@ def test_half_a_layer_attends_within_the_window_of_its_layer(index):
     )
     expected = layers[index](hidden, **outer.layer_arguments(hidden)[index])
     assert torch.allclose(half.output(hidden), expected, atol=1e-6)
-    other = layers[index](hidden, **outer.layer_arguments(hidden)[3 - index])
+    other = layers[index](hidden, **outer.layer_arguments(hidden)[1 - index])
     assert not torch.allclose(half.output(hidden), other, atol=1e-3)

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.prepare.standalone_evaluation import prepare_evaluation
 from orchestrator.recipe.reading import load_config
 from planners.errors import ConfigError, ModelError
-from tests.builders import prepared_run, save_model, save_tokens
+from tests.builders import VOCABULARY, prepared_run, save_model, save_tokens
+from tests.families.tiny import config_of
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,16 @@ def test_sequences_may_be_longer_than_a_window(mistral, window):
     assert prepare_evaluation(load_config(None, given)).ids.shape == (2, 5000)
 
 
+def test_sequences_longer_than_a_table_of_positions_are_not_evaluated(tmp_path):
+    config = config_of("opt", max_position_embeddings=40, vocab_size=VOCABULARY)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    save_tokens(tmp_path / "long.safetensors", 2, length=41)
+    given = {"model": str(tmp_path), "device": "cpu",
+             "evaluation.source": f"tokens:{tmp_path}/long.safetensors"}  # fmt: skip
+    with pytest.raises(ConfigError, match="41 tokens, but the model accepts at most 40"):
+        prepare_evaluation(load_config(None, given))
+
+
 @pytest.mark.parametrize(
     ("config", "longest"),
     [
@@ -59,6 +71,6 @@ def test_the_longest_sequence_is_that_of_the_config_or_of_transformers(config, l
     assert longest_sequence(config) == longest
 
 
-def test_a_model_whose_longest_sequence_is_not_known_is_refused():
+def test_a_model_that_says_no_number_for_its_longest_sequence_is_refused():
     with pytest.raises(ModelError, match="max_position_embeddings is None; it must be above 1"):
-        longest_sequence({"model_type": "phi"})
+        longest_sequence({"model_type": "phi", "max_position_embeddings": None})
