@@ -65,12 +65,15 @@ ROWS = (
     Row(name="influence", method="modegpt", options={"allocation": "influence"}),
     Row(name="svdllm", method="svdllm"),
     Row(name="slicegpt", method="slicegpt"),
+    Row(name="slicegpt-tied", method="slicegpt", options={"head_shortcut": "true"}),
 )
 
 Found = Mapping[str, Mapping[str, Any]]  # name of a row -> report of its run
 
 
-def measure(row: Row, keys: Mapping[str, Any], run: Path) -> dict[str, Any]:
+def measure(
+    row: Row, keys: Mapping[str, Any], run: Path, *, keep_fraction: float = KEEP_FRACTION
+) -> dict[str, Any]:
     """Return the report of a row's run in that directory, made or resumed."""
     from orchestrator.backend.local import LocalExecutor
     from orchestrator.phases.open_run import open_run
@@ -82,7 +85,7 @@ def measure(row: Row, keys: Mapping[str, Any], run: Path) -> dict[str, Any]:
         **keys,
         "out": str(run),
         "method": row.method,
-        "keep_fraction": KEEP_FRACTION,
+        "keep_fraction": keep_fraction,
         "threads": THREADS,
         **{f"options.{key}": value for key, value in row.options.items()},
     }
