@@ -21,10 +21,13 @@ from result_file import Goal, Result, load_average, report, table
 from trained import with_code_apart
 
 FRACTIONS = (0.9, 0.8)
-ROWS = (Row(name="slicegpt", method="slicegpt"), Row(name="modegpt", method="modegpt"))
+# Steps of one channel: in steps of eight, of a width of 96, a target is missed by up to 5 %.
+ROWS = tuple(
+    Row(name=name, method=name, options={"round_to": "1"}) for name in ("slicegpt", "modegpt")
+)
 METHOD = """\
 A whole run of the orchestrator (calibrate, allocate, compress, stitch, evaluate, verify) in this
-process for each row, with the default options. The model is an OPT of 521,472 parameters that
+process for each row, with the default options but for `round_to=1`. The model is an OPT of 521,472 parameters that
 `examples/train_tiny.py --family opt` trains on the `.py` files of CPython's standard library;
 calibration data and evaluation data are parts of it that it was not trained on, 96 and 48 sequences
 of 256 tokens. Kept: true parameters over those of the input, a tied head counted once."""
