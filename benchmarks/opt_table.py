@@ -27,10 +27,11 @@ ROWS = tuple(
 )
 METHOD = """\
 A whole run of the orchestrator (calibrate, allocate, compress, stitch, evaluate, verify) in this
-process for each row, with the default options but for `round_to=1`. The model is an OPT of 521,472 parameters that
-`examples/train_tiny.py --family opt` trains on the `.py` files of CPython's standard library;
-calibration data and evaluation data are parts of it that it was not trained on, 96 and 48 sequences
-of 256 tokens. Kept: true parameters over those of the input, a tied head counted once."""
+process for each row, with the default options but for `round_to=1`. The model is an OPT of 521,472
+parameters that `examples/train_tiny.py --family opt` trains on the `.py` files of CPython's
+standard library; calibration data and evaluation data are parts of it that it was not trained on,
+96 and 48 sequences of 256 tokens. Kept: true parameters over those of the input, a tied head
+counted once."""
 
 
 def keys_of(model: Path) -> dict[str, Any]:

@@ -262,8 +262,8 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
         return next(filter(None, reasons))
     if options["rotation"] == "shared" and "residual" not in shape.native:
         return (
-            f"rotation=shared makes a stock model, but no config of a {shape.model_type} describes "
-            "one with a narrower rotated stream; choose rotation=per_site"
+            f"rotation=shared makes a stock model, but no config of model type {shape.model_type} "
+            "describes one with a narrower stream; choose rotation=per_site"
         )
     if options["head_shortcut"] and not shape.tied:
         return "head_shortcut=true keeps a tied head tied, and the head of this model is not"

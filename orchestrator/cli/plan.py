@@ -49,6 +49,7 @@ def _facts(forecast: Forecast, out: str) -> Table:
         "parameters": f"{plan.parameters_before:,} -> {plan.parameters_after:,} "
         f"({plan.keep_fraction:.4f} kept, true counts)",
         **_steps(forecast),
+        **_left(forecast),
         "result": "a stock model" if form.native else "needs trust_remote_code=True",
         "calibration": f"{plan.calibration_tokens:,} tokens in microbatches of "
         f"{forecast.job.data.microbatch_tokens:,}, {forecast.job.data.dtype}",
@@ -63,6 +64,16 @@ def _facts(forecast: Forecast, out: str) -> Table:
     for what, how_much in rows.items():
         table.add_row(what, how_much)
     return table
+
+
+def _left(forecast: Forecast) -> dict[str, str]:
+    """Return the modules that the methods leave as they are, and why, if there are any."""
+    found = [
+        f"{module}, by {job.spec.name}: {reason}"
+        for job in forecast.steps
+        for module, reason in job.spec.leaves(job.shape, job.options).items()
+    ]
+    return {"unchanged": "; ".join(found)} if found else {}
 
 
 def _download(job: Job) -> dict[str, str]:
