@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from planners.errors import ModelError
-from planners.families._config import flag, positive
-from planners.families._decoder import FULL, QKV, SLIDING, Facts, decoder, llama_like
+from planners.families._config import flag
+from planners.families._decoder import QKV, SLIDING, Facts, decoder, llama_like
 
 # The defaults of transformers for absent keys, where its model types differ.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -28,48 +28,33 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Return the sliding window of each layer as transformers reads the keys; None is no window.
-
-    A Llama has no windows, a Mistral one for all layers. A Qwen2 has one only with
-    ``use_sliding_window``, and then from layer ``max_window_layers`` on, or in the layers that
-    ``layer_types`` names.
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse windows that transformers cannot run, or runs as another architecture.
 
     Raises:
-        ModelError: a key has a value that transformers cannot run, or runs as another architecture.
+        ModelError: the message names the key.
     """
-    model_type, count = config["model_type"], positive(config, "num_hidden_layers")
-    config = {**DEFAULTS[model_type], **config}
-    if model_type == "llama":
-        return (None,) * count
-    if model_type == "mistral":
-        if "layer_types" in config:
-            raise ModelError(
-                "config.json: has layer_types: transformers then reads a mistral as a ministral, "
-                "which is not supported; remove the key if sliding_window holds for all layers"
-            )
-        return (config["sliding_window"],) * count
+    if config["model_type"] == "mistral" and "layer_types" in config:
+        raise ModelError(
+            "config.json: has layer_types: transformers then reads a mistral as a ministral",
+            hint="set model_type to ministral, or remove layer_types if sliding_window holds for "
+            "all layers",
+        )
+    if config["model_type"] == "qwen2":
+        _check_qwen2(config)
+
+
+def _check_qwen2(config: Mapping[str, Any]) -> None:
     used = flag(config, "use_sliding_window", default=False)
     window = config["sliding_window"] if used else None
-    if config.get("layer_types") is not None:
-        return _listed_windows(config["layer_types"], window, count)
-    first = config["max_window_layers"]
-    if isinstance(first, bool) or not isinstance(first, int):
-        raise ModelError(f"config.json: max_window_layers is {first!r}; it must be an integer")
-    return tuple(window if i >= first else None for i in range(count))
-
-
-def _listed_windows(kinds: object, window: int | None, count: int) -> tuple[int | None, ...]:
-    if not isinstance(kinds, list) or not all(kind in (FULL, SLIDING) for kind in kinds):
-        raise ModelError(f"config.json: layer_types must be a list of {FULL} and {SLIDING}")
-    if len(kinds) != count:
-        raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {count} layers")
-    if SLIDING in kinds and window is None:
+    if window is None and SLIDING in (config.get("layer_types") or ()):
         raise ModelError(
             f"config.json: layer_types has {SLIDING}, but there is no window: set "
             "use_sliding_window and sliding_window, or write full_attention"
         )
-    return tuple(window if kind == SLIDING else None for kind in kinds)
+    first = config["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise ModelError(f"config.json: max_window_layers is {first!r}; it must be an integer")
 
 
 def _facts(config: Mapping[str, Any], rotary: int) -> Facts:
@@ -78,10 +63,6 @@ def _facts(config: Mapping[str, Any], rotary: int) -> Facts:
         return llama_like(config, rotary)
     biases = frozenset(QKV if config["model_type"] == "qwen2" else ())
     return llama_like({}, rotary, biases=biases)
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    windows(config)
 
 
 FAMILY = decoder(

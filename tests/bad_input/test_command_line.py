@@ -128,7 +128,7 @@ def test_a_tensor_that_is_no_number(refused, given, model):
 
 def test_a_config_of_another_family(refused, given, edit):
     edit("config.json", model_type="gpt2")
-    refused(given(), 3, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2")
+    refused(given(), 3, "model_type 'gpt2' is not supported; supported: cohere, ")
 
 
 def test_a_text_that_is_too_short(refused, given, tmp_path):

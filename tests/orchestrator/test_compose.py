@@ -209,7 +209,7 @@ class METHOD:
 
 SPEC = MethodSpec(
     name="halves", revision=1, source="none", modules=("mlp",), residual=False, options=(),
-    statistics=lambda options: frozenset({Statistic("mlp_in", "gram")}),
+    statistics=lambda shape, options: frozenset({Statistic("mlp_in", "gram")}),
     refuses=lambda shape, options: "", form=lambda shape, start, target, options: start.form,
 )
 """

@@ -27,7 +27,7 @@ SPEC = MethodSpec(
         OptionSpec(name="refit", default=True),
     ),
     residual=False,
-    statistics=lambda _options: frozenset(),
+    statistics=lambda _shape, _options: frozenset(),
     refuses=lambda _shape, _options: "",
     form=lambda _shape, _target, _options: pytest.fail("not asked for here"),
 )

@@ -24,7 +24,6 @@ from actors.storage.sources import embedded_model
 from actors.worker.evaluator import _stagewise_logits
 from orchestrator.prepare.model_config import result_config, stored
 from orchestrator.prepare.prepare import longest_sequence
-from planners.families.llama import DEFAULTS, windows
 from planners.model.cost import dense_model_form
 from tests.builders import SIZES, compress_local, save_model
 
@@ -239,22 +238,6 @@ def test_a_stock_llama_result_forgets_keys_that_only_its_cache_obeys(tmp_path):
     result = loaded(write_result(tmp_path / "result", dense, native=True))
     with torch.inference_mode():
         same(token_by_token(result, some_ids()), loaded(dense)(some_ids(), use_cache=False).logits)
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_keys_that_a_config_leaves_out_have_the_defaults_of_transformers(model_type):
-    default = AutoConfig.for_model(model_type, num_hidden_layers=30).to_dict()
-    ours = DEFAULTS[model_type]
-    assert {k: default[k] for k in ours if k != "sliding_window"} == {
-        k: v for k, v in ours.items() if k != "sliding_window"
-    }
-    same_for_all = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
-    assert same_for_all.items() <= default.items()
-    bare = {"model_type": model_type, "num_hidden_layers": 30, "use_sliding_window": True}
-    config = AutoConfig.for_model(model_type, num_hidden_layers=30, use_sliding_window=True)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 30
-    window = config.sliding_window if model_type != "llama" else None
-    assert windows(bare) == tuple(window if k == "sliding_attention" else None for k in kinds)
 
 
 def test_a_result_stops_where_its_input_stops(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +13,17 @@ from actors.storage import checkpoint as module
 from actors.storage.checkpoint import Checkpoint
 from orchestrator.prepare.prepare import prepare
 from planners.errors import ModelError
-from planners.families import llama
-from tests.builders import compress_local, logits_of, prepared_run, run_local, save_model
+from planners.families import family_of
+from tests.builders import (
+    VOCABULARY,
+    compress_local,
+    logits_of,
+    prepared_run,
+    run_local,
+    save_model,
+    save_tokens,
+)
+from tests.families.tiny import config_of, model_of
 
 IDS = torch.tensor([[1, 5, 9, 12, 33, 60], [7, 7, 0, 2, 41, 3]])
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -172,20 +180,22 @@ def test_a_second_step_reads_what_a_first_made_of_weights_of_several_dtypes(tmp_
     assert run_local(folder, tmp_path / "run", steps=steps)["verdict"] == "READY"
 
 
-def test_roles_are_the_familys_whatever_the_tensors_are_called(tmp_path, monkeypatch):
-    names = {"head": "embed_out.weight", "final_norm": "model.ln_f.weight"}
-    family = replace(llama.FAMILY, **names)
-    renamed = {getattr(llama.FAMILY, role): name for role, name in names.items()}
-    folder = save_model(tmp_path / "model")
-    changed(folder, lambda tensors: {renamed.get(n, n): t for n, t in tensors.items()})
-    monkeypatch.setattr(llama, "FAMILY", family)
-    compress_local(folder, tmp_path / "run", method="modegpt", keep_fraction=0.9)
+def test_roles_are_the_familys_whatever_the_tensors_are_called(tmp_path):
+    family, folder = family_of("opt"), tmp_path / "model"
+    model_of(config_of("opt", vocab_size=VOCABULARY)).float().save_pretrained(folder)
+    save_tokens(tmp_path / "tokens.safetensors", 16, length=16)
+    source = f"tokens:{tmp_path}/tokens.safetensors"
+    compress_local(
+        folder, tmp_path / "run", method="modegpt", keep_fraction=0.9,
+        calibration={"source": source}, evaluation={"source": source},
+        options={"round_to": 2, "allocation": "uniform"},
+    )  # fmt: skip
     model = tmp_path / "run" / "model"
     files = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
-    outer = (family.embedding, family.head, family.final_norm)
+    outer = (family.embedding, family.head, family.final_norm, family.positions)
     assert len({files[name] for name in outer}) == len(outer)
     before = load_file(folder / "model.safetensors")
-    for name in outer:
+    for name in (*outer, family.norm_bias):
         assert torch.equal(load_file(model / files[name])[name], before[name])
 
 
