@@ -6,7 +6,7 @@ both runs end READY: LayerNorms, biases, learned positions and heads without rop
 Method: a whole run of the orchestrator for each row, in this process, on a model that this trains
 in minutes from the source of the interpreter's standard library, if it is not there yet:
 
-    .venv/bin/python examples/train_tiny.py --family opt benchmarks/.real/opt
+    .venv/bin/python -m examples.train_tiny --family opt --output benchmarks/.real/opt
     .venv/bin/python benchmarks/opt_table.py [--model FOLDER] [--quick]
 """
 

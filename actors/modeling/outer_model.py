@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
+# Loaded here for what the classes of all model types share: memory is measured from then on.
+import actors.modeling.modeling_compressed  # noqa: F401
 from actors.devices.transfer import to_device
 from actors.modeling.travelling import COMPRESSED, classes
 from actors.numerics.loss import next_token_nll
