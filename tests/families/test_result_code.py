@@ -229,7 +229,9 @@ model.save_pretrained(folder + "/again")
 again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
 body = AutoModel.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
-    logits = [model(ids).logits, again(ids).logits, model.lm_head(body(ids).last_hidden_state)]
+    logits = [model(ids).logits, again(ids).logits]
+    hidden = [each(ids).last_hidden_state for each in (body, model.base_model)]
+assert torch.equal(*hidden)
 torch.save(logits, folder + "/logits.pt")
 """
 
