@@ -1,5 +1,6 @@
 """Shapes of Llamas, for tests that need no checkpoint."""
 
+from planners.budget.widths import layer_widths
 from planners.model.cost import linear_dims
 from planners.model.form import dense_form
 from planners.model.layer import ATTENTION, ROLES, decoder_layer
@@ -21,3 +22,8 @@ def dense_dims(shape, role):
 def has_bias(shape, role):
     """Return whether a linear of the first layer of a model has a bias."""
     return role in shape.kinds[0].biases
+
+
+def full_widths(shape):
+    """Return module -> inner width before compression."""
+    return layer_widths(dense_form(shape))

@@ -48,11 +48,6 @@ FIELD = {"mlp": "intermediate", "qk": "qk_head_dim", "vo": "vo_head_dim"}
 Widths = dict[str, int]
 
 
-def full_widths(shape: ModelShape) -> Widths:
-    """Return module -> inner width before compression."""
-    return {"mlp": shape.intermediate, "qk": shape.head_dim, "vo": shape.head_dim}
-
-
 def layer_widths(layer: LayerForm) -> Widths:
     """Return module -> inner width of a layer."""
     return {module: getattr(layer, field) for module, field in FIELD.items()}

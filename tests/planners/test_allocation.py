@@ -15,14 +15,13 @@ from planners.budget.widths import (
     QUANTUM,
     by_influence,
     form_of,
-    full_widths,
     levels,
     uniform,
 )
 from planners.errors import NumericsError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, model_parameters
-from tests.shapes import has_bias, llama_shape
+from tests.shapes import full_widths, has_bias, llama_shape
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")

@@ -16,7 +16,7 @@ from actors.modeling.outer_model import OuterModel
 from actors.modeling.travelling import COMPRESSED
 from actors.numerics.nystrom import nystrom
 from orchestrator.recipe.method_options import resolve_options
-from planners.budget.widths import form_of, full_widths
+from planners.budget.widths import form_of
 from planners.canonical_json import to_json
 from planners.errors import NumericsError
 from planners.families import load as load_family
@@ -25,7 +25,7 @@ from planners.model.cost import dense_start, layer_parameters
 from planners.model.form import dense_form
 from planners.model.layer import ROLES
 from planners.model.shape import ModelShape
-from tests.shapes import dense_dims, has_bias, llama_shape
+from tests.shapes import dense_dims, full_widths, has_bias, llama_shape
 
 NAMES = methods.available()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
