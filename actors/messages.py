@@ -219,6 +219,8 @@ class CompressionJob:
         makers: of each layer, module -> the method that shrinks it, where methods are mixed.
         candidates: method -> its options, of those beside the one that is named.
         statistics_dtype: of grams as they are stored.
+        pair_order: rope pairs, the most important of the whole model first, for cuts to pairs that
+            all heads keep.
         contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).
     """
 
@@ -235,6 +237,7 @@ class CompressionJob:
     layer_options: Mapping[int, Mapping[str, Option]] = field(default_factory=dict)
     makers: tuple[Mapping[str, str], ...] = ()
     candidates: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
+    pair_order: tuple[int, ...] = ()
     statistics_dtype: str = "float64"
     contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""

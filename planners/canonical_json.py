@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCHEMA_VERSION = 2  # of a run directory: raised when runs of older versions cannot be resumed
+SCHEMA_VERSION = 3  # of a run directory: raised when runs of older versions cannot be resumed
 
 
 def to_json(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What the planners know about a method: options, targets, allocation."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.shape import ModelShape
@@ -19,6 +19,7 @@ class OptionSpec:
         default: used if it is not given; values have its type.
         choices: all allowed values; empty if any value of the type is.
         minimum: smallest allowed number.
+        former: its former name, which is still read.
         help: as ``--help`` prints it.
         per_layer: a layer may have a value of its own, because the option affects only the bytes
             of that layer: no widths, statistics or other units.
@@ -28,6 +29,7 @@ class OptionSpec:
     default: Option
     choices: tuple[Option, ...] = ()
     minimum: float | None = None
+    former: str = ""
     help: str = ""
     per_layer: bool = False
 
@@ -71,10 +73,14 @@ class Allocation:
         form: the widths.
         makers: of each layer, module -> the method that shrinks it, where several methods compete;
             empty for a single method.
+        servable: the constraint of `planners.budget.served` that was chosen; empty if none was.
+        damages: constraint -> the damage predicted under it, of those that were compared.
     """
 
     form: ModelForm
     makers: tuple[Mapping[str, str], ...] = ()
+    servable: str = ""
+    damages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

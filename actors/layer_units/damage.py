@@ -9,6 +9,7 @@ one layer is cut: every y' goes through all later layers of that model.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.prefetch import prefetched
 from actors.storage.tokens import tokens_from_parquet
+from planners.budget.served import PAIRS
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.model.form import LayerForm
@@ -76,6 +78,8 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
         curves[module] = [[ladder.whole, 0.0]]
         for size in ladder.levels:
             form = ladder.cut(start, size)
+            if module == PAIRS:
+                form = replace(form, pairs=tuple(sorted(job.pair_order[: size // 2])))
             new, _ = methods.load(job.method).compress(
                 weights, sums, shape=shape, form=form, options=job.options, factored=factored
             )

@@ -23,4 +23,5 @@ def rotate_statistics(task: UnitTask, job: CompressionJob, run: Directory, devic
     name = f"stats/layer-{task.index:05d}.safetensors"
     entry = write_tensors(run, name, {k: v.cpu() for k, v in new.items()})
     values = read_record(where, statistics).values
-    return (entry,), {k: values[k] for k in ("num_tokens", "taps", "influence") if k in values}
+    kept = ("num_tokens", "taps", "influence", "pair_scores")
+    return (entry,), {k: values[k] for k in kept if k in values}

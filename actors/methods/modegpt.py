@@ -25,9 +25,12 @@ from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
 from actors.numerics.score_maps import ScoreMaps, score_maps
+from planners.budget.budgets import budget_of
 from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
-from planners.budget.hull import by_measured_damage, require_levels
+from planners.budget.hull import require_levels
+from planners.budget.served import FORMS, PAIRS, STOCK, narrows_heads, served, stock_steps
+from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL, refuses_division, width_steps
 from planners.budget.widths import by_influence, layer_widths, uniform, width_ladder
 from planners.errors import NumericsError, PlanError
 from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
@@ -144,9 +147,14 @@ class MoDeGPT:
             del known  # the largest matrix, freed unless the caller keeps it
         if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
             kind = shape.kind(form)
-            _cut_qk(new, sums, shape=shape, kind=kind, keep=form.qk_head_dim // 2)
+            keep = form.qk_head_dim // 2
+            _cut_qk(new, sums, shape=shape, kind=kind, keep=keep, pairs=form.pairs)
+            if form.has_stock_heads:
+                _rescale(new, math.sqrt(form.qk_head_dim / shape.head_dim))
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
-            errors["vo"], rungs["vo"] = _cut_vo(new, sums, shape=shape, keep=form.vo_head_dim)
+            errors["vo"], rungs["vo"] = _cut_vo(
+                new, sums, shape=shape, keep=form.vo_head_dim, keep_bias=form.has_stock_heads
+            )
         return new, {"errors": errors, "rungs": rungs}
 
 
@@ -183,12 +191,20 @@ def _cut_qk(
     shape: ModelShape,
     kind: LayerKind,
     keep: int,
+    pairs: tuple[int, ...] = (),
 ) -> None:
-    """Cut q and k of each KV head to ``keep`` units: rope pairs, or two channels without rope."""
+    """Cut q and k of each KV head to ``keep`` units: rope pairs, or two channels without rope.
+
+    All heads keep the same ``pairs`` where they are given, else each KV head those of its own.
+    """
     if kind.rotary < shape.head_dim:
         _mix_qk(new, sums, shape=shape, kind=kind, keep=keep)
         return
-    chosen = kept_pairs(*_energies(sums, kind), keep=keep)  # rows are selected, nothing is mixed
+    energies = _energies(sums, kind)
+    if pairs:
+        chosen = torch.tensor(pairs, device=energies[1].device).repeat(shape.num_kv_heads, 1)
+    else:
+        chosen = kept_pairs(*energies, keep=keep)  # rows are selected, nothing is mixed
     for name in ("q_proj", "k_proj"):
         group = _heads(name, shape) // shape.num_kv_heads
         index = _channels(chosen, kind).repeat_interleave(group, dim=0)
@@ -197,6 +213,13 @@ def _cut_qk(
         for part in _stored(new, name):
             new[part] = new[part][rows]
     new["rope_pairs"] = chosen
+
+
+def _rescale(new: dict[str, Tensor], factor: float) -> None:
+    """Scale q for a softmax scale that follows the new width of a head, and drop its own pairs."""
+    for part in _stored(new, "q_proj"):
+        new[part] = (new[part].to(torch.float64) * factor).to(new[part].dtype)
+    new.pop("rope_pairs", None)
 
 
 def _mix_qk(
@@ -291,25 +314,36 @@ def _axes(
 
 
 def _cut_vo(
-    new: dict[str, Tensor], sums: Mapping[str, Tensor], *, shape: ModelShape, keep: int
+    new: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
+    *,
+    shape: ModelShape,
+    keep: int,
+    keep_bias: bool = False,
 ) -> tuple[float, str]:
+    """Cut v and o; a bias of v moves into that of o, unless it is to be kept."""
     heads, kv_heads, h = shape.num_heads, shape.num_kv_heads, shape.head_dim
     value, output = new["v_proj.weight"], new["o_proj.weight"]
-    bias = new.pop("v_proj.bias", None)
+    kept = new.pop("v_proj.bias", None)
+    bias = None if keep_bias else kept
     if bias is not None:
         _move_bias(new, bias, shape)
     out_dim = output.shape[0]
     # o_proj by KV head and query head of its group: (kv, group, h, out).
     rows = output.to(torch.float64).T.reshape(kv_heads, heads // kv_heads, h, out_dim)
-    new_v, new_o, found = [], [], []
+    new_v, new_b, new_o, found = [], [], [], []
     for head in range(kv_heads):
         gram = _value_gram(sums, head, bias, h)
         side_by_side = rows[head].transpose(0, 1).reshape(h, -1)  # (h, group * out)
         maps = value_maps(gram, side_by_side, keep=keep, where=f"tap v, KV head {head}")
         new_v.append(maps.values.T @ value[head * h : (head + 1) * h].to(torch.float64))
+        if kept is not None:
+            new_b.append(maps.values.T @ kept[head * h : (head + 1) * h].to(torch.float64))
         new_o.append(maps.outputs.reshape(keep, -1, out_dim).transpose(0, 1))
         found.append(maps)
     new["v_proj.weight"] = torch.cat(new_v).to(value.dtype)
+    if keep_bias and kept is not None:
+        new["v_proj.bias"] = torch.cat(new_b).to(value.dtype)
     merged = torch.cat(new_o).reshape(-1, out_dim)  # (heads * keep, out)
     new["o_proj.weight"] = merged.T.to(output.dtype).contiguous()
     lost, energy = (sum(getattr(maps, name) for maps in found) for name in ("lost", "energy"))
@@ -362,7 +396,7 @@ def _reason(shape: ModelShape, module: str) -> str:
 
 def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
     if options["servable"] == "native":
-        return ("mlp",)  # a stock config has one head width for q, k, v and o, and full rope
+        return ("mlp",)
     return tuple(name.strip() for name in str(options["modules"]).split(","))
 
 
@@ -394,7 +428,7 @@ def _qk_statistics(shape: ModelShape) -> set[Statistic]:
 
 def _measures(options: Mapping[str, Option]) -> str:
     if options["servable"] == "native":
-        return ""
+        return ""  # one FFN width: the budget alone gives it
     return {"uniform": "", "influence": "influence", "marginal": "damage"}[
         str(options["allocation"])
     ]
@@ -410,6 +444,8 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     for module in _of_model(shape, options):
         if reason := _reason(shape, module):
             return f"modules has {module}: {reason}"
+    if reason := _cannot_serve(shape, options) or refuses_division(shape, options):
+        return reason
     if options[REFIT.name] and any(kind.parallel for kind in shape.kinds):
         return "refit=true needs layers whose MLP comes after attention, not beside it"
     try:
@@ -421,39 +457,76 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
     return ""
 
 
+def _cannot_serve(shape: ModelShape, options: Mapping[str, Option]) -> str:
+    """Return why the model cannot take the form that is asked for, or an empty string."""
+    servable = options["servable"]
+    if servable == "native" and "mlp" not in shape.native:
+        return f"servable=native: no config of model type {shape.model_type} has one FFN width"
+    if servable == "narrow_heads" and not narrows_heads(shape):
+        return (
+            f"servable=narrow_heads: no config of model type {shape.model_type} with these rotary "
+            "settings has heads of another width with chosen rope pairs; choose native or remote"
+        )
+    both = {"qk", "vo"} <= set(_of_model(shape, options))
+    if servable in ("narrow_heads", "vllm") and not both:
+        return f"servable={servable} cuts q, k, v and o to one width: modules must have qk and vo"
+    if servable in ("narrow_heads", "vllm") and options["allocation"] != "marginal":
+        return (
+            f"servable={servable} chooses the width of heads by measured damage: it needs "
+            "allocation=marginal"
+        )
+    return ""
+
+
+def _compares(shape: ModelShape, options: Mapping[str, Option]) -> bool:
+    """Return whether the damage of heads that share their rope pairs is of interest."""
+    wanted = options["servable"] == "narrow_heads" or (
+        options["servable"] == "auto" and {"qk", "vo"} <= set(_of_model(shape, options))
+    )
+    return wanted and narrows_heads(shape)
+
+
 def _ladders(
     shape: ModelShape, layer: LayerForm, options: Mapping[str, Option]
 ) -> dict[str, Ladder]:
-    full, round_to = layer_widths(layer), int(options["round_to"])
+    full, steps = layer_widths(layer), width_steps(shape, options)
     found = {
-        module: width_ladder(full[module], module, shares(options), round_to=round_to)
+        module: width_ladder(full[module], module, shares(options), step=steps[module])
         for module in _of_model(shape, options)
     }
+    if _compares(shape, options) and layer.qk_head_dim == shape.head_dim:
+        found[PAIRS] = found["qk"]
     return {module: ladder for module, ladder in found.items() if ladder.sizes}
 
 
 def _form(
     shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
 ) -> ModelForm:
-    native = options["servable"] == "native"
-    if native and not start.form.native:
+    servable, budget = str(options["servable"]), budget_of(shape, start, target)
+    if servable in ("native", "narrow_heads", "vllm") and not start.form.native:
         raise PlanError(
-            "servable=native: no stock config can express the model that the earlier steps produce",
+            f"servable={servable}: needs a stock model, and that which the earlier steps produce "
+            "is none",
             hint="make this the first step, or use servable=remote",
         )
     if _measures(options) == "damage":
-        ladders = [{"": _ladders(shape, layer, options)} for layer in start.form.layers]
-        fraction = target.keep_fraction or 1.0
-        require_levels(shape, ladders, keep_fraction=fraction, start=start)
+        ladders = []
+        for layer in start.form.layers:
+            own = _ladders(shape, layer, options)
+            ladders.append({"": {name: own[name] for name in own if name != PAIRS}})
+        require_levels(ladders, budget=budget, start=start)
+    steps = width_steps(shape, options)
+    if servable in STOCK:
+        steps = stock_steps(shape, steps)
     form = uniform(
         shape,
-        keep_fraction=target.keep_fraction or 1.0,
+        budget=budget,
         modules=_of_model(shape, options),
-        round_to=int(options["round_to"]),
-        alike=native,  # a stock config has one width for all layers
+        steps=steps,
+        alike=servable in ("native", "narrow_heads", "vllm"),
         start=start,
     )
-    return replace(form, native=native)
+    return replace(form, native=servable == "native")
 
 
 def _allocate(
@@ -463,22 +536,26 @@ def _allocate(
     options: Mapping[str, Option],
     findings: list[Mapping[str, object]],
 ) -> Allocation:
-    fraction, round_to = target.keep_fraction or 1.0, int(options["round_to"])
+    budget, steps = budget_of(shape, start, target), width_steps(shape, options)
+    servable = str(options["servable"])
     if _measures(options) == "influence":
         form = by_influence(
             shape,
             findings,
-            keep_fraction=fraction,
+            budget=budget,
             modules=_of_model(shape, options),
-            round_to=round_to,
+            steps=steps,
             temperature=float(options["temperature"]),
             start=start,
         )
-    else:
-        form = by_measured_damage(
-            shape, findings, keep_fraction=fraction, round_to=round_to, start=start
-        )
-    return Allocation(form=form)
+        return Allocation(form=form)
+    constraints: list[str] = [servable]
+    if servable == "auto":
+        constraints = ["remote"]
+        if start.form.native:
+            constraints += ["native"] * ("mlp" in _of_model(shape, options))
+            constraints += ["narrow_heads"] * _compares(shape, options)
+    return served(shape, findings, constraints, budget=budget, steps=steps, start=start)
 
 
 SPEC = MethodSpec(
@@ -500,7 +577,8 @@ SPEC = MethodSpec(
             default="mlp,qk,vo",
             help="modules to compress; by default all that the model's family allows",
         ),
-        OptionSpec(name="round_to", default=8, minimum=1, help="FFN width is a multiple of this"),
+        MULTIPLE_OF,
+        TENSOR_PARALLEL,
         OptionSpec(
             name="ridge",
             default=1e-3,
@@ -530,9 +608,12 @@ SPEC = MethodSpec(
         REFIT,
         OptionSpec(
             name="servable",
-            default="remote",
-            choices=("remote", "native"),
-            help="any shapes, with our modelling file, or only those of a stock config",
+            default="auto",
+            choices=FORMS,
+            help="what is to load the result: remote: any widths, with our modelling file; native: "
+            "a stock config, one FFN width; narrow_heads: a stock config with narrower heads too; "
+            "vllm: our file, with one head width that its kernels take; auto: a stock config if "
+            "its predicted damage is at most 1.15 times that of remote",
         ),
     ),
     statistics=_statistics,

@@ -20,10 +20,16 @@ from torch import Tensor
 
 from actors.numerics.linalg import BLOCK, eigh_descending
 from actors.numerics.packed import Symmetric, diagonal, unpacked
+from planners.budget.budgets import budget_of
+from planners.budget.steps import (
+    MULTIPLE_OF,
+    TENSOR_PARALLEL,
+    refuses_division,
+    width_steps,
+)
 from planners.budget.widths import largest_width
 from planners.errors import PlanError
 from planners.method import MethodSpec, Option, OptionSpec, Target
-from planners.model.cost import model_parameters
 from planners.model.form import LayerForm, ModelForm, Start, with_biases
 from planners.model.layer import LayerKind, Norm
 from planners.model.shape import ModelShape
@@ -272,7 +278,7 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
             "head_shortcut=true needs RMS norms, which leave the mean of the embedding as it is, "
             "and rotation=per_site"
         )
-    return _refuses_schedule(shape, options)
+    return _refuses_schedule(shape, options) or refuses_division(shape, options)
 
 
 def _refuses_schedule(shape: ModelShape, options: Mapping[str, Option]) -> str:
@@ -333,7 +339,7 @@ def _shifted_roles(kind: LayerKind) -> list[str]:
 def _form(
     shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
 ) -> ModelForm:
-    step = int(options["round_to"])
+    step = width_steps(shape, options)["residual"]
     if options["rotation"] == "shared" and not start.form.native:
         raise PlanError(
             "rotation=shared needs a stock model, but the earlier steps produce one that is not",
@@ -355,9 +361,8 @@ def _form(
     widths = [*range(step, shape.hidden, step), shape.hidden]
     keep_dim = largest_width(
         widths,
-        lambda width: model_parameters(shape, sliced_form(shape, start, width, options)),
-        before=start.parameters_before,
-        keep_fraction=target.keep_fraction or 1.0,
+        lambda width: sliced_form(shape, start, width, options),
+        budget=budget_of(shape, start, target),
     )
     return sliced_form(shape, start, keep_dim, options)
 
@@ -381,7 +386,8 @@ SPEC = MethodSpec(
             choices=("residual", "normed"),
             help="principal axes of the residual stream, or of its tokens scaled to equal norm",
         ),
-        OptionSpec(name="round_to", default=8, minimum=1, help="kept width is a multiple of this"),
+        MULTIPLE_OF,
+        TENSOR_PARALLEL,
         OptionSpec(
             name="slice_head",
             default=False,

@@ -12,6 +12,7 @@ Rows are tokens in the formulas; weights are in torch's (out, in) orientation in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from actors.numerics.linalg import BLOCK, cholesky_psd, eigh_descending
 from actors.numerics.packed import Symmetric, congruence
+from planners.budget.budgets import budget_of
 from planners.budget.candidates import shares
 from planners.budget.ranks import by_type, one_share, rank_ladder, uniform
+from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL, rank_step, refuses_division
 from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, Target
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.layer import ROLES
@@ -228,8 +231,9 @@ def _form(
     ranks = one_share if _measures(options) else uniform
     return ranks(
         shape,
-        keep_fraction=target.keep_fraction or 1.0,
+        budget=budget_of(shape, start, target),
         names=_of_model(shape, options),
+        step=partial(rank_step, options=options),
         start=start,
     )
 
@@ -244,8 +248,9 @@ def _allocate(
     form = by_type(
         shape,
         findings,
-        keep_fraction=target.keep_fraction or 1.0,
+        budget=budget_of(shape, start, target),
         names=_of_model(shape, options),
+        step=partial(rank_step, options=options),
         start=start,
     )
     return Allocation(form=form)
@@ -256,7 +261,9 @@ def _ladders(
 ) -> dict[str, Ladder]:
     named = set(_linears(options))
     found = {
-        module: rank_ladder(shape, layer, module, shares(options))
+        module: rank_ladder(
+            shape, layer, module, shares(options), step=partial(rank_step, options=options)
+        )
         for module in ("qk", "vo", "mlp")
         if named.issuperset(set(shape.kind(layer).roles) & {*LINEARS_OF[module]})
     }
@@ -265,14 +272,13 @@ def _ladders(
 
 def _joins(modules: Sequence[str]) -> dict[str, Option]:
     linears = [name for module in modules for name in LINEARS_OF[module]]
-    return {"allocation": "uniform", "modules": ",".join(linears), "refit": False}
+    return {"allocation": "uniform", "modules": ",".join(linears), REFIT.name: False}
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    del shape
     unknown = [name for name in _linears(options) if name not in ROLES]
     if not unknown:
-        return ""
+        return refuses_division(shape, options)
     message = f"modules has {', '.join(unknown)}; known: {', '.join(ROLES)}"
     return message + did_you_mean(unknown[0], ROLES)
 
@@ -297,6 +303,8 @@ SPEC = MethodSpec(
             default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
             help="linears to compress",
         ),
+        MULTIPLE_OF,
+        TENSOR_PARALLEL,
         REFIT,
     ),
     statistics=_statistics,

@@ -1,19 +1,19 @@
 """Run one layer of any form in halves: attention, then MLP."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actors.modeling.outer_model import OWN, OuterModel
+from actors.modeling.narrow_heads import narrowed
+from actors.modeling.outer_model import OWN, PER_LAYER, OuterModel
 from actors.modeling.travelling import COMPRESSED, classes
 from planners.canonical_json import to_json
 from planners.families import load as load_family
 from planners.model.form import LayerForm
 from planners.model.shape import ModelShape
-
-PER_LAYER = ("layer_types", "no_rope_layers")  # keys with an entry for each layer
 
 
 class HalvedLayer:
@@ -83,6 +83,10 @@ def one_layer_config(
     config: Mapping[str, Any], form: LayerForm, shape: ModelShape, index: int
 ) -> dict[str, Any]:
     """Return the config of a compressed model of layer ``index`` and a vocabulary of one token."""
+    if form.has_stock_heads:
+        config = narrowed({**config, "model_type": shape.model_type}, form.pairs)
+        kinds = tuple(replace(kind, rotary=form.qk_head_dim) for kind in shape.kinds)
+        shape = replace(shape, head_dim=form.qk_head_dim, kinds=kinds)
     kept = {k: v for k, v in config.items() if k not in OWN}
     whole = classes(shape.model_type).StockConfig(**kept)  # it knows what a config leaves out
     lists = {key: getattr(whole, key, None) for key in PER_LAYER}

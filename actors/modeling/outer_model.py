@@ -26,6 +26,7 @@ from planners.memory.peaks import LOGIT_TOKENS
 
 transformers_logging.disable_progress_bar()
 
+PER_LAYER = ("layer_types", "no_rope_layers")  # keys with an entry for each layer
 OWN = ("model_type", "dtype", "torch_dtype", "auto_map")  # keys not passed to transformers
 Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -64,6 +65,24 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         )
     _compute_buffers(model)
     return model.eval()
+
+
+def rope_of(config: Mapping[str, Any]) -> tuple[list[float], float, int]:
+    """Return what a stock model makes of its rotary settings.
+
+    Returns:
+        The frequency of each pair of channels, radians a token; the factor of its cosines and
+        sines; the longest sequence.
+    """
+    model = empty_model({**config, "num_hidden_layers": 1, **_first_of_lists(config)})
+    rope = model.base_model.rotary_emb
+    longest = int(model.config.max_position_embeddings)
+    return rope.inv_freq.tolist(), float(rope.attention_scaling), longest
+
+
+def _first_of_lists(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that have an entry for each layer, with that of the first."""
+    return {key: config[key][:1] for key in PER_LAYER if config.get(key)}
 
 
 def _compute_buffers(model: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from actors.statistics.kinds import FUNCTIONS
@@ -26,6 +27,8 @@ INPUT_OF = {
 OUTPUT_OF = {"q_rope": "q_proj", "k_rope": "k_proj", "v": "v_proj"}
 
 COSINE = "resid_out.cosine"
+Q_ENERGY, K_ENERGY = "q_rope.pair_energy", "k_rope.pair_energy"
+SUMMARISED = (COSINE, Q_ENERGY, K_ENERGY)
 Adder = Callable[[Tensor], None]
 
 
@@ -133,7 +136,7 @@ class LayerStatistics:
 
     def summary(self) -> dict[str, object]:
         """Return the values that are sent to the driver (see the function `summary`)."""
-        found = {COSINE: self.sums[COSINE]} if COSINE in self.sums else {}
+        found = {name: self.sums[name] for name in SUMMARISED if name in self.sums}
         found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
         return summary(found, [str(statistic) for statistic in self._statistics])
 
@@ -169,7 +172,7 @@ class LayerStatistics:
 
 
 def summary(tensors: Mapping[str, Tensor], taps: Sequence[str]) -> dict[str, object]:
-    """Return the values that are sent to the driver: taps, token count, Block Influence.
+    """Return the values that are sent to the driver: taps, token count, a few numbers.
 
     Args:
         tensors: as `LayerStatistics.tensors` returns them.
@@ -179,7 +182,19 @@ def summary(tensors: Mapping[str, Tensor], taps: Sequence[str]) -> dict[str, obj
     found: dict[str, object] = {"num_tokens": num_tokens, "taps": list(taps)}
     if COSINE in tensors:
         found["influence"] = 1.0 - float(tensors[COSINE]) / max(num_tokens, 1)
+    if K_ENERGY in tensors:
+        found["pair_scores"] = _pair_scores(tensors[Q_ENERGY], tensors[K_ENERGY])
     return found
+
+
+def _pair_scores(
+    q_energy: Float[Tensor, "heads pairs"], k_energy: Float[Tensor, "kv_heads pairs"]
+) -> list[float]:
+    """Return the share of each rope pair in the scores of a KV head, the mean over the heads."""
+    kv_heads, pairs = k_energy.shape
+    scores = (q_energy.reshape(kv_heads, -1, pairs).sum(dim=1) * k_energy).sqrt()
+    shares = scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    return [float(share) for share in shares.mean(dim=0)]
 
 
 def added(parts: Iterable[Mapping[str, Tensor]], taps: Collection[str]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from orchestrator.phases.context import RunContext
 from planners.budget.candidates import NAME as CANDIDATES
+from planners.budget.served import pair_order
 from planners.canonical_json import to_json
 from planners.errors import NumericsError, PlanError
 from planners.overflow import found_behind
@@ -35,9 +36,16 @@ def allocate(context: RunContext) -> RunContext:
         "findings": _small(findings),
         "form": to_json(allocation.form),
         **({"makers": to_json(allocation.makers)} if allocation.makers else {}),
+        "servable": allocation.servable,
+        "damages": dict(allocation.damages),
     }
     context.run.write("allocation.json", json.dumps(content, indent=1, sort_keys=True).encode())
-    return replace(context, form=allocation.form, makers=allocation.makers)
+    return replace(
+        context,
+        form=allocation.form,
+        makers=allocation.makers,
+        served={"as": allocation.servable, "damages": dict(allocation.damages)},
+    )
 
 
 def _findings(context: RunContext, units: list[Unit]) -> list[Mapping[str, object]]:
@@ -46,6 +54,7 @@ def _findings(context: RunContext, units: list[Unit]) -> list[Mapping[str, objec
     findings: list[Mapping[str, object]] = []
     for own, *others in zip(units[: len(context.sums)], *joining.values(), strict=True):
         found = dict(context.ledger.record(own).values)
+        found.setdefault("pair_scores", _pair_scores(context, len(findings)))
         if others:
             curves = [context.ledger.record(unit).values["curves"] for unit in others]
             found[CANDIDATES] = dict(zip(joining, curves, strict=True))
@@ -62,7 +71,8 @@ def measured(context: RunContext) -> list[Unit]:
     if left:
         joining = _joining(context)
         with context.phase("allocate", total=len(left)):
-            context.do(units[: len(context.sums)])
+            order = _pair_order(context)
+            context.do(units[: len(context.sums)], pair_order=order)
             for other in context.prepared.spec.candidates[1:]:
                 context.do(joining[other.spec.name], method=other.spec.name, options=other.options)
     return units
@@ -102,6 +112,16 @@ def _joining(context: RunContext) -> dict[str, list[Unit]]:
     }
 
 
+def _pair_scores(context: RunContext, layer: int) -> object:
+    return context.ledger.record(context.sums[layer]).values.get("pair_scores")
+
+
+def _pair_order(context: RunContext) -> tuple[int, ...]:
+    """Return the rope pairs, the most important of the model first; empty if not measured."""
+    scores = [{"pair_scores": _pair_scores(context, unit.index)} for unit in context.sums]
+    return tuple(pair_order(scores))
+
+
 def _small(findings: list[Mapping[str, object]]) -> list[dict[str, object]]:
-    names = ("influence", "curves", "losses", CANDIDATES)
+    names = ("influence", "curves", "losses", "pair_scores", CANDIDATES)
     return [{name: f[name] for name in names if name in f} for f in findings]

@@ -1,7 +1,7 @@
 """The context that every phase of a run receives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,8 @@ class RunContext(WorkContext):
         makers: of each layer, module -> the method that shrinks it, where several compete.
         turned: the step before, where its statistics are rotated instead of measured again.
         steps: the steps before, as the report describes them.
+        served: under which constraint the widths were chosen, and the predicted damage of those
+            that were compared; empty where none was.
     """
 
     prepared: Prepared
@@ -47,6 +49,7 @@ class RunContext(WorkContext):
     makers: tuple[Mapping[str, str], ...] = ()
     turned: "RunContext | None" = None
     steps: tuple[Mapping[str, Any], ...] = ()
+    served: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def sums(self) -> tuple[Unit, ...]:

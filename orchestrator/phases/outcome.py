@@ -58,6 +58,7 @@ def outcome(
         "method": {
             "steps": _steps(context),
             "native": context.form.native,
+            "served": dict(context.served),
         },
         "parameters": {
             "before": plan.parameters_before,

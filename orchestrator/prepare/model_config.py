@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from actors.modeling.narrow_heads import narrowed
 from actors.modeling.travelling import COMPRESSED, classes
 from planners.canonical_json import to_json
 from planners.families import load as load_family
@@ -28,9 +29,11 @@ def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm)
 def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return the stock config of the narrower model; eps makes up for the narrower norm."""
     layer = form.layers[0]
+    if layer.has_stock_heads:
+        config = narrowed(config, layer.pairs)
     width, family = layer.residual_in, load_family(shape.family)
     unread = OF_A_CACHE if shape.model_type == "llama" else ()
-    own = {"head_dim": shape.head_dim} if family.head_dim_key else {}
+    own = {"head_dim": layer.vo_head_dim} if family.head_dim_key else {}
     if family.eps_key:
         own[family.eps_key] = config.get(family.eps_key, 1e-6) * shape.hidden / width
     return {
@@ -59,7 +62,10 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
         "head_norm_weight": form.head_norm_weight,
         "head_bias": form.head_bias,
         "head_shortcut": form.head_shortcut,
-        "layer_forms": to_json(form.layers),
+        "layer_forms": [
+            {key: value for key, value in to_json(layer).items() if key != "pairs"}
+            for layer in form.layers
+        ],
     }
 
 

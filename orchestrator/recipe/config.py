@@ -196,6 +196,21 @@ class RunConfig(_Section):
         dict[str, str | int | float | bool],
         Flag("--option KEY=VALUE", "An option of the method; may be repeated. [see below]"),
     ] = Field(default={}, description="a mapping from option to value")
+    multiple_of: Annotated[
+        int | None,
+        Flag(
+            "--multiple-of N",
+            "Every kept width is a multiple of N; 64 or 128 for quantised kernels. [8 for widths "
+            "of at least 512 and heads of at least 64]",
+        ),
+    ] = Field(default=None, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    tensor_parallel: Annotated[
+        int,
+        Flag(
+            "--tensor-parallel N",
+            "GPUs over which the result will be divided: the multiple holds for the part of each.",
+        ),
+    ] = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
     layer_options: dict[int, dict[str, str | int | float | bool]] = Field(
         default={}, description="a mapping from layer to a mapping from option to value"
     )
@@ -321,16 +336,29 @@ class RunConfig(_Section):
     def chain(self) -> list[StepConfig]:
         """The steps, also where there is only one method."""
         if self.steps:
-            return self.steps
+            return [
+                step.model_copy(update={"options": {**self._of_all, **step.options}})
+                for step in self.steps
+            ]
         target = self.target
         usual = DEFAULT_METHOD if target.slice is None else SLICED_METHOD
         only = StepConfig(
             method=self.method or usual,
-            options=self.options,
+            options={**self._of_all, **self.options},
             keep_fraction=target.keep_fraction,
             slice=target.slice,
         )
         return [only]
+
+    @property
+    def _of_all(self) -> dict[str, str | int | float | bool]:
+        """The options that all methods share, where they are given."""
+        found: dict[str, str | int | float | bool] = {}
+        if self.multiple_of is not None:
+            found["multiple_of"] = self.multiple_of
+        if self.tensor_parallel > 1:
+            found["tensor_parallel"] = self.tensor_parallel
+        return found
 
     @property
     def target(self) -> Target:

@@ -66,6 +66,8 @@ def resolve_options(spec: HasOptions, options: Mapping[str, object]) -> dict[str
         ConfigError: the method has no such option, or not with this value.
     """
     known = {option.name: option for option in spec.options}
+    now = {option.former: option.name for option in spec.options if option.former}
+    options = {now.get(name, name): value for name, value in options.items()}
     for name in options:
         if name not in known:
             raise ConfigError(

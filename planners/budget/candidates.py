@@ -8,7 +8,9 @@ depend on whether there are several.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from planners.budget.budgets import budget_of
 from planners.budget.hull import Ladders, cheapest, read_curves, require_levels
+from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL
 from planners.errors import ConfigError
 from planners.method import Allocation, Candidate, MethodSpec, Option, OptionSpec, Target
 from planners.model.form import LayerForm, ModelForm, Start
@@ -23,7 +25,8 @@ OPTION = OptionSpec(
     help="with allocation=marginal: methods that compete for each module of each layer, this one "
     "and others, such as modegpt,svdllm",
 )
-MEASURING = ("grid", "damage", "probe_tokens")  # options that all candidates share
+# Options that all candidates share.
+MEASURING = ("grid", "damage", "probe_tokens", MULTIPLE_OF.name, TENSOR_PARALLEL.name)
 
 
 def shares(options: Mapping[str, Option]) -> list[float]:
@@ -73,9 +76,8 @@ def combined_spec(
         shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
     ) -> ModelForm:
         del options
-        fraction = target.keep_fraction or 1.0
         ladders = ladders_of(candidates, shape, start)
-        require_levels(shape, ladders, keep_fraction=fraction, start=start)
+        require_levels(ladders, budget=budget_of(shape, start, target), start=start)
         return own.form(shape, start, target, for_widths)
 
     def allocate(
@@ -91,10 +93,9 @@ def combined_spec(
             for finding in findings
         ]
         return cheapest(
-            shape,
             curves,
             ladders_of(candidates, shape, start),
-            keep_fraction=target.keep_fraction or 1.0,
+            budget=budget_of(shape, start, target),
             start=start,
         )
 

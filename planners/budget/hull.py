@@ -1,8 +1,8 @@
 """Allocate widths by the measured damage of cuts, of one method or of several.
 
-Each module of each layer has one curve from parameters removed to damage, with the levels of all
-methods that can shrink it. The segments of its lower convex hull are taken in the order of least
-damage per parameter, until the budget is met. That also chooses the method for each module of each
+Each module of each layer has one curve from what is saved to damage, with the levels of all methods
+that can shrink it. The segments of its lower convex hull are taken in the order of least damage for
+what they save, until the budget is met. That also chooses the method for each module of each
 layer: the one that its last level belongs to.
 """
 
@@ -11,18 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from planners.budget.spend import Choice, most_parameters, refuse_budget, shrunk, spend_budget
-from planners.budget.widths import layer_widths, width_ladder
+from planners.budget.budgets import Budget
+from planners.budget.spend import Choice, shrunk, spend_budget
+from planners.budget.widths import FIELD, Steps, layer_widths, width_ladder
 from planners.method import Allocation, Ladder
-from planners.model.cost import (
-    dense_start,
-    layer_parameters,
-    linear_dims,
-    linear_weights,
-    model_parameters,
-)
+from planners.model.cost import dense_start
 from planners.model.form import LayerForm, ModelForm, Start
-from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
 
 Ladders = Mapping[str, Mapping[str, Ladder]]  # method -> module -> its ladder
@@ -34,12 +28,12 @@ class Level:
     """A cut with measured damage.
 
     Attributes:
-        saved: parameters that it removes.
+        saved: of what the budget counts.
         damage: as measured.
         choice: the cut; None is the uncut module.
     """
 
-    saved: int
+    saved: float
     damage: float
     choice: Choice | None
 
@@ -48,8 +42,8 @@ def by_measured_damage(
     shape: ModelShape,
     findings: Sequence[Mapping[str, object]],
     *,
-    keep_fraction: float,
-    round_to: int,
+    budget: Budget,
+    steps: Steps,
     start: Start | None = None,
 ) -> ModelForm:
     """Return inner widths within the budget that remove parameters where damage is least.
@@ -60,8 +54,8 @@ def by_measured_damage(
         shape: of the model.
         findings: of each layer, ``curves``: module -> [[width, damage], ...] with the full width
             at damage 0.
-        keep_fraction: target, whole model.
-        round_to: step of the FFN width.
+        budget: of the whole model.
+        steps: of the widths.
         start: the model that is cut; the uncompressed one if None.
 
     Raises:
@@ -72,31 +66,26 @@ def by_measured_damage(
     ladders = [
         {
             "": {
-                module: width_ladder(layer_widths(layer)[module], module, (), round_to=round_to)
+                module: width_ladder(layer_widths(layer)[module], module, (), step=steps[module])
                 for module in known[""]
+                if module in FIELD
             }
         }
         for layer, known in zip(start.form.layers, curves, strict=True)
     ]
-    return cheapest(shape, curves, ladders, keep_fraction=keep_fraction, start=start).form
+    return cheapest(curves, ladders, budget=budget, start=start).form
 
 
 def cheapest(
-    shape: ModelShape,
-    curves: Sequence[Curves],
-    ladders: Sequence[Ladders],
-    *,
-    keep_fraction: float,
-    start: Start,
+    curves: Sequence[Curves], ladders: Sequence[Ladders], *, budget: Budget, start: Start
 ) -> Allocation:
     """Return the widths and ranks of every layer, and the method of each module.
 
     Args:
-        shape: of the model.
         curves: of each layer, the measured sizes of the ladders with their damage. The uncut
             module has none.
         ladders: of each layer.
-        keep_fraction: target, whole model.
+        budget: of the whole model.
         start: the model that is cut.
 
     Raises:
@@ -108,7 +97,7 @@ def cheapest(
             for module, ladder in modules.items():
                 found = measured.setdefault((index, module), [_whole()])
                 found += [
-                    _level(shape, start.form.layers[index], module, Choice(
+                    _level(budget, start.form.layers[index], module, Choice(
                         ladder=ladder, size=size, method=method), damage)
                     for size, damage in known[method].get(module, ())
                     if size < ladder.whole
@@ -121,33 +110,35 @@ def cheapest(
     segments.sort(key=lambda segment: segment[:3])
 
     def loss(layer: int, module: str, choice: Choice) -> float:
-        own = _level(shape, start.form.layers[layer], module, choice, 0.0)
+        own = _level(budget, start.form.layers[layer], module, choice, 0.0)
         return _between_levels(measured[layer, module], own)
 
     path = [(layer, module, choice) for _, layer, module, choice in segments]
     none: list[dict[str, Choice]] = [{} for _ in start.form.layers]
-    chosen = spend_budget(shape, none, path, keep_fraction=keep_fraction, start=start, loss=loss)
+    chosen = spend_budget(budget, none, path, start=start, loss=loss)
     form = replace(start.form, layers=tuple(shrunk(start, chosen)), native=False)
     makers = tuple({m: c.method for m, c in sorted(layer.items())} for layer in chosen)
     return Allocation(form=form, makers=makers)
 
 
-def require_levels(
-    shape: ModelShape, ladders: Sequence[Ladders], *, keep_fraction: float, start: Start
-) -> None:
+def require_levels(ladders: Sequence[Ladders], *, budget: Budget, start: Start) -> None:
     """Check that a budget can be met, before anything is measured.
 
     Raises:
         PlanError: it is below the lowest levels of all modules; the message says how small it can
             get.
     """
-    smallest = model_parameters(shape, lowest(shape, ladders, start=start))
-    if smallest > most_parameters(start, keep_fraction):
-        refuse_budget(smallest / start.parameters_before, keep_fraction)
+    smallest = lowest(ladders, budget=budget, start=start)
+    if not budget.allows(smallest):
+        budget.refuse(budget.cost(smallest))
 
 
-def lowest(shape: ModelShape, ladders: Sequence[Ladders], *, start: Start) -> ModelForm:
-    """Return the smallest model that the levels of these ladders can reach."""
+def lowest(ladders: Sequence[Ladders], *, budget: Budget, start: Start) -> ModelForm:
+    """Return the cheapest model that the levels of these ladders can reach."""
+
+    def cost(layer: LayerForm, choice: Choice) -> float:
+        return budget.layer(choice.ladder.cut(layer, choice.size))
+
     chosen: list[dict[str, Choice]] = []
     for layer, of_layer in zip(start.form.layers, ladders, strict=True):
         found: dict[str, Choice] = {}
@@ -157,14 +148,14 @@ def lowest(shape: ModelShape, ladders: Sequence[Ladders], *, start: Start) -> Mo
                     continue
                 choice = Choice(ladder=ladder, size=ladder.levels[-1], method=method)
                 known = found.get(module)
-                if known is None or _size(shape, layer, choice) < _size(shape, layer, known):
+                if known is None or cost(layer, choice) < cost(layer, known):
                     found[module] = choice
         chosen.append(found)
     return replace(start.form, layers=tuple(shrunk(start, chosen)))
 
 
 def lower_hull(levels: Sequence[Level]) -> list[tuple[float, Choice]]:
-    """Return the segments of a curve's lower convex hull: damage per parameter, and end point.
+    """Return the segments of a curve's lower convex hull: damage for what it saves, and end point.
 
     The slopes ascend. Of levels that save equally much, only the one with least damage counts.
     """
@@ -194,26 +185,10 @@ def _whole() -> Level:
     return Level(saved=0, damage=0.0, choice=None)
 
 
-def _level(
-    shape: ModelShape, layer: LayerForm, module: str, choice: Choice, damage: float
-) -> Level:
+def _level(budget: Budget, layer: LayerForm, module: str, choice: Choice, damage: float) -> Level:
     cut = choice.ladder.cut(layer, choice.size)
-    saved = _elements(shape, layer, module) - _elements(shape, cut, module)
+    saved = budget.module(layer, module) - budget.module(cut, module)
     return Level(saved=saved, damage=max(damage, 0.0), choice=choice)
-
-
-def _elements(shape: ModelShape, layer: LayerForm, module: str) -> int:
-    """Return the elements of a module, without the biases of v and o, which a cut may move."""
-    roles = [role for role in shape.kind(layer).roles if role in LINEARS_OF[module]]
-    total = sum(linear_weights(shape, layer, role) for role in roles)
-    if module == "vo":
-        return total
-    cut = [role for role in roles if role in layer.biases and role != "down_proj"]
-    return total + sum(linear_dims(shape, layer, role)[0] for role in cut)
-
-
-def _size(shape: ModelShape, layer: LayerForm, choice: Choice) -> int:
-    return layer_parameters(shape, choice.ladder.cut(layer, choice.size))
 
 
 def _slope(a: Level, b: Level) -> float:

@@ -1,16 +1,13 @@
 """Greedy allocation: take the cuts of a path in order until the budget is met."""
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from planners.errors import PlanError
+from planners.budget.budgets import Budget
 from planners.method import Ladder
-from planners.model.cost import layer_parameters, model_parameters
 from planners.model.form import LayerForm, Start
-from planners.model.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +42,10 @@ def shrunk(start: Start, chosen: Sequence[Chosen]) -> Iterator[LayerForm]:
 
 
 def spend_budget(
-    shape: ModelShape,
+    budget: Budget,
     chosen: Sequence[Chosen],
     path: Sequence[tuple[int, str, Choice]],
     *,
-    keep_fraction: float,
     start: Start,
     loss: Loss | None = None,
 ) -> list[dict[str, Choice]]:
@@ -60,44 +56,40 @@ def spend_budget(
     less far by the other, whichever has the smaller estimated damage.
 
     Args:
-        shape: of the model.
+        budget: what the whole model may cost; a smaller width never costs more.
         chosen: of each layer, the cuts made before the first step.
         path: the cuts in order.
-        keep_fraction: target, whole model.
         start: the model that is cut.
         loss: the estimated damage, where a path changes from one method to another.
 
     Raises:
         PlanError: the end of the path is over the budget; the message says how small it can get.
     """
-    budget = most_parameters(start, keep_fraction)
     found = [dict(layer) for layer in chosen]
-    sizes = [layer_parameters(shape, form) for form in shrunk(start, found)]
-    # The tensors outside the layers are unchanged.
-    whole = sum(layer_parameters(shape, form) for form in start.form.layers)
-    count = model_parameters(shape, start.form) - whole + sum(sizes)
+    costs = [budget.layer(form) for form in shrunk(start, found)]
+    # All but the layers is unchanged.
+    count = budget.outside(start.form) + sum(costs)
 
-    def parameters(layer: int, module: str, choice: Choice) -> int:
-        cut = cut_to(start.form.layers[layer], found[layer] | {module: choice})
-        return layer_parameters(shape, cut)
+    def cost(layer: int, module: str, choice: Choice) -> float:
+        return budget.layer(cut_to(start.form.layers[layer], found[layer] | {module: choice}))
 
     for layer, module, goal in path:
-        if count <= budget:
+        if count <= budget.limit:
             break
-        room = budget - (count - sizes[layer])
+        room = budget.limit - (count - costs[layer])
 
-        def fits(choice: Choice, at: tuple[int, str] = (layer, module), room: int = room) -> bool:
-            return parameters(*at, choice) <= room
+        def fits(choice: Choice, at: tuple[int, str] = (layer, module), room: float = room) -> bool:
+            return cost(*at, choice) <= room
 
         ends = _ends(found[layer].get(module), goal, fits)
         if loss is not None and len(ends) > 1:
             ends.sort(key=partial(loss, layer, module))
         found[layer][module] = ends[0]
-        rest = count - sizes[layer]
-        sizes[layer] = parameters(layer, module, ends[0])
-        count = rest + sizes[layer]
-    if count > budget:
-        refuse_budget(count / start.parameters_before, keep_fraction)
+        rest = count - costs[layer]
+        costs[layer] = cost(layer, module, ends[0])
+        count = rest + costs[layer]
+    if count > budget.limit:
+        budget.refuse(count)
     return found
 
 
@@ -119,24 +111,6 @@ def _as_far_as_needed(now: Choice | None, goal: Choice, fits: Callable[[Choice],
     end = bisect_left(sizes, now.size) if same and now is not None else len(sizes)
     steps = sizes[bisect_left(sizes, goal.size) : end]
 
-    # Parameters grow with the size, so those that fit come first.
+    # Cost grows with the size, so those that fit come first.
     over = bisect_left(steps, True, key=lambda size: not fits(replace(goal, size=size)))
     return replace(goal, size=steps[max(0, over - 1)])
-
-
-def most_parameters(start: Start, keep_fraction: float) -> int:
-    """Return the parameter budget; the tolerance is for fractions that a float does not hold."""
-    return math.floor(keep_fraction * start.parameters_before + 1e-6)
-
-
-def refuse_budget(smallest: float, keep_fraction: float) -> None:
-    """Refuse a budget with the smallest fraction that can be met.
-
-    Raises:
-        PlanError: always.
-    """
-    raise PlanError(
-        f"keep_fraction {keep_fraction} cannot be met: the smallest result of this method "
-        f"keeps {smallest:.4f} of the parameters",
-        hint=f"use --keep-fraction {smallest + 5e-5:.4f} or more",
-    )

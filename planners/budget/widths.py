@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from planners.budget.spend import Choice, most_parameters, refuse_budget, shrunk, spend_budget
+from planners.budget.budgets import Budget
+from planners.budget.spend import Choice, shrunk, spend_budget
 from planners.errors import NumericsError
 from planners.method import Ladder
-from planners.model.cost import dense_start, model_parameters
+from planners.model.cost import dense_start
 from planners.model.form import LayerForm, ModelForm, Start, with_biases
 from planners.model.shape import ModelShape
 
@@ -16,15 +17,14 @@ LOG_NOTHING = 40.0  # e^-40 of a width is less than rounding
 
 
 def largest_width(
-    widths: Sequence[int], count: Callable[[int], int], *, before: int, keep_fraction: float
+    widths: Sequence[int], form: Callable[[int], ModelForm], *, budget: Budget
 ) -> int:
     """Return the largest of ``widths`` within the budget.
 
     Args:
         widths: candidates, ascending.
-        count: width -> parameters of the whole model; must not decrease with the width.
-        before: parameters of the input model.
-        keep_fraction: target, parameters after over parameters before.
+        form: width -> the model, whose cost must not decrease with the width.
+        budget: what it may cost.
 
     Raises:
         PlanError: even the narrowest candidate is over the budget; the message says how small it
@@ -33,19 +33,19 @@ def largest_width(
     low, high = 0, len(widths)
     while low < high:
         middle = (low + high) // 2
-        if count(widths[middle]) <= keep_fraction * before:
+        if budget.allows(form(widths[middle])):
             low = middle + 1
         else:
             high = middle
     if low == 0:
-        refuse_budget(count(widths[0]) / before, keep_fraction)
+        budget.refuse(budget.cost(form(widths[0])))
     return widths[low - 1]
 
 
-# The inner widths that a modular method may cut, and the step of each: rope pairs stay whole.
-QUANTUM = {"qk": 2, "vo": 1}
+# The inner widths that a modular method may cut; `planners.budget.steps` has the step of each.
 FIELD = {"mlp": "intermediate", "qk": "qk_head_dim", "vo": "vo_head_dim"}
 Widths = dict[str, int]
+Steps = Mapping[str, int]  # module -> step of its width
 
 
 def layer_widths(layer: LayerForm) -> Widths:
@@ -81,9 +81,8 @@ def form_of(
     return replace(form, layers=tuple(layers), native=False)
 
 
-def rounded(full: int, module: str, width: float, *, round_to: int) -> int:
-    """Return the nearest multiple of a module's step, at least one step and at most ``full``."""
-    step = QUANTUM.get(module, round_to)
+def rounded(full: int, width: float, *, step: int) -> int:
+    """Return the nearest multiple of a step, at least one step and at most ``full``."""
     if width >= full:
         return full
     return min(full, max(step, step * math.floor(width / step + 0.5)))
@@ -92,9 +91,9 @@ def rounded(full: int, module: str, width: float, *, round_to: int) -> int:
 def uniform(
     shape: ModelShape,
     *,
-    keep_fraction: float,
+    budget: Budget,
     modules: Sequence[str],
-    round_to: int,
+    steps: Steps,
     alike: bool = False,
     start: Start | None = None,
 ) -> ModelForm:
@@ -111,23 +110,23 @@ def uniform(
 
     def form(share: float) -> ModelForm:
         cut = [
-            full | {m: rounded(full[m], m, share * full[m], round_to=round_to) for m in modules}
+            full | {m: rounded(full[m], share * full[m], step=steps[m]) for m in modules}
             for full in whole
         ]
         return form_of(shape, cut, start)
 
     if alike:
-        return largest_share(shape, form, keep_fraction=keep_fraction, start=start)
-    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
+        return largest_share(form, budget)
+    return _between(form, budget=budget, steps=steps, start=start)
 
 
 def by_influence(  # noqa: PLR0913 the formula has as many inputs
     shape: ModelShape,
     findings: Sequence[Mapping[str, object]],
     *,
-    keep_fraction: float,
+    budget: Budget,
     modules: Sequence[str],
-    round_to: int,
+    steps: Steps,
     temperature: float,
     start: Start | None = None,
 ) -> ModelForm:
@@ -139,9 +138,9 @@ def by_influence(  # noqa: PLR0913 the formula has as many inputs
     Args:
         shape: of the model.
         findings: of each layer, ``influence``: 1 - mean cosine between its input and output.
-        keep_fraction: target, whole model.
+        budget: of the whole model.
         modules: that are cut.
-        round_to: step of the FFN width.
+        steps: of their widths.
         temperature: of the softmax; influence is between 0 and 2.
         start: the model that is cut; the uncompressed one if None.
 
@@ -162,23 +161,22 @@ def by_influence(  # noqa: PLR0913 the formula has as many inputs
             for score in scores
         ]
         cut = [
-            full | {m: rounded(full[m], m, (1 - r) * full[m], round_to=round_to) for m in modules}
+            full | {m: rounded(full[m], (1 - r) * full[m], step=steps[m]) for m in modules}
             for r, full in zip(removed, whole, strict=True)
         ]
         return form_of(shape, cut, start)
 
-    return _between(shape, form, keep_fraction=keep_fraction, round_to=round_to, start=start)
+    return _between(form, budget=budget, steps=steps, start=start)
 
 
-def levels(full: int, module: str, shares: Sequence[float], *, round_to: int) -> list[int]:
+def levels(full: int, shares: Sequence[float], *, step: int) -> list[int]:
     """Return the widths at which the damage of a module is measured, descending, each once."""
-    found = {rounded(full, module, share * full, round_to=round_to) for share in shares}
+    found = {rounded(full, share * full, step=step) for share in shares}
     return sorted(found - {full}, reverse=True)
 
 
-def width_ladder(full: int, module: str, shares: Sequence[float], *, round_to: int) -> Ladder:
+def width_ladder(full: int, module: str, shares: Sequence[float], *, step: int) -> Ladder:
     """Return the ladder of the inner width of a module."""
-    step = QUANTUM.get(module, round_to)
 
     def cut(layer: LayerForm, width: int) -> LayerForm:
         return cut_layer(layer, layer_widths(layer) | {module: width})
@@ -186,25 +184,20 @@ def width_ladder(full: int, module: str, shares: Sequence[float], *, round_to: i
     return Ladder(
         sizes=range(step, full, step),
         whole=full,
-        levels=tuple(levels(full, module, shares, round_to=round_to)),
+        levels=tuple(levels(full, shares, step=step)),
         cut=cut,
     )
 
 
 def _between(
-    shape: ModelShape,
-    form: Callable[[float], ModelForm],
-    *,
-    keep_fraction: float,
-    round_to: int,
-    start: Start,
+    form: Callable[[float], ModelForm], *, budget: Budget, steps: Steps, start: Start
 ) -> ModelForm:
     """Return the largest model between the last form within the budget and the next one over it.
 
     The widths that differ between the two are cut one by one, the last layer first, until the
     budget is met.
     """
-    within, over = bracket(shape, form, keep_fraction=keep_fraction, start=start)
+    within, over = bracket(form, budget)
     small, large = (
         [layer_widths(layer) for layer in form(share).layers] for share in (within, over)
     )
@@ -212,7 +205,7 @@ def _between(
     path: list[tuple[int, str, Choice]] = []
     for layer, form_before in reversed(list(enumerate(start.form.layers))):
         ladders = {
-            module: width_ladder(full, module, (), round_to=round_to)
+            module: width_ladder(full, module, (), step=steps[module])
             for module, full in layer_widths(form_before).items()
         }
         chosen.insert(0, {
@@ -225,39 +218,25 @@ def _between(
             for module, width in small[layer].items()
             if width < large[layer][module]
         ]
-    found = spend_budget(shape, chosen, path, keep_fraction=keep_fraction, start=start)
+    found = spend_budget(budget, chosen, path, start=start)
     return replace(start.form, layers=tuple(shrunk(start, found)), native=False)
 
 
-def largest_share(
-    shape: ModelShape,
-    form: Callable[[float], ModelForm],
-    *,
-    keep_fraction: float,
-    start: Start,
-) -> ModelForm:
+def largest_share(form: Callable[[float], ModelForm], budget: Budget) -> ModelForm:
     """Return the form of the largest share in [0, 1] that is within the budget."""
-    return form(bracket(shape, form, keep_fraction=keep_fraction, start=start)[0])
+    return form(bracket(form, budget)[0])
 
 
-def bracket(
-    shape: ModelShape,
-    form: Callable[[float], ModelForm],
-    *,
-    keep_fraction: float,
-    start: Start,
-) -> tuple[float, float]:
+def bracket(form: Callable[[float], ModelForm], budget: Budget) -> tuple[float, float]:
     """Return a share within the budget and the next one over it; both 1.0 if all are within."""
-    budget = most_parameters(start, keep_fraction)
-    smallest = model_parameters(shape, form(0.0))
-    if smallest > budget:
-        refuse_budget(smallest / start.parameters_before, keep_fraction)
+    if not budget.allows(form(0.0)):
+        budget.refuse(budget.cost(form(0.0)))
     low, high = 0.0, 1.0
-    if model_parameters(shape, form(high)) <= budget:
+    if budget.allows(form(high)):
         return high, high
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if model_parameters(shape, form(middle)) <= budget:
+        if budget.allows(form(middle)):
             low = middle
         else:
             high = middle

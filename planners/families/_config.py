@@ -142,7 +142,7 @@ def check_rope(config: Config, *, head_dim: int, partial: bool = False) -> int:
             f"config.json: {key}: has settings of its own for {nested}; only one set of rotary "
             "settings for all layers is supported"
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope_type(config)
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ModelError(
             f"config.json: {key}: rope_type {_short(kind)} is not supported; supported: "
@@ -161,6 +161,12 @@ def check_rope(config: Config, *, head_dim: int, partial: bool = False) -> int:
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError(f"config.json: {key}: high_freq_factor is not above low_freq_factor")
     return rotary
+
+
+def rope_type(config: Config) -> Any:
+    """Return the kind of scaling that a config has for its rotary frequencies, as it is there."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _rotary(config: Config, rope: Config, head_dim: int, *, partial: bool) -> int:

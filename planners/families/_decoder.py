@@ -12,12 +12,14 @@ from planners.families._config import (
     flag,
     positive,
     refuse,
+    rope_type,
 )
 from planners.model.layer import ATTENTION, ROLES, LayerKind, Norm, decoder_layer
 from planners.model.shape import ModelShape
 
 Config = Mapping[str, Any]
 MAX_LAYERS = 4096
+STOCK = ("residual", "mlp", "heads")  # what the config of a Llama can narrow
 FULL, SLIDING = "full_attention", "sliding_attention"  # the layer_types of transformers
 
 # The names of a Llama, which most later families have.
@@ -44,6 +46,8 @@ class Facts:
         positions: rows of the table of learned positions; 0 without.
         native: the spaces that a stock config can narrow in all layers alike. Not the residual
             stream where norms subtract its mean, its width gives that of heads or a scale.
+            ``heads``: q, k, v and o together, where rope takes any frequencies and the softmax
+            scale follows the width.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -125,7 +129,7 @@ def decoder(  # noqa: PLR0913 what families differ in
             final_norm=found.final_norm,
             head_bias=found.head_bias,
             positions=found.positions,
-            native=found.native,
+            native=_native(found.native, whole),
             dtype=dtype,
             **sizes,
         )
@@ -151,6 +155,12 @@ def decoder(  # noqa: PLR0913 what families differ in
         dropout=dropout,
         shape_of=shape_of,
     )
+
+
+def _native(spaces: tuple[str, ...], config: Config) -> tuple[str, ...]:
+    """Return them without heads where the frequencies of rope depend on the length of a text."""
+    fixed = rope_type(config) not in ("dynamic", "longrope")
+    return tuple(space for space in spaces if space != "heads" or fixed)
 
 
 def _sizes(config: Config, own: Mapping[str, str]) -> dict[str, int]:

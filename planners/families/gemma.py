@@ -8,7 +8,7 @@ NORM = replace(RMS, plus_one=True)
 
 
 def _facts(config: Config, rotary: int) -> Facts:
-    return replace(llama_like(config, rotary, norm=NORM), final_norm=NORM, native=("mlp",))
+    return replace(llama_like(config, rotary, norm=NORM), final_norm=NORM, native=("mlp", "heads"))
 
 
 FAMILY = decoder(

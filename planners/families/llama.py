@@ -1,11 +1,12 @@
 """Llama and the models with the same tensor names: Mistral and Qwen2."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from planners.errors import ModelError
 from planners.families._config import flag
-from planners.families._decoder import QKV, SLIDING, Facts, decoder, llama_like
+from planners.families._decoder import QKV, SLIDING, STOCK, Facts, decoder, llama_like
 
 # The defaults of transformers for absent keys, where its model types differ.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -60,9 +61,9 @@ def _check_qwen2(config: Mapping[str, Any]) -> None:
 def _facts(config: Mapping[str, Any], rotary: int) -> Facts:
     """Only a Llama's config has keys for biases; a Qwen2 has those of q, k and v."""
     if config["model_type"] == "llama":
-        return llama_like(config, rotary)
+        return replace(llama_like(config, rotary), native=STOCK)
     biases = frozenset(QKV if config["model_type"] == "qwen2" else ())
-    return llama_like({}, rotary, biases=biases)
+    return replace(llama_like({}, rotary, biases=biases), native=STOCK)
 
 
 FAMILY = decoder(

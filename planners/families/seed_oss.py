@@ -1,14 +1,16 @@
 """Seed-OSS: a Llama with a key for each of its biases."""
 
+from dataclasses import replace
+
 from planners.families._config import flag
-from planners.families._decoder import MLP, QKV, Config, Facts, decoder, llama_like
+from planners.families._decoder import MLP, QKV, STOCK, Config, Facts, decoder, llama_like
 
 
 def _facts(config: Config, rotary: int) -> Facts:
     biases = QKV if flag(config, "attention_bias", default=True) else ()
     biases += ("o_proj",) if flag(config, "attention_out_bias", default=False) else ()
     biases += MLP if flag(config, "mlp_bias", default=False) else ()
-    return llama_like(config, rotary, biases=frozenset(biases))
+    return replace(llama_like(config, rotary, biases=frozenset(biases)), native=STOCK)
 
 
 FAMILY = decoder(

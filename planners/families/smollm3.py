@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from planners.families._config import positive
-from planners.families._decoder import Config, Facts, by_layer, decoder, listed, llama_like
+from planners.families._decoder import STOCK, Config, Facts, by_layer, decoder, listed, llama_like
 
 
 def _facts(config: Config, rotary: int) -> Facts:
@@ -15,7 +15,8 @@ def _facts(config: Config, rotary: int) -> Facts:
         has_rope = listed(config, "no_rope_layers", (0, 1), count)
     (roped,), (bare,) = (llama_like(config, each).kinds for each in (rotary, 0))
     kinds, own_kinds = by_layer([roped if rope else bare for rope in has_rope])
-    return replace(llama_like(config, rotary), kinds=kinds, own_kinds=own_kinds)
+    found = llama_like(config, rotary)
+    return replace(found, kinds=kinds, own_kinds=own_kinds, native=STOCK)
 
 
 FAMILY = decoder(

@@ -28,6 +28,8 @@ class LayerForm:
             the v bias or that of a norm has moved.
         kind: of the layer, as an index into the kinds of the model.
         ranks: linear -> rank, for those stored as two factors.
+        pairs: the rope pairs that all heads keep, ascending; empty where each KV head has its own,
+            or all.
     """
 
     residual_in: int
@@ -41,6 +43,12 @@ class LayerForm:
     biases: tuple[str, ...] = ()
     kind: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
+    pairs: tuple[int, ...] = ()
+
+    @property
+    def has_stock_heads(self) -> bool:
+        """Whether its attention is a stock one of narrower heads, scaled by their width."""
+        return bool(self.pairs) and self.qk_head_dim == self.vo_head_dim
 
 
 def dense_form(shape: ModelShape, kind: int = 0) -> LayerForm:
@@ -120,7 +128,8 @@ class Start:
 
 def layer_form_from_json(data: Mapping[str, Any]) -> LayerForm:
     """Return the layer form that `to_json` wrote."""
-    return LayerForm(**{**data, "biases": tuple(data["biases"])})
+    lists = {key: tuple(data[key]) for key in ("biases", "pairs") if key in data}
+    return LayerForm(**{**data, **lists})
 
 
 def model_form_from_json(data: Mapping[str, Any]) -> ModelForm:

@@ -35,7 +35,8 @@ class ModelShape:
         final_norm: the norm before the head.
         head_bias: the head has a bias.
         positions: rows of a table of learned positions that is added to the embedding; 0 without.
-        native: the spaces that a stock config can narrow in all layers alike.
+        native: the spaces that a stock config can narrow in all layers alike; ``heads`` are those
+            of q and k with those of v and o.
         dtype: storage type of the weights, ``float32``, ``bfloat16`` or ``float16``.
     """
 

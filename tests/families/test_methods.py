@@ -24,8 +24,8 @@ OPTIONS = {
 class Dense:
     """A dense model with its statistics over some tokens."""
 
-    def __init__(self, model_type, *, tied=False):
-        self.config = config_of(model_type, tied=tied)
+    def __init__(self, model_type, *, tied=False, **changes):
+        self.config = config_of(model_type, tied=tied, **changes)
         self.model = model_of(self.config)
         self.family, self.shape = shape_of(self.config, "float32")
         self.state = dict(self.model.state_dict())

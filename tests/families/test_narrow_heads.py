@@ -1,0 +1,102 @@
+"""Narrower heads in a stock model: the same numbers as our own code for the same cut."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors import methods
+from actors.modeling.travelling import classes
+from actors.statistics.observe import summary
+from orchestrator.prepare.model_config import result_config
+from orchestrator.recipe.method_options import resolve_options
+from planners.budget.served import narrows_heads, pair_order, with_heads
+from planners.budget.widths import cut_layer, layer_widths
+from planners.model.cost import dense_model_form
+from tests.families.test_methods import Dense
+from tests.families.tiny import MODEL_TYPES, config_of, ids_of, logits_of, shape_of
+
+WIDTH = 4  # of 8
+SPEC = methods.spec("modegpt")
+OPTIONS = resolve_options(SPEC, {"servable": "narrow_heads"})
+ROPES = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+NARROWED = [t for t in MODEL_TYPES if narrows_heads(shape_of(config_of(t))[1])]
+CASES = [(t, "default") for t in NARROWED] + [("llama", rope) for rope in ROPES if rope != "default"]
+
+
+def rope(name):
+    return {"rope_parameters": {"rope_theta": 10000.0, **ROPES[name]}} if ROPES[name] else {}
+
+
+def narrowed(dense):
+    """Return the tensors and form of a model with narrower heads and FFN."""
+    shape, family = dense.shape, dense.family
+    sums = dense.observed(SPEC.statistics(shape, OPTIONS))
+    order = pair_order([summary(each, ()) for each in sums])
+    start = dense_model_form(shape)
+    layers = [
+        cut_layer(narrow, layer_widths(narrow) | {"mlp": 16})
+        for narrow in (with_heads(layer, WIDTH, pairs=order[: WIDTH // 2]) for layer in start.layers)
+    ]
+    state = {
+        name: tensor for name, tensor in dense.state.items() if not name.startswith("model.layers")
+    }
+    for index, layer in enumerate(layers):
+        new, _ = methods.load("modegpt").compress(
+            dense.layer(index), sums[index], shape=shape, form=layer, options=OPTIONS
+        )
+        prefix = family.layer.format(i=index) + "."
+        state |= {prefix + family.below_layer(role): tensor for role, tensor in new.items()}
+    return state, replace(start, layers=tuple(layers), native=True)
+
+
+@pytest.mark.parametrize(("model_type", "scaling"), CASES)
+def test_a_stock_model_of_narrower_heads_is_our_own_cut_model(model_type, scaling):
+    dense = Dense(model_type, **rope(scaling))
+    state, form = narrowed(dense)
+    config = result_config(dense.config.to_dict(), dense.shape, form)
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).double().eval()
+    stock.load_state_dict(state, strict=True)
+    assert stock.config.head_dim == WIDTH
+    assert "layer_forms" not in config
+
+    ours = dict(state)
+    family, shape = dense.family, dense.shape
+    for index, layer in enumerate(form.layers):
+        prefix = family.layer.format(i=index) + "."
+        for part in ("weight", "bias"):
+            name = prefix + family.below_layer(f"q_proj.{part}")
+            if name in ours:
+                ours[name] = ours[name] / math.sqrt(WIDTH / shape.head_dim)
+        if shape.kind(layer).rotary:
+            pairs = torch.tensor(layer.pairs).repeat(shape.num_kv_heads, 1)
+            ours[prefix + family.below_layer("rope_pairs")] = pairs
+    remote = result_config(dense.config.to_dict(), shape, replace(form, native=False))
+    code = classes(model_type)
+    kept = {key: value for key, value in remote.items() if key not in ("model_type", "dtype")}
+    own = code.CompressedForCausalLM(code.CompressedConfig(**kept)).double().eval()
+    own.load_state_dict(ours, strict=True)
+    logits = logits_of(own, ids_of())
+    # Frequencies and factors are float32 in transformers.
+    assert float((logits_of(stock, ids_of()) - logits).abs().max() / logits.abs().max()) < 1e-5
+    dense_logits = logits_of(dense.model, ids_of())
+    assert float((logits - dense_logits).abs().max() / dense_logits.abs().max()) > 1e-4
+
+
+def test_frequencies_that_depend_on_the_length_of_a_text_are_not_narrowed():
+    lists = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+    for scaling in ({"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", **lists}):
+        config = config_of("llama", rope_parameters={"rope_theta": 1e4, **scaling})
+        _, shape = shape_of(config)
+        assert not narrows_heads(shape)
+        assert "no config of model type llama" in SPEC.refuses(shape, OPTIONS)
