@@ -11,6 +11,7 @@ from torch import Tensor
 from actors.devices.transfer import to_device, to_host
 from actors.storage.files import FileEntry
 from planners.batching import TokenBatching
+from planners.budget.serving_load import ServingLoad
 from planners.method import Option
 from planners.model.form import ModelForm
 from planners.model.shape import ModelShape
@@ -221,6 +222,7 @@ class CompressionJob:
         statistics_dtype: of grams as they are stored.
         pair_order: rope pairs, the most important of the whole model first, for cuts to pairs that
             all heads keep.
+        load: that the result is made for, where the times of layers are measured.
         contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).
     """
 
@@ -238,6 +240,7 @@ class CompressionJob:
     makers: tuple[Mapping[str, str], ...] = ()
     candidates: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
     pair_order: tuple[int, ...] = ()
+    load: ServingLoad | None = None
     statistics_dtype: str = "float64"
     contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""

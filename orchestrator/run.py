@@ -23,6 +23,7 @@ from orchestrator.phases.repair import repair_result, skip_unneeded, verify_byte
 from orchestrator.phases.shrink import shrink
 from orchestrator.phases.stitch import stitched
 from orchestrator.phases.throughput import throughput
+from orchestrator.phases.times import measure_times
 from orchestrator.phases.verify import verify
 from orchestrator.prepare.prepared import Prepared, dense_subject
 from orchestrator.run_steps import finish_steps, run_earlier_steps
@@ -138,7 +139,7 @@ def run_on(
 
 def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Loss]]:
     """Return the context with its final widths, and the losses of both models."""
-    context = run_earlier_steps(context)
+    context = measure_times(run_earlier_steps(context))
     measuring = evaluation_plan(context.prepared)
     losses: dict[str, Loss] = {}
 

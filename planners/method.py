@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from planners.budget.serving_load import LayerTimes, ServingLoad
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 Option = str | int | float | bool
+SIZES = ("keep_fraction", "slice", "fit", "speedup")  # keys of a recipe of which one is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +38,29 @@ class OptionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The requested size: one of the two is set.
+    """What is asked of the result: one of the first four is set.
 
     Attributes:
         keep_fraction: parameters after / before, true counts of the whole model, in (0, 1].
         slice: nominal fraction of the residual width to remove, in [0, 1).
+        fit: bytes of weights, of the keys and values of a load, and of workspace.
+        speedup: time of the input model over that of the result, under a load.
+        load: for ``fit`` and ``speedup``.
+        times: for ``speedup``, those of the input model's layers; None until they are measured.
     """
 
     keep_fraction: float | None = None
     slice: float | None = None
+    fit: int | None = None
+    speedup: float | None = None
+    load: ServingLoad = field(default_factory=ServingLoad)
+    times: LayerTimes | None = None
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The size that was asked for, under its name in a recipe."""
+        sizes = {name: getattr(self, name) for name in SIZES}
+        return {name: size for name, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from planners.model.cost import (
     model_parameters,
     statistic_elements,
 )
-from planners.model.form import ModelForm, Start, site_dims
+from planners.model.form import ModelForm, Start, dense_form, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.plan import RunPlan
@@ -162,11 +162,23 @@ def _require_possible(
             f"slice: {target.slice} is a fraction of the residual width, which {spec.name} keeps",
             hint="use --keep-fraction, the true fraction of the parameters",
         )
+    if target.speedup is not None and not _cuts_widths(shape, spec, options):
+        raise PlanError(
+            f"speedup: {spec.name} has no widths whose times are measured one by one",
+            hint="use --method modegpt, or --keep-fraction",
+        )
     if options.get("refit") and work.batching.sequences < refit.MIN_SEQUENCES:
         raise PlanError(
             f"refit: {work.batching.sequences} calibration sequence is too few: some are held out",
             hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
         )
+
+
+def _cuts_widths(shape: ModelShape, spec: MethodSpec, options: Mapping[str, Option]) -> bool:
+    """Return whether a method cuts modules to widths, not to ranks or the residual stream."""
+    layer = dense_form(shape)
+    ladders = spec.ladders(shape, layer, options).values()
+    return bool(ladders) and not any(each.cut(layer, each.sizes[0]).ranks for each in ladders)
 
 
 def _load(

@@ -27,3 +27,8 @@ def has_bias(shape, role):
 def full_widths(shape):
     """Return module -> inner width before compression."""
     return layer_widths(dense_form(shape))
+
+
+def steps(ffn):
+    """Return module -> step of its width: this one of the FFN, and the finest of heads."""
+    return {"mlp": ffn, "qk": 2, "vo": 1}

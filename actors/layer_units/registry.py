@@ -9,6 +9,7 @@ from actors.layer_units.damage import damage
 from actors.layer_units.layer import choose_refit, layer, truncation_losses
 from actors.layer_units.rotated_statistics import rotate_statistics
 from actors.layer_units.tables import embedding, head
+from actors.layer_units.times import times
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.statistics.sums import add_shards
 from actors.storage.files import Directory
@@ -40,6 +41,7 @@ FUNCTIONS: dict[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]]
     "basis": basis,
     "basis_shared": basis,
     "basis_sequential": basis_sequential,
+    "times": times,
     "damage": damage,
     "losses": truncation_losses,
     "carried": rotate_statistics,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from actors.modeling.narrow_heads import narrowed
 from actors.modeling.outer_model import OWN, PER_LAYER, OuterModel
@@ -41,9 +42,14 @@ class HalvedLayer:
         self._code = classes(shape.model_type)
         self._facts = self._code.facts_of(alone["layout"], alone["layer_forms"][0])
 
-    def attention(self, hidden: Tensor) -> Tensor:
+    def arguments(self, hidden: Tensor, *, cache: DynamicCache | None = None) -> dict[str, Any]:
+        """Return what attention is called with beside its input, behind the tokens of a cache."""
+        start = 0 if cache is None else cache.get_seq_length()
+        return self._outer.layer_arguments(hidden, start=start, cache=cache)[0]
+
+    def attention(self, hidden: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
         """Return what attention adds to the residual stream."""
-        arguments = self._outer.layer_arguments(hidden)[0]
+        arguments = self.arguments(hidden) if arguments is None else arguments
         attended: Tensor = self._code.attention_block(self.module, self._facts, hidden, **arguments)
         return attended
 

@@ -190,9 +190,8 @@ def _name(config: RunConfig) -> str:
 
 
 def _size(target: Target) -> str:
-    if target.slice is not None:
-        return f"slice{target.slice:g}"
-    return f"keep{target.keep_fraction:g}"
+    ((name, size),) = target.asked.items()
+    return f"{name.removesuffix('_fraction')}{size:g}"
 
 
 def _budget(path: str, given: object) -> Budget:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from orchestrator.phases.context import RunContext
+from orchestrator.phases.times import target_of
 from planners.budget.candidates import NAME as CANDIDATES
 from planners.budget.served import pair_order
 from planners.canonical_json import to_json
@@ -23,11 +24,14 @@ def allocate(context: RunContext) -> RunContext:
     prepared = context.prepared
     spec, options = prepared.spec, prepared.options
     if spec.allocate is None or not spec.measures(options):
-        return replace(context, form=prepared.plan.form)
+        if context.times is None:
+            return replace(context, form=prepared.plan.form)
+        form = spec.form(prepared.plan.shape, prepared.start, target_of(context), options)
+        return replace(context, form=form)
     findings = _findings(context, measured(context))
     try:
         allocation = spec.allocate(
-            prepared.plan.shape, prepared.start, prepared.config.target, options, findings
+            prepared.plan.shape, prepared.start, target_of(context), options, findings
         )
     except NumericsError as error:
         raise found_behind(error, prepared.identity.batching.dtype) from error

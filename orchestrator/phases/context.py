@@ -14,6 +14,7 @@ from orchestrator.engine.worker_pool import Pool
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.rundir.journal import Journal
 from orchestrator.rundir.layout import CALIBRATION_TOKENS
+from planners.budget.serving_load import LayerTimes
 from planners.canonical_json import fingerprint, to_json
 from planners.model.cost import model_parameters
 from planners.model.form import ModelForm
@@ -42,6 +43,7 @@ class RunContext(WorkContext):
         steps: the steps before, as the report describes them.
         served: under which constraint the widths were chosen, and the predicted damage of those
             that were compared; empty where none was.
+        times: of layers, measured where a speed-up is asked for.
     """
 
     prepared: Prepared
@@ -50,6 +52,7 @@ class RunContext(WorkContext):
     turned: "RunContext | None" = None
     steps: tuple[Mapping[str, Any], ...] = ()
     served: Mapping[str, Any] = field(default_factory=dict)
+    times: LayerTimes | None = None
 
     @cached_property
     def sums(self) -> tuple[Unit, ...]:

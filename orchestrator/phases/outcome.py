@@ -68,6 +68,8 @@ def outcome(
         "target": {
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,
+            "speedup": target.speedup,
+            "fit": target.fit,
             "actual_keep_fraction": context.parameters_after / plan.parameters_before,
             "nominal": target.slice,
         },

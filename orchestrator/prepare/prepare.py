@@ -94,7 +94,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         tokenizer_hash=tokenizer_hash(checkpoint.directory),
         spec=specs[0],
         options=options[0],
-        plan=planned(steps[0], config.chain[0].target, dense, work, path=path),
+        plan=planned(steps[0], config.target_of(0), dense, work, path=path),
         identity=Identity(
             model_revision=revision,
             calibration_hash=tokens_hash(calibration),

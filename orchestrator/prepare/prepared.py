@@ -12,7 +12,7 @@ from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.recipe.config import (
     RunConfig,
 )
-from planners.canonical_json import SCHEMA_VERSION
+from planners.canonical_json import SCHEMA_VERSION, to_json
 from planners.method import MethodSpec, Option
 from planners.model.form import Start
 from planners.model.taps import Statistic
@@ -89,9 +89,9 @@ class Prepared:
         """Model, methods and targets in one line."""
         parts = [self.config.model]
         for step in (*self.former, self):
-            target = step.config.target
-            size = f"slice {target.slice}" if target.slice is not None else ""
-            parts += [step.spec.name, size or f"keep {target.keep_fraction}"]
+            ((name, size),) = step.config.target.asked.items()
+            said = f"{size / 1e9:g} GB" if name == "fit" else f"{size}"
+            parts += [step.spec.name, f"{name.removesuffix('_fraction')} {said}"]
         return " · ".join(parts)
 
     @property
@@ -101,9 +101,7 @@ class Prepared:
 
     def asked(self) -> dict[str, Any]:
         """Return the method of this step and the requested size of its result."""
-        target = self.config.target
-        sizes = {"keep_fraction": target.keep_fraction, "slice": target.slice}
-        return {"method": self.spec.name, **{k: v for k, v in sizes.items() if v is not None}}
+        return {"method": self.spec.name, **self.config.target.asked}
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -129,6 +127,9 @@ class Prepared:
             "candidate revisions": revisions(self.spec) or None,
             "keep_fraction": target.keep_fraction,
             "slice": target.slice,
+            "speedup": target.speedup,
+            "fit": target.fit,
+            "serving": to_json(target.load) if target.speedup or target.fit else None,
         }
         return {
             "schema": SCHEMA_VERSION,

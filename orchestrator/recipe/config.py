@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from planners.budget.serving_load import ServingLoad
 from planners.errors import ConfigError
-from planners.method import Option, Target
+from planners.method import SIZES, Option, Target
 
 DEFAULT_METHOD = "modegpt"
 SLICED_METHOD = "slicegpt"  # the one whose paper says sizes as slices
@@ -119,6 +120,21 @@ class EvaluationConfig(_Section):
     ] = Field(default=None, ge=1, description="a whole number from 1")
 
 
+class ServingConfig(_Section):
+    """The load for which ``speedup`` and ``fit`` hold."""
+
+    phase: Annotated[
+        Literal["prefill", "decode"],
+        Flag("--serving-phase NAME", "What --speedup is of: prefill or decode."),
+    ] = Field(default="decode", description="prefill or decode")
+    batch: Annotated[
+        int, Flag("--serving-batch N", "Sequences at one time, for --speedup and --fit.")
+    ] = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    context: Annotated[
+        int, Flag("--serving-context T", "Tokens of each of them, for --speedup and --fit.")
+    ] = Field(default=2048, ge=1, le=MAX_COUNT, description="a whole number from 1")
+
+
 class StepConfig(_Section):
     """One of several methods, applied one after the other.
 
@@ -155,7 +171,7 @@ class StepConfig(_Section):
         return Target(keep_fraction=self.keep_fraction, slice=self.slice)
 
 
-SINGLE = ("method", "options", "keep_fraction", "slice")  # keys of a recipe of one method
+SINGLE = ("method", "options", *SIZES)  # keys of a recipe of one method
 
 
 class RunConfig(_Section):
@@ -230,6 +246,27 @@ class RunConfig(_Section):
             "SliceGPT's paper; it removes fewer parameters.",
         ),
     ] = Field(default=None, ge=0, lt=1, description="a number from 0 and below 1, such as 0.25")
+    speedup: Annotated[
+        float | None,
+        Flag(
+            "--speedup F",
+            "Instead of --keep-fraction: how many times as fast as the input model the result is "
+            "to be, under the load of --serving-*; times of layers are measured on a worker.",
+        ),
+    ] = Field(default=None, ge=1, le=MAX_COUNT, description="a number from 1, such as 1.3")
+    fit: Annotated[
+        str,
+        Flag(
+            "--fit SIZE",
+            "Instead of --keep-fraction: memory, such as 24GB, that weights, the keys and values "
+            "of the load of --serving-*, and workspace are to fit.",
+        ),
+    ] = Field(
+        default="",
+        pattern=r"^$|^[0-9]{1,12}(\.[0-9]{1,6})?[kMGT]B$",
+        description="a size such as 24GB",
+    )
+    serving: ServingConfig = ServingConfig()
     steps: Annotated[
         list[StepConfig],
         Flag(
@@ -304,10 +341,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if self.keep_fraction is not None and self.slice is not None:
+        given = [key for key in SIZES if getattr(self, key) not in _OPEN]
+        if len(given) > 1:
             raise ValueError(
-                "keep_fraction, slice: both are given; give only one of them, each "
-                "sets the size of the result"
+                f"{', '.join(given)}: are given; give only one of them, each sets the size of the "
+                "result"
             )
         return self
 
@@ -340,13 +378,13 @@ class RunConfig(_Section):
                 step.model_copy(update={"options": {**self._of_all, **step.options}})
                 for step in self.steps
             ]
-        target = self.target
-        usual = DEFAULT_METHOD if target.slice is None else SLICED_METHOD
-        only = StepConfig(
+        usual = DEFAULT_METHOD if self.slice is None else SLICED_METHOD
+        # Not checked again: a speed or a memory is the size of the whole recipe.
+        only = StepConfig.model_construct(
             method=self.method or usual,
             options={**self._of_all, **self.options},
-            keep_fraction=target.keep_fraction,
-            slice=target.slice,
+            keep_fraction=self.target.keep_fraction,
+            slice=self.slice,
         )
         return [only]
 
@@ -365,12 +403,26 @@ class RunConfig(_Section):
         """How small the result is to be, the default included."""
         if self.slice is not None:
             return Target(slice=self.slice)
+        if self.speedup is not None:
+            return Target(speedup=self.speedup, load=self.load)
+        if self.fit:
+            return Target(fit=bytes_of(self.fit), load=self.load)
         return Target(keep_fraction=self.keep_fraction or DEFAULT_KEEP_FRACTION)
+
+    def target_of(self, step: int) -> Target:
+        """Return how small the result of a step is to be."""
+        return self.steps[step].target if self.steps else self.target
+
+    @property
+    def load(self) -> ServingLoad:
+        """The load for which the result is made."""
+        return ServingLoad(**self.serving.model_dump())
 
 
 SECTIONS: Mapping[str, type[_Section]] = {
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
+    "serving": ServingConfig,
 }
 
 
@@ -420,7 +472,9 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
         step.model_copy(update={"options": dict(options)})
         for step, options in zip(config.chain, facts.options, strict=True)
     ]
-    sizes = "-".join(f"{step.method}-{_size(step.target)}" for step in chain)
+    sizes = "-".join(
+        f"{step.method}-{_size(config.target_of(index))}" for index, step in enumerate(chain)
+    )
     last = chain[-1]
     return config.model_copy(
         update={
@@ -493,11 +547,18 @@ def recipe_values(config: RunConfig) -> dict[str, Any]:
 
 def _size(target: Target) -> str:
     """Return ``keep0.80`` or ``slice0.25``: two digits, more if two would be ambiguous."""
-    name, value = ("keep", target.keep_fraction)
-    if target.slice is not None:
-        name, value = ("slice", target.slice)
+    ((name, value),) = target.asked.items()
+    if name == "fit":
+        return f"fit{value / 1e9:g}GB"
+    name = name.removesuffix("_fraction")
     short = f"{value:.2f}"
     return name + (short if float(short) == value else str(value))
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size such as ``24GB``, in vendors' powers of ten."""
+    power = "kMGT".index(size[-2]) + 1
+    return round(float(size[:-2]) * float(1000**power))
 
 
 def _holds_tokens(source: str) -> bool:

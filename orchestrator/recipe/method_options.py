@@ -66,20 +66,19 @@ def resolve_options(spec: HasOptions, options: Mapping[str, object]) -> dict[str
         ConfigError: the method has no such option, or not with this value.
     """
     known = {option.name: option for option in spec.options}
-    now = {option.former: option.name for option in spec.options if option.former}
-    options = {now.get(name, name): value for name, value in options.items()}
+    former = {option.former: option for option in spec.options if option.former}
+    given = {}
     for name in options:
-        if name not in known:
+        option = known.get(name) or former.get(name)
+        if option is None:
             raise ConfigError(
                 f"options.{printable(name)}: {spec.name} has no such option"
-                + did_you_mean(name, known),
+                + did_you_mean(name, [*known, *former]),
                 hint="its options and defaults: "
                 + (", ".join(f"{o.name}={typed(o.default)}" for o in spec.options) or "none"),
             )
-    found = {
-        name: _checked(option, options[name]) if name in options else option.default
-        for name, option in known.items()
-    }
+        given[option.name] = _checked(option, options[name], said=name)
+    found = {name: given.get(name, option.default) for name, option in known.items()}
     if candidates.NAME in found:
         joining = candidates.others(spec.name, found)
         found[candidates.NAME] = ",".join([spec.name, *joining]) if joining else ""
@@ -111,23 +110,23 @@ def resolve_layer_options(
     return found
 
 
-def _checked(option: OptionSpec, value: object) -> Option:
-    """Return the value of an option in its type."""
+def _checked(option: OptionSpec, value: object, *, said: str) -> Option:
+    """Return the value of an option in its type; ``said`` is the name under which it was given."""
     converted = _converted(option.default, value)
     if converted is None:
         kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise ConfigError(
-            f"options.{option.name}: is {short(value)}; it must be {kind[type(option.default)]}"
+            f"options.{said}: is {short(value)}; it must be {kind[type(option.default)]}"
         )
     if option.choices and converted not in option.choices:
         choices = ", ".join(map(typed, option.choices))
         raise ConfigError(
-            f"options.{option.name}: is {short(value)}; it must be one of: {choices}"
+            f"options.{said}: is {short(value)}; it must be one of: {choices}"
             + did_you_mean(typed(converted), map(typed, option.choices))
         )
     if option.minimum is not None and float(converted) < option.minimum:
         raise ConfigError(
-            f"options.{option.name}: is {short(value)}; it must be {option.minimum:g} or more"
+            f"options.{said}: is {short(value)}; it must be {option.minimum:g} or more"
         )
     return converted
 

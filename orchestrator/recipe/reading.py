@@ -13,6 +13,7 @@ from orchestrator.recipe import presets
 from orchestrator.recipe.config import SECTIONS, RunConfig, StepConfig
 from orchestrator.recipe.wording import nearest_key, printable, short
 from planners.errors import ConfigError
+from planners.method import SIZES
 from planners.spelling import did_you_mean
 
 
@@ -22,16 +23,16 @@ def load_config(recipe_path: str | None, overrides: Mapping[str, object]) -> Run
     Args:
         recipe_path: the file, or the name of a recipe of the package; None is an empty recipe.
         overrides: dotted key, e.g. ``calibration.source`` or ``options.round_to``, -> value. A
-            None was not given on the command line and changes nothing. A ``slice`` here replaces
-            a ``keep_fraction`` of the file, and the other way round.
+            None was not given on the command line and changes nothing. A size here,
+            such as ``slice``, replaces that of the file.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, wrong or contradicts another.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     recipe = {} if recipe_path is None else _read_recipe(Path(recipe_path))
-    if {"keep_fraction", "slice"} & given.keys():
-        recipe = {k: v for k, v in recipe.items() if k not in ("keep_fraction", "slice")}
+    if given.keys() & {*SIZES}:
+        recipe = {k: v for k, v in recipe.items() if k not in SIZES}
     for key, value in given.items():
         recipe = _with_override(recipe, key, value)
     try:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from planners.budget.serving_load import LayerTimes, ServingLoad, seconds_at
 from planners.errors import PlanError
+from planners.memory.generation import generation_load
 from planners.method import Target
 from planners.model.cost import (
+    BYTES_OF,
     dense_start,
     layer_parameters,
     linear_dims,
@@ -31,6 +34,7 @@ class Budget:
         layer: the cost of a layer.
         outside: the cost of all but the layers.
         module: the part of a layer's cost that depends on the width of a module, qk, vo or mlp.
+        ties_heads: cost depends on the wider of q/k and v/o heads, so both are cut to one width.
         refuse: raises the error for a budget that cannot be met, given the least possible cost.
     """
 
@@ -39,6 +43,7 @@ class Budget:
     outside: Callable[[ModelForm], float]
     module: Callable[[LayerForm, str], float]
     refuse: Callable[[float], NoReturn]
+    ties_heads: bool = False
 
     def cost(self, form: ModelForm) -> float:
         """Return the cost of a whole model."""
@@ -49,8 +54,28 @@ class Budget:
         return self.cost(form) <= self.limit
 
 
+def _refuse_nothing(least: float) -> NoReturn:
+    raise AssertionError(f"{least} is within no limit")
+
+
+# Of a plan whose widths follow from times that are not measured yet: it counts with uncut layers.
+UNLIMITED = Budget(
+    limit=math.inf,
+    layer=lambda _: 0.0,
+    outside=lambda _: 0.0,
+    module=lambda *_: 0.0,
+    refuse=_refuse_nothing,
+)
+
+
 def budget_of(shape: ModelShape, start: Start, target: Target) -> Budget:
     """Return the budget that a target sets."""
+    if target.speedup is not None:
+        if target.times is None:
+            return UNLIMITED
+        return seconds(target.times, target.speedup, start)
+    if target.fit is not None:
+        return memory(shape, target.fit, target.load, start)
     return parameters(shape, target.keep_fraction or 1.0, start)
 
 
@@ -81,6 +106,79 @@ def parameters(shape: ModelShape, keep_fraction: float, start: Start | None = No
         ),
         module=lambda layer, module: module_elements(shape, layer, module),
         refuse=refuse,
+    )
+
+
+def memory(shape: ModelShape, fit: int, load: ServingLoad, start: Start) -> Budget:
+    """Return the budget of bytes that weights, keys and values, and workspace may take together.
+
+    Keys and values are those of the load in the dtype of the weights; the workspace is that of the
+    input model, which passes the prompts at once.
+    """
+    width, tokens = BYTES_OF[shape.dtype], load.batch * load.context
+    held = generation_load(shape, start.form, batch=load.batch, tokens=load.context)
+    workspace = held.workspace + held.microbatch
+
+    def cached(head_dim: int) -> int:
+        return tokens * shape.num_kv_heads * head_dim * width
+
+    def module(layer: LayerForm, name: str) -> float:
+        heads = {"qk": layer.qk_head_dim, "vo": layer.vo_head_dim}.get(name, 0)
+        return module_elements(shape, layer, name) * width + cached(heads)
+
+    def refuse(least: float) -> NoReturn:
+        raise PlanError(
+            f"fit: {fit:,} bytes are too few: the smallest result of this method needs "
+            f"{math.ceil(least):,} for weights, keys and values of {load.batch} x {load.context} "
+            "tokens, and workspace",
+            hint=f"use --fit {math.ceil(least / 1e6)}MB or more, or a smaller --serving-batch or "
+            "--serving-context",
+        )
+
+    return Budget(
+        limit=fit,
+        layer=lambda layer: (
+            layer_parameters(shape, layer) * width + cached(layer.qk_head_dim + layer.vo_head_dim)
+        ),
+        outside=lambda form: (
+            (model_parameters(shape, form) - sum(layer_parameters(shape, f) for f in form.layers))
+            * width
+            + workspace
+        ),
+        module=module,
+        refuse=refuse,
+    )
+
+
+def seconds(times: LayerTimes, speedup: float, start: Start) -> Budget:
+    """Return the budget of time, of which the input model takes ``speedup`` times as much."""
+
+    def layer(form: LayerForm) -> float:
+        return times.layer(form.intermediate, max(form.qk_head_dim, form.vo_head_dim))
+
+    def module(form: LayerForm, name: str) -> float:
+        if name == "mlp":
+            return seconds_at(times.mlp, form.intermediate)
+        return seconds_at(times.heads, max(form.qk_head_dim, form.vo_head_dim))
+
+    whole = times.outside + sum(map(layer, start.form.layers))
+
+    def refuse(least: float) -> NoReturn:
+        most = math.floor(1000 * whole / least) / 1000
+        raise PlanError(
+            f"speedup {speedup:g} cannot be reached: the fastest result of this method is "
+            f"{most:g} times as fast as its input",
+            hint=f"use --speedup {most:g} or less, or another --serving-phase, --serving-batch or "
+            "--serving-context",
+        )
+
+    return Budget(
+        limit=whole / speedup * (1 + 1e-9),  # sums in another order round differently
+        layer=layer,
+        outside=lambda _: times.outside,
+        module=module,
+        refuse=refuse,
+        ties_heads=True,
     )
 
 

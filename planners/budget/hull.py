@@ -62,18 +62,57 @@ def by_measured_damage(
         PlanError: the budget cannot be met; the message says how small it can get.
     """
     start = start or dense_start(shape)
-    curves = [{"": read_curves(finding["curves"])} for finding in findings]
-    ladders = [
-        {
-            "": {
-                module: width_ladder(layer_widths(layer)[module], module, (), step=steps[module])
-                for module in known[""]
-                if module in FIELD
-            }
+    curves, ladders = [], []
+    for layer, finding in zip(start.form.layers, findings, strict=True):
+        known = read_curves(finding["curves"])
+        full = layer_widths(layer)
+        found = {
+            module: width_ladder(full[module], module, (), step=steps[module])
+            for module in known
+            if module in FIELD
         }
-        for layer, known in zip(start.form.layers, curves, strict=True)
-    ]
+        if budget.ties_heads and {"qk", "vo"} <= found.keys():
+            known, found = tied_heads(known, found)
+        curves.append({"": known})
+        ladders.append({"": found})
     return cheapest(curves, ladders, budget=budget, start=start).form
+
+
+def tied_heads(
+    curves: Mapping[str, list[tuple[int, float]]], ladders: Mapping[str, Ladder]
+) -> tuple[dict[str, list[tuple[int, float]]], dict[str, Ladder]]:
+    """Return curves and ladders in which q/k and v/o are cut together, to one width.
+
+    The damage is the sum of both, at the widths at which either was measured.
+    """
+    qk, vo = (sorted(curves[module]) for module in ("qk", "vo"))
+    least = max(qk[0][0], vo[0][0])
+    widths = sorted({width for width, _ in (*qk, *vo) if width >= least})
+    both, single = ladders["qk"], ladders["vo"]
+    step = max(both.sizes.step, single.sizes.step)
+
+    def cut(layer: LayerForm, width: int) -> LayerForm:
+        return single.cut(both.cut(layer, width), width)
+
+    tied = Ladder(
+        sizes=range(step, both.whole, step), whole=both.whole, levels=both.levels, cut=cut
+    )
+    damages = [(width, damage_at(qk, width) + damage_at(vo, width)) for width in widths]
+    rest = {"mlp"} & ladders.keys()
+    return (
+        {"qk": damages} | {name: list(curves[name]) for name in rest},
+        {"qk": tied} | {name: ladders[name] for name in rest},
+    )
+
+
+def damage_at(curve: Sequence[tuple[int, float]], width: int) -> float:
+    """Return the damage at a width, on the straight line between the levels beside it."""
+    points = sorted(curve)
+    place = bisect_left(points, width, key=lambda point: point[0])
+    if place == 0 or points[min(place, len(points) - 1)][0] == width:
+        return points[place][1]
+    (low, high_damage), (high, low_damage) = points[place - 1], points[place]
+    return high_damage + (low_damage - high_damage) * (width - low) / (high - low)
 
 
 def cheapest(

@@ -6,12 +6,11 @@ our modelling file, but has one head width that fast kernels take. ``remote`` ma
 Under each the widths are chosen by the same measured damage, so the constraints can be compared.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planners.budget.budgets import Budget
-from planners.budget.hull import by_measured_damage, cheapest, read_curves
+from planners.budget.hull import by_measured_damage, cheapest, damage_at, read_curves
 from planners.budget.widths import Steps, cut_layer, largest_width, layer_widths, width_ladder
 from planners.errors import PlanError
 from planners.method import Allocation, Ladder
@@ -184,16 +183,6 @@ def predicted(start: ModelForm, form: ModelForm, curves: Sequence[Mapping[str, C
             if width < full[module]:
                 total += damage_at(known[name], width)
     return total
-
-
-def damage_at(curve: Curve, width: int) -> float:
-    """Return the damage at a width, on the straight line between the levels beside it."""
-    points = sorted(curve)
-    place = bisect_left(points, width, key=lambda point: point[0])
-    if place == 0 or points[min(place, len(points) - 1)][0] == width:
-        return points[place][1]
-    (low, high_damage), (high, low_damage) = points[place - 1], points[place]
-    return high_damage + (low_damage - high_damage) * (width - low) / (high - low)
 
 
 def pair_order(findings: Sequence[Mapping[str, object]]) -> list[int]:

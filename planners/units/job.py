@@ -121,6 +121,12 @@ def measuring(job: Job, index: int) -> Work:
     return work.damage_work(job.shape, forms, job.data, start, tokens=tokens)
 
 
+def timing(job: Job, index: int) -> Work:
+    """Return the work of measuring how long layers take: seconds, whatever the model."""
+    del job, index
+    return work.CALL
+
+
 def truncating(job: Job, index: int) -> Work:
     """Return the work of measuring the truncation losses of a layer's linears."""
     return work.losses_work(job.shape, job.form.layers[index], job.statistics_of(index))

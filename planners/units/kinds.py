@@ -137,6 +137,11 @@ KINDS = {
             name="carried", stem="carried-layer", phase="calibrate", state=SUMMED,
             leaves=STATISTICS, colour=1, work=works.carrying,
         ),
+        # Before calibration: a speed that no cut reaches is refused at once.
+        UnitKind(
+            name="times", stem="times", phase="allocate", of="model", counts=False, colour=10,
+            work=works.timing,
+        ),
         UnitKind(
             name="damage", stem="damage-layer", phase="allocate", state=MEASURED, reusable=True,
             reads="layer", colour=10, work=works.measuring, peak_bytes=peaks.damage_unit,

@@ -6,6 +6,7 @@ from typing import Any
 
 from planners import refit
 from planners.batching import TokenBatching
+from planners.budget.serving_load import ServingLoad
 from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
@@ -221,6 +222,22 @@ def damage_units(
         "options": to_json({k: v for k, v in options.items() if k not in OF_NO_DAMAGE}),
     }
     return [_unit("damage", u.index, (u,), key, by=by) for u in sums]
+
+
+def times_unit(
+    identity: Identity, load: ServingLoad, *, method: str, options: Mapping[str, Option]
+) -> Unit:
+    """Return the unit that measures how long layers of each width take under a load."""
+    known = {"device": identity.device, "threads": identity.threads}
+    key = {
+        "schema": SCHEMA_VERSION,
+        "model_revision": identity.model_revision,
+        **known,
+        "load": to_json(load),
+        "method": method,
+        "options": to_json(options),
+    }
+    return _unit("times", -1, (), key)
 
 
 def losses_units(

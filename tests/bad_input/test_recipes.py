@@ -90,7 +90,7 @@ WRONG = {
         "options: {roundto: 8}",
         "options.roundto: modegpt has no such option; did you mean round_to?; its options and",
     ),
-    "option zero": ("options: {round_to: 0}", "options.round_to: is 0; it must be 1 or more"),
+    "option zero": ("options: {round_to: -1}", "options.round_to: is -1; it must be 0 or more"),
     "option fractional": ("options: {round_to: 8.5}", "round_to: is 8.5; it must be a whole num"),
     "option a word": ("options: {round_to: eight}", "round_to: is 'eight'; it must be a whole"),
     "choice unknown": (

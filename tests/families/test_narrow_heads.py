@@ -31,7 +31,9 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 }  # fmt: skip
 NARROWED = [t for t in MODEL_TYPES if narrows_heads(shape_of(config_of(t))[1])]
-CASES = [(t, "default") for t in NARROWED] + [("llama", rope) for rope in ROPES if rope != "default"]
+CASES = [(t, "default") for t in NARROWED] + [
+    ("llama", rope) for rope in ROPES if rope != "default"
+]
 
 
 def rope(name):
@@ -46,7 +48,9 @@ def narrowed(dense):
     start = dense_model_form(shape)
     layers = [
         cut_layer(narrow, layer_widths(narrow) | {"mlp": 16})
-        for narrow in (with_heads(layer, WIDTH, pairs=order[: WIDTH // 2]) for layer in start.layers)
+        for narrow in (
+            with_heads(layer, WIDTH, pairs=order[: WIDTH // 2]) for layer in start.layers
+        )
     ]
     state = {
         name: tensor for name, tensor in dense.state.items() if not name.startswith("model.layers")

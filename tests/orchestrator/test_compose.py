@@ -435,7 +435,7 @@ REFUSED = {
         step("svdllm", 0.9, modules="q_proj"), step("slicegpt", 0.8), step("modegpt", 0.7),
     ],
     "steps[1]: slicegpt shrinks residual": [step("slicegpt", 0.9), step("slicegpt", 0.8)],
-    "steps[1].options.round_to: is 0": [step("modegpt", 0.9), step("slicegpt", 0.8, round_to=0)],
+    "steps[1].options.round_to: is -1": [step("modegpt", 0.9), step("slicegpt", 0.8, round_to=-1)],
     "steps[0].options.rond_to: modegpt has no such": [step("modegpt", 0.9, rond_to=1)],
     "steps[1].method: unknown method 'slicgpt'": [step("modegpt", 0.9), step("slicgpt", 0.8)],
     "steps[1].keep_fraction: is 0.9, more than": [step("slicegpt", 0.8), step("modegpt", 0.9)],

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
+from planners.budget.budgets import parameters
 from planners.budget.hull import by_measured_damage
 from planners.budget.widths import (
     FIELD,
-    QUANTUM,
     by_influence,
     form_of,
     levels,
@@ -21,7 +21,7 @@ from planners.budget.widths import (
 from planners.errors import NumericsError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, model_parameters
-from tests.shapes import full_widths, has_bias, llama_shape
+from tests.shapes import full_widths, has_bias, llama_shape, steps
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")
@@ -34,20 +34,20 @@ def problems(draw, *, convex=False, modules=None):
     shape = draw(shapes())
     if modules is None:
         modules = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=3, unique=True))
-    round_to = draw(st.integers(1, 8))
+    by = steps(draw(st.integers(1, 8)))
     damages = st.floats(0, 10, allow_subnormal=False)
     findings = []
     for _ in range(shape.num_layers):
         curves = {}
         for module in modules:
             full = full_widths(shape)[module]
-            widths = levels(full, module, SHARES, round_to=round_to)
+            widths = levels(full, SHARES, step=by[module])
             costs = [draw(damages) for _ in widths]
             if convex:
                 costs = convex_costs([full, *widths], sorted(costs))
             curves[module] = [[full, 0.0], *([w, c] for w, c in zip(widths, costs, strict=True))]
         findings.append({"influence": draw(st.floats(0, 2)), "curves": curves})
-    return shape, tuple(modules), round_to, findings
+    return shape, tuple(modules), by, findings
 
 
 def convex_costs(widths, slopes):
@@ -60,8 +60,8 @@ def convex_costs(widths, slopes):
 
 
 def allocated(problem, keep_fraction, *, how):
-    shape, modules, round_to, findings = problem
-    common = {"keep_fraction": keep_fraction, "round_to": round_to}
+    shape, modules, by, findings = problem
+    common = {"budget": parameters(shape, keep_fraction), "steps": by}
     if how == "uniform":
         return uniform(shape, modules=modules, **common)
     if how == "influence":
@@ -104,14 +104,14 @@ BIASED = llama_shape(
 @pytest.mark.parametrize("how", HOW)
 @given(problem=problems(), data=st.data())
 def test_the_budget_is_met_from_below_and_every_width_is_a_whole_step(how, problem, data):
-    shape, modules, round_to, _ = problem
+    shape, modules, by, _ = problem
     keep_fraction = a_target(data, problem, how)
     form = allocated(problem, keep_fraction, how=how)
     assert model_parameters(shape, form) <= keep_fraction * dense_parameters(shape) + 1e-6
     full = full_widths(shape)
     for layer in widths_of(shape, form):
         for module, width in layer.items():
-            step = QUANTUM.get(module, round_to)
+            step = by[module]
             assert 1 <= width <= full[module]
             assert width == full[module] or (module in modules and width % step == 0)
 
@@ -119,7 +119,7 @@ def test_the_budget_is_met_from_below_and_every_width_is_a_whole_step(how, probl
 @pytest.mark.parametrize("how", HOW)
 @given(problem=problems(), data=st.data())
 def test_what_is_left_of_the_budget_is_less_than_one_step(how, problem, data):
-    shape, modules, round_to, _ = problem
+    shape, modules, by, _ = problem
     keep_fraction = a_target(data, problem, how)
     found = widths_of(shape, allocated(problem, keep_fraction, how=how))
     room = keep_fraction * dense_parameters(shape) - count_of(shape, found)
@@ -127,7 +127,7 @@ def test_what_is_left_of_the_budget_is_less_than_one_step(how, problem, data):
     for index, layer in enumerate(found):
         for module in modules:
             if layer[module] < full[module]:
-                step = QUANTUM.get(module, round_to)
+                step = by[module]
                 wider = [dict(x) for x in found]
                 wider[index][module] = min(full[module], (layer[module] // step + 1) * step)
                 steps.append(count_of(shape, wider) - count_of(shape, found))
@@ -136,10 +136,10 @@ def test_what_is_left_of_the_budget_is_less_than_one_step(how, problem, data):
 
 @given(problem=problems(), data=st.data())
 def test_layers_that_must_be_alike_are_and_no_larger_share_fits(problem, data):
-    shape, modules, round_to, _ = problem
+    shape, modules, by, _ = problem
     keep_fraction = a_target(data, problem, "uniform")
     form = uniform(
-        shape, keep_fraction=keep_fraction, modules=modules, round_to=round_to, alike=True
+        shape, budget=parameters(shape, keep_fraction), modules=modules, steps=by, alike=True
     )
     assert all(layer == form.layers[0] for layer in form.layers)
     full = full_widths(shape)
@@ -147,7 +147,7 @@ def test_layers_that_must_be_alike_are_and_no_larger_share_fits(problem, data):
     for numerator in range(1, 201):  # every share of a fine grid is either smaller or over
         cut = {}
         for module in modules:
-            step = QUANTUM.get(module, round_to)
+            step = by[module]
             near = step * math.floor(numerator / 200 * full[module] / step + 0.5)
             cut[module] = min(full[module], max(step, near))
         if numerator == 200:
@@ -187,11 +187,11 @@ def test_the_whole_budget_cuts_nothing(how, problem):
 
 @given(problem=problems(), data=st.data())
 def test_uniform_layers_differ_by_one_step_at_most(problem, data):
-    shape, modules, round_to, _ = problem
+    shape, modules, by, _ = problem
     form = allocated(problem, a_target(data, problem, "uniform"), how="uniform")
     for module in modules:
         widths = [layer[module] for layer in widths_of(shape, form)]
-        assert max(widths) - min(widths) <= QUANTUM.get(module, round_to)
+        assert max(widths) - min(widths) <= by[module]
 
 
 @given(problem=problems(), data=st.data())
@@ -202,16 +202,16 @@ def test_layers_that_matter_more_keep_more_by_influence(problem, data):
     order = sorted(range(len(found)), key=lambda i: findings[i]["influence"])
     for less, more in pairwise(order):
         for module in modules:
-            step = QUANTUM.get(module, problem[2])
+            step = problem[2][module]
             assert found[less][module] <= found[more][module] + step
 
 
 @given(problem=problems(), temperature=st.floats(1e-6, 1e-3), data=st.data())
 def test_a_cold_softmax_still_meets_the_budget(problem, temperature, data):
-    shape, modules, round_to, findings = problem
+    shape, modules, by, findings = problem
     keep_fraction = a_target(data, problem, "uniform")  # both can cut everything to one step
     form = by_influence(
-        shape, findings, keep_fraction=keep_fraction, modules=modules, round_to=round_to,
+        shape, findings, budget=parameters(shape, keep_fraction), modules=modules, steps=by,
         temperature=temperature,
     )  # fmt: skip
     room = keep_fraction * dense_parameters(shape) - model_parameters(shape, form)
@@ -241,9 +241,9 @@ def summed_damage(problem, form):
 @given(data=st.data())
 def test_marginal_never_does_more_damage_than_uniform_of_the_same_size(module, data):
     problem = data.draw(problems(convex=True, modules=(module,)))
-    shape, _, round_to, _ = problem
+    shape, _, by, _ = problem
     # With widths and grid in whole steps both use the budget up to the same parameter.
-    assume(full_widths(shape)[module] % QUANTUM.get(module, round_to) == 0)
+    assume(full_widths(shape)[module] % by[module] == 0)
     assume(
         not has_bias(shape, "v_proj") or module != "vo"
     )  # a first cut moves a bias, which is no step
@@ -257,7 +257,7 @@ def test_marginal_never_does_more_damage_than_uniform_of_the_same_size(module, d
 
 @given(problem=problems(convex=True), data=st.data())
 def test_marginal_is_within_one_step_of_the_least_damage(problem, data):
-    shape, modules, round_to, _ = problem
+    shape, modules, by, _ = problem
     keep_fraction = a_target(data, problem, "marginal")
     even = allocated(problem, keep_fraction, how="uniform")
     ours = allocated(
@@ -266,7 +266,7 @@ def test_marginal_is_within_one_step_of_the_least_damage(problem, data):
     # The most that a step costs anywhere: where steps differ in size the last one may overshoot.
     dearest = max(
         (
-            (dear - cheap) / (wide - narrow) * (QUANTUM.get(module, round_to) + shape.hidden)
+            (dear - cheap) / (wide - narrow) * (by[module] + shape.hidden)
             for finding in problem[3]
             for module in modules
             for (wide, cheap), (narrow, dear) in pairwise(finding["curves"][module])
@@ -281,7 +281,9 @@ def test_what_no_step_divides_is_cut_as_far_as_is_needed():
     curves = {"mlp": [[350, 0.0], [48, 1.0]]}
     findings = [{"curves": curves}] * shape.num_layers
     for percent in range(60, 100):
-        found = by_measured_damage(shape, findings, keep_fraction=percent / 100, round_to=8)
+        found = by_measured_damage(
+            shape, findings, budget=parameters(shape, percent / 100), steps=steps(8)
+        )
         room = percent / 100 * dense_parameters(shape) - model_parameters(shape, found)
         assert 0 <= room < 8 * 3 * shape.hidden
 
@@ -302,7 +304,12 @@ def test_an_influence_that_is_no_number_is_refused_with_its_layer():
     findings = [{"influence": 0.1}, {"influence": math.nan}]
     with pytest.raises(NumericsError, match="layer 1"):
         by_influence(
-            BABY, findings, keep_fraction=0.8, modules=("mlp",), round_to=8, temperature=0.2
+            BABY,
+            findings,
+            budget=parameters(BABY, 0.8),
+            modules=("mlp",),
+            steps=steps(8),
+            temperature=0.2,
         )
 
 

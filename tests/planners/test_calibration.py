@@ -4,10 +4,11 @@ import pytest
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
+from planners.budget.budgets import parameters
 from planners.budget.widths import uniform
 from planners.calibration import few_tokens
 from planners.model.taps import Statistic
-from tests.shapes import llama_shape
+from tests.shapes import llama_shape, steps
 
 SHAPE = llama_shape(
     family="llama", model_type="llama", num_layers=2, hidden=64, intermediate=160, num_heads=4,
@@ -44,7 +45,7 @@ def test_a_gram_of_each_head_is_as_wide_as_a_head():
 
 
 def test_the_widths_are_those_that_a_step_before_has_left():
-    cut = uniform(SHAPE, keep_fraction=0.7, modules=("mlp",), round_to=8)
+    cut = uniform(SHAPE, budget=parameters(SHAPE, 0.7), modules=("mlp",), steps=steps(8))
     left = cut.layers[0].intermediate
     assert said(left, start=cut) == ""
     assert f"mlp_hidden {left}:" in said(left - 1, start=cut)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget import candidates
+from planners.budget.budgets import parameters
 from planners.budget.hull import Level, by_measured_damage, cheapest, lower_hull
 from planners.budget.ranks import one_share, rank_ladder
 from planners.budget.spend import Choice
@@ -18,7 +19,7 @@ from planners.errors import ConfigError, PlanError
 from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, layer_parameters, model_parameters
 from planners.model.modules import LINEARS_OF, kept_of, of_modules
-from tests.shapes import dense_dims, llama_shape
+from tests.shapes import dense_dims, llama_shape, steps
 from tests.strategies import shapes
 
 MODULES = ("mlp", "qk", "vo")
@@ -30,10 +31,10 @@ SHAPE = llama_shape(
 )  # fmt: skip
 
 
-def ladders_of(shape, *, round_to=8):
+def ladders_of(shape, *, ffn=8):
     layer = dense_start(shape).form.layers[0]
     full = {"mlp": shape.intermediate, "qk": shape.head_dim, "vo": shape.head_dim}
-    units = {m: width_ladder(full[m], m, SHARES, round_to=round_to) for m in MODULES}
+    units = {m: width_ladder(full[m], m, SHARES, step=steps(ffn)[m]) for m in MODULES}
     ranks = {m: rank_ladder(shape, layer, m, SHARES) for m in MODULES}
     return {
         "units": {m: ladder for m, ladder in units.items() if ladder.sizes},
@@ -45,7 +46,7 @@ def ladders_of(shape, *, round_to=8):
 def problems(draw):
     """Draw a model, how two methods shrink it, and what each level of either was found to cost."""
     shape = draw(shapes(max_layers=3))
-    ladders = [ladders_of(shape, round_to=draw(st.integers(1, 8)))] * shape.num_layers
+    ladders = [ladders_of(shape, ffn=draw(st.integers(1, 8)))] * shape.num_layers
     damages = st.floats(0, 10, allow_subnormal=False)
     curves = [
         {
@@ -66,7 +67,7 @@ def problems(draw):
 def allocated(problem, keep_fraction):
     shape, curves, ladders = problem
     start = dense_start(shape)
-    return cheapest(shape, curves, ladders, keep_fraction=keep_fraction, start=start)
+    return cheapest(curves, ladders, budget=parameters(shape, keep_fraction, start), start=start)
 
 
 def a_target(data, problem):
@@ -141,8 +142,8 @@ def test_a_method_that_costs_more_everywhere_changes_nothing(problem, data):
 @given(problem=problems(), data=st.data())
 def test_one_method_in_the_hull_is_that_method_by_itself(problem, data):
     shape, curves, _ = problem
-    round_to = data.draw(st.integers(1, 8))
-    ladders = [ladders_of(shape, round_to=round_to)] * shape.num_layers
+    ffn = data.draw(st.integers(1, 8))
+    ladders = [ladders_of(shape, ffn=ffn)] * shape.num_layers
     levels = {m: ladder.levels for m, ladder in ladders[0]["units"].items()}
     damages = st.floats(0, 10, allow_subnormal=False)
     curves = [
@@ -154,13 +155,15 @@ def test_one_method_in_the_hull_is_that_method_by_itself(problem, data):
     problem = only((*problem[:2], ladders), "units")
     keep_fraction = a_target(data, problem)
     findings = [{"curves": {m: [list(p) for p in c] for m, c in each.items()}} for each in curves]
-    expected = by_measured_damage(shape, findings, keep_fraction=keep_fraction, round_to=round_to)
+    expected = by_measured_damage(
+        shape, findings, budget=parameters(shape, keep_fraction), steps=steps(ffn)
+    )
     assert allocated(problem, keep_fraction).form == expected
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 10), st.sampled_from(BOTH))))
 def test_no_level_of_any_method_is_below_the_hull(points):
-    ladder = width_ladder(8, "vo", (), round_to=1)
+    ladder = width_ladder(8, "vo", (), step=1)
     levels = [Level(saved=0, damage=0.0, choice=None)] + [
         Level(saved=saved, damage=damage, choice=Choice(ladder=ladder, size=1, method=method))
         for saved, damage, method in points
@@ -188,7 +191,7 @@ ONE = replace(SHAPE, num_layers=1)
 def two_curves(units, ranks, *, grid=(0.75, 0.5, 0.25)):
     layer = dense_start(ONE).form.layers[0]
     ladders = {
-        "units": {"vo": width_ladder(8, "vo", grid, round_to=1)},
+        "units": {"vo": width_ladder(8, "vo", grid, step=1)},
         "ranks": {"vo": rank_ladder(ONE, layer, "vo", grid)},
     }
     assert ladders["units"]["vo"].levels == (6, 4, 2)
@@ -219,10 +222,10 @@ def test_between_the_levels_of_two_methods_the_one_that_loses_less_there_is_take
     # ranks what is a third of the way from 0.4 to 0.15.
     problem = two_curves(units=(0.05, second, 9.0), ranks=(0.4, 0.15, 3.0))
     dense = dense_parameters(ONE)
-    for parameters in range(dense - 3 * 144 - 20, dense - 3 * 144 + 20):
-        found = allocated(problem, parameters / dense)
+    for count in range(dense - 3 * 144 - 20, dense - 3 * 144 + 20):
+        found = allocated(problem, count / dense)
         assert found.makers == ({"vo": maker},)
-        assert 0 <= parameters - model_parameters(ONE, found.form) < 144
+        assert 0 <= count - model_parameters(ONE, found.form) < 144
 
 
 # Ladders of ranks.
@@ -255,7 +258,9 @@ def test_every_rung_of_ranks_holds_more_than_the_one_below_and_all_keep_one_shar
 
 def test_what_a_step_before_has_factored_is_no_module_to_factor_again():
     start = dense_start(SHAPE)
-    form = one_share(SHAPE, keep_fraction=0.95, names=("q_proj",), start=start)
+    form = one_share(
+        SHAPE, budget=parameters(SHAPE, 0.95), names=("q_proj",), step=lambda _: 1, start=start
+    )
     assert rank_ladder(SHAPE, form.layers[0], "qk", SHARES) is None
     assert rank_ladder(SHAPE, form.layers[0], "vo", SHARES) is not None
     assert kept_of(start.form.layers[0], form.layers[0], "qk").startswith("ranks q_proj ")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from actors import methods
 from orchestrator.recipe.method_options import resolve_options
+from planners.budget.budgets import parameters
 from planners.budget.ranks import CUT_ORDER, FLOOR, MOST_SHARE, by_type, filled
 from planners.budget.ranks import uniform as uniform_ranks
 from planners.budget.widths import uniform
@@ -18,7 +19,7 @@ from planners.method import Target
 from planners.model.cost import dense_parameters, dense_start, linear_dims, model_parameters
 from planners.model.form import Start
 from planners.model.layer import ROLES
-from tests.shapes import dense_dims, llama_shape
+from tests.shapes import dense_dims, llama_shape, steps
 from tests.strategies import shapes
 
 SHAPE = llama_shape(
@@ -39,7 +40,14 @@ def problems(draw):
 def allocated(problem, keep_fraction, *, start=None):
     shape, names, findings = problem
     start = start or dense_start(shape)
-    return by_type(shape, findings, keep_fraction=keep_fraction, names=names, start=start)
+    return by_type(
+        shape,
+        findings,
+        budget=parameters(shape, keep_fraction, start),
+        names=names,
+        step=lambda _: 1,
+        start=start,
+    )
 
 
 def least(problem):
@@ -112,7 +120,13 @@ def test_equal_losses_are_one_share_for_all_but_for_the_last_rank(problem, data)
     assume(smallest < 1)
     keep_fraction = data.draw(st.floats(smallest, 1.0))
     ours = allocated((shape, names, same), keep_fraction)
-    even = uniform_ranks(shape, keep_fraction=keep_fraction, names=names, start=dense_start(shape))
+    even = uniform_ranks(
+        shape,
+        budget=parameters(shape, keep_fraction),
+        names=names,
+        step=lambda _: 1,
+        start=dense_start(shape),
+    )
     assert model_parameters(shape, even) <= model_parameters(shape, ours)
     for one, other in zip(ours.layers, even.layers, strict=True):
         for name in one.ranks:
@@ -126,7 +140,9 @@ def test_linears_stay_whole_before_they_are_factored_to_no_use(names, data):
     parts = sum(math.prod(dense_dims(SHAPE, name)) for name in names) * SHAPE.num_layers
     at_most = 1 - (1 - MOST_SHARE) * parts / dense_parameters(SHAPE)
     keep_fraction = data.draw(st.floats(at_most, 1.0))
-    form = uniform_ranks(SHAPE, keep_fraction=keep_fraction, names=names, start=start)
+    form = uniform_ranks(
+        SHAPE, budget=parameters(SHAPE, keep_fraction), names=names, step=lambda _: 1, start=start
+    )
     room = keep_fraction * dense_parameters(SHAPE) - model_parameters(SHAPE, form)
     assert room >= -1e-6
     factored = [(CUT_ORDER.index(n), -i) for i, x in enumerate(form.layers) for n in x.ranks]
@@ -145,7 +161,14 @@ def test_a_larger_budget_never_makes_a_factored_model_smaller(problem, data):
     two = sorted(data.draw(st.floats(smallest, 1.0)) for _ in range(2))
     one, other = (
         model_parameters(
-            shape, uniform_ranks(shape, keep_fraction=f, names=names, start=dense_start(shape))
+            shape,
+            uniform_ranks(
+                shape,
+                budget=parameters(shape, f),
+                names=names,
+                step=lambda _: 1,
+                start=dense_start(shape),
+            ),
         )
         for f in two
     )
@@ -153,7 +176,13 @@ def test_a_larger_budget_never_makes_a_factored_model_smaller(problem, data):
 
 
 def test_at_99_percent_most_linears_are_whole_and_the_target_is_met_to_a_rank():
-    form = uniform_ranks(SHAPE, keep_fraction=0.99, names=ROLES, start=dense_start(SHAPE))
+    form = uniform_ranks(
+        SHAPE,
+        budget=parameters(SHAPE, 0.99),
+        names=ROLES,
+        step=lambda _: 1,
+        start=dense_start(SHAPE),
+    )
     factored = [(index, n) for index, layer in enumerate(form.layers) for n in layer.ranks]
     room = 0.99 * dense_parameters(SHAPE) - model_parameters(SHAPE, form)
     assert 0 <= room < 2 * SHAPE.hidden
@@ -182,7 +211,7 @@ def test_shares_are_in_proportion_until_they_are_the_most(weights, part, most):
 
 
 def test_ranks_of_a_step_build_on_the_widths_of_the_one_before():
-    cut = uniform(SHAPE, keep_fraction=0.9, modules=("mlp",), round_to=8)
+    cut = uniform(SHAPE, budget=parameters(SHAPE, 0.9), modules=("mlp",), steps=steps(8))
     start = Start(form=cut, parameters_before=dense_parameters(SHAPE))
     findings = [{"losses": {"q_proj": 10.0 + i}} for i in range(4)]
     form = allocated((SHAPE, ["q_proj"], findings), 0.85, start=start)
