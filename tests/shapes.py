@@ -11,7 +11,7 @@ def llama_shape(*, qkv_bias=False, o_bias=False, mlp_bias=False, **integers):
     """Return the shape of a Llama with these biases."""
     biases = ATTENTION[:3] * qkv_bias + ATTENTION[3:] * o_bias + ROLES[4:] * mlp_bias
     layer = decoder_layer(rotary=integers["head_dim"], biases=frozenset(biases))
-    return ModelShape(kinds=(layer,), **integers)
+    return ModelShape(kinds=(layer,), native=("residual", "mlp", "heads"), **integers)
 
 
 def dense_dims(shape, role):

@@ -103,7 +103,7 @@ class _Timer:
         def attend() -> Tensor:
             attended = layer.attention(hidden, arguments)
             if cache is not None:
-                cache.crop(self._load.context)
+                cache.crop(-1)  # the token that was just added
             return attended
 
         return attend

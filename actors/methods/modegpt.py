@@ -29,7 +29,7 @@ from planners.budget.budgets import budget_of
 from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
 from planners.budget.hull import require_levels
-from planners.budget.served import FORMS, PAIRS, STOCK, narrows_heads, served, stock_steps
+from planners.budget.served import PAIRS, STOCK, narrows_heads, served, stock_steps
 from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL, refuses_division, width_steps
 from planners.budget.widths import by_influence, layer_widths, uniform, width_ladder
 from planners.errors import NumericsError, PlanError
@@ -609,7 +609,7 @@ SPEC = MethodSpec(
         OptionSpec(
             name="servable",
             default="auto",
-            choices=FORMS,
+            choices=("auto", "remote", "native", "narrow_heads", "vllm"),
             help="what is to load the result: remote: any widths, with our modelling file; native: "
             "a stock config, one FFN width; narrow_heads: a stock config with narrower heads too; "
             "vllm: our file, with one head width that its kernels take; auto: a stock config if "

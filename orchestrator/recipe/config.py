@@ -251,7 +251,7 @@ class RunConfig(_Section):
         Flag(
             "--speedup F",
             "Instead of --keep-fraction: how many times as fast as the input model the result is "
-            "to be, under the load of --serving-*; times of layers are measured on a worker.",
+            "to be, under the load of --serving-*; a worker measures times of layers. [none]",
         ),
     ] = Field(default=None, ge=1, le=MAX_COUNT, description="a number from 1, such as 1.3")
     fit: Annotated[
@@ -259,7 +259,7 @@ class RunConfig(_Section):
         Flag(
             "--fit SIZE",
             "Instead of --keep-fraction: memory, such as 24GB, that weights, the keys and values "
-            "of the load of --serving-*, and workspace are to fit.",
+            "of the load of --serving-*, and workspace are to fit. [none]",
         ),
     ] = Field(
         default="",
@@ -343,9 +343,10 @@ class RunConfig(_Section):
     def _one_target(self) -> Self:
         given = [key for key in SIZES if getattr(self, key) not in _OPEN]
         if len(given) > 1:
+            all_ = "both" if len(given) == 2 else "all"  # noqa: PLR2004
             raise ValueError(
-                f"{', '.join(given)}: are given; give only one of them, each sets the size of the "
-                "result"
+                f"{', '.join(given)}: {all_} are given; give "
+                "only one of them, each sets the size of the result"
             )
         return self
 

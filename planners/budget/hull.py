@@ -9,7 +9,7 @@ layer: the one that its last level belongs to.
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from planners.budget.budgets import Budget
 from planners.budget.spend import Choice, shrunk, spend_budget
@@ -206,7 +206,10 @@ def lower_hull(levels: Sequence[Level]) -> list[tuple[float, Choice]]:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], level):
             hull.pop()
         hull.append(level)
-    return [(_slope(a, b), b.choice) for a, b in pairwise(hull) if b.choice is not None]
+    ends = [(_slope(a, b), b.choice) for a, b in pairwise(hull) if b.choice is not None]
+    # Of levels on one line, rounding may make a later slope the smaller one.
+    slopes = accumulate((slope for slope, _ in ends), max)
+    return [(slope, choice) for slope, (_, choice) in zip(slopes, ends, strict=True)]
 
 
 def read_curves(found: object) -> dict[str, list[tuple[int, float]]]:

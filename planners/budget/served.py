@@ -18,7 +18,6 @@ from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.shape import ModelShape
 from planners.serving import VLLM_HEAD_DIMS
 
-FORMS = ("auto", "remote", "native", "narrow_heads", "vllm")
 STOCK = ("native", "narrow_heads")
 # A stock model that every engine loads is worth this much more predicted damage.
 WORTH = 1.15
@@ -84,7 +83,7 @@ def served(
     Args:
         shape: of the model.
         findings: of each layer, as measured.
-        constraints: of `FORMS` but ``auto``.
+        constraints: ``remote``, ``native``, ``narrow_heads`` or ``vllm``.
         budget: of the whole model.
         steps: of the widths.
         start: the model that is cut.

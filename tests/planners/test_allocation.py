@@ -123,15 +123,15 @@ def test_what_is_left_of_the_budget_is_less_than_one_step(how, problem, data):
     keep_fraction = a_target(data, problem, how)
     found = widths_of(shape, allocated(problem, keep_fraction, how=how))
     room = keep_fraction * dense_parameters(shape) - count_of(shape, found)
-    full, steps = full_widths(shape), []
+    full, costs = full_widths(shape), []
     for index, layer in enumerate(found):
         for module in modules:
             if layer[module] < full[module]:
                 step = by[module]
                 wider = [dict(x) for x in found]
                 wider[index][module] = min(full[module], (layer[module] // step + 1) * step)
-                steps.append(count_of(shape, wider) - count_of(shape, found))
-    assert steps == [] or room < max(steps)
+                costs.append(count_of(shape, wider) - count_of(shape, found))
+    assert costs == [] or room < max(costs)
 
 
 @given(problem=problems(), data=st.data())
@@ -289,7 +289,7 @@ def test_what_no_step_divides_is_cut_as_far_as_is_needed():
 
 
 def test_a_value_head_that_gets_its_bias_back_stays_within_the_budget():
-    problem = (BIASED, ("vo",), 8, [
+    problem = (BIASED, ("vo",), steps(8), [
         {"influence": 0.1 * i, "curves": {"vo": [[16, 0.0], [2, 0.1 * i]]}}
         for i in range(BIASED.num_layers)
     ])  # fmt: skip

@@ -327,3 +327,16 @@ def test_a_budget_below_all_levels_is_refused_before_anything_is_measured():
         spec.form(SHAPE, start, Target(keep_fraction=0.3), own)
     hinted = float(caught.value.hint.split()[2])
     spec.form(SHAPE, start, Target(keep_fraction=hinted), own)
+
+
+def test_levels_on_one_line_stay_in_order_however_their_slopes_round():
+    shape = llama_shape(
+        family="llama", model_type="llama", num_layers=1, hidden=1, intermediate=32, num_heads=1,
+        num_kv_heads=1, head_dim=2, vocab_size=1, tied=False,
+    )  # fmt: skip
+    curve = [[32, 0.0], [29, 0.0], [24, 0.0], [19, 9.146889241731804], [14, 57.04575727932263],
+             [10, 95.36485170939528], [5, 145.36485170939528]]  # fmt: skip
+    findings = [{"curves": {"mlp": curve}}]
+    budget = parameters(shape, 1e-9)
+    with pytest.raises(PlanError, match="cannot be met"):
+        by_measured_damage(shape, findings, budget=budget, steps=steps(1))
