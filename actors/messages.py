@@ -11,9 +11,9 @@ from torch import Tensor
 from actors.devices.transfer import to_device, to_host
 from actors.storage.files import FileEntry
 from planners.batching import TokenBatching
-from planners.budget.serving_load import ServingLoad
 from planners.method import Option
 from planners.model.form import ModelForm
+from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 

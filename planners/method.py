@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from planners.budget.serving_load import LayerTimes, ServingLoad
 from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.serving_load import LayerTimes, ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
@@ -46,6 +46,7 @@ class Target:
         fit: bytes of weights, of the keys and values of a load, and of workspace.
         speedup: time of the input model over that of the result, under a load.
         load: for ``fit`` and ``speedup``.
+        workspace: bytes that the input model needs beside weights, keys and values under the load.
         times: for ``speedup``, those of the input model's layers; None until they are measured.
     """
 
@@ -54,6 +55,7 @@ class Target:
     fit: int | None = None
     speedup: float | None = None
     load: ServingLoad = field(default_factory=ServingLoad)
+    workspace: int = 0
     times: LayerTimes | None = None
 
     @property

@@ -20,10 +20,10 @@ from actors.modeling.halves import HalvedLayer, one_layer_config
 from actors.modeling.outer_model import OuterModel, empty_model
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from planners.budget.serving_load import DECODE, ServingLoad
 from planners.budget.widths import cut_layer, layer_widths
 from planners.families import load as load_family
 from planners.model.form import LayerForm
+from planners.model.serving_load import DECODE, ServingLoad
 
 SPREAD = 0.02  # of random weights: activations stay finite in every dtype
 ENOUGH, LIMIT, FEWEST = 0.15, 3.0, 5  # seconds to time one width, at most, and rounds at least

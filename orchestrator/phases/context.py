@@ -14,10 +14,10 @@ from orchestrator.engine.worker_pool import Pool
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.rundir.journal import Journal
 from orchestrator.rundir.layout import CALIBRATION_TOKENS
-from planners.budget.serving_load import LayerTimes
 from planners.canonical_json import fingerprint, to_json
 from planners.model.cost import model_parameters
 from planners.model.form import ModelForm
+from planners.model.serving_load import LayerTimes
 from planners.steps import is_identity
 from planners.units.kinds import KINDS
 from planners.units.units import (

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from orchestrator.phases.context import RunContext
-from planners.budget.serving_load import times_from
 from planners.method import Target
+from planners.model.serving_load import times_from
 from planners.units.units import times_unit
 
 
@@ -30,4 +30,4 @@ def measure_times(context: RunContext) -> RunContext:
 
 def target_of(context: RunContext) -> Target:
     """Return what is asked of the result, with the times that were measured for it."""
-    return replace(context.prepared.config.target, times=context.times)
+    return replace(context.prepared.target, times=context.times)

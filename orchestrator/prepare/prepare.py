@@ -14,7 +14,7 @@ from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import chosen_device, usable_gib, workload_of
-from orchestrator.prepare.prepared import Prepared
+from orchestrator.prepare.prepared import Prepared, with_workspace
 from orchestrator.prepare.steps import StepInput, chained, planned
 from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
 from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
@@ -94,7 +94,9 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         tokenizer_hash=tokenizer_hash(checkpoint.directory),
         spec=specs[0],
         options=options[0],
-        plan=planned(steps[0], config.target_of(0), dense, work, path=path),
+        plan=planned(
+            steps[0], with_workspace(config.target_of(0), shape, start), dense, work, path=path
+        ),
         identity=Identity(
             model_revision=revision,
             calibration_hash=tokens_hash(calibration),

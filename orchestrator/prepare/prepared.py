@@ -1,7 +1,7 @@
 """A run that is ready to start: everything that was checked, decided and read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,10 @@ from orchestrator.recipe.config import (
     RunConfig,
 )
 from planners.canonical_json import SCHEMA_VERSION, to_json
-from planners.method import MethodSpec, Option
+from planners.memory.generation import workspace_bytes
+from planners.method import MethodSpec, Option, Target
 from planners.model.form import Start
+from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 from planners.plan import RunPlan
 from planners.planning import Workload
@@ -95,6 +97,11 @@ class Prepared:
         return " · ".join(parts)
 
     @property
+    def target(self) -> Target:
+        """What is asked of the result of this step."""
+        return with_workspace(self.config.target, self.plan.shape, self.start)
+
+    @property
     def origin(self) -> "Prepared":
         """The first step, whose input is the model that the run started with."""
         return self.former[0] if self.former else self
@@ -145,6 +152,13 @@ class Prepared:
             "threads": self.identity.threads,
             "device": self.identity.device,
         }
+
+
+def with_workspace(target: Target, shape: ModelShape, start: Start) -> Target:
+    """Return a target with the workspace of the input model, where it is a memory to fit."""
+    if target.fit is None:
+        return target
+    return replace(target, workspace=workspace_bytes(shape, start.form, target.load))
 
 
 def revisions(spec: MethodSpec) -> dict[str, int]:

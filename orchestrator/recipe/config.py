@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from planners.budget.serving_load import ServingLoad
 from planners.errors import ConfigError
 from planners.method import SIZES, Option, Target
+from planners.model.serving_load import ServingLoad
 
 DEFAULT_METHOD = "modegpt"
 SLICED_METHOD = "slicegpt"  # the one whose paper says sizes as slices

@@ -33,7 +33,10 @@ def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[s
     found = []
     for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
         try:
-            found.append(resolve_options(spec, step.options))
+            own = resolve_options(spec, step.options)
+            if len(config.chain) > 1 and own.get("servable") == "auto":
+                own["servable"] = "remote"  # the next step is planned on widths that are known
+            found.append(own)
         except ConfigError as error:
             where = f"steps[{index}]." if config.steps else ""
             raise ConfigError(f"{where}{error}", hint=error.hint) from error

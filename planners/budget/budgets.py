@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from planners.budget.serving_load import LayerTimes, ServingLoad, seconds_at
 from planners.errors import PlanError
-from planners.memory.generation import generation_load
 from planners.method import Target
 from planners.model.cost import (
     BYTES_OF,
@@ -22,6 +20,7 @@ from planners.model.cost import (
 )
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.modules import LINEARS_OF
+from planners.model.serving_load import LayerTimes, seconds_at
 from planners.model.shape import ModelShape
 
 
@@ -75,7 +74,7 @@ def budget_of(shape: ModelShape, start: Start, target: Target) -> Budget:
             return UNLIMITED
         return seconds(target.times, target.speedup, start)
     if target.fit is not None:
-        return memory(shape, target.fit, target.load, start)
+        return memory(shape, target)
     return parameters(shape, target.keep_fraction or 1.0, start)
 
 
@@ -109,15 +108,13 @@ def parameters(shape: ModelShape, keep_fraction: float, start: Start | None = No
     )
 
 
-def memory(shape: ModelShape, fit: int, load: ServingLoad, start: Start) -> Budget:
+def memory(shape: ModelShape, target: Target) -> Budget:
     """Return the budget of bytes that weights, keys and values, and workspace may take together.
 
-    Keys and values are those of the load in the dtype of the weights; the workspace is that of the
-    input model, which passes the prompts at once.
+    Keys and values are those of the load in the dtype of the weights.
     """
+    load = target.load
     width, tokens = BYTES_OF[shape.dtype], load.batch * load.context
-    held = generation_load(shape, start.form, batch=load.batch, tokens=load.context)
-    workspace = held.workspace + held.microbatch
 
     def cached(head_dim: int) -> int:
         return tokens * shape.num_kv_heads * head_dim * width
@@ -128,7 +125,7 @@ def memory(shape: ModelShape, fit: int, load: ServingLoad, start: Start) -> Budg
 
     def refuse(least: float) -> NoReturn:
         raise PlanError(
-            f"fit: {fit:,} bytes are too few: the smallest result of this method needs "
+            f"fit: {target.fit:,} bytes are too few: the smallest result of this method needs "
             f"{math.ceil(least):,} for weights, keys and values of {load.batch} x {load.context} "
             "tokens, and workspace",
             hint=f"use --fit {math.ceil(least / 1e6)}MB or more, or a smaller --serving-batch or "
@@ -136,14 +133,14 @@ def memory(shape: ModelShape, fit: int, load: ServingLoad, start: Start) -> Budg
         )
 
     return Budget(
-        limit=fit,
+        limit=float(target.fit or 0),
         layer=lambda layer: (
             layer_parameters(shape, layer) * width + cached(layer.qk_head_dim + layer.vo_head_dim)
         ),
         outside=lambda form: (
             (model_parameters(shape, form) - sum(layer_parameters(shape, f) for f in form.layers))
             * width
-            + workspace
+            + target.workspace
         ),
         module=module,
         refuse=refuse,

@@ -5,6 +5,7 @@ from planners.memory.peaks import LIBRARIES, SINGLE, forward_bytes, load_bytes, 
 from planners.memory.placement import Load, place
 from planners.model.cost import BYTES_OF, layer_parameters, widest_layer
 from planners.model.form import ModelForm
+from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.plan import StagePlan
 
@@ -44,6 +45,12 @@ def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: i
         table=table_bytes(shape, dtype=dtype),
         libraries=LIBRARIES,
     )
+
+
+def workspace_bytes(shape: ModelShape, form: ModelForm, load: ServingLoad) -> int:
+    """Return what generation needs beside weights, keys and values, where prompts pass at once."""
+    held = generation_load(shape, form, batch=load.batch, tokens=load.context)
+    return held.workspace + held.microbatch
 
 
 def whole_bytes(shape: ModelShape, load: Load) -> int:

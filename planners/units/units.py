@@ -6,11 +6,11 @@ from typing import Any
 
 from planners import refit
 from planners.batching import TokenBatching
-from planners.budget.serving_load import ServingLoad
 from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
 from planners.model.form import ModelForm, site_dims
+from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
 from planners.units.kinds import KINDS
