@@ -142,6 +142,7 @@ class CompressedAttention(StockAttention):
         self.head_norms = [role for role in ("q_norm", "k_norm") if role in kind["norms"]]
         self.qk_head_dim, self.vo_head_dim = form["qk_head_dim"], form["vo_head_dim"]
         self.rotary, self.pairs = kind["rotary"], kind["pairs"]
+        self.whole_head_dim = layout["head_dim"]
         pairs = None  # (kv_heads, kept pairs of channels); -1 for those that are not rotated
         if self.rotary and self.qk_head_dim != layout["head_dim"]:
             pairs = torch.arange(self.qk_head_dim // 2).repeat(layout["kv_heads"], 1)
@@ -215,8 +216,10 @@ class CompressedAttention(StockAttention):
     def _rotated(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """Return q and k (batch, heads, tokens, dim) rotated as the stock attention does it.
 
-        Narrower heads are spread over the channels of a whole head, rotated there, and collected.
-        Their own pairs are channels i and i + dim / 2, whatever the pairs of a whole head are.
+        The pairs of a narrower head are its channels i and i + dim / 2, whatever those of a whole
+        head are. Where the stock ones lie in halves too, its formula is applied with the cosines
+        and sines of the kept pairs. Other narrower heads are spread over the channels of a whole
+        one, rotated there, and collected.
         """
         both, width = (query, key), self.rotary
         rotate = STOCK_CODE.apply_rotary_pos_emb
@@ -224,9 +227,10 @@ class CompressedAttention(StockAttention):
             rotated = rotate(*(x[..., :width] for x in both), cos, sin)
             rest = [x[..., width:] for x in both]
             return [torch.cat(parts, dim=-1) for parts in zip(rotated, rest, strict=True)]
-        first, second = self.rope_pairs, self.rope_pairs + width // 2
-        if self.pairs == "interleaved":
-            first, second = 2 * self.rope_pairs, 2 * self.rope_pairs + 1
+        if self.pairs == "half":
+            angles = self._of_kept_pairs(cos, 1.0), self._of_kept_pairs(sin, 0.0)
+            return [_rotated_in_halves(x, *angles) for x in both]
+        first, second = 2 * self.rope_pairs, 2 * self.rope_pairs + 1
         places = torch.cat((first, second), dim=-1)  # (kv_heads, dim)
         # Channels that are not rotated share a place behind the others.
         places = torch.where(self.rope_pairs.repeat(1, 2) < 0, width, places)
@@ -239,6 +243,25 @@ class CompressedAttention(StockAttention):
             torch.where(at < width, wide.gather(-1, at.clamp(max=width - 1)), x)
             for x, at, wide in zip(both, each, rotate(*spread, cos, sin), strict=True)
         ]
+
+    def _of_kept_pairs(self, angles: Tensor, unrotated: float) -> Tensor:
+        """Return cos or sin (batch, tokens, width) as (batch, kv_heads, 1, tokens, dim)."""
+        pairs = self.rope_pairs.repeat(1, 2)  # (kv_heads, dim)
+        if self.rotary == self.whole_head_dim:
+            return angles[..., pairs].transpose(1, 2)[:, :, None]
+        found = torch.where(pairs < 0, unrotated, angles[..., pairs.clamp(min=0)])
+        return found.transpose(1, 2)[:, :, None]
+
+
+def _rotated_in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x (batch, heads, tokens, dim) rotated by angles of (batch, kv_heads, 1, tokens, dim).
+
+    The formula is that of the stock models whose pairs are channels i and i + dim / 2.
+    """
+    grouped = x.unflatten(1, (cos.shape[1], -1))
+    half = x.shape[-1] // 2
+    turned = torch.cat((-grouped[..., half:], grouped[..., :half]), dim=-1)
+    return (grouped * cos + turned * sin).flatten(1, 2)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
