@@ -258,7 +258,7 @@ def _rotated_in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The formula is that of the stock models whose pairs are channels i and i + dim / 2.
     """
-    grouped = x.unflatten(1, (cos.shape[1], -1))
+    grouped = x.reshape(x.shape[0], cos.shape[1], -1, *x.shape[2:])
     half = x.shape[-1] // 2
     turned = torch.cat((-grouped[..., half:], grouped[..., :half]), dim=-1)
     return (grouped * cos + turned * sin).flatten(1, 2)

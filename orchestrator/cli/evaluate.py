@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -76,14 +75,14 @@ def _print_rates(title: str, models: Mapping[str, dict[str, Any]]) -> None:
     stdout.print(title)
     for uri, found in models.items():
         compared = {} if uri == first else _by_setting(speed.compared(models[first], found))
-        table = Table(title=f"\n{uri}", title_justify="left", title_style="bold", box=box.SIMPLE)
-        table.pad_edge = False
+        table = Table(box=None, pad_edge=False, header_style="dim")
         for column in COLUMNS if compared else [c for c in COLUMNS if c]:
-            is_text = column == "mode"
-            table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text)
+            table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
         for row in found["settings"]:
             table.add_row(*_cells(row, compared))
+        stdout.print(Text(f"\n{uri}", style="bold"), soft_wrap=True)
         stdout.print(table)
+    stdout.print()
     for line in _remarks(models):
         stdout.print(Text(line), soft_wrap=True)
 

@@ -49,7 +49,7 @@ class Speed:
     @property
     def setting(self) -> str:
         """The batch, and the mode unless it is eager."""
-        return f"batch {self.batch}" + ("" if self.mode == EAGER else f", {self.mode}")
+        return f"batch {self.batch}" + ("" if self.mode == EAGER else f" ({self.mode})")
 
     @property
     def said(self) -> str:
@@ -104,13 +104,11 @@ def headline(found: Sequence[Speed]) -> str:
 
 def sentence(found: Sequence[Speed]) -> str:
     """Return the verdicts of one setting in a clause; empty if there are none."""
-    if not found:
-        return ""
     said = [
-        f"{s.part} is {s.verdict}" + ("" if s.verdict == NOISE else f" ({s.ratio:.2f}\u00d7)")
+        f"{s.part} {s.verdict}" + ("" if s.verdict == NOISE else f" ({s.ratio:.2f}\u00d7)")
         for s in found
     ]
-    return f"{' and '.join(said)} at {found[0].setting}"
+    return f"at {found[0].setting} {', '.join(said)}" if said else ""
 
 
 def agreement(found: Sequence[Speed]) -> str:
@@ -242,6 +240,6 @@ def _speed(part: str, row: Document, other: Document) -> Speed | None:
 def _listed(part: str, found: Sequence[Speed]) -> str:
     """Return a part with the settings in which it is slower; empty if in none."""
     slower = [s.setting for s in found if s.verdict == SLOWER]
-    if not slower:
-        return ""
-    return part if len(slower) == len(found) else f"{part} at {' and '.join(slower)}"
+    if not slower or len(slower) == len(found):
+        return part if slower else ""
+    return f"{part} at {', '.join(slower)}"

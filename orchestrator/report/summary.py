@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.report import speed
@@ -190,7 +190,11 @@ def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
 
 def tiles(report: Document) -> tuple[Comparison, ...]:
     """Return the measures shown at the top of the page."""
-    decode = [_speed_row(s) for s in _main_speeds(report) if s.part == "decode"]
+    decode = [
+        replace(_speed_row(each), name="Decode, tokens/s")
+        for each in _main_speeds(report)
+        if each.part == "decode"
+    ]
     return (*(row for row in comparisons(report) if row.name in _TILES), *decode)
 
 
