@@ -113,6 +113,8 @@ def _remarks(models: Mapping[str, dict[str, Any]]) -> Iterator[str]:
             if "not_measured" in row:
                 said = f"{uri}, batch {row['batch']}, {row['mode']}: not measured"
                 yield f"{said}: {row['not_measured']}"
+        if any("cannot hold it" in row.get("not_measured", "") for row in found["settings"]):
+            yield "use more --workers, or --worker-gib"
         kernels = speed.kernels_text(found)
         if kernels:
             yield f"{uri}: attention kernels: {kernels}"
