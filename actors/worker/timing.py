@@ -54,7 +54,8 @@ def timed(models: Mapping[str, Any], request: ThroughputRequest) -> dict[str, di
         try:
             rows, seconds = _measured(models, request, setting, values)
         except (TorchDynamoException, torch.OutOfMemoryError) as error:
-            _note(values, setting, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            first_lines = " ".join(str(error).splitlines()[:2])
+            _note(values, setting, f"{type(error).__name__}: {first_lines}")
             continue
         if not setting.compiled:
             prompts, tokens = seconds[0] / setting.batch, seconds[1]
