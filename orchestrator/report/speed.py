@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from orchestrator.report.document import Document, rows, section
-from orchestrator.report.numbers import counted, number, percent, quotient
+from orchestrator.report.numbers import counted, number, percent
 from planners.timing import EAGER, median_interval
 
 FASTER, SLOWER, NOISE = "faster", "slower", "too noisy to say"
@@ -17,7 +17,7 @@ PARTS = ("prefill", "decode")
 _HALF = ("bfloat16", "float16")
 _UNFUSED = "math"
 _SHOWN_WIDTHS = 3
-_ALL_KEPT = 0.98  # of the parameters of the layers
+_FEW_OF_LAYERS = 0.25  # of all removed parameters
 _CALL_BOUND = 1e8  # parameters, on a CPU
 _SMALL_BATCH = 16  # sequences: up to here a second factor costs a launch and saves little
 
@@ -142,15 +142,19 @@ def reasons(found: Sequence[Speed], before: Document, after: Document) -> list[s
     if facts.get("shortcuts"):
         layers = counted(int(facts["shortcuts"]), "layer")
         known.append(f"shortcuts: {layers} multiply the residual stream by matrices")
-    kept = quotient(facts.get("layer_parameters"), dense.get("layer_parameters"))
-    if kept is not None and kept > _ALL_KEPT:
+    removed, of_layers = (_removed(dense, facts, key) for key in ("parameters", "layer_parameters"))
+    if removed > 0 and of_layers < _FEW_OF_LAYERS * removed:
         known.append(
-            f"the layers keep {percent(kept)} of their parameters: what was removed is in the "
-            "embedding, which is only looked up"
+            f"{percent(1 - max(0.0, of_layers) / removed, digits=0)} of what was removed is in the "
+            "embedding or the head, and not in the layers"
         )
     if not on_gpu and (number(facts.get("parameters")) or 0) < _CALL_BOUND:
         known.append("on a CPU the calls of a model this small take longer than its products")
     return known
+
+
+def _removed(before: Document, after: Document, key: str) -> float:
+    return (number(before.get(key)) or 0.0) - (number(after.get(key)) or 0.0)
 
 
 def refused_kernels(before: Document, after: Document, parts: Collection[str] = PARTS) -> list[str]:
