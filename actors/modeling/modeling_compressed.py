@@ -202,8 +202,8 @@ class CompressedAttention(StockAttention):
     def _needs_one_width(self, query: Tensor) -> bool:
         """Return whether zeros that make all heads equally wide make attention faster.
 
-        On a CPU torch's fused kernel takes q, k and v of one width only, and is 1.5 to 3 times as
-        fast as the other one. A single query reads all of the cache, and a copy of it costs more.
+        On a CPU torch's fused kernel takes q, k and v of one width only, and the longer a prompt is
+        the more it saves. A single query reads all of the cache, and a copy of that costs more.
         Kernels of a GPU take widths that differ.
         """
         return (
