@@ -173,13 +173,13 @@ def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
         _compare("  of the dense model", pair(lambda r: _perplexity(r, "dense")), decimal),
         _compare(
             "prefill, to dense",
-            pair(lambda r: _ratio(r, "prefill_tokens_per_second")),
+            pair(lambda r: _ratio(r, "prefill")),
             times,
             better="more",
         ),
         _compare(
             "decode, to dense",
-            pair(lambda r: _ratio(r, "decode_tokens_per_second")),
+            pair(lambda r: _ratio(r, "decode")),
             times,
             better="more",
         ),
@@ -344,9 +344,8 @@ def _perplexity(report: Document, side: str) -> Any:
     return section(report, "evaluation", side).get("perplexity")
 
 
-def _ratio(report: Document, key: str) -> float | None:
-    dense, compressed = (section(report, "throughput", s) for s in ("dense", "compressed"))
-    return quotient(compressed.get(key), dense.get(key)) or None
+def _ratio(report: Document, part: str) -> float | None:
+    return next((each.ratio for each in _main_speeds(report) if each.part == part), None)
 
 
 def _speed_row(found: speed.Speed) -> Comparison:
