@@ -108,6 +108,8 @@ def sentence(found: Sequence[Speed]) -> str:
         f"{s.part} {s.verdict}" + ("" if s.verdict == NOISE else f" ({s.ratio:.2f}\u00d7)")
         for s in found
     ]
+    if found and all(s.verdict == NOISE for s in found):
+        said = [f"{' and '.join(s.part for s in found)} {NOISE}"]
     return f"at {found[0].setting} {', '.join(said)}" if said else ""
 
 
