@@ -1,5 +1,6 @@
 """The frozen data that cross a process border, and how activations are packed for it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from planners.model.form import ModelForm
 from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
+from planners.timing import MOST_ROUNDS, RUN_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,17 +316,23 @@ class ThroughputRequest:
     """Models to be timed in turn, so that they share whatever else the machine does.
 
     Attributes:
-        uris: name -> checkpoint directory.
+        uris: name -> checkpoint directory; ratios are to the first one.
         prompt: tokens of each prompt.
-        batch: prompts at one time.
-        new_tokens: tokens generated for each.
-        rounds: how often each is measured, after one warm-up round that is not counted.
+        batches: prompts at one time; each is a setting, in this order.
+        new_tokens: tokens generated for each prompt.
+        compiled: the batches that are also decoded by a compiled graph with a static cache.
+        max_rounds: of each setting; fewer where the ratios are steady before.
+        seconds: after which a setting gets no more rounds than it needs at least.
+        patience: a batch after the first is left out if its first rounds would take longer.
         model_store: a directory that links in their directories may lead into, or empty.
     """
 
     uris: Mapping[str, str]
     prompt: int
-    batch: int
+    batches: Sequence[int]
     new_tokens: int
-    rounds: int
+    compiled: Sequence[int] = ()
+    max_rounds: int = MOST_ROUNDS
+    seconds: float = RUN_SECONDS
+    patience: float = math.inf
     model_store: str = ""

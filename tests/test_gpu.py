@@ -5,8 +5,13 @@ import torch
 
 from actors.devices.memory import PeakMemory
 from actors.devices.transfer import to_device, to_host
-from actors.messages import pack, unpack
+from actors.messages import ThroughputRequest, pack, unpack
+from actors.worker.attention_kernels import AttentionKernels
+from actors.worker.timing import COMPILED, Generation, Setting
+from planners.timing import EAGER
 from tests.builders import perplexity, run_local, save_model
+from tests.families.test_result_code import narrow_result
+from tests.families.tiny import config_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,3 +54,27 @@ def test_a_run_on_a_device_loses_what_one_on_the_cpu_loses(method, tmp_path):
     for name in ("dense", "compressed"):
         on_cpu, on_device = (perplexity(tmp_path / d, name) for d in ("cpu", "cuda"))
         assert on_device == pytest.approx(on_cpu, rel=1e-3)
+
+
+@pytest.mark.slow  # compiles
+@torch.no_grad()
+def test_cuda_graphs_decode_the_tokens_of_the_model_as_it_is():
+    model = narrow_result(config_of("llama"))[0].to("cuda")
+    request = ThroughputRequest(uris={}, prompt=8, batches=(2,), new_tokens=6)
+    eager, graphs = (
+        Generation(model, request, Setting(batch=2, mode=mode))
+        for mode in (EAGER, COMPILED["cuda"])
+    )
+    expected = eager.tokens()
+    for _ in range(3):  # compiled, recorded, replayed
+        assert torch.equal(graphs.tokens(), expected)
+
+
+@pytest.mark.parametrize(("qk", "vo", "fused"), [(128, 128, True), (96, 88, True), (90, 91, False)])
+def test_a_device_has_fused_kernels_for_multiples_of_8(qk, vo, fused):
+    query, key, value = (
+        torch.randn(1, 4, 256, width, dtype=torch.bfloat16, device="cuda") for width in (qk, qk, vo)
+    )
+    with AttentionKernels() as noted:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert (noted.names != ["math"]) == fused

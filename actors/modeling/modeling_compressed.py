@@ -142,6 +142,7 @@ class CompressedAttention(StockAttention):
         self.head_norms = [role for role in ("q_norm", "k_norm") if role in kind["norms"]]
         self.qk_head_dim, self.vo_head_dim = form["qk_head_dim"], form["vo_head_dim"]
         self.rotary, self.pairs = kind["rotary"], kind["pairs"]
+        self.whole_head_dim = layout["head_dim"]
         pairs = None  # (kv_heads, kept pairs of channels); -1 for those that are not rotated
         if self.rotary and self.qk_head_dim != layout["head_dim"]:
             pairs = torch.arange(self.qk_head_dim // 2).repeat(layout["kv_heads"], 1)
@@ -175,6 +176,9 @@ class CompressedAttention(StockAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, STOCK_CODE.eager_attention_forward
         )
+        if self._needs_one_width(query):
+            width = max(self.qk_head_dim, self.vo_head_dim)
+            query, key, value = (_widened(x, width) for x in (query, key, value))
         output, weights = attend(
             self,
             query,
@@ -186,7 +190,8 @@ class CompressedAttention(StockAttention):
             sliding_window=self.window,
             **kwargs,
         )
-        output = self._of("o_proj")(output.reshape(*shape, -1).contiguous())
+        output = output[..., : self.vo_head_dim].reshape(*shape, -1).contiguous()
+        output = self._of("o_proj")(output)
         # Only some stock attentions have this one; in others it is the layer's.
         left_out = getattr(self, "residual_dropout", 0.0)
         return nn.functional.dropout(output, p=left_out, training=self.training), weights
@@ -194,11 +199,27 @@ class CompressedAttention(StockAttention):
     def _of(self, role: str) -> nn.Module:
         return getattr(self, self.below[role])
 
+    def _needs_one_width(self, query: Tensor) -> bool:
+        """Return whether zeros that make all heads equally wide make attention faster.
+
+        On a CPU torch's fused kernel takes q, k and v of one width only, and the longer a prompt is
+        the more it saves. A single query reads all of the cache, and a copy of that costs more.
+        Kernels of a GPU take widths that differ.
+        """
+        return (
+            self.qk_head_dim != self.vo_head_dim
+            and query.device.type == "cpu"
+            and query.shape[2] > 1
+            and self.config._attn_implementation == "sdpa"
+        )
+
     def _rotated(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """Return q and k (batch, heads, tokens, dim) rotated as the stock attention does it.
 
-        Narrower heads are spread over the channels of a whole head, rotated there, and collected.
-        Their own pairs are channels i and i + dim / 2, whatever the pairs of a whole head are.
+        The pairs of a narrower head are its channels i and i + dim / 2, whatever those of a whole
+        head are. Where the stock ones lie in halves too, its formula is applied with the cosines
+        and sines of the kept pairs. Other narrower heads are spread over the channels of a whole
+        one, rotated there, and collected.
         """
         both, width = (query, key), self.rotary
         rotate = STOCK_CODE.apply_rotary_pos_emb
@@ -206,9 +227,10 @@ class CompressedAttention(StockAttention):
             rotated = rotate(*(x[..., :width] for x in both), cos, sin)
             rest = [x[..., width:] for x in both]
             return [torch.cat(parts, dim=-1) for parts in zip(rotated, rest, strict=True)]
-        first, second = self.rope_pairs, self.rope_pairs + width // 2
-        if self.pairs == "interleaved":
-            first, second = 2 * self.rope_pairs, 2 * self.rope_pairs + 1
+        if self.pairs == "half":
+            angles = self._of_kept_pairs(cos, 1.0), self._of_kept_pairs(sin, 0.0)
+            return [_rotated_in_halves(x, *angles) for x in both]
+        first, second = 2 * self.rope_pairs, 2 * self.rope_pairs + 1
         places = torch.cat((first, second), dim=-1)  # (kv_heads, dim)
         # Channels that are not rotated share a place behind the others.
         places = torch.where(self.rope_pairs.repeat(1, 2) < 0, width, places)
@@ -221,6 +243,30 @@ class CompressedAttention(StockAttention):
             torch.where(at < width, wide.gather(-1, at.clamp(max=width - 1)), x)
             for x, at, wide in zip(both, each, rotate(*spread, cos, sin), strict=True)
         ]
+
+    def _of_kept_pairs(self, angles: Tensor, unrotated: float) -> Tensor:
+        """Return cos or sin (batch, tokens, width) as (batch, kv_heads, 1, tokens, dim)."""
+        pairs = self.rope_pairs.repeat(1, 2)  # (kv_heads, dim)
+        if self.rotary == self.whole_head_dim:
+            return angles[..., pairs].transpose(1, 2)[:, :, None]
+        found = torch.where(pairs < 0, unrotated, angles[..., pairs.clamp(min=0)])
+        return found.transpose(1, 2)[:, :, None]
+
+
+def _rotated_in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x (batch, heads, tokens, dim) rotated by angles of (batch, kv_heads, 1, tokens, dim).
+
+    The formula is that of the stock models whose pairs are channels i and i + dim / 2.
+    """
+    grouped = x.reshape(x.shape[0], cos.shape[1], -1, *x.shape[2:])
+    half = x.shape[-1] // 2
+    turned = torch.cat((-grouped[..., half:], grouped[..., :half]), dim=-1)
+    return (grouped * cos + turned * sin).flatten(1, 2)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Return x with zeros behind its channels."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _by_head(places: Tensor, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from actors.modeling.travelling import CODE, code_of
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.copies import local_copy
 from actors.storage.tensors import NAME_OF, tensor_bytes
+from actors.worker.timing import timed
 from planners.errors import ModelError
 from planners.families import load as load_family
 from planners.overflow import overflowed
@@ -57,36 +57,16 @@ class Evaluator:
         values = {"whole": request.whole, "checks": [asdict(check) for check in checks]}
         return self._done(unit, values, started, time.monotonic() - begun)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as users generate: graphs of an inference mode are compiled for that alone
     def throughput(self, unit: str, request: ThroughputRequest) -> UnitDone:
-        """Time models; the values are name -> prefill and decode tokens per second, peak bytes.
-
-        The speeds are medians; ``rounds`` has prefill and decode speed of every round.
-        """
+        """Time models; the values are name -> what `timed` returns."""
         started, begun = time.time(), time.monotonic()
         with contextlib.ExitStack() as stack:
-            models, peaks = {}, {}
-            for name, uri in request.uris.items():
-                models[name] = _loaded(stack.enter_context(local_copy(uri)), self._device)
-                _timed(models[name], request)  # warm-up: the first call of the libraries is slower
-            for name, model in models.items():
-                peak = PeakMemory(self._device)
-                _timed(model, request)
-                # Weights are memory-mapped from files, which the peak does not include.
-                peaks[name] = _weight_bytes(model) + peak.bytes()
-            rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-            for _ in range(request.rounds):
-                for name, model in models.items():
-                    rates[name].append(_timed(model, request))
-        values = {
-            name: {
-                "prefill_tokens_per_second": statistics.median(r[0] for r in rates[name]),
-                "decode_tokens_per_second": statistics.median(r[1] for r in rates[name]),
-                "peak_bytes": peaks[name],
-                "rounds": [list(each) for each in rates[name]],
+            models = {
+                name: _loaded(stack.enter_context(local_copy(uri)), self._device)
+                for name, uri in request.uris.items()
             }
-            for name in models
-        }
+            values = timed(models, request)
         return self._done(unit, values, started, time.monotonic() - begun)
 
     def _done(
@@ -231,34 +211,3 @@ def _generation(model: Any, batch: Tensor) -> list[Check]:
     alone = model(prompt[:, -short:]).logits[0]
     checks.append(_close("a padded batch of two lengths gives the same logits", together, alone))
     return checks
-
-
-def _timed(model: Any, request: ThroughputRequest) -> tuple[float, float]:
-    """Return prefill and decode tokens per second of one round."""
-    generator = torch.Generator().manual_seed(0)
-    size = (request.batch, request.prompt)
-    ids = torch.randint(0, model.config.vocab_size, size, generator=generator).to(model.device)
-    started = time.perf_counter()
-    output = model(ids, use_cache=True, logits_to_keep=1)
-    _synchronise(model.device)
-    prefill_seconds = time.perf_counter() - started
-    cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-    started = time.perf_counter()
-    for _ in range(request.new_tokens):
-        output = model(token, past_key_values=cache, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-    _synchronise(model.device)
-    decode_seconds = time.perf_counter() - started
-    new_tokens = request.batch * request.new_tokens
-    return request.batch * request.prompt / prefill_seconds, new_tokens / decode_seconds
-
-
-def _weight_bytes(model: Any) -> int:
-    """Return the bytes of a model's distinct weights and buffers."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -282,7 +282,9 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
 @click.command(cls=RecipeCommand, keys=("model_store",))
 @click.argument("directories", nargs=-1, required=True, shell_complete=completion.folders)
 @click.option("--prompt", type=COUNT, default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--batch", "batches", type=COUNT, multiple=True, help="Batch sizes. [1 and 8]")
+@click.option(
+    "--batch", "batches", type=COUNT, multiple=True, help="Batch sizes. [1, 16, most that fit]"
+)
 @click.option(
     "--new-tokens", type=COUNT, default=32, show_default=True, help="Tokens generated for each."
 )
@@ -309,12 +311,21 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
     show_default=True,
     help="Device to generate on.",
 )
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Also decode with torch.compile and a static cache. [on a GPU, as CUDA graphs]",
+)
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
-    """Time models side by side: prefill, decode, memory."""
+    """Time models side by side: prefill, decode, memory.
+
+    Models take turns until the ratio to the first one is steady. A verdict is `faster` or `slower`
+    if the 95 % interval of the median ratio excludes 1, and else `too noisy to say`.
+    """
     from orchestrator.cli.evaluate import bench
 
-    given["batches"] = given["batches"] or (1, 8)
     given["model_store"] = given["model_store"] or ""
     bench(directories, json_=json_, **given)
 

@@ -1,7 +1,8 @@
 """Print perplexity, checks and speeds of existing models."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -23,13 +24,15 @@ from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject
 from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
 from orchestrator.prepare.standalone_evaluation import prepare_evaluation
 from orchestrator.recipe.config import RunConfig
+from orchestrator.report import speed
 from orchestrator.report.numbers import bytes_text, decimal
 from orchestrator.rundir.journal import Journal
 from orchestrator.rundir.layout import EVALUATION_TOKENS
 from orchestrator.rundir.ledger import Ledger
 from planners.errors import NumericsError
 
-NUMBERS = ("batch", "workers", "prefill tok/s", "decode tok/s", "peak memory")
+COLUMNS = ("batch", "mode", "prefill\ntok/s", "", "decode\ntok/s", "", "memory")
+_STYLES = {speed.FASTER: "green", speed.SLOWER: "yellow", speed.NOISE: "dim"}
 
 
 def bench(
@@ -45,38 +48,80 @@ def bench(
     """Print prefill and decode rates of several models side by side."""
     chosen = chosen_device(device, "local")
     memory = worker_gib or usable_gib(chosen, workers)
-    rows = inspect.bench(
+    models = inspect.bench(
         directories,
         setup=WorkerSetup(name="pattern", incarnation="", threads=threads, device=chosen),
         workers=Workers(number=workers, bytes=int(memory * GIB)),
         **how,
     )
-    title = f"prompt {how['prompt']}, {how['new_tokens']} new"
-    emit({"rows": rows}, lambda: _print_rates(title, rows), json_=json_)
+    document = {"models": models, "comparisons": _comparisons(models)}
+    title = f"prompt {how['prompt']}, {how['new_tokens']} new, on {chosen}"
+    emit(document, lambda: _print_rates(title, models), json_=json_)
 
 
-def _print_rates(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("model", *NUMBERS):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(row["model"], str(row["batch"]), *_numbers(row))
-    stdout.print(table)
-    for row in rows:
-        if "not_measured" in row:
-            said = f"{row['model']}, batch {row['batch']}: not measured: {row['not_measured']}; "
-            stdout.print(said + "use more --workers, or --worker-gib", soft_wrap=True)
+def _comparisons(models: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    first, *others = models
+    return {
+        uri: [asdict(each) for each in speed.compared(models[first], models[uri])] for uri in others
+    }
 
 
-def _numbers(row: dict[str, Any]) -> tuple[str, ...]:
-    if "not_measured" in row:
-        return ("-",) * (len(NUMBERS) - 1)
-    return (
-        str(row.get("stages", 1)),
-        f"{row['prefill_tokens_per_second']:,.0f}",
-        f"{row['decode_tokens_per_second']:,.0f}",
-        bytes_text(row["peak_bytes"]),
-    )
+def _print_rates(title: str, models: Mapping[str, dict[str, Any]]) -> None:
+    first, *others = models
+    for uri in others:
+        slower = speed.headline(speed.compared(models[first], models[uri]))
+        if slower:
+            stdout.print(Text(f"{uri}: {slower.replace('the dense model', first)}", style="yellow"))
+    stdout.print(title)
+    for uri, found in models.items():
+        compared = {} if uri == first else _by_setting(speed.compared(models[first], found))
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in COLUMNS if compared else [c for c in COLUMNS if c]:
+            table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
+        for row in found["settings"]:
+            table.add_row(*_cells(row, compared))
+        stdout.print(Text(f"\n{uri}", style="bold"), soft_wrap=True)
+        stdout.print(table)
+    stdout.print()
+    for line in _remarks(models):
+        stdout.print(Text(line), soft_wrap=True)
+
+
+def _by_setting(found: Sequence[speed.Speed]) -> dict[tuple[int, str, str], speed.Speed]:
+    return {(each.batch, each.mode, each.part): each for each in found}
+
+
+def _cells(row: Mapping[str, Any], compared: Mapping[Any, speed.Speed]) -> list[str | Text]:
+    cells: list[str | Text] = [str(row["batch"]), row["mode"]]
+    for part in speed.PARTS:
+        rate = row.get(f"{part}_tokens_per_second")
+        cells.append("-" if rate is None else f"{rate:,.0f}")
+        each = compared.get((row["batch"], row["mode"], part))
+        if each:
+            cells.append(Text(each.said, style=_STYLES[each.verdict]))
+        elif compared:
+            cells.append("")
+    stages, memory = row.get("stages", 1), bytes_text(row.get("peak_bytes"))
+    return [*cells, memory if stages == 1 else f"{memory} in {stages} workers"]
+
+
+def _remarks(models: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield what was not measured, the kernels, and why a model is slower than the first."""
+    first = next(iter(models))
+    for uri, found in models.items():
+        for row in found["settings"]:
+            if "not_measured" in row:
+                said = f"{uri}, batch {row['batch']}, {row['mode']}: not measured"
+                yield f"{said}: {row['not_measured']}"
+        if any("cannot hold it" in row.get("not_measured", "") for row in found["settings"]):
+            yield "use more --workers, or --worker-gib"
+        kernels = speed.kernels_text(found)
+        if kernels:
+            yield f"{uri}: attention kernels: {kernels}"
+        warnings = [*speed.refused_kernels(models[first], found), *speed.uneven_widths(found)]
+        because = speed.reasons(speed.compared(models[first], found), models[first], found)
+        yield from (f"{uri}: warning: {each}" for each in warnings if each not in because)
+        yield from (f"{uri}: why it is slower: {each}" for each in because)
 
 
 def evaluate(config: RunConfig, *, json_: bool) -> None:

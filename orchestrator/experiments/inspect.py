@@ -1,7 +1,9 @@
 """Checks of finished results: bytes against records, loading, speed."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.messages import ThroughputRequest, VerifyRequest, WorkerSetup
@@ -13,11 +15,17 @@ from orchestrator.backend import ray_cluster
 from orchestrator.backend.ray_executor import RayExecutor
 from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
 from orchestrator.engine.worker_pool import Pool
-from orchestrator.phases.throughput import Workers, fits_one, through_stages
+from orchestrator.phases.throughput import (
+    Workers,
+    batch_that_fits,
+    through_stages,
+    with_facts,
+)
 from orchestrator.rundir.finished import finished_report
 from orchestrator.rundir.journal import Event, Journal
 from orchestrator.rundir.layout import HALF_WRITTEN, MAY_BE_GONE, READY, REPORT
 from planners.errors import StorageError
+from planners.timing import BATCHES, BENCH_MOST, BENCH_PATIENCE_SECONDS, BENCH_SECONDS
 
 IDS = [[(7 * i + 3 * j) % 97 for j in range(32)] for i in range(2)]  # any tokens will do
 REDO = "repeat the command that wrote it: only that unit is recomputed"
@@ -67,21 +75,49 @@ def bench(  # noqa: PLR0913 all that decides what is measured
     prompt: int,
     batches: Sequence[int],
     new_tokens: int,
+    compiled: bool | None,
     setup: WorkerSetup,
     workers: Workers,
     model_store: str = "",
-) -> list[dict[str, Any]]:
-    """Return one row per model and batch size: prefill and decode tokens per second, peak bytes.
+) -> dict[str, dict[str, Any]]:
+    """Return model -> its speeds at every batch, as a run measures them.
 
-    If all models fit one worker they are measured in turn in one process, so that other load on the
-    machine affects all alike; else each is spread over as few workers as hold it, one model after
-    the other. Medians of three rounds. A model that does not fit has a row that says so.
+    Batches for which all models fit one worker are timed in one process, the models in turn, so
+    that other load on the machine affects all alike; for others each model is spread over as few
+    workers as hold it, one model after the other.
+
+    Args:
+        uris: models, or runs; ratios are to the first.
+        prompt: tokens.
+        batches: prompts at one time; if empty 1, 16 and as many as fit, without those
+            that would take minutes.
+        new_tokens: after each prompt.
+        compiled: whether batches in one process are also decoded by a compiled step; None: on a
+            GPU only.
+        setup: of a worker.
+        workers: available ones.
+        model_store: a directory that links in the directories may lead into, or empty.
     """
     models, store = {uri: model_of(Directory(uri)) for uri in uris}, resolve_store(model_store)
     for model in models.values():
         Checkpoint(model, model_store=store)  # first validate every checkpoint
+    request = ThroughputRequest(
+        uris=models,
+        prompt=prompt,
+        batches=batches,
+        new_tokens=new_tokens,
+        seconds=BENCH_SECONDS,
+        patience=math.inf if batches else BENCH_PATIENCE_SECONDS,
+        model_store=store,
+    )
+    # A given batch is tried, however large.
+    most = max(BENCH_MOST[setup.device], 2 * max(batches, default=1) - 1)
+    largest = batch_that_fits(request, workers, most=most)
+    wanted = sorted({*batches} or {*BATCHES, max(1, largest)})
+    inside = [batch for batch in wanted if batch <= largest]
+    outside = [batch for batch in wanted if batch > largest]
+    found: dict[str, dict[str, Any]] = {uri: {"settings": []} for uri in uris}
     gpus = workers.number if setup.device == "cuda" else 0
-    rows = []
     with (
         tempfile.TemporaryDirectory(prefix="compress-cluster-") as folder,
         ray_cluster.connected(
@@ -90,30 +126,26 @@ def bench(  # noqa: PLR0913 all that decides what is measured
     ):
         executor = RayExecutor()
         journal = Journal(Directory(folder), _nobody)
-        for batch in batches:
-            request = ThroughputRequest(
-                uris=models,
-                prompt=prompt,
-                batch=batch,
-                new_tokens=new_tokens,
-                rounds=3,
-                model_store=store,
+        if inside:
+            fresh = FreshProcess(unit="bench", threads=setup.threads, device=setup.device)
+            graphs = setup.device == "cuda" if compiled is None else compiled
+            own = replace(request, batches=inside, compiled=inside if graphs else ())
+            _add(found, in_fresh_process(executor, fresh, "throughput", own).values)
+        if outside:
+            own = replace(request, batches=outside)
+            done = through_stages(
+                own,
+                workers,
+                lambda number: Pool(executor, setup, num_workers=number, journal=journal),
             )
-            if fits_one(request, workers):
-                fresh = FreshProcess(
-                    unit=f"bench-{batch}", threads=setup.threads, device=setup.device
-                )
-                done = in_fresh_process(executor, fresh, "throughput", request)
-            else:
-                done = through_stages(
-                    request,
-                    workers,
-                    lambda number: Pool(executor, setup, num_workers=number, journal=journal),
-                )
-            for uri, measured in done.values.items():
-                assert isinstance(measured, Mapping)  # written by our own evaluator
-                rows.append({"model": uri, "batch": batch, **measured})
-    return rows
+            _add(found, done.values)
+    return with_facts(found, request, device=setup.device)
+
+
+def _add(found: Mapping[str, dict[str, Any]], values: Mapping[str, Any]) -> None:
+    for uri, own in values.items():
+        settings = [*found[uri]["settings"], *own["settings"]]
+        found[uri].update(own, settings=settings)
 
 
 def _nobody(event: Event) -> None:

@@ -16,6 +16,7 @@ from orchestrator.phases.evaluate import Loss
 from orchestrator.phases.refit import refit_losses
 from orchestrator.recipe.config import recipe_values
 from orchestrator.report.quality import quality
+from orchestrator.report.speed import compared
 from orchestrator.rundir.journal import read_events
 from orchestrator.rundir.layout import RESULT
 from orchestrator.rundir.versions import environment
@@ -80,7 +81,12 @@ def outcome(
             "num_tokens": losses["compressed"].num_tokens,
             **perplexities,
         },
-        "throughput": throughput,
+        "throughput": {
+            **throughput,
+            "verdicts": [
+                asdict(each) for each in compared(throughput["dense"], throughput["compressed"])
+            ],
+        },
         "statistics": {"reused_from": _reused(context), "few_tokens": _few_tokens(context)},
         "seconds": seconds,
         "memory": {

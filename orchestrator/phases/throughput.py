@@ -4,10 +4,9 @@ Whether they fit is computed from the plan's formulas. Stages use the fewest wor
 model; each keeps the keys and values of its layers, and the driver receives nothing but token ids.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,27 @@ from orchestrator.phases.context import RunContext
 from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.prepare.machine import GIB
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
-from planners.memory.generation import fewest_stages, generation_load, whole_bytes
+from planners.memory.generation import (
+    fewest_stages,
+    generation_load,
+    largest_batch,
+    whole_bytes,
+)
 from planners.memory.placement import Load
+from planners.model.speed_facts import speed_facts
 from planners.plan import StagePlan
+from planners.timing import (
+    BATCHES,
+    EAGER,
+    NEW_TOKENS,
+    PATIENCE_SECONDS,
+    PROMPT_TOKENS,
+    RUN_MOST,
+    RUN_SECONDS,
+    finished,
+    speeds,
+)
 from planners.units.units import Unit
-
-PROMPT_TOKENS, BATCH, NEW_TOKENS, ROUNDS = 128, 4, 32, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +58,7 @@ class Workers:
 
 
 def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any]:
-    """Return name -> prefill and decode tokens per second and peak bytes."""
+    """Return name -> what `measure` returns for the input model and the result."""
     key = {"schema": SCHEMA_VERSION, "kind": "throughput", "of": [s.identity for s in subjects]}
     unit = Unit(name="throughput", kind="throughput", index=-1, inputs=(),
                 fingerprint=fingerprint(key))  # fmt: skip
@@ -54,13 +68,24 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
     longest = int(context.prepared.model_config.get("max_position_embeddings", 2048))
     request = ThroughputRequest(
         uris={s.name: s.uri for s in subjects},
-        prompt=max(1, min(PROMPT_TOKENS, longest - NEW_TOKENS)),
-        batch=BATCH,
-        new_tokens=NEW_TOKENS,
-        rounds=ROUNDS,
+        prompt=max(1, min(PROMPT_TOKENS[config.device], longest - NEW_TOKENS[config.device])),
+        batches=BATCHES,
+        new_tokens=NEW_TOKENS[config.device],
+        seconds=RUN_SECONDS,
+        patience=PATIENCE_SECONDS,
         model_store=config.model_store,
     )
     workers = Workers(number=config.workers, bytes=int((config.worker_gib or 0) * GIB))
+    on_gpu = config.device == "cuda"
+    largest = batch_that_fits(request, workers, most=RUN_MOST[config.device])
+    if largest:
+        batches = {min(batch, largest) for batch in BATCHES}
+        request = replace(
+            request,
+            batches=sorted(batches | ({largest} if on_gpu else set())),
+            # Compiling takes many seconds for each batch: one has to do.
+            compiled=[min(max(BATCHES), largest)] if on_gpu else (),
+        )
 
     def pool_of(number: int) -> Pool:
         setup = WorkerSetup(
@@ -77,7 +102,7 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
         return pool
 
     with context.phase("throughput", total=1):
-        if fits_one(request, workers):
+        if largest:
             done = context.in_fresh_process(unit, "throughput", request)
         else:
             done = through_stages(request, workers, pool_of)
@@ -85,14 +110,49 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
                 unit.kind, unit=unit.name, worker=done.worker, start=done.started,
                 seconds=done.seconds,
             )  # fmt: skip
+        done = replace(done, values=with_facts(done.values, request, device=config.device))
         context.ledger.commit(unit, done, attempt=1)
     return done.values
 
 
-def fits_one(request: ThroughputRequest, workers: Workers) -> bool:
-    """Return whether one worker can hold all the models at the same time."""
+def batch_that_fits(request: ThroughputRequest, workers: Workers, *, most: int) -> int:
+    """Return the largest power of two of sequences for which one worker holds all models.
+
+    0 if it cannot hold them; ``most`` limits it.
+    """
     models = [Checkpoint(uri, model_store=request.model_store) for uri in request.uris.values()]
-    return sum(whole_bytes(m.shape, _load(m, request)) for m in models) <= workers.bytes
+    return largest_batch(
+        [(model.shape, model.form) for model in models],
+        tokens=request.prompt + request.new_tokens,
+        worker_bytes=workers.bytes,
+        most=most,
+    )
+
+
+def with_facts(
+    values: Mapping[str, Any], request: ThroughputRequest, *, device: str
+) -> dict[str, Any]:
+    """Return the measurements of each model with the main one, and what explains them.
+
+    The main setting is the largest batch up to that of a run, eager: its speeds stand beside
+    ``settings``, as ``prefill_tokens_per_second`` and ``decode_tokens_per_second``.
+    """
+    found = {}
+    for name, uri in request.uris.items():
+        model = Checkpoint(uri, model_store=request.model_store)
+        facts = speed_facts(model.shape, model.form)
+        sizes = {"prompt": request.prompt, "new_tokens": request.new_tokens, "device": device}
+        found[name] = {**_main(values[name]["settings"]), **values[name], **sizes, "facts": facts}
+    return found
+
+
+def _main(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    eager = [row for row in settings if row["mode"] == EAGER]
+    timed = [row for row in eager if "not_measured" not in row]
+    if not timed:
+        return {"not_measured": eager[0]["not_measured"]}
+    usual = [row for row in timed if row["batch"] <= max(BATCHES)] or timed
+    return {key: value for key, value in usual[-1].items() if key != "rounds"}
 
 
 def through_stages(
@@ -100,7 +160,8 @@ def through_stages(
 ) -> UnitDone:
     """Time the models one after the other, each on the fewest workers that hold it.
 
-    The values of a model that does not fit all workers together say so.
+    The values of a model that does not fit all workers together say so. A batch that does not fit,
+    though a smaller one does, is left out.
 
     Args:
         request: the models, and what they generate.
@@ -115,18 +176,26 @@ def through_stages(
     values: dict[str, Any] = {}
     for name, uri in request.uris.items():
         model = Checkpoint(uri, model_store=request.model_store)
-        load = _load(model, request)
-        stages = fewest_stages(
-            model.shape, load, num_workers=workers.number, worker_bytes=workers.bytes
-        )
-        if not stages:
-            values[name] = {"not_measured": _too_large(model, load, workers)}
-            continue
-        pool = pool_of(len(stages))
-        try:
-            values[name] = _Chain(pool, model, uri, stages, request).measured()
-        finally:
-            pool.close()
+        chains = {batch: _stages(model, request, batch, workers) for batch in request.batches}
+        fitting = [batch for batch in request.batches if chains[batch]]
+        rows = [
+            {
+                "batch": batch,
+                "mode": EAGER,
+                "not_measured": _too_large(model, _load(model, request, batch), workers),
+            }
+            for batch in request.batches
+            if batch not in fitting
+        ]
+        if fitting:
+            stages = chains[max(fitting)]
+            pool = pool_of(len(stages))
+            try:
+                chain = _Chain(pool, model, uri, stages, request)
+                rows = [*(chain.measured(batch) for batch in fitting), *rows]
+            finally:
+                pool.close()
+        values[name] = {"settings": rows}
     return UnitDone(
         unit="throughput",
         worker="stages",
@@ -139,9 +208,16 @@ def through_stages(
     )
 
 
-def _load(model: Checkpoint, request: ThroughputRequest) -> Load:
+def _stages(
+    model: Checkpoint, request: ThroughputRequest, batch: int, workers: Workers
+) -> tuple[StagePlan, ...]:
+    load = _load(model, request, batch)
+    return fewest_stages(model.shape, load, num_workers=workers.number, worker_bytes=workers.bytes)
+
+
+def _load(model: Checkpoint, request: ThroughputRequest, batch: int) -> Load:
     tokens = request.prompt + request.new_tokens
-    return generation_load(model.shape, model.form, batch=request.batch, tokens=tokens)
+    return generation_load(model.shape, model.form, batch=batch, tokens=tokens)
 
 
 def _too_large(model: Checkpoint, load: Load, workers: Workers) -> str:
@@ -171,6 +247,7 @@ class _Chain:
         self._pool, self._request = pool, request
         self._vocabulary = model.shape.vocab_size
         self._held = [0] * len(stages)
+        self._loaded = False
         self._assignments = assignments(
             stages,
             run_uri=uri,  # nothing is read from it but the checkpoint, and nothing written
@@ -180,29 +257,46 @@ class _Chain:
             model_store=request.model_store,
         )
 
-    def measured(self) -> dict[str, Any]:
-        """Return the medians over the rounds, and the rounds; a first warm-up round is dropped."""
+    def measured(self, batch: int) -> dict[str, Any]:
+        """Return the speeds of a batch, after a first warm-up round that is dropped."""
+        request = self._request
+        sizes = (batch * request.prompt, batch * request.new_tokens)
         while True:
             try:
-                loads = [
-                    (slot, self._pool.call(slot, "load", assignment, label="load"))
-                    for slot, assignment in enumerate(self._assignments)
-                ]
-                self._answers(loads)
-                rounds = [self._round() for _ in range(1 + self._request.rounds)][1:]
+                self._load()
+                self._round(batch)
+                begun, rounds = time.monotonic(), [self._round(batch)]
+                while not finished(
+                    {"": rounds},
+                    time.monotonic() - begun,
+                    max_rounds=request.max_rounds,
+                    max_seconds=request.seconds,
+                ):
+                    rounds.append(self._round(batch))
             except _AgainError:
+                self._loaded = False
                 continue
             return {
-                "prefill_tokens_per_second": statistics.median(r[0] for r in rounds),
-                "decode_tokens_per_second": statistics.median(r[1] for r in rounds),
+                "batch": batch,
+                "mode": EAGER,
+                **speeds(rounds, sizes),
                 "peak_bytes": sum(self._held),
-                "rounds": [list(each) for each in rounds],
                 "stages": len(self._assignments),
             }
 
-    def _round(self) -> tuple[float, float]:
-        """Return prefill and decode tokens per second, from the first call to the last token id."""
-        batch, prompt = self._request.batch, self._request.prompt
+    def _load(self) -> None:
+        """Load the layers, unless the workers hold them."""
+        if not self._loaded:
+            loads = [
+                (slot, self._pool.call(slot, "load", assignment, label="load"))
+                for slot, assignment in enumerate(self._assignments)
+            ]
+            self._answers(loads)
+            self._loaded = True
+
+    def _round(self, batch: int) -> tuple[float, float]:
+        """Return the seconds of prompts and new tokens, from the first call to the last token."""
+        prompt = self._request.prompt
         ids = np.random.default_rng(0).integers(0, self._vocabulary, size=(batch, prompt))
         begun = time.perf_counter()
         packed = Packed(shape=ids.shape, dtype="int64", buffer=ids.reshape(-1).view(np.uint8))
@@ -218,8 +312,7 @@ class _Chain:
         self._wait([decoding[-1][1]])
         decode_seconds = time.perf_counter() - begun_again
         self._collect(decoding)
-        new_tokens = batch * self._request.new_tokens
-        return batch * prompt / (prefilled - begun), new_tokens / decode_seconds
+        return prefilled - begun, decode_seconds
 
     def _through_stages(self, packed: Any, start: int) -> list[tuple[int, Any, Any]]:
         """Send tokens through all stages; return slot, ticket and output ticket of each call."""

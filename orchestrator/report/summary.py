@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from orchestrator.report import speed
 from orchestrator.report.document import Document, layers, rows, section
 from orchestrator.report.numbers import (
     bytes_text,
@@ -24,7 +25,8 @@ from orchestrator.report.quality import quality, quality_text
 
 _NOTICEABLE = 0.005
 _REMOTE = ", trust_remote_code=True"
-_TILES = ("Perplexity", "Parameters", "Checkpoint size", "Decode, tokens/s")
+_TILES = ("Perplexity", "Parameters", "Checkpoint size")
+_TONE_OF = {speed.FASTER: "good", speed.SLOWER: "cost", speed.NOISE: ""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,37 +113,26 @@ def sentence(report: Document) -> str:
     if ratio is not None:
         text += f"; perplexity goes from {decimal(dense)} to {decimal(compressed)}"
         text += f" ({change(ratio)})"
-    speed = _speed(report, "decode_tokens_per_second")
-    if speed is not None:
-        ranges = speed_ranges(report).get("decode")
-        noise = ranges is not None and crosses_one(ranges)
-        text += (
-            ", and decoding is as fast, within the noise"
-            if noise
-            else (f", and decoding runs at {times(speed)} the speed")
-        )
-    return text + "."
+    speeds = speed.sentence(_main_speeds(report))
+    return text + (f"; {speeds}" if speeds else "") + "."
 
 
-def speed_ranges(report: Document) -> dict[str, tuple[float, float]]:
-    """Return the range of the speed ratio, compressed over dense, of prefill and decode.
-
-    The range is over the rounds. The models take turns, so that a slow phase of the machine slows
-    both. Empty if the rounds are not known.
-    """
-    rounds = [section(report, "throughput", s).get("rounds") or () for s in ("dense", "compressed")]
-    pairs = list(zip(*rounds, strict=False))
-    found = {}
-    for index, what in enumerate(("prefill", "decode")):
-        ratios = [r for before, after in pairs if (r := quotient(after[index], before[index]))]
-        if ratios:
-            found[what] = (min(ratios), max(ratios))
-    return found
+def slower(report: Document) -> str:
+    """Return at what the result is slower than the dense model; empty if at nothing."""
+    return speed.headline(speed.speeds(report))
 
 
-def crosses_one(ranges: tuple[float, float]) -> bool:
-    """Return whether the rounds disagree on which of the two models is faster."""
-    return ranges[0] < 1.0 < ranges[1]
+def slower_because(report: Document) -> list[str]:
+    """Return why the result is slower, as far as is known."""
+    return speed.reasons(speed.speeds(report), *_timed(report))
+
+
+def _main_speeds(report: Document) -> tuple[speed.Speed, ...]:
+    return speed.main(speed.speeds(report), section(report, "throughput", "dense"))
+
+
+def _timed(report: Document) -> tuple[Document, Document]:
+    return section(report, "throughput", "dense"), section(report, "throughput", "compressed")
 
 
 def comparisons(report: Document) -> tuple[Comparison, ...]:
@@ -149,22 +140,17 @@ def comparisons(report: Document) -> tuple[Comparison, ...]:
     parameters = section(report, "parameters")
     size = section(report, "bytes")
     evaluation = {side: section(report, "evaluation", side) for side in ("dense", "compressed")}
-    speed = {side: section(report, "throughput", side) for side in ("dense", "compressed")}
+    timed = {side: section(report, "throughput", side) for side in ("dense", "compressed")}
 
     def pair(sides: dict[str, Document], key: str) -> tuple[Any, Any]:
         return sides["dense"].get(key), sides["compressed"].get(key)
 
     found = [
-        _compare("Perplexity", pair(evaluation, "perplexity"), decimal, better="less"),
+        _compare("Perplexity", pair(evaluation, "perplexity"), decimal),
         _compare("Parameters", (parameters.get("before"), parameters.get("after")), count),
         _compare("Checkpoint size", (size.get("before"), size.get("after")), bytes_text),
-        _compare(
-            "Prefill, tokens/s", pair(speed, "prefill_tokens_per_second"), decimal, better="more"
-        ),
-        _compare(
-            "Decode, tokens/s", pair(speed, "decode_tokens_per_second"), decimal, better="more"
-        ),
-        _compare("Peak memory", pair(speed, "peak_bytes"), bytes_text),
+        *(_speed_row(each) for each in speed.speeds(report)),
+        _compare("Peak memory", pair(timed, "peak_bytes"), bytes_text),
     ]
     return tuple(row for row in found if row is not None)
 
@@ -186,9 +172,17 @@ def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
         _compare("perplexity", pair(lambda r: _perplexity(r, "compressed")), decimal),
         _compare("  of the dense model", pair(lambda r: _perplexity(r, "dense")), decimal),
         _compare(
-            "prefill, to dense", pair(lambda r: _speed(r, "prefill_tokens_per_second")), times
+            "prefill, to dense",
+            pair(lambda r: _ratio(r, "prefill")),
+            times,
+            better="more",
         ),
-        _compare("decode, to dense", pair(lambda r: _speed(r, "decode_tokens_per_second")), times),
+        _compare(
+            "decode, to dense",
+            pair(lambda r: _ratio(r, "decode")),
+            times,
+            better="more",
+        ),
         _compare("took", pair(lambda r: section(r, "seconds").get("total")), seconds_text),
     ]
     return tuple(row for row in found if row is not None)
@@ -196,7 +190,12 @@ def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
 
 def tiles(report: Document) -> tuple[Comparison, ...]:
     """Return the measures shown at the top of the page."""
-    return tuple(row for row in comparisons(report) if row.name in _TILES)
+    decode = [
+        replace(_speed_row(each), name="Decode, tokens/s")
+        for each in _main_speeds(report)
+        if each.part == "decode"
+    ]
+    return (*(row for row in comparisons(report) if row.name in _TILES), *decode)
 
 
 def asked(report: Document) -> str:
@@ -280,30 +279,41 @@ def memory_note(report: Document) -> str:
 
 def throughput_note(report: Document) -> str:
     """Return how the models were timed and how far the rounds agree; empty if not known."""
-    return " ".join(part for part in (_how_timed(report), _agreement(report)) if part)
+    parts = (_how_timed(report), speed.agreement(speed.speeds(report)))
+    return " ".join(part for part in parts if part)
 
 
 def _how_timed(report: Document) -> str:
-    """Return over how many workers a model was timed that does not fit one, or why it was not."""
+    """Return what was timed, over how many workers if over several, or why it was not."""
     notes = []
-    for side in ("dense", "compressed"):
-        found = section(report, "throughput", side)
-        if found.get("not_measured"):
-            notes.append(f"The {side} model was not timed: {found['not_measured']}.")
-        elif found.get("stages"):
-            count = found["stages"]
-            workers = f"{count} workers" if count > 1 else "1 worker"
+    dense, compressed = _timed(report)
+    if dense.get("prompt"):
+        notes.append(
+            f"Timed with prompts of {dense['prompt']} tokens and {dense['new_tokens']} new ones."
+        )
+    for side, found in (("dense", dense), ("compressed", compressed)):
+        if found.get("stages"):
+            workers = counted(found["stages"], "worker")
             notes.append(f"The {side} model was timed over {workers}, on its own.")
+        notes += [
+            f"The {side} model was not timed at batch {row['batch']} ({row['mode']}): "
+            f"{row['not_measured']}."
+            for row in rows(found, "settings")
+            if "not_measured" in row
+        ]
     return " ".join(notes)
 
 
-def _agreement(report: Document) -> str:
-    ranges = speed_ranges(report)
-    if not ranges:
+def kernels_note(report: Document) -> str:
+    """Return which kernels computed attention, and what kept others away; empty if not known."""
+    dense, compressed = _timed(report)
+    sides = [f"{side}: {said}" for side, found in (("dense", dense), ("compressed", compressed))
+             if (said := speed.kernels_text(found))]  # fmt: skip
+    if not sides:
         return ""
-    parts = [f"{what} {low:.2f} to {high:.2f}\u00d7" for what, (low, high) in ranges.items()]
-    noise = " A range that includes 1 is noise." if any(map(crosses_one, ranges.values())) else ""
-    return f"Speed relative to the dense model, range over the rounds: {', '.join(parts)}.{noise}"
+    warnings = [*speed.refused_kernels(dense, compressed), *speed.uneven_widths(compressed)]
+    text = f"Attention kernels, by widths of q/k and v/o heads: {'. '.join(sides)}."
+    return " ".join([text, *(f"Warning: {each}." for each in warnings)])
 
 
 def checkpoint_path(report: Document) -> str:
@@ -334,9 +344,21 @@ def _perplexity(report: Document, side: str) -> Any:
     return section(report, "evaluation", side).get("perplexity")
 
 
-def _speed(report: Document, key: str) -> float | None:
-    dense, compressed = (section(report, "throughput", s) for s in ("dense", "compressed"))
-    return quotient(compressed.get(key), dense.get(key)) or None
+def _ratio(report: Document, part: str) -> float | None:
+    return next((each.ratio for each in _main_speeds(report) if each.part == part), None)
+
+
+def _speed_row(found: speed.Speed) -> Comparison:
+    return Comparison(
+        name=f"{found.part.capitalize()} tokens/s, {found.setting}",
+        before=decimal(found.before),
+        after=decimal(found.after),
+        before_short=decimal(found.before),
+        after_short=decimal(found.after),
+        change=found.said,
+        ratio=found.interval,
+        tone=_TONE_OF[found.verdict],
+    )
 
 
 def _compare(

@@ -1,5 +1,7 @@
 """The result of a run on the terminal: the verdict, before and after, and what to do next."""
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +30,9 @@ def render_terminal(report: Document) -> RenderableType:
     verdict = f" {_printable(summary.verdict(report))} "
     head = Text.assemble((verdict, f"bold reverse {colour}"), "  ")
     head.append(_printable(summary.title(report)), style="bold")
+    slower = summary.slower(report)
+    if slower:
+        head.append(f" \u00b7 {slower}", style=f"bold {TONES['cost']}")
     quality = summary.quality_note(report)
     notes = (
         summary.asked,
@@ -37,6 +42,7 @@ def render_terminal(report: Document) -> RenderableType:
         summary.refit_note,
         summary.memory_note,
         summary.throughput_note,
+        summary.kernels_note,
     )
     small = [note(report) for note in notes]
     return Group(
@@ -44,12 +50,18 @@ def render_terminal(report: Document) -> RenderableType:
         _plain(summary.sentence(report)),
         *([Text(_printable(quality), style=colour)] if quality else []),
         *(Text(_printable(f"  try {each}"), style=colour) for each in summary.advice(report)),
+        *_slower(summary.slower_because(report)),
         Text(),
         table,
         Text(),
         *(Text(_printable(line), style="dim") for line in small if line),
         *_places(report),
     )
+
+
+def _slower(because: Sequence[str]) -> list[Text]:
+    lines = ["Why it is slower, as far as is known:", *(f"  {each}" for each in because)]
+    return [Text(_printable(line), style=TONES["cost"]) for line in lines] if because else []
 
 
 def _places(report: Document) -> list[Text]:

@@ -1,5 +1,7 @@
 """Memory of a model that generates, and how many workers hold all of it at the same time."""
 
+from collections.abc import Sequence
+
 from planners.errors import PlanError
 from planners.memory.peaks import LIBRARIES, SINGLE, forward_bytes, load_bytes, table_bytes
 from planners.memory.placement import Load, place
@@ -56,6 +58,30 @@ def workspace_bytes(shape: ModelShape, form: ModelForm, load: ServingLoad) -> in
 def whole_bytes(shape: ModelShape, load: Load) -> int:
     """Return the bytes of one worker that holds all layers."""
     return sum(load.stage(shape.num_layers, tables=2).values())
+
+
+def largest_batch(
+    models: Sequence[tuple[ModelShape, ModelForm]], *, tokens: int, worker_bytes: int, most: int
+) -> int:
+    """Return the largest power of two of sequences for which one worker holds all models.
+
+    0 where there is no room for one sequence.
+
+    Args:
+        models: held at the same time, each with its keys, values and logits.
+        tokens: of each sequence, including the prompt.
+        worker_bytes: memory of the worker.
+        most: sequences at most.
+    """
+
+    def fits(batch: int) -> bool:
+        loads = [(s, generation_load(s, form, batch=batch, tokens=tokens)) for s, form in models]
+        return sum(whole_bytes(shape, load) for shape, load in loads) <= worker_bytes
+
+    batch = 0
+    while max(1, 2 * batch) <= most and fits(max(1, 2 * batch)):
+        batch = max(1, 2 * batch)
+    return batch
 
 
 def fewest_stages(

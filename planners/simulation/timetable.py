@@ -1,6 +1,6 @@
 """Make the phases that `planners.simulation.simulate` runs, from a plan and a cost model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from planners.model.taps import last_tap, layer_statistics
 from planners.plan import StagePlan
 from planners.simulation.download import FROM_HUB, stage_bytes, unit_bytes
 from planners.simulation.simulate import PassPhase, Phase, SoloPhase, UnitsPhase
+from planners.timing import BATCHES, FEWEST_ROUNDS, NEW_TOKENS, PATIENCE_SECONDS, PROMPT_TOKENS
 from planners.units import work
 from planners.units.job import Job
 from planners.units.kinds import KINDS
@@ -29,8 +30,6 @@ from planners.units.units import (
 from planners.units.work import Work
 
 LINK = 1.0e9  # bytes a second from worker to worker, unless given
-PROMPT = 4 * 128  # tokens of one prefill of the throughput phase
-DECODES, ROUNDS = 32, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +110,20 @@ def timetable(job: Job, clock: CostModel, *, former: Sequence[CostModel] = ()) -
     if job.finish:
         for name, task in (("verify", verify_work(job)), ("throughput", throughput_work(job))):
             seconds = clock.start_seconds + clock.seconds(name, task)
+            if name == "throughput":
+                seconds -= sum(_left_out(job, clock))
             if name == "throughput" and job.origin.from_hub:
                 seconds += clock.download_seconds(input_bytes(job))
             phases.append(SoloPhase(name=name, seconds=seconds))
     return phases
+
+
+def _left_out(job: Job, clock: CostModel) -> Iterator[float]:
+    """Yield the seconds of batches that are not timed, because that would take too long."""
+    for batch in BATCHES[1:]:
+        seconds = clock.seconds("throughput", _timing_work(job, batch))
+        if seconds > PATIENCE_SECONDS:
+            yield seconds
 
 
 def _calibrations(job: Job, clock: CostModel) -> list[Phase]:
@@ -298,13 +307,27 @@ def verify_work(job: Job) -> Work:
 
 
 def throughput_work(job: Job) -> Work:
-    """Return the work of prefill and decode of both models, in all rounds."""
+    """Return the work of prefill and decode of both models, in all rounds that are always done."""
     total = Work(calls=1)
     for count in (job.plan.parameters_before, job.plan.parameters_after):
-        width = BYTES_OF[job.shape.dtype]
-        once = Work(matmul=2 * count * (PROMPT + 4 * DECODES), touched=DECODES * count * width)
-        total += once.times(ROUNDS) + Work(read=count * width)
+        total += Work(read=count * BYTES_OF[job.shape.dtype])
+    for batch in BATCHES:
+        total += _timing_work(job, batch)
     return total
+
+
+def _timing_work(job: Job, batch: int) -> Work:
+    """Return the work of the rounds of one batch, with the one that is not counted.
+
+    The tokens are those of a CPU: a GPU times more of them, in less time than it takes to start.
+    """
+    prompt, new_tokens = PROMPT_TOKENS["cpu"], NEW_TOKENS["cpu"]
+    total = Work()
+    for count in (job.plan.parameters_before, job.plan.parameters_after):
+        read = count * BYTES_OF[job.shape.dtype]
+        tokens = batch * (prompt + new_tokens)
+        total += Work(matmul=2 * count * tokens, touched=new_tokens * read)
+    return total.times(1 + FEWEST_ROUNDS)
 
 
 def _sums(job: Job) -> list[Unit]:

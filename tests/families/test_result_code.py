@@ -159,6 +159,18 @@ def narrow_result(config):
 
 
 @each_model_type
+def test_a_result_with_every_width_cut_generates_with_a_cache_of_fixed_size_what_it_gives_with_one(
+    model_type,
+):
+    model, _ = narrow_result(config_of(model_type, tied=False))
+    ids = ids_of()
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    how |= {"attention_mask": torch.ones_like(ids)}
+    static = model.generate(ids, cache_implementation="static", **how)
+    assert torch.equal(static, model.generate(ids, **how))
+
+
+@each_model_type
 def test_a_result_with_every_width_cut_generates_with_its_cache_what_it_gives_without(model_type):
     model, _ = narrow_result(config_of(model_type, tied=False))
     ids = ids_of()

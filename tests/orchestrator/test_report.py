@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
@@ -48,6 +49,18 @@ class Page(HTMLParser):
         return [tag for tag, _ in self.elements]
 
 
+def timed(*, prefill: list[float], decode: list[float], **beside: Any) -> dict[str, Any]:
+    """Return what was measured of a model at one batch, in tokens per second of each round."""
+    main = {
+        "batch": 16,
+        "mode": "eager",
+        "prefill_tokens_per_second": statistics.median(prefill),
+        "decode_tokens_per_second": statistics.median(decode),
+    }
+    rounds = [list(pair) for pair in zip(prefill, decode, strict=True)]
+    return {**main, "settings": [{**main, "rounds": rounds}], **beside}
+
+
 def sample_report(num_layers: int = 5, hidden: int = 128, num_workers: int = 2) -> dict[str, Any]:
     """Return a report with everything in it, shaped like that of a real run."""
     keep = hidden * 3 // 4
@@ -83,11 +96,8 @@ def sample_report(num_layers: int = 5, hidden: int = 128, num_workers: int = 2) 
             "compressed": {"perplexity": 4.5321},
         },
         "throughput": {
-            "dense": {"prefill_tokens_per_second": 21_450.0, "decode_tokens_per_second": 412.0},
-            "compressed": {
-                "prefill_tokens_per_second": 24_310.0,
-                "decode_tokens_per_second": 431.5,
-            },
+            "dense": timed(prefill=[21_450.0] * 6, decode=[412.0] * 6),
+            "compressed": timed(prefill=[24_310.0] * 6, decode=[431.5] * 6),
         },
         "seconds": {
             "total": 41.7,
@@ -378,20 +388,30 @@ def test_nothing_is_said_of_a_throughput_that_was_not_measured() -> None:
     assert "range over the rounds" not in render_page(report)
 
 
-def test_a_speed_on_which_the_rounds_disagree_is_called_noise() -> None:
+def test_table_and_sentences_say_the_same_of_a_speed() -> None:
     report = report_without_plots()
-    dense, compressed = (report["throughput"][side] for side in ("dense", "compressed"))
-    assert "the speed" in terminal_text(report)  # of an earlier version, without rounds
-    dense["rounds"] = [[100.0, 10.0], [50.0, 5.0], [100.0, 10.0]]
-    compressed["rounds"] = [[120.0, 12.0], [60.0, 6.5], [130.0, 11.0]]
+    dense = timed(prefill=[100.0, 50.0, 100.0, 100.0, 90.0, 80.0], decode=[10.0] * 6)
+    slow = timed(prefill=[120.0, 60.0, 130.0, 121.0, 110.0, 95.0], decode=[9, 8, 9, 8.5, 8, 9.5])
+    report["throughput"] = {"dense": dense, "compressed": slow}
     said = " ".join(terminal_text(report).split())
-    assert "prefill 1.20 to 1.30\u00d7, decode 1.10 to 1.30\u00d7." in said
-    assert "noise" not in said
-    compressed["rounds"][1][1] = 4.5
+    assert "slower than the dense model in decode" in said.partition("keeps")[0]
+    assert "at batch 16 prefill faster (1.21\u00d7), decode slower (0.88\u00d7)." in said
+    assert "0.88\u00d7, slower" in said
+    assert "prefill at batch 16 1.19 to 1.30\u00d7; decode at batch 16 0.80 to 0.95\u00d7." in said
+    assert "too noisy" not in said
+    assert "0.88\u00d7, slower" in render_page(report)
+    assert "Slower than the dense model in decode." in render_page(report)
+
+
+def test_a_speed_on_which_the_rounds_disagree_is_too_noisy_to_say() -> None:
+    report = report_without_plots()
+    noisy = timed(prefill=[24_310.0] * 6, decode=[431.5] * 5 + [400.0])
+    report["throughput"]["compressed"] = noisy
     said = " ".join(terminal_text(report).split())
-    assert "decode 0.90 to 1.20\u00d7. A range that includes 1 is noise." in said
-    assert "decoding is as fast, within the noise" in said
-    assert "within the noise" in render_page(report)
+    assert "at batch 16 prefill faster (1.13\u00d7), decode too noisy to say." in said
+    assert "An interval that holds 1 is too noisy to say." in said
+    assert "slower" not in said + render_page(report)
+    assert f"{numbers.decimal(431.5)} too noisy to say" in said
 
 
 def test_it_says_whose_statistics_were_taken() -> None:

@@ -133,7 +133,9 @@ def goes_on(failure, work):
 
 
 def request_of(model):
-    return ThroughputRequest(uris={"it": str(model)}, prompt=3, batch=1, new_tokens=2, rounds=1)
+    return ThroughputRequest(
+        uris={"it": str(model)}, prompt=3, batches=[1], new_tokens=2, max_rounds=1
+    )
 
 
 @ALL_FAILURES

@@ -23,12 +23,13 @@ from orchestrator.engine.interrupt import Interruption
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.experiments import inspect
 from orchestrator.phases.calibrate import assignments
-from orchestrator.phases.throughput import Workers, fits_one, through_stages
+from orchestrator.phases.throughput import Workers, batch_that_fits, through_stages
 from orchestrator.report import summary
 from orchestrator.rundir.journal import Journal
 from planners.errors import ClusterError, ModelError
 from planners.memory.generation import fewest_stages, generation_load, whole_bytes
 from planners.memory.peaks import LIBRARIES
+from planners.timing import BATCHES
 from tests.builders import VOCABULARY, compress_local, run_local, save_model, worker_gib
 
 NEW_TOKENS = 6
@@ -45,17 +46,17 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def request_of(*uris, batch=2, prompt=5, new_tokens=NEW_TOKENS):
+def request_of(*uris, batches=(2,), prompt=5, new_tokens=NEW_TOKENS):
     return ThroughputRequest(
-        uris={str(uri): str(uri) for uri in uris}, prompt=prompt, batch=batch,
-        new_tokens=new_tokens, rounds=2,
+        uris={str(uri): str(uri) for uri in uris}, prompt=prompt, batches=batches,
+        new_tokens=new_tokens, max_rounds=2,
     )  # fmt: skip
 
 
 def load_of(uri, request):
     found = Checkpoint(str(uri))
-    tokens = request.prompt + request.new_tokens
-    return found, generation_load(found.shape, found.form, batch=request.batch, tokens=tokens)
+    tokens, batch = request.prompt + request.new_tokens, max(request.batches)
+    return found, generation_load(found.shape, found.form, batch=batch, tokens=tokens)
 
 
 def stage_bytes(uri, request, num_layers):
@@ -174,15 +175,13 @@ def test_models_are_timed_one_after_the_other_over_stages(model, tmp_path):
     small = save_model(tmp_path / "small", num_hidden_layers=2)
     request = request_of(model, small)
     workers = Workers(number=3, bytes=stage_bytes(model, request, 1))
-    assert not fits_one(request, workers)
+    assert batch_that_fits(request, workers, most=2) == 0
     done = through_stages(request, workers, pools(LocalExecutor(), tmp_path))
     assert isinstance(done, UnitDone)
-    assert {name: found["stages"] for name, found in done.values.items()} == {
-        str(model): 3,
-        str(small): 2,
-    }
-    for uri, found in done.values.items():
-        assert len(found["rounds"]) == request.rounds
+    rows = {uri: found["settings"] for uri, found in done.values.items()}
+    assert {uri: row["stages"] for uri, (row,) in rows.items()} == {str(model): 3, str(small): 2}
+    for uri, (found,) in rows.items():
+        assert len(found["rounds"]) == request.max_rounds
         assert min(*found["rounds"][0], *found["rounds"][1]) > 0
         weights = Checkpoint(uri).total_bytes
         assert weights <= found["peak_bytes"] < weights + 3 * LIBRARIES
@@ -194,9 +193,18 @@ def test_a_model_that_all_workers_do_not_hold_is_not_timed(model, tmp_path):
     request = request_of(model, small)
     workers = Workers(number=2, bytes=stage_bytes(model, request, 1))
     found = through_stages(request, workers, pools(LocalExecutor(), tmp_path)).values
-    assert set(found[str(model)]) == {"not_measured"}
-    assert "in total; 2 workers of" in found[str(model)]["not_measured"]
-    assert found[str(small)]["stages"] == 2
+    (large,), (other,) = (found[str(uri)]["settings"] for uri in (model, small))
+    assert set(large) == {"batch", "mode", "not_measured"}
+    assert "in total; 2 workers of" in large["not_measured"]
+    assert other["stages"] == 2
+
+
+def test_a_batch_that_no_workers_hold_is_left_out_and_smaller_ones_are_timed(model, tmp_path):
+    workers = Workers(number=2, bytes=stage_bytes(model, request_of(model), 2))
+    request = request_of(model, batches=(1, 2, 4096))
+    found = through_stages(request, workers, pools(LocalExecutor(), tmp_path)).values[str(model)]
+    assert [row["batch"] for row in found["settings"]] == [1, 2, 4096]
+    assert ["not_measured" in row for row in found["settings"]] == [False, False, True]
 
 
 class LosingExecutor(LocalExecutor):
@@ -226,7 +234,7 @@ def test_a_lost_worker_is_replaced_and_the_model_is_timed_again(losses, model, t
     workers = Workers(number=2, bytes=stage_bytes(model, request, 2))
     executor = LosingExecutor(losses)
     done = through_stages(request, workers, pools(executor, tmp_path, heard))
-    assert done.values[str(model)]["stages"] == 2
+    assert done.values[str(model)]["settings"][0]["stages"] == 2
     assert [event["kind"] for event in heard].count("preempted") == len(losses)
 
 
@@ -260,14 +268,15 @@ def test_a_broken_weight_is_named(model, tmp_path):
 
 
 def test_a_run_whose_models_fit_no_worker_says_over_how_many_they_went(model, tmp_path):
-    request = request_of(model, batch=4, prompt=8, new_tokens=32)  # what a run asks of this model
+    # What a run asks of this model.
+    request = request_of(model, batches=BATCHES, prompt=32, new_tokens=8)
     memory = (stage_bytes(model, request, 1) + 0.5) / 2**30
     report = run_local(model, tmp_path, slice=0.25, workers=3, worker_gib=memory)
     assert report["verdict"] == "READY"
     dense, compressed = (report["throughput"][side] for side in ("dense", "compressed"))
     assert dense["stages"] == 3
     assert compressed["stages"] in (2, 3)
-    assert "over 3 workers" in summary.throughput_note(report)
+    assert "over 3 workers" in summary.throughput_note(report).replace("\u00a0", " ")
 
 
 def test_a_run_whose_models_do_not_fit_all_workers_says_that_they_were_not_timed(model, tmp_path):
@@ -275,7 +284,7 @@ def test_a_run_whose_models_do_not_fit_all_workers_says_that_they_were_not_timed
         model, tmp_path, slice=0.25, workers=1, worker_gib=worker_gib(model, num_layers=1)
     )
     assert report["verdict"] == "READY"
-    assert set(report["throughput"]["dense"]) == {"not_measured"}
+    assert "in total" in report["throughput"]["dense"]["not_measured"]
     assert "The dense model was not timed" in summary.throughput_note(report)
 
 
@@ -294,14 +303,16 @@ def test_bench_times_models_side_by_side_over_workers(model, tmp_path):
     small = save_model(tmp_path / "small", num_hidden_layers=2)
     memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
     done = bench(model, small, "--workers", 3, "--worker-gib", memory, "--json")
-    rows = json.loads(done.stdout)["rows"]
-    assert [(row["model"], row["stages"]) for row in rows] == [(str(model), 3), (str(small), 2)]
-    assert all(row["decode_tokens_per_second"] > 0 for row in rows)
+    found = json.loads(done.stdout)["models"]
+    stages = {uri: [row["stages"] for row in each["settings"]] for uri, each in found.items()}
+    assert stages == {str(model): [3], str(small): [2]}
+    assert all(each["decode_tokens_per_second"] > 0 for each in found.values())
 
 
 @pytest.mark.parametrize("batches", [(2,), (1, 2)])
 def test_bench_has_a_row_for_each_model_and_batch(batches, model, tmp_path, monkeypatch):
     """In this process, where a Ray would be started."""
+    monkeypatch.setattr(inspect, "BENCH_SECONDS", 0.1)
     monkeypatch.setattr(inspect, "RayExecutor", LocalExecutor)
     monkeypatch.setattr(ray_cluster, "connected", lambda *_, **__: contextlib.nullcontext())
     small = save_model(tmp_path / "small", num_hidden_layers=2)
@@ -310,11 +321,16 @@ def test_bench_has_a_row_for_each_model_and_batch(batches, model, tmp_path, monk
     given = ["bench", str(model), str(small), "--workers", "3", "--worker-gib", str(memory),
              "--prompt", "5", "--new-tokens", "6", *sizes, "--json"]  # fmt: skip
     done = CliRunner().invoke(cli, given, catch_exceptions=False)
-    rows = json.loads(done.stdout)["rows"]
-    assert [(row["model"], row["batch"]) for row in rows] == [
-        (str(uri), batch) for batch in batches for uri in (model, small)
+    found = json.loads(done.stdout)
+    settings = {uri: each["settings"] for uri, each in found["models"].items()}
+    assert list(settings) == [str(model), str(small)]
+    for rows in settings.values():
+        assert [row["batch"] for row in rows] == list(batches)
+    assert all(row["decode_tokens_per_second"] > 0 for rows in settings.values() for row in rows)
+    (compared,) = found["comparisons"].values()
+    assert [(each["batch"], each["part"]) for each in compared] == [
+        (batch, part) for batch in batches for part in ("prefill", "decode")
     ]
-    assert all(row["decode_tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.ray
@@ -324,7 +340,7 @@ def test_bench_says_how_a_model_that_does_not_fit_would(model, tmp_path):
     memory = (stage_bytes(model, request_of(model), 1) + 0.5) / 2**30
     done = bench(model, small, "--workers", 2, "--worker-gib", memory)
     said = done.stdout + done.stderr
-    assert f"{model}, batch 2: not measured: generation needs" in said
+    assert f"{model}, batch 2, eager: not measured: generation needs" in said
     assert "use more --workers" in said
 
 
