@@ -21,6 +21,7 @@ VLLM_HEAD_DIMS: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 224, 256)
 
 DECI_MULTIPLE = 256  # both engines round the width of a deci layer up to it
 DECI_CLASS = "DeciLMForCausalLM"
+DECI_EXPORT = "compress-cluster export RUN --format deci"
 DECI_OTHERWISE = (
     "compress with --option modules=mlp --multiple-of 256, which leaves attention whole; such a "
     "result can be exported"
@@ -101,7 +102,8 @@ def _not_one_width(config: Config) -> str:
 
 def _llama_cpp(config: Config) -> dict[str, str]:
     if _is_remote(config):
-        return {"note": "its format has no such layers"}
+        other = f"; {DECI_EXPORT} writes one that it takes" if _fits_deci(config) else ""
+        return {"note": f"its format has no such layers{other}"}
     (name,) = config["architectures"]
     if name not in CONVERTED:
         return {"note": f"its converter does not know {name}"}
@@ -133,6 +135,16 @@ def _is_remote(config: Config) -> bool:
 
 def _is_deci(config: Config) -> bool:
     return "block_configs" in config
+
+
+def _fits_deci(config: Config) -> bool:
+    """Return whether FFN widths are all that was cut of a Llama; `deci_widths` looks closer."""
+    layers = config["layer_forms"]
+    return (
+        config.get("compressed_from") in ("llama", "mistral", "qwen2")
+        and not _not_one_width(config)
+        and all(each["norm_weights"] and not each["ranks"] for each in layers)
+    )
 
 
 def _head_dim(config: Config) -> int:

@@ -4,7 +4,7 @@ from actors.storage.files import Directory
 from orchestrator.cli.output import emit, stdout
 from orchestrator.experiments.deci import export_deci as do_export
 from orchestrator.report.numbers import percent
-from orchestrator.report.serving import serving_lines
+from orchestrator.report.serving import serving, serving_pairs
 
 
 def export_deci(run_uri: str, out: str, *, json_: bool) -> None:
@@ -26,7 +26,7 @@ def export_deci(run_uri: str, out: str, *, json_: bool) -> None:
             f"({percent(added / found.parameters)}): widths are multiples of 256"
         )
         stdout.print("compared with the result, tensor by tensor: equal")
-        for line in serving_lines(found.config, found.uri):
-            stdout.print(line.replace("`", ""), soft_wrap=True)
+        for engine, said in serving_pairs(serving(found.config), found.uri, quoted=False):
+            stdout.print(f"{engine}: {said}", soft_wrap=True)
 
     emit(document, show, json_=json_)

@@ -21,7 +21,7 @@ from actors.storage.deci import (
     write_padded,
 )
 from actors.storage.files import Directory, FileEntry
-from orchestrator.report.serving import serving_lines
+from orchestrator.report.serving import serving, serving_lines
 from orchestrator.rundir.finished import finished_report
 from planners.errors import ConfigError
 from planners.serving import deci_widths
@@ -122,7 +122,7 @@ def _sums(files: list[FileEntry]) -> bytes:
 
 
 def _card(found: DeciExport) -> str:
-    commands = "\n".join(serving_lines(found.config, "."))
+    commands = "\n".join(serving_lines(serving(found.config), "."))
     return f"""---
 tags: [compressed]
 ---

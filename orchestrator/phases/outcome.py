@@ -1,5 +1,6 @@
 """Build the content of ``report.json`` from records and measurements."""
 
+import json
 import math
 import resource
 import sys
@@ -16,6 +17,7 @@ from orchestrator.phases.evaluate import Loss
 from orchestrator.phases.refit import refit_losses
 from orchestrator.recipe.config import recipe_values
 from orchestrator.report.quality import quality
+from orchestrator.report.serving import serving
 from orchestrator.rundir.journal import read_events
 from orchestrator.rundir.layout import RESULT
 from orchestrator.rundir.versions import environment
@@ -78,6 +80,7 @@ def outcome(
             **perplexities,
         },
         "throughput": throughput,
+        "serving": serving(json.loads(context.run.read(f"{RESULT}config.json"))),
         "statistics": {"reused_from": _reused(context), "few_tokens": _few_tokens(context)},
         "seconds": seconds,
         "memory": {
