@@ -34,6 +34,8 @@ CONVERTED = frozenset({
     "PhiForCausalLM", "Starcoder2ForCausalLM", "SmolLM3ForCausalLM", "SeedOssForCausalLM",
     "Ernie4_5ForCausalLM", DECI_CLASS,
 })  # fmt: skip
+# Of these, the ones whose rope reads a table of factors.
+NARROW_CONVERTED = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +112,8 @@ def _llama_cpp(config: Config) -> dict[str, str]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "longrope":
-        return {"note": "its converter drops the factors of longrope, and the text that the file "
-                "generates is wrong; docs/serving.md has a converter that writes them"}  # fmt: skip
+        other = "; examples/narrow_heads_to_gguf.py writes them" * (name in NARROW_CONVERTED)
+        return {"note": f"its converter drops the factors of longrope{other}"}
     if _is_deci(config):
         if kind not in ("default", "llama3"):
             return {"note": f"its converter drops {kind} rope from this form"}

@@ -207,7 +207,7 @@ def export(
     json_: bool,
     **given: Any,
 ) -> None:
-    """Make a point of a sweep a READY run, or write a result for other engines."""
+    """Make a sweep's point a READY run; write a result as deci."""
     if (point is None) == (form is None):
         raise ConfigError(
             "export: give --point or --format",

@@ -76,7 +76,7 @@ class Attention:
         return output[0].transpose(0, 1).reshape(output.shape[2], -1)
 
 
-def attend(module, query, key, value, *_, scaling, attention_instances, **_kwargs):  # noqa: PLR0913
+def attend(module, query, key, value, *_, scaling, attention_instances, **_kwargs):
     """Do what the function that the backend registers as "vllm" does."""
     own = attention_instances[module.layer_idx]
     own.scale = scaling
