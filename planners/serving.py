@@ -1,4 +1,229 @@
-"""What serves a result: facts of engines that decide which widths are of use."""
+"""Which engine serves which result, with what command; and the form that two engines share, deci.
 
-# Head widths for which vLLM's attention backends have kernels.
-VLLM_HEAD_DIMS: tuple[int, ...] = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+An engine is a row of `ENGINES`. All that is known of a result is its ``config.json``, so the same
+rows answer for a run, for an export and for a model made elsewhere. What engines do was read in
+their sources and tried where they install; see docs/serving.md.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planners.errors import ConfigError
+from planners.model.form import ModelForm, dense_form
+from planners.model.shape import ModelShape
+
+Config = Mapping[str, Any]
+
+# Head widths of vLLM's FlashAttention kernels: FlashAttentionBackend.get_supported_head_sizes in
+# vllm/v1/attention/backends/flash_attn.py. Its FlashInfer kernels have 64, 128 and 256 of these.
+VLLM_HEAD_DIMS: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 224, 256)
+
+DECI_MULTIPLE = 256  # both engines round the width of a deci layer up to it
+DECI_CLASS = "DeciLMForCausalLM"
+DECI_EXPORT = "compress-cluster export RUN --format deci"
+DECI_OTHERWISE = (
+    "compress with --option modules=mlp --multiple-of 256, which leaves attention whole; such a "
+    "result can be exported"
+)
+
+# Classes of results that llama.cpp's converter registers.
+CONVERTED = frozenset({
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "GemmaForCausalLM", "GraniteForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM",
+    "PhiForCausalLM", "Starcoder2ForCausalLM", "SmolLM3ForCausalLM", "SeedOssForCausalLM",
+    "Ernie4_5ForCausalLM", DECI_CLASS,
+})  # fmt: skip
+# Of these, the ones whose rope reads a table of factors.
+NARROW_CONVERTED = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What an engine does with a result.
+
+    Attributes:
+        engine: its name.
+        command: loads the result, which is at ``{path}``; empty if the engine does not take it.
+        note: why not, or what to know.
+    """
+
+    engine: str
+    command: str = ""
+    note: str = ""
+
+
+def served(config: Config) -> tuple[Served, ...]:
+    """Return what each engine does with the result of this ``config.json``."""
+    return tuple(Served(engine=name, **answer(config)) for name, answer in ENGINES.items())
+
+
+def _transformers(config: Config) -> dict[str, str]:
+    if _is_deci(config):
+        return {"note": "it has no class for this form; load the result that it was made from"}
+    code = ", trust_remote_code=True" if _is_remote(config) else ""
+    return {"command": f'AutoModelForCausalLM.from_pretrained("{{path}}"{code})'}
+
+
+def _vllm(config: Config) -> dict[str, str]:
+    if _is_deci(config):
+        note = "the code that it runs is a config class"
+        return {"command": "vllm serve {path} --trust-remote-code", "note": note}
+    if not _is_remote(config):
+        return {"command": "vllm serve {path}", "note": _kernels(_head_dim(config))}
+    why = _not_one_width(config) or _kernels(_head_dim(config))
+    if why:
+        return {"note": why}
+    return {"command": "vllm serve {path} --trust-remote-code --model-impl transformers"}
+
+
+def _sglang(config: Config) -> dict[str, str]:
+    if _is_deci(config):
+        return {"note": "not tried"}
+    command = "python -m sglang.launch_server --model-path {path}"
+    if not _is_remote(config):
+        return {"command": command}
+    why = _not_one_width(config)
+    if why:
+        return {"note": why}
+    return {"command": f"{command} --trust-remote-code --model-impl transformers"}
+
+
+def _not_one_width(config: Config) -> str:
+    """Return why an engine that puts its own attention and embedding into our code cannot."""
+    layers, dim, hidden = config["layer_forms"], _head_dim(config), config["hidden_size"]
+    if any({each["qk_head_dim"], each["vo_head_dim"]} != {dim} for each in layers):
+        return "its attention has the head width of the original model, and this result others"
+    # A layer whose blocks both read its input has no stream between them.
+    streams = {each[key] or hidden for each in layers
+               for key in ("residual_in", "residual_mid", "residual_out")}  # fmt: skip
+    if streams != {hidden} or config["head_shortcut"]:
+        return "its embedding has the width of the original model, and this result's is narrower"
+    return ""
+
+
+def _llama_cpp(config: Config) -> dict[str, str]:
+    if _is_remote(config):
+        other = f"; {DECI_EXPORT} writes one that it takes" if _fits_deci(config) else ""
+        return {"note": f"its format has no such layers{other}"}
+    (name,) = config["architectures"]
+    if name not in CONVERTED:
+        return {"note": f"its converter does not know {name}"}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "longrope":
+        other = "; examples/narrow_heads_to_gguf.py writes them" * (name in NARROW_CONVERTED)
+        return {"note": f"its converter drops the factors of longrope{other}"}
+    if _is_deci(config):
+        if kind not in ("default", "llama3"):
+            return {"note": f"its converter drops {kind} rope from this form"}
+        if _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
+            return {"note": "its converter takes hidden_size / num_attention_heads for head_dim"}
+    return {"command": "python convert_hf_to_gguf.py {path} --outfile model.gguf && "
+            "llama-server -m model.gguf"}  # fmt: skip
+
+
+ENGINES: Mapping[str, Callable[[Config], dict[str, str]]] = {
+    "transformers": _transformers,
+    "vLLM": _vllm,
+    "SGLang": _sglang,
+    "llama.cpp": _llama_cpp,
+}
+
+
+def _is_remote(config: Config) -> bool:
+    return "layer_forms" in config
+
+
+def _is_deci(config: Config) -> bool:
+    return "block_configs" in config
+
+
+def _fits_deci(config: Config) -> bool:
+    """Return whether FFN widths are all that was cut of a Llama; `deci_widths` looks closer."""
+    layers = config["layer_forms"]
+    return (
+        config.get("compressed_from") in ("llama", "mistral", "qwen2")
+        and not _not_one_width(config)
+        and all(each["norm_weights"] and not each["ranks"] for each in layers)
+    )
+
+
+def _head_dim(config: Config) -> int:
+    found = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(found)
+
+
+def _kernels(head_dim: int) -> str:
+    if head_dim in VLLM_HEAD_DIMS:
+        return ""
+    return f"its fast attention kernels have no head width {head_dim}"
+
+
+def deci_widths(shape: ModelShape, form: ModelForm, config: Config) -> tuple[int, ...]:
+    """Return the FFN width of each layer of a result in the deci form: the next multiple of 256.
+
+    Raises:
+        ConfigError: the form cannot express the result.
+    """
+    why = _not_deci(config, shape) or _cut(form, shape)
+    if why:
+        raise ConfigError(f"--format deci: {why}", hint=DECI_OTHERWISE)
+    return tuple(-(-each.intermediate // DECI_MULTIPLE) * DECI_MULTIPLE for each in form.layers)
+
+
+def deci_blocks(shape: ModelShape, widths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return the ``block_configs`` of layers with these FFN widths.
+
+    Both engines take ``int(2 * ffn_mult * hidden / 3)`` and round it up to a multiple of 256. The
+    factor aims at half a unit below the width, so that no rounding of its own reaches beyond it.
+    """
+    attention = {
+        "n_heads_in_group": shape.num_heads // shape.num_kv_heads,
+        "no_op": False,
+        "replace_with_linear": False,
+    }
+    return [
+        {
+            "attention": attention,
+            "ffn": {
+                "ffn_mult": 1.5 * (width - 0.5) / shape.hidden,
+                "intermediate_size": width,
+                "no_op": False,
+                "replace_with_linear": False,
+            },
+        }
+        for width in widths
+    ]
+
+
+def _not_deci(config: Config, shape: ModelShape) -> str:
+    """Return what of the original model the form has no word for."""
+    if shape.family != "llama":
+        return f"its engines compute a Llama, and this is a {shape.model_type}"
+    window = config.get("sliding_window")
+    if shape.model_type == "qwen2":
+        window = config.get("use_sliding_window")
+    if window:
+        return "the form has no sliding window"
+    activation = config.get("activation") or config.get("hidden_act") or "silu"
+    return "" if activation == "silu" else f"its activation is silu, not {activation}"
+
+
+def _cut(form: ModelForm, shape: ModelShape) -> str:
+    """Return what else than FFN widths has changed."""
+    for index, layer in enumerate(form.layers):
+        whole = dense_form(shape, layer.kind)
+        if (layer.qk_head_dim, layer.vo_head_dim) != (whole.qk_head_dim, whole.vo_head_dim):
+            return f"attention of layer {index} has narrower heads"
+        if layer.ranks:
+            return f"layer {index} has linears of two factors"
+        same = ("residual_in", "residual_mid", "residual_out", "shortcuts", "norm_weights")
+        if any(getattr(layer, key) != getattr(whole, key) for key in same):
+            return f"layer {index} has a narrower residual stream, or no norms of its own"
+        if layer.biases != whole.biases:
+            return f"layer {index} has biases that the original has not"
+    outer = (form.embedding_dim, form.head_dim, form.head_norm_weight, form.head_bias)
+    if outer != (shape.hidden, shape.hidden, True, False) or form.head_shortcut:
+        return "the embedding or the head is narrower"
+    return ""

@@ -66,7 +66,7 @@ class CompressedConfig(StockConfig):
         compression: how it was made.
     """
 
-    base_model_tp_plan = None  # shortcuts and odd widths do not divide over devices in general
+    base_model_tp_plan = None  # given back to those whose linears divide as the stock ones do
     base_model_pp_plan = None
 
     layer_forms: list[dict[str, Any]] | None = None
@@ -84,6 +84,8 @@ class CompressedConfig(StockConfig):
         if activation is not None and self.layout is not None:
             setattr(self, self.layout["activation_key"], activation)
         super().__post_init__(**kwargs)
+        if self.layout is not None and _divides_over_devices(self):
+            self.base_model_tp_plan = StockConfig.base_model_tp_plan
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is stored."""
@@ -95,6 +97,21 @@ class CompressedConfig(StockConfig):
 
     def validate_architecture(self) -> None:
         """Accept any widths: they are the point."""
+
+
+def _divides_over_devices(config: CompressedConfig) -> bool:
+    """Return whether the stock plan for tensor parallelism holds: linears are cut in width alone.
+
+    Shortcuts and pairs of factors are not in the plan, and narrower heads have tables for all heads
+    that a device with some of them would have to divide.
+    """
+    layout, layers = config.layout or {}, config.layer_forms or []
+    return not config.head_shortcut and all(
+        not form["shortcuts"]
+        and not form["ranks"]
+        and (form["qk_head_dim"], form["vo_head_dim"]) == (layout["head_dim"], layout["head_dim"])
+        for form in layers
+    )
 
 
 class ScaledNorm(nn.Module):

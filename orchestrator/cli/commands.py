@@ -184,18 +184,46 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
 @run_argument
 @click.option(
     "--point",
-    required=True,
     metavar="P",
     shell_complete=completion.points,
     help="Name of a point in the table of the sweep.",
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["deci"]),
+    help="Write the result again: deci has FFN widths by layer for vLLM and llama.cpp.",
+)
+@click.option("--out", metavar="DIR", help="Directory for --format.  [RUN/deci]")
 @yes
 @terms
 @as_json
-def export(run_uri: str, point: str, yes: bool, json_: bool, **given: Any) -> None:
-    """Make a point of a sweep a READY run."""
+def export(
+    run_uri: str,
+    point: str | None,
+    form: str | None,
+    out: str | None,
+    yes: bool,
+    json_: bool,
+    **given: Any,
+) -> None:
+    """Make a sweep's point a READY run; write a result as deci."""
+    if (point is None) == (form is None):
+        raise ConfigError(
+            "export: give --point or --format",
+            hint="--point P finishes a point of a sweep; --format deci writes the result of a "
+            "READY run again",
+        )
+    if form is not None:
+        from orchestrator.cli.deci import export_deci
+
+        export_deci(run_uri, out or "", json_=json_)
+        return
+    if out is not None:
+        raise ConfigError("--out: is for --format; a point of a sweep is finished where it is")
     from orchestrator.cli.experiments import export
 
+    assert point is not None
     export(run_uri, point, pricing(given), yes=yes, json_=json_)
 
 

@@ -1,5 +1,6 @@
 """Build the content of ``report.json`` from records and measurements."""
 
+import json
 import math
 import resource
 import sys
@@ -16,6 +17,7 @@ from orchestrator.phases.evaluate import Loss
 from orchestrator.phases.refit import refit_losses
 from orchestrator.recipe.config import recipe_values
 from orchestrator.report.quality import quality
+from orchestrator.report.serving import serving
 from orchestrator.report.speed import compared
 from orchestrator.rundir.journal import read_events
 from orchestrator.rundir.layout import RESULT
@@ -87,6 +89,7 @@ def outcome(
                 asdict(each) for each in compared(throughput["dense"], throughput["compressed"])
             ],
         },
+        "serving": serving(json.loads(context.run.read(f"{RESULT}config.json"))),
         "statistics": {"reused_from": _reused(context), "few_tokens": _few_tokens(context)},
         "seconds": seconds,
         "memory": {

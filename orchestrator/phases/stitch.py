@@ -17,6 +17,7 @@ from actors.storage.tensors import TORCH_DTYPE
 from orchestrator.phases.context import RunContext
 from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.prepare.model_config import least_transformers, result_config, stored
+from orchestrator.report.serving import serving, serving_lines
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.errors import ModelError
 from planners.families import load as load_family
@@ -96,7 +97,7 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
         )
     present = [name for name in TAKEN_OVER if source.size(name) is not None]
     files += [run.write(f"model/{name}", source.read(name)) for name in present]
-    files.append(run.write("model/README.md", _card(compression).encode()))
+    files.append(run.write("model/README.md", _card(compression, new_config).encode()))
     return tuple(files)
 
 
@@ -124,7 +125,8 @@ def _index(context: RunContext) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _card(compression: Mapping[str, Any]) -> str:
+def _card(compression: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    served = "\n".join(serving_lines(serving(config), "."))
     before, after = compression["parameters"]
     code = "" if compression["native"] else ", trust_remote_code=True"
     needs = f"\n{_needs(compression)}\n" if "requires" in compression else ""
@@ -145,6 +147,10 @@ model = AutoModelForCausalLM.from_pretrained("."{code})
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 {needs}
+Engines that serve it, with `.` for this directory:
+
+{served}
+
 The licence of the original model applies to these weights.
 """
 

@@ -13,8 +13,10 @@ from orchestrator.report import expected, layers, numbers, spectra, summary, tim
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import events as read_events
 from orchestrator.report.document import layers as read_layers
+from orchestrator.report.document import rows as read_rows
 from orchestrator.report.document import sites as read_sites
 from orchestrator.report.document import spans as read_spans
+from orchestrator.report.serving import serving_pairs
 from orchestrator.report.svg import Plot
 from planners.units.kinds import PHASES
 
@@ -88,6 +90,9 @@ def _headline(report: Document) -> dict[str, Any]:
         "slower": summary.slower(report),
         "slower_because": summary.slower_because(report),
         "loading_code": summary.loading_code(report),
+        "serving": serving_pairs(
+            read_rows(report, "serving"), summary.checkpoint_path(report), quoted=False
+        ),
         "created": str(report.get("created") or ""),
         "version": str(report.get("version") or ""),
     }

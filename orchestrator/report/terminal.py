@@ -8,7 +8,9 @@ from rich.text import Text
 
 from orchestrator.report import summary
 from orchestrator.report.document import Document, section
+from orchestrator.report.document import rows as rows_of
 from orchestrator.report.numbers import NBSP
+from orchestrator.report.serving import takers
 
 TONES = {"good": "green", "cost": "yellow", "bad": "red", "": "default"}
 
@@ -72,6 +74,8 @@ def _places(report: Document) -> list[Text]:
         version = section(report, "environment").get("transformers")
         tested = f"  # transformers {version}" if version else ""
         rows.append(("load", summary.loading_call(report, repr(path)) + tested))
+        served = takers(rows_of(report, "serving"))
+        rows += [("served by", f"{served}; commands in {path}/README.md")] if served else []
     # Wrapped by the terminal, so that copied text has no line breaks.
     return [
         Text.assemble((f"{name:<12}", "dim"), _printable(value), no_wrap=True, overflow="ignore")

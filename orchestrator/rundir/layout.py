@@ -34,6 +34,7 @@ FOLDERS = tuple(
         ("failures", "what is needed to make a failure come again", STAYS, STAYS),
         ("steps", "the steps before the last, each as a run", STAYS, STAYS),
         ("model", "the result; the input of the next step", STAYS, GOES),
+        ("deci", "the result as vLLM and llama.cpp read FFN widths by layer", STAYS, GOES),
         ("stats", "sums of each layer", WITH_STATISTICS, WITH_STATISTICS),
         # The next step alone reads those of a step; those of the last serve layers made again.
         ("basis", "axes of each site", WITH_STATISTICS, GOES),
