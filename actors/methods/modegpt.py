@@ -29,7 +29,14 @@ from planners.budget.budgets import budget_of
 from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
 from planners.budget.hull import require_levels
-from planners.budget.served import PAIRS, STOCK, narrows_heads, served, stock_steps
+from planners.budget.served import (
+    PAIRS,
+    STOCK,
+    head_widths,
+    narrows_heads,
+    served,
+    stock_steps,
+)
 from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL, refuses_division, width_steps
 from planners.budget.widths import by_influence, layer_widths, uniform, width_ladder
 from planners.errors import NumericsError, PlanError
@@ -39,6 +46,7 @@ from planners.model.layer import LayerKind
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 from planners.refit import OPTION as REFIT
+from planners.serving import VLLM_HEAD_DIMS
 from planners.spelling import did_you_mean
 
 Weights = Mapping[str, Tensor]
@@ -467,6 +475,12 @@ def _cannot_serve(shape: ModelShape, options: Mapping[str, Option]) -> str:
             f"servable=narrow_heads: no config of model type {shape.model_type} with these rotary "
             "settings has heads of another width with chosen rope pairs; choose native or remote"
         )
+    if servable == "vllm" and not head_widths(shape, "vllm", width_steps(shape, options)):
+        return (
+            f"servable=vllm: its kernels have head widths {', '.join(map(str, VLLM_HEAD_DIMS))}, "
+            f"and none of them is left of {shape.head_dim} in steps of "
+            f"{width_steps(shape, options)['qk']}"
+        )
     both = {"qk", "vo"} <= set(_of_model(shape, options))
     if servable in ("narrow_heads", "vllm") and not both:
         return f"servable={servable} cuts q, k, v and o to one width: modules must have qk and vo"
@@ -480,7 +494,7 @@ def _cannot_serve(shape: ModelShape, options: Mapping[str, Option]) -> str:
 
 def _compares(shape: ModelShape, options: Mapping[str, Option]) -> bool:
     """Return whether the damage of heads that share their rope pairs is of interest."""
-    wanted = options["servable"] == "narrow_heads" or (
+    wanted = options["servable"] in ("narrow_heads", "vllm") or (
         options["servable"] == "auto" and {"qk", "vo"} <= set(_of_model(shape, options))
     )
     return wanted and narrows_heads(shape)

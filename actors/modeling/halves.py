@@ -1,7 +1,6 @@
 """Run one layer of any form in halves: attention, then MLP."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from actors.modeling.travelling import COMPRESSED, classes
 from planners.canonical_json import to_json
 from planners.families import load as load_family
 from planners.model.form import LayerForm
-from planners.model.shape import ModelShape
+from planners.model.shape import ModelShape, narrower
 
 
 class HalvedLayer:
@@ -91,8 +90,7 @@ def one_layer_config(
     """Return the config of a compressed model of layer ``index`` and a vocabulary of one token."""
     if form.has_stock_heads:
         config = narrowed({**config, "model_type": shape.model_type}, form.pairs)
-        kinds = tuple(replace(kind, rotary=form.qk_head_dim) for kind in shape.kinds)
-        shape = replace(shape, head_dim=form.qk_head_dim, kinds=kinds)
+        shape = narrower(shape, form.qk_head_dim)
     kept = {k: v for k, v in config.items() if k not in OWN}
     whole = classes(shape.model_type).StockConfig(**kept)  # it knows what a config leaves out
     lists = {key: getattr(whole, key, None) for key in PER_LAYER}

@@ -8,7 +8,7 @@ from actors.modeling.travelling import COMPRESSED, classes
 from planners.canonical_json import to_json
 from planners.families import load as load_family
 from planners.model.form import ModelForm
-from planners.model.shape import ModelShape
+from planners.model.shape import ModelShape, narrower
 
 AUTO_MAP = {
     "AutoConfig": "modeling_compressed.CompressedConfig",
@@ -23,17 +23,18 @@ OF_A_CACHE = ("sliding_window", "layer_types", "attention_chunk_size", "kv_shari
 def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return the config of a model of these widths; ``config`` may be of a compressed model."""
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}  # dtype's old name
+    first = form.layers[0]
+    if first.has_stock_heads:
+        kept, shape = narrowed(kept, first.pairs), narrower(shape, first.qk_head_dim)
     return (_native if form.native else _remote)({**kept, "dtype": shape.dtype}, shape, form)
 
 
 def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
     """Return the stock config of the narrower model; eps makes up for the narrower norm."""
     layer = form.layers[0]
-    if layer.has_stock_heads:
-        config = narrowed(config, layer.pairs)
     width, family = layer.residual_in, load_family(shape.family)
     unread = OF_A_CACHE if shape.model_type == "llama" else ()
-    own = {"head_dim": layer.vo_head_dim} if family.head_dim_key else {}
+    own = {"head_dim": shape.head_dim} if family.head_dim_key else {}
     if family.eps_key:
         own[family.eps_key] = config.get(family.eps_key, 1e-6) * shape.hidden / width
     return {

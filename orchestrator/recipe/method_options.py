@@ -36,6 +36,11 @@ def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[s
             own = resolve_options(spec, step.options)
             if len(config.chain) > 1 and own.get("servable") == "auto":
                 own["servable"] = "remote"  # the next step is planned on widths that are known
+            if index < len(config.chain) - 1 and own.get("servable") in ("narrow_heads", "vllm"):
+                raise ConfigError(
+                    f"options.servable: {own['servable']} is a form of results, so only the last "
+                    "step can have it"
+                )
             found.append(own)
         except ConfigError as error:
             where = f"steps[{index}]." if config.steps else ""

@@ -2,7 +2,8 @@
 
 ``native`` and ``narrow_heads`` are models of the input's own class: one FFN width, and heads that
 are whole or of one smaller width, with one set of rope pairs for the whole model. ``vllm`` needs
-our modelling file, but has one head width that fast kernels take. ``remote`` may have any widths.
+our modelling file for FFN widths by layer, and has such heads, of a width that its kernels take.
+``remote`` may have any widths.
 Under each the widths are chosen by the same measured damage, so the constraints can be compared.
 """
 
@@ -52,9 +53,10 @@ def head_widths(shape: ModelShape, servable: str, steps: Steps) -> list[int]:
     """Return the head widths that a constraint allows, the full one included."""
     full = shape.head_dim
     narrower = list(range(steps["qk"], full, steps["qk"]))
-    if servable == "vllm":
-        narrower = [width for width in narrower if width in VLLM_HEAD_DIMS]
-    return {"native": [full], "narrow_heads": narrower}.get(servable, [*narrower, full])
+    if servable == "vllm":  # its engine is told a width by the config
+        of_kernels = [width for width in [*narrower, full] if width in VLLM_HEAD_DIMS]
+        return of_kernels if narrows_heads(shape) else [w for w in of_kernels if w == full]
+    return {"native": [full], "narrow_heads": narrower}[servable]
 
 
 def with_heads(layer: LayerForm, width: int, *, pairs: Sequence[int] = ()) -> LayerForm:
@@ -146,13 +148,13 @@ def best(
         PlanError: no widths are within the budget.
     """
     curves = [read_curves(finding["curves"]) for finding in findings]
-    order = pair_order(findings) if servable == "narrow_heads" else []
+    order = pair_order(findings) if servable != "native" else []
     steps = stock_steps(shape, steps) if servable in STOCK else steps
     found, smallest = [], []
     for width in head_widths(shape, servable, steps):
-        if not _measured(curves, servable, width):
+        if width < shape.head_dim and not _measured(curves, width):
             continue
-        pairs = order[: width // 2]
+        pairs = order[: width // 2] if width < shape.head_dim else []
         layers = [with_heads(layer, width, pairs=pairs) for layer in start.form.layers]
         narrowed = replace(start.form, layers=tuple(layers))
         ladders = list(_ladders(narrowed, curves, steps))
@@ -195,9 +197,9 @@ def pair_order(findings: Sequence[Mapping[str, object]]) -> list[int]:
     return sorted(range(len(totals)), key=lambda pair: -totals[pair])
 
 
-def _measured(curves: Sequence[Mapping[str, Curve]], servable: str, width: int) -> bool:
+def _measured(curves: Sequence[Mapping[str, Curve]], width: int) -> bool:
     """Return whether the damage of heads of a width lies within what was measured."""
-    modules = (PAIRS if servable == "narrow_heads" else "qk", "vo")
+    modules = (PAIRS, "vo")
     points = [min(size for size, _ in known[m]) for known in curves for m in modules if m in known]
     return width >= max(points, default=0)
 

@@ -1,7 +1,7 @@
 """The integers of a model, and the kinds of its layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from planners.model.layer import LayerKind, Linear, Norm, Space
@@ -76,6 +76,12 @@ class ModelShape:
     def kind(self, layer: OfKind) -> LayerKind:
         """Return the kind of a layer."""
         return self.kinds[layer.kind]
+
+
+def narrower(shape: ModelShape, head_dim: int) -> ModelShape:
+    """Return the shape of the model with narrower heads, all channels of which rope rotates."""
+    kinds = tuple(replace(kind, rotary=head_dim if kind.rotary else 0) for kind in shape.kinds)
+    return replace(shape, head_dim=head_dim, kinds=kinds)
 
 
 def shape_from_json(data: Mapping[str, Any]) -> ModelShape:

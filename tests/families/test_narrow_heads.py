@@ -85,7 +85,10 @@ def test_a_stock_model_of_narrower_heads_is_our_own_cut_model(model_type, scalin
         if shape.kind(layer).rotary:
             pairs = torch.tensor(layer.pairs).repeat(shape.num_kv_heads, 1)
             ours[prefix + family.below_layer("rope_pairs")] = pairs
-    remote = result_config(dense.config.to_dict(), shape, replace(form, native=False))
+    own_pairs = tuple(replace(layer, pairs=()) for layer in form.layers)
+    remote = result_config(
+        dense.config.to_dict(), shape, replace(form, layers=own_pairs, native=False)
+    )
     code = classes(model_type)
     kept = {key: value for key, value in remote.items() if key not in ("model_type", "dtype")}
     own = code.CompressedForCausalLM(code.CompressedConfig(**kept)).double().eval()
