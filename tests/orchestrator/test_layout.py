@@ -31,7 +31,7 @@ def test_a_run_that_is_ready_keeps_its_result_and_what_was_asked_for(tmp_path, k
     run = full(tmp_path)
     for name in list(spent_files(run, keep_statistics=keep_statistics)):
         run.delete(name)
-    kept = {"tokens", "model"} | WRITTEN | (SUMMED if keep_statistics else set())
+    kept = {"tokens", "model", "deci"} | WRITTEN | (SUMMED if keep_statistics else set())
     assert left(run) == kept == NAMES - PASSING - (set() if keep_statistics else SUMMED)
     assert not [name for name in run.names() if name.endswith(".tmp")]
 
