@@ -33,6 +33,7 @@ def workload_of(
         num_workers=config.workers,
         worker_bytes=int((config.worker_gib or 0) * GIB),
         mapped=device == "cpu" and not stores,
+        on_host=device == "cpu",
     )
 
 

@@ -17,7 +17,7 @@ from planners.errors import ClusterError
 from tests.builders import compress_local, perplexity, save_model, worker_gib
 from tests.strategies import whole_runs
 
-EVERYTHING = ("load", "step", "publish", "work", "input")
+EVERYTHING = ("load", "step", "publish", "work", "written", "input")
 
 
 class UnreliableExecutor(LocalExecutor):
@@ -151,6 +151,7 @@ def test_nothing_is_computed_twice_while_nothing_is_lost(model, tmp_path, worker
         "step": (5 + 2 + 2) * workers,
         "publish": 4,
         "work": 9 + 4 + 2,  # sites, layers, embedding and head
+        "written": 4 + 9 + 4 + 2,
     }
 
 
@@ -161,7 +162,7 @@ SEEDS, WORKERS = st.integers(0, 2**32), st.integers(1, 4)
 @given(seed=SEEDS, workers=WORKERS)
 def test_losses_at_any_moment_change_no_bit(model, undisturbed, tmp_path_factory, seed, workers):
     out = tmp_path_factory.mktemp("disturbed")
-    executor = UnreliableExecutor(seed, max_losses=12, loss=0.1)
+    executor = UnreliableExecutor(seed, max_losses=12, loss=0.05)
     compress_local(model, out, executor=executor, workers=workers)
     assert_same(out, undisturbed)
 
@@ -170,7 +171,7 @@ def test_losses_at_any_moment_change_no_bit(model, undisturbed, tmp_path_factory
 @given(seed=SEEDS, workers=WORKERS, num_layers=st.integers(1, 2))
 def test_nor_do_losses_in_any_wave(model, undisturbed, tmp_path_factory, seed, workers, num_layers):
     out = tmp_path_factory.mktemp("disturbed")
-    executor = UnreliableExecutor(seed, max_losses=12, loss=0.1)
+    executor = UnreliableExecutor(seed, max_losses=12, loss=0.05)
     memory = worker_gib(model, num_layers=num_layers)
     compress_local(
         model, out, executor=executor, workers=workers, worker_gib=memory,
@@ -213,7 +214,9 @@ def test_a_unit_whose_worker_was_lost_is_tried_again_and_its_record_says_so(mode
     executor = UnreliableExecutor(3, max_losses=3, loss=0.5, during=("work",))
     compress_local(model, tmp_path, executor=executor, workers=2)
     attempts = [r.attempt for r in read_records(Directory(str(tmp_path))).values()]
-    assert sum(attempts) == len(attempts) + executor.num_lost_workers
+    # A worker is lost with the unit that it computes, and perhaps one whose files it writes.
+    again, lost = sum(attempts) - len(attempts), executor.num_lost_workers
+    assert lost <= again <= 2 * lost
 
 
 def test_a_unit_that_loses_every_worker_ends_the_run_and_is_named(model, tmp_path):
@@ -230,3 +233,40 @@ def test_a_pass_that_loses_every_worker_ends_the_run(model, tmp_path):
         compress_local(model, tmp_path, executor=executor, workers=2)
     assert "finished work is kept" in caught.value.hint
     assert executor.num_lost_workers == POLICIES[FailureClass.NODE_LOST].budget + 1
+
+
+class OrderedExecutor(LocalExecutor):
+    """Notes the calls that do units, in order: method, unit, and the unit to be read ahead."""
+
+    def __init__(self):
+        self.calls = []
+
+    def call(self, handle, method, *args, num_returns=1, label):
+        if method == "work":
+            task, _, ahead = args
+            self.calls.append((method, task.unit, "" if ahead is None else ahead.unit))
+        elif method == "written":
+            self.calls.append((method, args[0], ""))
+        return super().call(handle, method, *args, num_returns=num_returns, label=label)
+
+
+def test_the_next_unit_is_computed_and_the_one_after_it_read_while_one_is_written(model, tmp_path):
+    executor = OrderedExecutor()
+    compress_local(model, tmp_path, executor=executor, method="modegpt", keep_fraction=0.8)
+    work = [call for call in executor.calls if call[0] == "work"]
+    layers = [unit for _, unit, _ in work if unit.startswith("layer-")]
+    order = [(method, unit) for method, unit, _ in executor.calls]
+    for unit, following in itertools.pairwise(layers):
+        assert order.index(("work", following)) < order.index(("written", unit))
+    ahead = {unit: read for _, unit, read in work}
+    assert [ahead[unit] for unit, _ in itertools.pairwise(layers)] == layers[1:]
+
+
+def test_a_unit_that_needs_a_file_waits_for_its_record(model, tmp_path):
+    executor = OrderedExecutor()
+    options = {"schedule": "sequential", "shards": 1}
+    compress_local(model, tmp_path, executor=executor, options=options)
+    order = [(method, unit) for method, unit, _ in executor.calls]
+    for site in range(1, 9):
+        read = ("written", f"basis-site-{site - 1:05d}")
+        assert order.index(read) < order.index(("work", f"stream-site-{site:05d}-shard-00000"))
