@@ -5,7 +5,7 @@ from torch import Tensor
 from actors import methods
 from actors.devices.transfer import to_host
 from actors.layer_units import sequential_slicing
-from actors.layer_units.reads import Reads
+from actors.layer_units.reads import Reads, site_statistic
 from actors.messages import CompressionJob, Done, UnitTask, Unwritten
 from actors.storage.files import Directory
 from actors.storage.tensors import write_tensors
@@ -53,12 +53,6 @@ def _factored(
 
 
 def _site_gram(site: int, job: CompressionJob, reads: Reads) -> Tensor | None:
-    """Return the gram of a site, from the statistics of the layer that reads it, on the device.
-
-    The last site, which the head reads, is with the last layer; None where the method does not
-    observe it.
-    """
-    owner = min(site // 2, job.shape.num_layers - 1)
-    tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
-    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.shape, job.options)}
-    return reads.statistic(job, owner, str(wanted[tap])) if tap in wanted else None
+    """Return the gram of a site, on the device; None where the method does not observe it."""
+    found = site_statistic(site, job)
+    return reads.statistic(job, *found) if found is not None else None

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from actors import methods
 from actors.devices.transfer import to_device
 from actors.messages import CompressionJob, UnitTask
 from actors.storage.checkpoint import Checkpoint
@@ -15,6 +16,8 @@ from actors.storage.records import read_record
 from actors.storage.tensors import map_tensors
 from planners.units.kinds import KINDS, STATISTICS, kind_of, layer_of
 
+# Kinds of which all that is named by their layer and their inputs is read by these methods.
+READ_AHEAD = ("basis", "damage", "draft", "layer", "losses")
 Tensors = dict[str, Tensor]
 Named = Iterable[tuple[str, Tensor]]
 
@@ -43,19 +46,23 @@ class Reads:
         """
         self._now = self._ahead if task.unit == self._expected else {}
         self._ahead, self._expected = {}, ""
-        if ahead is None or not job.in_flight_bytes:
+        if ahead is None or not job.in_flight_bytes or ahead.kind not in READ_AHEAD:
             return
-        self._expected, kind = ahead.unit, KINDS[ahead.kind]
-        if kind.of == kind.reads == "layer":
+        self._expected, index = ahead.unit, ahead.index
+        if ahead.kind == "basis":
+            if (gram := site_statistic(index, job)) is not None:
+                read = functools.partial(read_statistics, job, gram[0])
+                self._read_ahead(_sums(gram[0]), read)
+            return
+        if KINDS[ahead.kind].reads == "layer":
             stream = self.checkpoint(job).stream_layer
-            self._read_ahead(_weights(ahead.index), lambda: dict(stream(ahead.index)))
+            self._read_ahead(_weights(index), lambda: dict(stream(index)))
         for name in ahead.inputs:
             found = kind_of(name)
-            if found is None or job.former is not None:  # then it reads what the step before left
-                continue
+            assert found is not None  # a unit of this run
             if found.leaves == STATISTICS and (layer := layer_of(name)) is not None:
                 self._read_ahead(_sums(layer), functools.partial(read_statistics, job, layer))
-            elif found.of in ("site", "sites"):
+            elif found.phase == "compress":
                 run = Directory(job.run_uri)
                 self._read_ahead(name, functools.partial(_read_basis, name, run))
 
@@ -120,6 +127,18 @@ def read_statistics(job: CompressionJob, layer: int) -> Tensors:
     for uri, file in job.sums.get(layer, ()):
         found |= map_tensors(Directory(uri), file)
     return found
+
+
+def site_statistic(site: int, job: CompressionJob) -> tuple[int, str] | None:
+    """Return layer and name of the gram of a site, with the statistics of the layer that reads it.
+
+    The last site, which the head reads, is with the last layer; None where the method does not
+    observe it.
+    """
+    owner = min(site // 2, job.shape.num_layers - 1)
+    tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
+    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.shape, job.options)}
+    return (owner, str(wanted[tap])) if tap in wanted else None
 
 
 def _read_basis(name: str, run: Directory) -> Tensors:

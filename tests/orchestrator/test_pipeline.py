@@ -3,11 +3,14 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.layer_units import reads
+from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from orchestrator.backend.executor import ActorLocation, FailureClass, InputLost, WorkerLost
@@ -270,3 +273,41 @@ def test_a_unit_that_needs_a_file_waits_for_its_record(model, tmp_path):
     for site in range(1, 9):
         read = ("written", f"basis-site-{site - 1:05d}")
         assert order.index(read) < order.index(("work", f"stream-site-{site:05d}-shard-00000"))
+
+
+class TightExecutor(LocalExecutor):
+    """Gives its workers no room for other units than the one that they compute."""
+
+    def call(self, handle, method, *args, num_returns=1, label):
+        if method == "work":
+            task, job, ahead = args
+            args = (task, replace(job, in_flight_bytes=0), ahead)
+        return super().call(handle, method, *args, num_returns=num_returns, label=label)
+
+
+@pytest.mark.parametrize("size", [{"slice": 0.25}, {"method": "modegpt", "keep_fraction": 0.8}])
+def test_what_is_read_ahead_is_read_once_and_changes_no_bit(model, tmp_path, monkeypatch, size):
+    read = Counter()
+    open_tensor, open_file = Checkpoint.read, reads.map_tensors
+
+    def counting_read(self, name):
+        read[self.directory.uri == str(model), name] += 1
+        return open_tensor(self, name)
+
+    def counting_map(directory, file):
+        read[file.path] += 1
+        return open_file(directory, file)
+
+    monkeypatch.setattr(Checkpoint, "read", counting_read)
+    monkeypatch.setattr(reads, "map_tensors", counting_map)
+    found = {}
+    for executor in (LocalExecutor(), TightExecutor()):
+        name = type(executor).__name__
+        compress_local(model, tmp_path / name, executor=executor, **size)
+        files = sorted((tmp_path / name / "model").glob("*.safetensors"))
+        found[name] = (dict(read), [file.read_bytes() for file in files])
+        read.clear()
+    (ahead, result), (in_turn, expected) = found.values()
+    assert {name: count for name, count in ahead.items() if count != in_turn[name]} == {}
+    assert ahead.keys() == in_turn.keys()
+    assert result == expected
