@@ -117,7 +117,7 @@ def main() -> None:
     if given.work:
         print(json.dumps(work_on(given.work)))
         return
-    rounds, shrink, layers = (1, 16, 2) if given.quick else (given.rounds, 2, 3)
+    rounds, shrink, layers = (1, 16, 2) if given.quick else (given.rounds, 2, 2)
     load = load_average()
     rows, said, compressing = [], [], {}
     with tempfile.TemporaryDirectory(prefix="unit-overlap-") as name:

@@ -215,17 +215,17 @@ def layer_unit(step: Shrinking) -> int:
 def in_flight(step: Shrinking) -> int:
     """Return what a worker holds for the units before and after the one that it computes.
 
-    Twice the largest result that is being written, or inputs that are read ahead.
+    The largest result, which is being written, and the largest inputs, which are read ahead.
     """
     stored, square = BYTES_OF[step.shape.dtype], step.shape.hidden**2 * DOUBLE
-    bases = (1, 3) if step.spec.residual else (0, 0)  # of a basis unit, and of a layer
-    largest = bases[0] * square
+    bases = int(step.spec.residual) * square
+    inputs, results = [0], [bases]
     for before, after in step.layers:
         sums = sum(statistic_elements(step.shape, s, before) for s in step.held) * DOUBLE
-        inputs = layer_parameters(step.shape, before) * stored
-        inputs += sums + (0 if step.mapped else bases[1] * square)
-        largest = max(largest, inputs, layer_parameters(step.shape, after) * stored)
-    return 2 * largest
+        read = 0 if step.mapped else max(sums, 3 * bases)
+        inputs.append(layer_parameters(step.shape, before) * stored + read)
+        results.append(layer_parameters(step.shape, after) * stored)
+    return max(inputs) + max(results)
 
 
 def damage_unit(step: Shrinking) -> int:
