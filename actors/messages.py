@@ -1,7 +1,7 @@
 """The frozen data that cross a process border, and how activations are packed for it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,6 +226,8 @@ class CompressionJob:
             all heads keep.
         load: that the result is made for, where the times of layers are measured.
         contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).
+        in_flight_bytes: what a worker may hold for the units before and after the one it computes:
+            results that are being written, and inputs that are read ahead; 0 if it has no room.
     """
 
     run_uri: str
@@ -246,6 +248,7 @@ class CompressionJob:
     statistics_dtype: str = "float64"
     contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""
+    in_flight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +271,19 @@ class UnitTask:
 
 
 Done = tuple[tuple[FileEntry, ...], dict[str, object]]  # the files of a unit, and its values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unwritten:
+    """A unit that has computed and has its result in memory.
+
+    Attributes:
+        held: bytes of the result.
+        write: writes its files; may be called in another thread.
+    """
+
+    held: int
+    write: Callable[[], Done]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

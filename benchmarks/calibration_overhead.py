@@ -200,6 +200,7 @@ class Subject:
         for layer in range(self._case.num_layers):
             unit = f"statistics-layer-{layer:05d}"
             self._stage.publish(UnitTask(unit=unit, kind="statistics", index=layer, inputs=()))
+            self._stage.written(unit)
 
     def require_same_output(self) -> None:
         """Refuse to compare two things that do not do the same work."""

@@ -53,7 +53,7 @@ def main() -> None:
     load = load_average()
     rows, ratios = [], {}
     for dtype in DTYPES:
-        ours, bare, flops = _rates(config, shape, given.tokens, dtype)
+        ours, bare, flops = layer_rates(config, shape, given.tokens, dtype)
         name = str(dtype).removeprefix("torch.")
         ratios[name] = bare / ours
         rate = [f"{flops / seconds / 1e12:.1f}" for seconds in (ours, bare)]
@@ -119,21 +119,26 @@ def _statistics() -> frozenset[Statistic]:
     return frozenset(Statistic(tap, "gram") for tap in TAPS)
 
 
-def _rates(
-    config: dict[str, Any], shape: ModelShape, tokens: int, dtype: torch.dtype
+def layer_rates(
+    config: dict[str, Any],
+    shape: ModelShape,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    device: str = "cuda",
 ) -> tuple[float, float, int]:
     """Return seconds of a layer with grams, of the same products bare, and their operations."""
     family = load_family("llama")
-    outer = OuterModel(config, family, dtype=dtype, device="cuda")
+    outer = OuterModel(config, family, dtype=dtype, device=device)
     named = family.layer_tensors(shape, 0)
     prefix = family.layer.format(i=0) + "."
     weights = {
-        name.removeprefix(prefix): torch.randn(dims, device="cuda", dtype=dtype) * 0.02
+        name.removeprefix(prefix): torch.randn(dims, device=device, dtype=dtype) * 0.02
         for name, dims in named.values()
     }
     layer = outer.layer(0, weights)
-    held = LayerStatistics(_statistics(), shape, family, device="cuda")
-    hidden = torch.randn(tokens // SEQUENCE, SEQUENCE, shape.hidden, device="cuda", dtype=dtype)
+    held = LayerStatistics(_statistics(), shape, family, device=device)
+    hidden = torch.randn(tokens // SEQUENCE, SEQUENCE, shape.hidden, device=device, dtype=dtype)
     arguments = outer.layer_arguments(hidden)[0]
 
     def ours() -> None:
@@ -153,11 +158,11 @@ def _bare(shape: ModelShape, hidden: torch.Tensor, dtype: torch.dtype) -> Callab
     weights = []
     for name in ROLES:
         out_dim, in_dim = linear_dims(shape, dense_form(shape), name)
-        weights.append(torch.randn(out_dim, in_dim, device="cuda", dtype=dtype))
+        weights.append(torch.randn(out_dim, in_dim, device=hidden.device, dtype=dtype))
         if in_dim not in inputs:
-            inputs[in_dim] = torch.randn(len(flat), in_dim, device="cuda", dtype=dtype)
+            inputs[in_dim] = torch.randn(len(flat), in_dim, device=hidden.device, dtype=dtype)
     heads = (hidden.shape[0], shape.num_heads, SEQUENCE, shape.head_dim)
-    q = torch.randn(heads, device="cuda", dtype=dtype)
+    q = torch.randn(heads, device=hidden.device, dtype=dtype)
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def work() -> None:
@@ -167,8 +172,8 @@ def _bare(shape: ModelShape, hidden: torch.Tensor, dtype: torch.dtype) -> Callab
         for x in (flat, flat, inputs[shape.intermediate]):
             for block in blocks_of(x.shape[1]):  # half of the square, as ours
                 left, right = x[:, block.first : block.last].T, x[:, block.first :]
-                if dtype == torch.float32:
-                    left @ right
+                if dtype == torch.float32 or not x.is_cuda:
+                    left.float() @ right.float()
                 else:
                     torch.mm(left, right, out_dtype=torch.float32)
 
@@ -199,12 +204,17 @@ def _seconds(work: Callable[[], object], *, repeats: int = REPEATS) -> float:
     work()
     spent = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        _drain()
         begun = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        _drain()
         spent.append(time.perf_counter() - begun)
     return sorted(spent)[len(spent) // 2]
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from orchestrator.engine.interrupt import Interruption, interruptible
 from orchestrator.phases.allocate import allocate
 from orchestrator.phases.calibrate import tell_missing
 from orchestrator.phases.context import RunContext, new_pool
-from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan
+from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan, settled
 from orchestrator.phases.finish import finish
 from orchestrator.phases.open_run import check_run, write_run
 from orchestrator.phases.outcome import outcome
@@ -144,7 +144,10 @@ def compress_and_evaluate(context: RunContext) -> tuple[RunContext, dict[str, Lo
     losses: dict[str, Loss] = {}
 
     def measure_and_allocate(calibrated: RunContext) -> RunContext:
-        losses["dense"] = evaluate(calibrated, measuring, dense_subject(calibrated.prepared))
+        nonlocal measuring
+        dense = dense_subject(calibrated.prepared)
+        measuring = settled(calibrated, measuring, dense)
+        losses["dense"] = evaluate(calibrated, measuring, dense)
         return allocate(calibrated)
 
     skip_unneeded(context)

@@ -48,6 +48,8 @@ class RunPlan:
         worker_bytes: planned peak of the fullest worker.
         disk_bytes: peak size of the run directory.
         chains: copies of the stages of a wave, each with shards of its own.
+        in_flight_bytes: of those of a worker, what it may hold for the units before and after the
+            one that it computes; 0 if it has no room for them.
     """
 
     shape: ModelShape
@@ -62,6 +64,7 @@ class RunPlan:
     worker_bytes: int
     disk_bytes: int
     chains: int = 1
+    in_flight_bytes: int = 0
 
     @property
     def num_workers(self) -> int:

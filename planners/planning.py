@@ -7,7 +7,7 @@ from planners import refit
 from planners.batching import TokenBatching
 from planners.errors import PlanError
 from planners.memory.fitting import Attempt, ways_to_fit
-from planners.memory.peaks import Shrinking
+from planners.memory.peaks import HOST_IN_FLIGHT, LIBRARIES, Shrinking, in_flight
 from planners.memory.placement import Load, load_of, place
 from planners.method import MethodSpec, Option, Target
 from planners.model.cost import (
@@ -39,6 +39,7 @@ class Workload:
         worker_bytes: memory of each.
         extra_statistics: summed too, for other methods.
         mapped: units read the sums as mapped pages of local files, without memory of their own.
+        on_host: workers compute in the memory in which they read and write files.
     """
 
     batching: TokenBatching
@@ -48,6 +49,7 @@ class Workload:
     statistics_dtype: str = "float64"
     extra_statistics: frozenset[Statistic] = frozenset()
     mapped: bool = False
+    on_host: bool = True
 
 
 def make_plan(  # noqa: PLR0913 the inputs of a plan
@@ -139,6 +141,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
         disk_bytes=after * width + sums + boundaries + bases + drafts,
+        in_flight_bytes=load.in_flight if work.on_host else HOST_IN_FLIGHT,
         chains=min(batching.shards, work.num_workers // max(map(len, waves))),
     )
 
@@ -202,11 +205,16 @@ def _load(
         start=start.form,
         mapped=work.mapped,
     )
+    unit = unit_bytes(step)
+    more = in_flight(step) if work.on_host else 0
+    if unit + more + LIBRARIES > work.worker_bytes:
+        more = 0  # units are read, computed and written one after the other
     load = load_of(
         shape,
         spec.statistics(shape, options) | work.extra_statistics,
         batching,
-        unit=unit_bytes(step),
+        unit=unit,
+        in_flight=more,
         start=start.form,
         result=form,
     )

@@ -6,6 +6,8 @@ import torch
 from actors.devices.memory import PeakMemory
 from actors.devices.transfer import to_device, to_host
 from actors.messages import ThroughputRequest, pack, unpack
+from actors.storage.files import Directory
+from actors.storage.tensors import read_header, read_tensor, write_tensors
 from actors.worker.attention_kernels import AttentionKernels
 from actors.worker.timing import COMPILED, Generation, Setting
 from planners.timing import EAGER
@@ -31,6 +33,15 @@ def test_what_goes_to_a_device_comes_back(dtype):
     assert there.is_cuda
     assert torch.equal(to_host(there), tensor)
     assert torch.equal(unpack(pack(there), device="cpu"), tensor)
+
+
+def test_what_is_read_for_a_device_is_read_into_memory_that_it_copies_from(tmp_path):
+    directory, tensor = Directory(str(tmp_path)), torch.linspace(0, 1, 12).reshape(3, 4)
+    write_tensors(directory, "w.safetensors", {"w": tensor})
+    entry = read_header(directory, "w.safetensors")["w"]
+    found = read_tensor(directory, "w.safetensors", entry, device="cuda")
+    assert found.is_pinned()
+    assert torch.equal(to_host(to_device(found, "cuda")), tensor)
 
 
 def test_a_dtype_is_reached_on_the_device():

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from actors import methods
+from actors.devices.transfer import to_host
 from actors.layer_units import sequential_slicing
-from actors.layer_units.layer import read_statistics
-from actors.messages import CompressionJob, Done, UnitTask
+from actors.layer_units.reads import Reads, site_statistic
+from actors.messages import CompressionJob, Done, UnitTask, Unwritten
 from actors.storage.files import Directory
 from actors.storage.tensors import write_tensors
 from planners.model.form import site_dims
@@ -13,26 +14,29 @@ from planners.model.form import site_dims
 SPECTRUM_SAMPLES = 256  # most eigenvalues of a site that its record holds
 
 
-def basis(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def basis(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Unwritten:
     """Factor the gram of one site, or those of all sites into one shared basis (index -1)."""
     sites = [*site_dims(job.form)] if task.index < 0 else [task.index]
-    grams = [gram for site in sites if (gram := _site_gram(site, job)) is not None]
-    return _factored([gram.to(device) for gram in grams], task, job, run)
+    grams = [gram for site in sites if (gram := _site_gram(site, job, reads)) is not None]
+    return _factored(grams, task, job, run)
 
 
-def basis_sequential(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def basis_sequential(
+    task: UnitTask, job: CompressionJob, run: Directory, reads: Reads
+) -> Unwritten:
     """Factor the gram of one site, as observed after layers that are already sliced."""
-    gram = sequential_slicing.site_gram(task.index, job=job, run=run, device=device)
+    gram = sequential_slicing.site_gram(task.index, job=job, run=run, device=reads.device)
     return _factored([gram], task, job, run)
 
 
-def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Directory) -> Done:
+def _factored(
+    grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Directory
+) -> Unwritten:
     where = f"site {task.index}" if task.index >= 0 else "all sites"
     keep_dim = site_dims(job.form)[max(task.index, 0)]
     centred = job.shape.is_centred
     found = methods.load(job.method).factor(grams, keep_dim=keep_dim, where=where, centred=centred)
-    tensors = {"vectors": found.vectors.cpu(), "values": found.values.cpu()}
-    entry = write_tensors(run, f"basis/{task.unit}.safetensors", tensors)
+    tensors = {"vectors": to_host(found.vectors), "values": to_host(found.values)}
     step = max(1, -(-len(found.values) // SPECTRUM_SAMPLES))
     values = {
         "energy_kept": found.energy_kept,
@@ -41,16 +45,14 @@ def _factored(grams: list[Tensor], task: UnitTask, job: CompressionJob, run: Dir
         "keep_dim": keep_dim,
         "eigenvalues": [float(v) for v in found.values[::step]],
     }
-    return (entry,), values
+
+    def write() -> Done:
+        return (write_tensors(run, f"basis/{task.unit}.safetensors", tensors),), values
+
+    return Unwritten(held=sum(tensor.nbytes for tensor in tensors.values()), write=write)
 
 
-def _site_gram(site: int, job: CompressionJob) -> Tensor | None:
-    """Return the gram of a site, from the statistics of the layer that reads it.
-
-    The last site, which the head reads, is with the last layer; None where the method does not
-    observe it.
-    """
-    owner = min(site // 2, job.shape.num_layers - 1)
-    tap = "resid_out" if site == 2 * job.shape.num_layers else ("resid_attn", "resid_mlp")[site % 2]
-    wanted = {s.tap: s for s in methods.spec(job.method).statistics(job.shape, job.options)}
-    return read_statistics(job, owner)[str(wanted[tap])] if tap in wanted else None
+def _site_gram(site: int, job: CompressionJob, reads: Reads) -> Tensor | None:
+    """Return the gram of a site, on the device; None where the method does not observe it."""
+    found = site_statistic(site, job)
+    return reads.statistic(job, *found) if found is not None else None

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from actors import methods
-from actors.layer_units.layer import on_device, read_statistics
 from actors.layer_units.model_loss import downstream_losses
+from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.prefetch import prefetched
 from actors.storage.tokens import tokens_from_parquet
 from planners.budget.served import PAIRS
 from planners.errors import NumericsError
@@ -127,11 +126,11 @@ def _halved(
     )
 
 
-def damage(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def damage(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Measure the damage of all cuts of one layer; the curves are values, no file is written."""
-    checkpoint = Checkpoint.of(job)
-    weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
-    sums = on_device(device, read_statistics(job, task.index).items())
+    checkpoint, device = reads.checkpoint(job), reads.device
+    weights = reads.weights(job, task.index)
+    sums = reads.statistics(job, task.index)
     losses = None
     if job.options.get("damage") == "loss":
         # The probe is the first sequences of the calibration tokens.

@@ -1,37 +1,37 @@
-"""Units that make one layer of the result, and what all units of a layer read."""
-
-from collections.abc import Iterable
-
-from torch import Tensor
+"""Units that make one layer of the result."""
 
 from actors import methods
-from actors.devices.transfer import to_device
+from actors.devices.transfer import to_host
 from actors.layer_units import mixed_methods
-from actors.messages import CompressionJob, Done, UnitTask
-from actors.storage.checkpoint import Checkpoint
+from actors.layer_units.reads import Reads
+from actors.messages import CompressionJob, Done, UnitTask, Unwritten
 from actors.storage.files import Directory
-from actors.storage.prefetch import prefetched
 from actors.storage.records import read_record
-from actors.storage.tensors import described, map_tensors, read_tensors, write_tensors
+from actors.storage.tensors import (
+    CHECKPOINT_METADATA,
+    read_tensors,
+    require_finite,
+    write_tensors,
+    write_weights,
+)
 from planners.families import load as load_family
 from planners.model.weight_files import weight_files
 
 
-def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Unwritten:
     """Compress one layer; write it into the result, or as a draft that is refitted later."""
-    checkpoint = Checkpoint.of(job)
     form = job.form.layers[task.index]
-    weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
+    weights = reads.weights(job, task.index)
     method = methods.load(job.method)
     if methods.spec(job.method).residual:
-        bases = read_bases(task.inputs, run, device)
+        bases = reads.bases(task.inputs, run)
         sites = (bases[0], bases[len(bases) // 2], bases[-1])
         new = method.apply(weights, sites, shape=job.shape, form=form)
         values: dict[str, object] = {}
     else:
-        sums = on_device(device, read_statistics(job, task.index).items())
+        sums = reads.statistics(job, task.index)
         if job.makers:
-            start = checkpoint.form.layers[task.index]
+            start = reads.checkpoint(job).form.layers[task.index]
             new, values = mixed_methods.compress(
                 weights, sums, job=job, index=task.index, start=start, form=form
             )
@@ -41,61 +41,41 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
             )
     family = load_family(job.shape.family)
     prefix = family.layer.format(i=task.index)
-    named = {f"{prefix}.{family.below_layer(role)}": t.cpu() for role, t in new.items()}
+    named = {}
+    for role, tensor in new.items():
+        require_finite(tensor)  # on the device
+        named[f"{prefix}.{family.below_layer(role)}"] = to_host(tensor)
     name = f"draft/layer-{task.index:05d}.safetensors"
     if task.kind != "draft":
         name = f"model/{weight_files(job.form)[task.unit]}"
-    entry = write_tensors(run, name, named, metadata={"format": "pt"})
-    return (entry,), {**values, "tensors": {k: described(t) for k, t in named.items()}}
+
+    def write() -> Done:
+        entry, tensors = write_weights(run, name, named)
+        return (entry,), {**values, "tensors": tensors}
+
+    return Unwritten(held=sum(tensor.nbytes for tensor in named.values()), write=write)
 
 
-def choose_refit(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def choose_refit(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Copy a layer into the result: as refitted if that model's loss is lower, else as drafted."""
-    del device
+    del reads
     draft, refitted, losses = (read_record(run, name).values for name in task.inputs)
     folder, tensors = "draft", draft["tensors"]
     if losses["used"]:
         folder, tensors = "refit", refitted["tensors"]
     named = read_tensors(run, f"{folder}/layer-{task.index:05d}.safetensors")
     name = f"model/{weight_files(job.form)[task.unit]}"
-    entry = write_tensors(run, name, named, metadata={"format": "pt"})
+    entry = write_tensors(run, name, named, metadata=CHECKPOINT_METADATA)
     refit = {"used": losses["used"], "linears": refitted["linears"]}
     return (entry,), {**draft, "tensors": tensors, "refit": refit}
 
 
-def truncation_losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def truncation_losses(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Return the truncation error of each linear of a layer at the ranks of the job's form."""
     del run  # the job names the files of its statistics
-    checkpoint = Checkpoint.of(job)
-    weights = on_device(device, prefetched(checkpoint.stream_layer(task.index)))
-    sums = on_device(device, read_statistics(job, task.index).items())
+    weights = reads.weights(job, task.index)
+    sums = reads.statistics(job, task.index)
     form = job.form.layers[task.index]
     return (), {
         "losses": methods.load(job.method).losses(weights, sums, form=form, options=job.options)
     }
-
-
-def on_device(device: str, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return named tensors on a device."""
-    return {name: to_device(tensor, device) for name, tensor in named}
-
-
-def read_statistics(job: CompressionJob, index: int) -> dict[str, Tensor]:
-    """Return the sums of one layer: those of this run and of a run whose statistics it reuses.
-
-    Grams are packed. Files on a local disk are mapped: they take no memory until a gram is unpacked
-    to be factored.
-
-    Raises:
-        StorageError: a file is not as it was written.
-    """
-    found: dict[str, Tensor] = {}
-    for uri, file in job.sums.get(index, ()):
-        found |= map_tensors(Directory(uri), file)
-    return found
-
-
-def read_bases(names: tuple[str, ...], run: Directory, device: str) -> tuple[Tensor, ...]:
-    """Return the bases that units wrote, on a device."""
-    files = [file for name in names for file in read_record(run, name).files]
-    return tuple(map_tensors(run, file)["vectors"].to(device) for file in files)

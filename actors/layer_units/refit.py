@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer_model import OuterModel
 from actors.numerics.least_squares import Refit, RestSums, empty_sums, refit
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.tensors import described, read_tensors, write_tensors
+from actors.storage.tensors import read_tensors, require_finite, write_tensors, write_weights
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
 from planners.model.form import LayerForm
@@ -80,9 +81,10 @@ class _Boundary:
             self.run.delete(self.name(index))
 
 
-def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def start(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Embed the tokens: all streams are equal there."""
     del task
+    device = reads.device
     checkpoint = Checkpoint.of(job)
     outer = _outer(checkpoint, job, device)
     outer.read_embedding(checkpoint)
@@ -98,9 +100,9 @@ def start(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
     return (), {"boundary": _boundary(0, job, run, device).write(streams())}
 
 
-def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Refit one layer, and pass the streams through it."""
-    index = task.index
+    index, device = task.index, reads.device
     sites = [_boundary(site, job, run, device) for site in range(2 * index - 2, 2 * index + 3)]
     for spent in sites[:2] if index else ():
         spent.drop()  # the record of the layer before names its output by now
@@ -126,18 +128,20 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> D
         layers[REFITTED] = build.compressed(tensors)
         boundary = after.write(_streams_after(half, layers, here.all()))
     named = {prefix + name: tensor for name, tensor in tensors.items()}
-    file = f"refit/layer-{index:05d}.safetensors"
-    entry = write_tensors(run, file, named, metadata={"format": "pt"})
+    for tensor in named.values():
+        require_finite(tensor)
+    entry, facts = write_weights(run, f"refit/layer-{index:05d}.safetensors", named)
     values: dict[str, object] = {
         "linears": {half: _record(one) for half, one in found.items()},
-        "tensors": {name: described(tensor) for name, tensor in named.items()},
+        "tensors": facts,
         "boundary": boundary,
     }
     return (entry,), values
 
 
-def losses(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def losses(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Measure the loss of each stream on the held-out sequences: the better of two is used."""
+    device = reads.device
     boundary = _boundary(2 * task.index, job, run, device)
     checkpoint = Checkpoint.of(job)
     outer = _outer(checkpoint, job, device)

@@ -7,10 +7,11 @@ from actors.layer_units import refit, sequential_slicing
 from actors.layer_units.basis import basis, basis_sequential
 from actors.layer_units.damage import damage
 from actors.layer_units.layer import choose_refit, layer, truncation_losses
+from actors.layer_units.reads import Reads
 from actors.layer_units.rotated_statistics import rotate_statistics
 from actors.layer_units.tables import embedding, head
 from actors.layer_units.times import times
-from actors.messages import CompressionJob, Done, UnitTask
+from actors.messages import CompressionJob, Done, UnitTask, Unwritten
 from actors.statistics.sums import add_shards
 from actors.storage.files import Directory
 from planners.errors import NumericsError
@@ -18,8 +19,17 @@ from planners.overflow import found_behind
 from planners.units.kinds import KINDS
 
 
-def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str) -> Done:
+def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, reads: Reads) -> Done:
     """Do one unit; return its files and the values of its record.
+
+    Raises:
+        CompressionError: see `compute_unit`; or a file cannot be written.
+    """
+    return compute_unit(task, job, run=run, reads=reads).write()
+
+
+def compute_unit(task: UnitTask, job: CompressionJob, *, run: Directory, reads: Reads) -> Unwritten:
+    """Do one unit but for the files that it can leave to be written while the next one computes.
 
     Raises:
         NumericsError: statistics gave no usable numbers.
@@ -29,14 +39,15 @@ def do_unit(task: UnitTask, job: CompressionJob, *, run: Directory, device: str)
     if own and KINDS[task.kind].own_options:
         job = replace(job, options={**job.options, **own})
     try:
-        return FUNCTIONS[task.kind](task, job, run, device)
+        found = FUNCTIONS[task.kind](task, job, run, reads)
     except NumericsError as error:
         said = NumericsError(f"{task.unit}: {error}", hint=error.hint)
         raise found_behind(said, job.batching.dtype) from error
+    return found if isinstance(found, Unwritten) else Unwritten(held=0, write=lambda: found)
 
 
 # One a kind of unit that a worker does by itself; `planners.units.kinds` says all else of it.
-FUNCTIONS: dict[str, Callable[[UnitTask, CompressionJob, Directory, str], Done]] = {
+FUNCTIONS: dict[str, Callable[[UnitTask, CompressionJob, Directory, Reads], Done | Unwritten]] = {
     "statistics": add_shards,
     "basis": basis,
     "basis_shared": basis,

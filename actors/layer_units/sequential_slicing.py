@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from actors import methods
+from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer_model import OuterModel
@@ -32,8 +33,9 @@ from planners.calibration import shard_cuts
 from planners.families import load as load_family
 
 
-def stream(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def stream(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Pass one shard from the site before to a site; write its stream and its gram there."""
+    device = reads.device
     cuts = _shards(job)
     site, shard = divmod(task.index, len(cuts))
     files: list[FileEntry] = []

@@ -1,24 +1,18 @@
 """Units that write the embedding, the head and the final norm, in blocks of vocabulary rows."""
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from actors import methods
-from actors.layer_units.layer import read_bases
+from actors.devices.transfer import to_device, to_host
+from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.tensors import (
-    NAME_OF,
-    described,
-    require_finite,
-    tensor_bytes,
-    write_rows,
-    write_tensors,
-)
+from actors.storage.prefetch import prefetched
+from actors.storage.tensors import require_finite, write_rows, write_weights
 from planners.families import load as load_family
 from planners.model.weight_files import weight_files
 
@@ -26,37 +20,36 @@ ROWS = 8192  # vocabulary rows that are in memory at one time
 Rotate = Callable[[Tensor], Tensor]  # rows as they are read -> rows of the result
 
 
-def embedding(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def embedding(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Write the embedding, and the table of learned positions."""
-    family = load_family(job.shape.family)
-    bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
+    family, checkpoint = load_family(job.shape.family), reads.checkpoint(job)
+    bases = reads.bases(task.inputs, run) if _is_residual(job) else ()
 
     def rotate(rows: Tensor) -> Tensor:
-        rows = rows.to(device)
+        rows = to_device(rows, reads.device)
         if not bases:
             return rows
         rotated: Tensor = methods.load(job.method).apply_embedding(rows, bases[0], shape=job.shape)
         return rotated
 
-    done = _write_table("embedding", family.embedding, job, run, rotate)
+    done = _write_table(("embedding", family.embedding), checkpoint, job, run, rotate)
     if not job.form.positions:
         return done
-    rows = Checkpoint.of(job).read(family.positions)
+    rows = checkpoint.read(family.positions)
     return _with(done, "positions", {family.positions: rotate(rows)}, job, run)
 
 
-def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def head(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Write the head, unless it is the embedding's tensor, its bias, and the final norm."""
-    family = load_family(job.shape.family)
-    checkpoint = Checkpoint.of(job)
-    bases = read_bases(task.inputs, run, device) if _is_residual(job) else ()
+    family, checkpoint = load_family(job.shape.family), reads.checkpoint(job)
+    bases = reads.bases(task.inputs, run) if _is_residual(job) else ()
     norm = {}  # folded into the head by a step before
     for name in family.norm_tensors(job.shape) if checkpoint.form.head_norm_weight else ():
-        norm[name] = checkpoint.read(name).to(device)
+        norm[name] = checkpoint.read(name).to(reads.device)
     moved = _MovedBias(job, norm.get(family.norm_bias) if bases else None)
 
     def rotate(rows: Tensor) -> Tensor:
-        rows = rows.to(device)
+        rows = to_device(rows, reads.device)
         if not bases:
             return rows
         moved.add(rows)
@@ -71,7 +64,8 @@ def head(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Do
 
     done: Done = ((), {})
     if not job.form.tied:
-        done = _write_table("head", family.head_among(checkpoint.locations), job, run, rotate)
+        source = family.head_among(checkpoint.locations)
+        done = _write_table(("head", source), checkpoint, job, run, rotate)
     small = _small(job, checkpoint, bases, norm)
     if job.form.head_bias:
         stored = checkpoint.read(family.head_bias) if checkpoint.form.head_bias else None
@@ -143,10 +137,11 @@ def _with(
     files, values = done
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     name = f"model/{weight_files(job.form)[part]}"
-    file = write_tensors(run, name, kept, metadata={"format": "pt"})
+    for tensor in kept.values():
+        require_finite(tensor)
+    file, facts = write_weights(run, name, kept)
     known = values.get("tensors", {})
     assert isinstance(known, dict)  # written by _write_table
-    facts = {name: described(tensor) for name, tensor in kept.items()}
     return (*files, file), {**values, "tensors": {**known, **facts}}
 
 
@@ -155,28 +150,22 @@ def _is_residual(job: CompressionJob) -> bool:
 
 
 def _write_table(
-    role: str, source: str, job: CompressionJob, run: Directory, rotate: Rotate
+    table: tuple[str, str],
+    checkpoint: Checkpoint,
+    job: CompressionJob,
+    run: Directory,
+    rotate: Rotate,
 ) -> Done:
-    """Write the embedding or the head, which ``role`` says, from the tensor ``source``."""
+    """Write the embedding or the head, which ``table`` says, from the tensor named beside it."""
+    role, source = table
     family, form = load_family(job.shape.family), job.form
     target, width = {
         "embedding": (family.embedding, form.embedding_dim),
         "head": (family.head, form.head_dim),
     }[role]
-    checkpoint = Checkpoint.of(job)
-    num_rows = job.shape.vocab_size
-    digest = hashlib.sha256()
-    dtypes = set()
-
-    def blocks() -> Iterator[Tensor]:
-        for rows in checkpoint.read_blocks(source, rows=ROWS):
-            block = rotate(rows).cpu()
-            require_finite(block)
-            digest.update(tensor_bytes(block))
-            dtypes.add(NAME_OF[block.dtype])
-            yield block
-
+    rows = prefetched(checkpoint.read_blocks(source, rows=ROWS))
+    blocks = (to_host(rotate(block)) for block in rows)
     name = f"model/{weight_files(job.form)[role]}"
-    entry = write_rows(run, name, target, blocks(), shape=(num_rows, width))
-    facts = {"sha256": digest.hexdigest(), "shape": [num_rows, width], "dtype": dtypes.pop()}
+    shape = (job.shape.vocab_size, width)
+    entry, facts = write_rows(run, name, target, blocks, shape=shape)
     return (entry,), {"tensors": {target: facts}}

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from actors import methods
+from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer, one_layer_config
 from actors.modeling.outer_model import OuterModel, empty_model
@@ -29,14 +30,14 @@ SPREAD = 0.02  # of random weights: activations stay finite in every dtype
 ENOUGH, LIMIT, FEWEST = 0.15, 3.0, 5  # seconds to time one width, at most, and rounds at least
 
 
-def times(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def times(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
     """Return the seconds of MLP and attention at each width, and of the rest of the model."""
     del task, run  # the same for all layers, and nothing is written
     assert job.load is not None  # the driver plans such a unit for a load only
-    checkpoint = Checkpoint.of(job)
+    checkpoint = reads.checkpoint(job)
     start = checkpoint.form.layers[0]
     ladders = methods.spec(job.method).ladders(job.shape, start, job.options)
-    timer = _Timer(checkpoint, job.load, device)
+    timer = _Timer(checkpoint, job.load, reads.device)
     full = layer_widths(start)
     found = {}
     for name, module in (("mlp", "mlp"), ("heads", "qk")):

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from actors.devices.transfer import to_host
 from actors.statistics.kinds import FUNCTIONS
 from planners.families._base import Family
 from planners.model.cost import tap_dims
@@ -121,7 +122,7 @@ class LayerStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums and the token count, as they are stored."""
-        found = {name: total.cpu() for name, total in self.sums.items()}
+        found = {name: to_host(total) for name, total in self.sums.items()}
         found["num_tokens"] = torch.tensor([self.num_tokens], dtype=torch.int64)
         if self._probe:
             found["probe"] = torch.cat(self._probe)

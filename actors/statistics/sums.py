@@ -33,9 +33,9 @@ def write_sums(
     return write_tensors(run, f"{name}{task.suffix}.safetensors", tensors, stored=stored)
 
 
-def add_shards(task: UnitTask, job: CompressionJob, run: Directory, device: str) -> Done:
+def add_shards(task: UnitTask, job: CompressionJob, run: Directory, reads: object) -> Done:
     """Add the sums of all shards of a layer, in order."""
-    del device  # files are added on the host
+    del reads  # files are added on the host
     records = [read_record(run, name) for name in task.inputs]
     taps = sorted(set.intersection(*(_taps(record.values) for record in records)))
     parts = (

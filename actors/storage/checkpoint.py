@@ -1,23 +1,27 @@
 """A Hugging Face checkpoint, validated when it is opened and read one tensor at a time."""
 
 import functools
+import itertools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from actors.devices.transfer import readers
 from actors.modeling.travelling import COMPRESSED
 from actors.numerics.packed import all_finite
 from actors.storage.contents import CONFIG, config_hash, hasher, remembered, revision_of
 from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
+from actors.storage.prefetch import in_turn
 from actors.storage.quoting import shown
 from actors.storage.tensors import read_header, read_tensor, tensor_bytes
 from planners.errors import ModelError, StorageError
@@ -40,6 +44,7 @@ BLOCK_BYTES = 2**25  # of one block, where a tensor is read in blocks
 # Tables that older programs stored; they follow from the config.
 COMPUTED = ".rotary_emb.inv_freq"
 READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+_K = TypeVar("_K")
 UNWRAP = (
     "save the unwrapped model: model.module (DDP), model._orig_mod (torch.compile), "
     "model.language_model (multimodal), model.merge_and_unload() (PEFT)"
@@ -95,7 +100,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, uri: str, expected: Mapping[str, str] | None = None, *, model_store: str = ""
+        self,
+        uri: str,
+        expected: Mapping[str, str] | None = None,
+        *,
+        model_store: str = "",
+        device: str = "cpu",
     ) -> None:
         """Read config, index and headers, but no weights.
 
@@ -104,6 +114,7 @@ class Checkpoint:
             expected: its expected contents, compared as they are read; without any, nothing is
                 compared.
             model_store: a directory that its links may point into; none if empty.
+            device: that its tensors are read for.
 
         Raises:
             ModelError: something is missing, broken or unsafe, or the config is not as expected;
@@ -114,12 +125,14 @@ class Checkpoint:
         self.config = read_config(self.directory)
         self.locations = _whole_names(self.config, _locations(self.directory))
         self._expected = expected or {}
+        self._device = device
         self._require(CONFIG, self.directory.path(CONFIG), lambda: config_hash(self.config))
 
     @classmethod
-    def of(cls, message: "NamesCheckpoint") -> "Checkpoint":
+    def of(cls, message: "NamesCheckpoint", *, device: str = "cpu") -> "Checkpoint":
         """Open the checkpoint that a message refers to, expecting the contents in the message."""
-        return cls(message.checkpoint_uri, message.contents, model_store=message.model_store)
+        uri, store = message.checkpoint_uri, message.model_store
+        return cls(uri, message.contents, model_store=store, device=device)
 
     @functools.cached_property
     def shape(self) -> ModelShape:
@@ -280,7 +293,9 @@ class Checkpoint:
         if name not in self.locations:
             raise ModelError(f"{self.directory.path(name)}: the checkpoint has no such tensor")
         location = self.locations[name]
-        tensor = read_tensor(self.directory, location.file, location.entry, rows=rows)
+        tensor = read_tensor(
+            self.directory, location.file, location.entry, rows=rows, device=self._device
+        )
         if tensor.is_floating_point():
             self._require_finite(tensor, name)
         return tensor
@@ -331,23 +346,52 @@ class Checkpoint:
         return dict(self.stream_layer(layer))
 
     def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield role and tensor of one layer, one at a time, each checked to be finite."""
+        """Yield role and tensor of one layer, each checked to be finite.
+
+        While one is used the next is read, or the next few for an accelerator.
+        """
         family = load_family(self.shape.family)
         if self.config.get("model_type") == COMPRESSED:
-            for name, tensor in self.stream_prefix(family.layer.format(i=layer) + "."):
-                yield family.role_of(name), tensor
-            return
-        for role, (name, _) in family.layer_tensors(self.shape, layer).items():
-            yield role, self.read(name)
+            prefix = family.layer.format(i=layer) + "."
+            names = {family.role_of(n[len(prefix) :]): n for n in self._names(prefix)}
+        else:
+            tensors = family.layer_tensors(self.shape, layer)
+            names = {role: name for role, (name, _) in tensors.items()}
+        return self._stream(names.items())
 
     def read_prefix(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with a prefix, keyed by the rest of their names."""
         return dict(self.stream_prefix(prefix))
 
     def stream_prefix(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same tensors one at a time, so that each can be converted first."""
-        for name in [name for name in self.locations if name.startswith(prefix)]:
-            yield name[len(prefix) :], self.read(name)
+        """Yield the same tensors one after the other, so that each can be converted first."""
+        return self._stream((name[len(prefix) :], name) for name in self._names(prefix))
+
+    def stream_prefixes(
+        self, prefixes: Iterable[str]
+    ) -> Iterator[tuple[str, Iterator[tuple[str, Tensor]]]]:
+        """Yield each prefix with what `stream_prefix` yields; the next one's are read ahead too."""
+
+        def read(prefix: str, name: str) -> tuple[str, tuple[str, Tensor]]:
+            return prefix, (name[len(prefix) :], self.read(name))
+
+        names = [(prefix, name) for prefix in prefixes for name in self._names(prefix)]
+        reads = (functools.partial(read, *each) for each in names)
+        stream = in_turn(reads, ahead=readers(self._device))
+        for prefix, found in itertools.groupby(stream, key=operator.itemgetter(0)):
+            yield prefix, map(operator.itemgetter(1), found)  # it keeps no tensor, unlike a loop
+
+    def _names(self, prefix: str) -> list[str]:
+        return [name for name in self.locations if name.startswith(prefix)]
+
+    def _stream(self, names: Iterable[tuple[_K, str]]) -> Iterator[tuple[_K, Tensor]]:
+        """Yield key and tensor of each (key, name), in order."""
+
+        def read(key: _K, name: str) -> tuple[_K, Tensor]:
+            return key, self.read(name)
+
+        reads = (functools.partial(read, key, name) for key, name in names)
+        return in_turn(reads, ahead=readers(self._device))
 
     def read_blocks(self, name: str, *, rows: int | None = None) -> Iterator[Tensor]:
         """Yield a tensor in blocks of rows, checked like `read`; its hash is checked at the end.

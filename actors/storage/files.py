@@ -40,24 +40,31 @@ class FileEntry:
 class HashingStream:
     """Forwards bytes to a stream and computes their sha256 and number.
 
-    Large pieces are hashed in a thread while they are written. A piece must not be changed before
+    Large pieces are hashed in threads while they are written. A piece must not be changed before
     the next one is written or `entry` is called.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._sha256 = hashlib.sha256()
-        self._hashing: Thread | None = None
+        self._hashing: list[Thread] = []
         self.bytes = 0
 
-    def write(self, data: Any) -> None:
-        """Write bytes, or any object with the buffer protocol."""
+    def write(self, data: Any, *digests: "hashlib._Hash") -> None:
+        """Write bytes, or any object with the buffer protocol.
+
+        Args:
+            data: the bytes.
+            digests: other hashes that are updated with them; complete once the next piece is
+                written or `entry` is called.
+        """
         self._wait()
-        if len(data) >= HASHED_ASIDE:
-            self._hashing = Thread(target=self._sha256.update, args=(data,))
-            self._hashing.start()
-        else:
-            self._sha256.update(data)
+        for digest in (self._sha256, *digests):
+            if len(data) >= HASHED_ASIDE:
+                self._hashing.append(Thread(target=digest.update, args=(data,)))
+                self._hashing[-1].start()
+            else:
+                digest.update(data)
         self._stream.write(data)
         self.bytes += len(data)
 
@@ -67,9 +74,9 @@ class HashingStream:
         return FileEntry(path=path, sha256=self._sha256.hexdigest(), bytes=self.bytes)
 
     def _wait(self) -> None:
-        if self._hashing is not None:
-            self._hashing.join()
-            self._hashing = None
+        for thread in self._hashing:
+            thread.join()
+        self._hashing = []
 
 
 class Directory:
@@ -167,7 +174,9 @@ class Directory:
 
         def whole() -> bytes:
             with self._fs.open_input_file(self._full(name)) as file:
-                return bytes(_filled(file, file.size()))
+                data = bytearray(file.size())
+                _fill(file, memoryview(data))
+                return bytes(data)
 
         return self._do(name, whole)
 
@@ -177,18 +186,29 @@ class Directory:
         Raises:
             StorageError: it cannot be read, or is shorter than that.
         """
+        data = bytearray(size)
+        self.read_into(name, start, memoryview(data))
+        return data
 
-        def part() -> bytearray:
+    def read_into(self, name: str, start: int, data: memoryview) -> None:
+        """Fill a buffer with the bytes from offset ``start``.
+
+        Raises:
+            StorageError: it cannot be read, or has fewer bytes.
+        """
+
+        def part() -> int:
             with self._fs.open_input_file(self._full(name)) as file:
                 file.seek(start)
-                return _filled(file, min(size, max(file.size() - start, 0)))
+                there: int = min(len(data), max(file.size() - start, 0))
+                _fill(file, data[:there])
+                return there
 
-        data = self._do(name, part)
-        if len(data) != size:
+        found = self._do(name, part)
+        if found != len(data):
             raise StorageError(
-                f"{self.path(name)}: got {len(data)} bytes at offset {start}, expected {size}"
+                f"{self.path(name)}: got {found} bytes at offset {start}, expected {len(data)}"
             )
-        return data
 
     def pieces(self, name: str) -> Iterator[bytearray]:
         """Yield a whole file in pieces, for callers that do not need it in memory at once.
@@ -204,7 +224,9 @@ class Directory:
 
                 def piece(start: int = start, size: int = size) -> bytearray:
                     file.seek(start)
-                    return _filled(file, size)
+                    data = bytearray(size)
+                    _fill(file, memoryview(data))
+                    return data
 
                 yield self._do(name, piece)
 
@@ -391,8 +413,8 @@ def _text(value: bytes | str) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _filled(file: Any, size: int) -> bytearray:
-    """Return the next ``size`` bytes of a file.
+def _fill(file: Any, data: memoryview) -> None:
+    """Fill a buffer with the next bytes of a file.
 
     Where a store's answer is too short but consistent with its own length, Arrow takes it as
     complete and leaves the rest of the buffer unchanged. So the last byte is set to a mark before
@@ -402,9 +424,9 @@ def _filled(file: Any, size: int) -> bytearray:
     Raises:
         ShortReadError: fewer bytes were received.
     """
-    data = bytearray(size)
+    size = len(data)
     if not size:
-        return data
+        return
     begin = file.tell()
     for mark in (0x55, 0xAA):
         data[-1] = mark
@@ -412,7 +434,7 @@ def _filled(file: Any, size: int) -> bytearray:
         if file.readinto(data) != size:
             break
         if data[-1] != mark:
-            return data
+            return
     raise ShortReadError(f"received fewer than the {size} requested bytes")
 
 

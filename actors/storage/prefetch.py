@@ -1,17 +1,44 @@
-"""Read one item ahead of its consumer."""
+"""Read ahead of a consumer."""
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+def in_turn(calls: Iterable[Callable[[], T]], *, ahead: int) -> Iterator[T]:
+    """Yield what the calls return, in their order; while the caller uses one, threads do the next.
+
+    So reading overlaps with converting, copying to a device and computing. Beside the result that
+    is used, at most ``ahead`` wait or are being made. An error of a call is raised where its result
+    would have been yielded.
+    """
+    left = iter(calls)
+    coming: collections.deque[Future[T]] = collections.deque()
+    with ThreadPoolExecutor(max_workers=ahead, thread_name_prefix="read-ahead") as threads:
+
+        def submit(count: int) -> None:
+            for _, call in zip(range(count), left, strict=False):
+                coming.append(threads.submit(call))
+
+        try:
+            submit(ahead)
+            while coming:
+                item = coming.popleft().result()
+                submit(1)
+                yield item
+                del item  # else it would stay in memory while waiting for the next
+        finally:
+            for each in coming:
+                each.cancel()
+
+
 def prefetched(items: Iterable[T]) -> Iterator[T]:
     """Yield the items in order; while the caller uses one, a thread produces the next.
 
-    So reading overlaps with converting, copying to a device and computing, at the cost of one more
-    item in memory. An error in producing an item is raised where the item would have been yielded.
+    For items that can only be produced one after the other; else like `in_turn`.
     """
     end = object()
     source = iter(items)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.devices.transfer import host_buffer
 from actors.numerics.packed import all_finite
 from actors.storage.files import Directory, FileEntry
 from actors.storage.headers import TensorEntry, header_bytes, parse_header, parse_length
@@ -20,6 +21,7 @@ TORCH_DTYPE = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+CHECKPOINT_METADATA = {"format": "pt"}  # without it transformers refuses a file
 PIECE = 2**24  # elements converted at a time while a tensor is written in another dtype
 
 
@@ -39,9 +41,17 @@ def read_header(directory: Directory, name: str) -> dict[str, TensorEntry]:
 
 
 def read_tensor(
-    directory: Directory, name: str, entry: TensorEntry, *, rows: tuple[int, int] | None = None
+    directory: Directory,
+    name: str,
+    entry: TensorEntry,
+    *,
+    rows: tuple[int, int] | None = None,
+    device: str = "cpu",
 ) -> Tensor:
-    """Return a tensor, or rows ``[a, b)`` of it, in new memory."""
+    """Return a tensor, or rows ``[a, b)`` of it, in new memory of the host.
+
+    ``device`` is the one that it will be copied to.
+    """
     shape, start, size = entry.shape, entry.start, entry.size
     if rows is not None:
         row_bytes = size // max(shape[0], 1)
@@ -49,8 +59,9 @@ def read_tensor(
         shape = (rows[1] - rows[0], *shape[1:])
     if size == 0:
         return torch.empty(shape, dtype=TORCH_DTYPE[entry.dtype])
-    data = directory.read_range(name, start, size)
-    return torch.frombuffer(data, dtype=TORCH_DTYPE[entry.dtype]).reshape(shape)
+    data = host_buffer(size, device)
+    directory.read_into(name, start, memoryview(data.numpy().data))
+    return data.view(TORCH_DTYPE[entry.dtype]).reshape(shape)
 
 
 def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
@@ -117,11 +128,12 @@ def described(tensor: Tensor) -> dict[str, object]:
         NumericsError: an entry is NaN or infinite.
     """
     require_finite(tensor)
-    return {
-        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
-        "shape": list(tensor.shape),
-        "dtype": NAME_OF[tensor.dtype],
-    }
+    digest = hashlib.sha256(tensor_bytes(tensor))
+    return _facts(digest, NAME_OF[tensor.dtype], tuple(tensor.shape))
+
+
+def _facts(digest: "hashlib._Hash", dtype: str, shape: tuple[int, ...]) -> dict[str, object]:
+    return {"sha256": digest.hexdigest(), "shape": list(shape), "dtype": dtype}
 
 
 def write_tensors(
@@ -152,6 +164,25 @@ def write_tensors(
     return stream.entry(name)
 
 
+def write_weights(
+    directory: Directory, name: str, tensors: Mapping[str, Tensor]
+) -> tuple[FileEntry, dict[str, object]]:
+    """Write tensors as a file of a checkpoint; return it, and tensor -> what `described` returns.
+
+    File and tensors are hashed while they are written. That their entries are finite is left to the
+    caller, who may still have them on a device.
+    """
+    ordered = dict(sorted(tensors.items()))
+    layout = {key: (NAME_OF[t.dtype], tuple(t.shape)) for key, t in ordered.items()}
+    digests = {key: hashlib.sha256() for key in ordered}
+    with directory.writing(name) as stream:
+        stream.write(header_bytes(layout, CHECKPOINT_METADATA))
+        for key, tensor in ordered.items():
+            stream.write(tensor_bytes(tensor), digests[key])
+    entry = stream.entry(name)
+    return entry, {key: _facts(digests[key], *layout[key]) for key in ordered}
+
+
 def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     if tensor.dtype == dtype:
         yield tensor
@@ -161,12 +192,21 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def write_rows(
     directory: Directory, name: str, key: str, blocks: Iterable[Tensor], *, shape: tuple[int, int]
-) -> FileEntry:
-    """Write one large matrix from blocks of rows, without having all of it in memory."""
-    metadata = {"format": "pt"}
+) -> tuple[FileEntry, dict[str, object]]:
+    """Write one large matrix from blocks of rows, without having all of it in memory.
+
+    Returns:
+        The file, and what `described` returns for the matrix.
+
+    Raises:
+        NumericsError: an entry is NaN or infinite.
+    """
+    digest, dtype = hashlib.sha256(), ""
     with directory.writing(name) as stream:
         for number, block in enumerate(blocks):
+            require_finite(block)
             if number == 0:
-                stream.write(header_bytes({key: (NAME_OF[block.dtype], shape)}, metadata))
-            stream.write(tensor_bytes(block))
-    return stream.entry(name)
+                dtype = NAME_OF[block.dtype]
+                stream.write(header_bytes({key: (dtype, shape)}, CHECKPOINT_METADATA))
+            stream.write(tensor_bytes(block), digest)
+    return stream.entry(name), _facts(digest, dtype, shape)

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from actors.devices.memory import PeakMemory, release_freed_memory
-from actors.layer_units.registry import do_unit
+from actors.layer_units.reads import Reads
+from actors.layer_units.registry import compute_unit
 from actors.messages import (
     Assignment,
     CompressionJob,
+    Done,
     GenerateDone,
     LoadDone,
     Microbatch,
@@ -22,6 +24,7 @@ from actors.messages import (
     StepDone,
     UnitDone,
     UnitTask,
+    Unwritten,
     WorkerSetup,
     pack,
     unpack,
@@ -31,11 +34,12 @@ from actors.statistics.observe import ForwardDoneError, LayerStatistics
 from actors.statistics.sums import write_sums
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.prefetch import prefetched
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
+from actors.storage.write_behind import WriteBehind
 from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
+from planners.memory.peaks import HOST_IN_FLIGHT
 from planners.model.taps import layer_statistics
 
 PARTIAL = "partial"  # the folder of partial sums in a run
@@ -56,6 +60,17 @@ class Generated:
     cache: DynamicCache = field(default_factory=DynamicCache)
 
 
+class _Clock:
+    """When something began, and how long ago that is."""
+
+    def __init__(self) -> None:
+        self.started, self._begun = time.time(), time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+
 class Stage:
     """Holds layers, passes microbatches through them, and executes units of work.
 
@@ -74,6 +89,8 @@ class Stage:
         self._next: dict[int, int] = {}  # layer -> first microbatch not yet in its sums
         self._saved: dict[int, int] = {}  # layer -> the same for its newest partial sums
         self._generated: Generated | None = None
+        self._reads = Reads(setup.device)
+        self._writes: WriteBehind[UnitDone] = WriteBehind()
 
     def __repr__(self) -> str:
         """Return the name shown in Ray's dashboard and log prefixes."""
@@ -93,17 +110,21 @@ class Stage:
         """
         started = time.monotonic()
         self.drop()
-        checkpoint = Checkpoint.of(assignment)
+        self._reads.forget()
         device = self._setup.device
+        checkpoint = Checkpoint.of(assignment, device=device)
         self._assignment = assignment
         self._run = Directory(assignment.run_uri)
         self._tokens = {}
         family, dtype = load_family(assignment.family), getattr(torch, assignment.dtype)
         outer = OuterModel(checkpoint.config, family, dtype=dtype, device=device)
         self._outer = outer
-        for index in range(assignment.first, assignment.last):
-            prefix = family.layer.format(i=index) + "."
-            tensors = prefetched(checkpoint.stream_prefix(prefix))
+        prefixes = {
+            family.layer.format(i=index) + ".": index
+            for index in range(assignment.first, assignment.last)
+        }
+        for prefix, tensors in checkpoint.stream_prefixes(prefixes):
+            index = prefixes[prefix]
             self._layers[index] = outer.layer(index, tensors)
             if assignment.statistics and (summing is None or index in summing.layers):
                 wanted = layer_statistics(checkpoint.shape, assignment.statistics, index)
@@ -227,52 +248,78 @@ class Stage:
             peak_bytes=self._peak.bytes(),
         )
 
-    def publish(self, task: UnitTask) -> UnitDone:
-        """Write the statistics of one layer, or those of a shard."""
-        started, begun = time.time(), time.monotonic()
-        layer = self._statistics[task.index]
-        entry = write_sums(
-            self._run, task, layer.tensors(), dtype=self._assignment.statistics_dtype
-        )
-        return UnitDone(
-            unit=task.unit,
-            worker=self._setup.name,
-            incarnation=self._setup.incarnation,
-            device=self._setup.device,
-            files=(entry,),
-            values=layer.summary(),
-            started=started,
-            seconds=time.monotonic() - begun,
-            peak_bytes=self._peak.bytes(),
-        )
+    @torch.inference_mode()
+    def publish(self, task: UnitTask) -> None:
+        """Begin to write the statistics of one layer, or those of a shard; ask `written` for them.
+
+        On a device they are copied to the host first, while those of layers before are written.
+        """
+        clock = _Clock()
+        layer, run = self._statistics[task.index], self._run
+        dtype = self._assignment.statistics_dtype
+        tensors, values = layer.tensors(), layer.summary()
+
+        def write() -> Done:
+            return (write_sums(run, task, tensors, dtype=dtype),), values
+
+        # On a CPU the sums are written from where they are.
+        copied = self._setup.device != "cpu"
+        held = sum(tensor.nbytes for tensor in tensors.values()) if copied else 0
+        self._write(task, Unwritten(held=held, write=write), most=HOST_IN_FLIGHT, clock=clock)
 
     @torch.inference_mode()
-    def work(self, task: UnitTask, job: CompressionJob) -> UnitDone:
-        """Execute one unit of compression, which reads and writes files.
+    def work(self, task: UnitTask, job: CompressionJob, ahead: UnitTask | None = None) -> None:
+        """Do one unit of compression up to the writing of its files; ask `written` for them.
 
         Loaded layers are dropped first, as a factorisation needs the memory of the device. A later
         pass loads its layers again.
+
+        Args:
+            task: the unit.
+            job: of the run.
+            ahead: the unit that will probably follow, whose files are read meanwhile.
 
         Raises:
             NumericsError: the statistics gave no usable numbers.
             ModelError: a weight is missing or not finite.
         """
-        started, begun = time.time(), time.monotonic()
+        clock = _Clock()
         if self._layers:
             self.drop()
         release_freed_memory()  # of the previous unit
-        files, values = do_unit(task, job, run=Directory(job.run_uri), device=self._setup.device)
-        return UnitDone(
-            unit=task.unit,
-            worker=self._setup.name,
-            incarnation=self._setup.incarnation,
-            device=self._setup.device,
-            files=files,
-            values=values,
-            started=started,
-            seconds=time.monotonic() - begun,
-            peak_bytes=self._peak.bytes(),
-        )
+        self._reads.begin(task, ahead, job)
+        found = compute_unit(task, job, run=Directory(job.run_uri), reads=self._reads)
+        self._write(task, found, most=job.in_flight_bytes // 2, clock=clock)
+
+    def _write(self, task: UnitTask, found: Unwritten, *, most: int, clock: "_Clock") -> None:
+        """Begin to write the files of a unit whose computation ends now."""
+        computing = clock.seconds
+
+        @torch.inference_mode()
+        def write() -> UnitDone:
+            writing = _Clock()
+            files, values = found.write()
+            return UnitDone(
+                unit=task.unit,
+                worker=self._setup.name,
+                incarnation=self._setup.incarnation,
+                device=self._setup.device,
+                files=files,
+                values=values,
+                started=clock.started,
+                seconds=computing + writing.seconds,
+                peak_bytes=self._peak.bytes(),
+            )
+
+        self._writes.begin(task.unit, write, held=found.held, most=most)
+
+    def written(self, unit: str) -> UnitDone:
+        """Return what the record of a unit says, once its files are durable.
+
+        Raises:
+            StorageError: a file cannot be written.
+        """
+        return self._writes.result(unit)
 
     def _resume_sums(self, partial: PartialSums) -> None:
         """Restore the sums of a layer from a file; a missing or changed file leaves them empty."""

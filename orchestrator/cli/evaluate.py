@@ -19,6 +19,7 @@ from orchestrator.engine.work_context import WorkContext
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.experiments import inspect
 from orchestrator.phases.evaluate import evaluate as measured_loss
+from orchestrator.phases.evaluate import settled
 from orchestrator.phases.throughput import Workers
 from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject
 from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
@@ -181,6 +182,6 @@ def _measure(run_: Directory, plan_: EvaluationPlan, subject: Subject, listener:
     pool = Pool(RayExecutor(), setup, num_workers=workers, journal=journal)
     try:
         context = WorkContext(run=run_, ledger=Ledger(run_), journal=journal, pool=pool)
-        return measured_loss(context, plan_, subject)
+        return measured_loss(context, settled(context, plan_, subject), subject)
     finally:
         pool.close()

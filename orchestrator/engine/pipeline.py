@@ -63,7 +63,7 @@ class _StageState(Flow):
 
     Attributes:
         saved: microbatches that are in its newest partial sums.
-        publishing: ticket -> the unit being published.
+        publishing: ticket -> the unit whose sums a call begins to write, or waits for.
         to_publish: units to publish once everything is summed.
         loading: ticket, while layers are being loaded.
         saving: ticket, while partial sums are being written.
@@ -155,13 +155,27 @@ class Pass:
             if self._saves(at):
                 stage.saving = self._call(at, "save", "save", label=f"save[{self._layers(at)}]")
             if stage.done == total and stage.loading is None:
-                for unit in stage.to_publish:
-                    ticket = self._call(at, "publish", "publish", unit, label=unit.unit)
-                    stage.publishing[ticket] = unit
-                stage.to_publish = []
+                self._publish(at)
             if self._leaves(at):
                 self._pool.leave_node(self._slots[at])
                 self._restart(at)
+
+    def _publish(self, at: int) -> None:
+        """Write the sums of all layers: each is copied while those of earlier layers are written.
+
+        The first call of a unit answers when its sums are on their way, the second when its file is
+        durable.
+        """
+        stage = self._stages[at]
+        for unit, before in zip([*stage.to_publish, None], [None, *stage.to_publish], strict=True):
+            if unit is not None:
+                ticket = self._call(at, "publish", "publish", unit, label=unit.unit)
+                stage.publishing[ticket] = unit
+            if before is not None:
+                label = f"{before.unit} files"
+                ticket = self._call(at, "publish", "written", before.unit, label=label)
+                stage.publishing[ticket] = before
+        stage.to_publish = []
 
     def _pauses(self, at: int) -> bool:
         """Return whether a stage gets no new microbatch for now."""
@@ -232,7 +246,8 @@ class Pass:
         at = next((s for s, g in enumerate(self._stages) if ticket in g.tickets), None)
         if at is None:  # of another pass, or of a worker that was replaced in this round
             return
-        self._pending.answered(self._slots[at], ticket)
+        publishes = ticket in self._stages[at].publishing
+        self._pending.answered(self._slots[at], ticket, counts=not publishes)
         try:
             answer = self._pool.executor.result(ticket)
         except FAILURES as error:
@@ -250,8 +265,11 @@ class Pass:
             stage.saving = None
             self._accept_save(at, answer)
         elif ticket in stage.publishing:
-            self._pool.record_peaks([answer])
-            self._on_published(stage.publishing.pop(ticket), answer)
+            unit = stage.publishing.pop(ticket)
+            if answer is not None:
+                self._pending.took(f"{self._plan.kind} publish", answer.seconds)
+                self._pool.record_peaks([answer])
+                self._on_published(unit, answer)
         else:
             index = accept(self._stages, at, ticket)
             self._pool.record_peaks([answer])
@@ -315,7 +333,7 @@ class Pass:
         """Resume a stage on its new worker from what is saved."""
         stage = self._stages[at]
         self._pending.forget(self._slots[at])
-        stage.to_publish = [*stage.publishing.values(), *stage.to_publish]
+        stage.to_publish = [*dict.fromkeys(stage.publishing.values()), *stage.to_publish]
         stage.publishing, stage.saving = {}, None
         if stage.to_publish:  # sums were lost with the worker; published units stay done
             stage.saved = 0

@@ -20,6 +20,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
+from actors.layer_units.reads import Reads
 from actors.layer_units.registry import do_unit
 from actors.messages import Assignment, CompressionJob, Microbatch, UnitTask, WorkerSetup
 from actors.storage.files import Directory, HashingStream
@@ -139,7 +140,7 @@ def reproduce(call: UnitCall | PassCall, setup: WorkerSetup) -> None:
         if isinstance(call, UnitCall):
             run = _ReadOnly(call.job.run_uri, Directory(scratch))
             with torch.inference_mode():
-                do_unit(call.task, call.job, run=run, device=setup.device)
+                do_unit(call.task, call.job, run=run, reads=Reads(setup.device))
         else:
             _pass(call.assignment, call.microbatch, setup)
 

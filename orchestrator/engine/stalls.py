@@ -29,18 +29,23 @@ class PendingCalls:
         """Record a call that was made."""
         self._calls.setdefault(slot, []).append(_Call(ticket, kind, label, time.monotonic()))
 
-    def answered(self, slot: int, ticket: Any) -> None:
-        """Record that a call has answered, and how long it took."""
+    def answered(self, slot: int, ticket: Any, *, counts: bool = True) -> None:
+        """Record that a call has answered, and, if it ``counts``, how long its kind takes."""
         now = time.monotonic()
         calls = self._calls.get(slot, [])
         for number, call in enumerate(calls):
             if call.ticket == ticket:
                 if number == 0:
-                    self._pool.deadlines.took(call.kind, now - call.since)
+                    if counts:
+                        self._pool.deadlines.took(call.kind, now - call.since)
                     for waiting in calls[1:2]:
                         waiting.since = now
                 del calls[number]
                 return
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Record how long work of a kind took that needs two calls."""
+        self._pool.deadlines.took(kind, seconds)
 
     def forget(self, slot: int) -> None:
         """Forget all calls on a slot."""

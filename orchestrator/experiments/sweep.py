@@ -14,7 +14,7 @@ from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.allocate import measured
 from orchestrator.phases.calibrate import calibrate
 from orchestrator.phases.context import RunContext, new_pool
-from orchestrator.phases.evaluate import evaluate, evaluation_plan
+from orchestrator.phases.evaluate import evaluate, evaluation_plan, settled
 from orchestrator.phases.open_run import check_run, open_run, recipe_of
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared, dense_subject
@@ -120,7 +120,8 @@ def sweep_on(
             # Curves do not depend on the requested size: they are measured once, here.
             own = replace(point, extra_statistics=wanted)
             measured(replace(context, prepared=own, form=point.plan.form))
-        dense = evaluate(context, evaluation_plan(base), dense_subject(base))
+        measuring = settled(context, evaluation_plan(base), dense_subject(base))
+        dense = evaluate(context, measuring, dense_subject(base))
         found = []
         for number, point in enumerate(points, start=1):
             name = _name(point.spec.name, point.config.keep_fraction or 1.0)

@@ -174,7 +174,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
         dtype=exact_dtype(device.lower(), dtype) if asked == "auto" else asked,
         shards=config.calibration.shards,
     )
-    recipes = workload_of(config, batching, device=device.lower(), stored_dtype=dtype)
+    recipes = workload_of(config, batching, device=device.lower())
     work = replace(recipes, num_workers=workers, worker_bytes=memory)
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
     source = StepInput(config=found, shape=shape, start=dense_start(shape))

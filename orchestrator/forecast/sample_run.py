@@ -248,18 +248,22 @@ class _TimingExecutor(LocalExecutor):
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.phases: dict[str, float] = defaultdict(float)
         self.suffix = ""
+        self._kinds: dict[str, str] = {}
 
     def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
         """Return finished tickets."""
         begun = time.monotonic()
         answer = super().call(handle, method, *args, num_returns=num_returns, label=label)
-        kind = {
-            "load": f"load{self.suffix}",
-            "step": label.partition("[")[0] + self.suffix,
-            "publish": "statistics",
-            "work": args[0].kind if method == "work" else "",
-        }.get(method, method)
-        self.seconds[kind].append(time.monotonic() - begun)
+        if method in ("publish", "work"):  # and how long it takes, its second call says
+            self._kinds[args[0].unit] = "statistics" if method == "publish" else args[0].kind
+        elif method == "written":
+            self.seconds[self._kinds[args[0]]].append(self.result(answer).seconds)
+        else:
+            kind = {
+                "load": f"load{self.suffix}",
+                "step": label.partition("[")[0] + self.suffix,
+            }.get(method, method)
+            self.seconds[kind].append(time.monotonic() - begun)
         return answer
 
     def on_event(self, event: Event) -> None:

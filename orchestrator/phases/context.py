@@ -159,6 +159,7 @@ class RunContext(WorkContext):
             candidates={c.spec.name: dict(c.options) for c in prepared.spec.candidates[1:]},
             statistics_dtype=prepared.identity.statistics_dtype,
             contents=prepared.contents,
+            in_flight_bytes=prepared.plan.in_flight_bytes,
         )
 
 

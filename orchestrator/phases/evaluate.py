@@ -7,7 +7,13 @@ from actors.messages import Microbatch, StepDone, UnitDone, UnitTask
 from orchestrator.engine.pipeline import Pass, PassPlan, run_side_by_side
 from orchestrator.engine.work_context import WorkContext
 from orchestrator.phases.calibrate import assignments, boundary_name
-from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
+from orchestrator.prepare.evaluation_plan import (
+    EXACT,
+    TRIAL_SEQUENCES,
+    EvaluationPlan,
+    Subject,
+    own_dtype,
+)
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.rundir.layout import EVALUATION_TOKENS
 from planners.batching import TokenBatching
@@ -17,13 +23,22 @@ from planners.errors import NumericsError
 from planners.overflow import OTHER_WEIGHTS, overflowed
 from planners.units.units import Unit
 
+AGREEMENT = 1e-4  # of two losses, relative to one of them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """Sum of -log p over the predicted tokens, in nats, and their number."""
+    """Sum of -log p over the predicted tokens, in nats, and their number.
+
+    Attributes:
+        nats: the sum.
+        num_tokens: how many were predicted.
+        dtype: in which it was computed.
+    """
 
     nats: float
     num_tokens: int
+    dtype: str = EXACT
 
     @property
     def perplexity(self) -> float:
@@ -43,12 +58,45 @@ def evaluation_plan(prepared: Prepared) -> EvaluationPlan:
             sequences=len(prepared.evaluation),
             sequence_length=prepared.evaluation.shape[1],
             microbatch_sequences=identity.batching.microbatch_sequences,
-            dtype=exact_dtype(identity.device, shape.dtype),
+            dtype=EXACT,
         ),
         tokens_hash=prepared.evaluation_hash,
         threads=identity.threads,
         device=identity.device,
+        own_dtype=own_dtype(identity.device, shape.dtype),
     )
+
+
+def settled(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> EvaluationPlan:
+    """Return the plan with the dtype in which all losses of a run are measured.
+
+    Where that is a question, the first sequences are evaluated in float32 and in the model's own
+    dtype. Their losses have records, so a run that resumes decides the same.
+
+    Raises:
+        NumericsError: the loss in float32 is not finite.
+    """
+    if not plan.own_dtype:
+        return plan
+    found = {}
+    for dtype in (EXACT, plan.own_dtype):
+        sequences = min(TRIAL_SEQUENCES, plan.batching.sequences)
+        batching = replace(plan.batching, sequences=sequences, dtype=dtype)
+        trial = replace(plan, batching=batching, chains=1)
+        tried = replace(subject, name=f"trial-{dtype}")
+        try:
+            found[dtype] = _loss(context, trial, tried, _parts(trial, tried))
+        except NumericsError:
+            if dtype == EXACT:
+                raise
+            return plan  # the model's own dtype overflows
+    dtype = plan.own_dtype if agree(found[EXACT], found[plan.own_dtype]) else EXACT
+    return replace(plan, batching=replace(plan.batching, dtype=dtype))
+
+
+def agree(exact: Loss, other: Loss) -> bool:
+    """Return whether two losses of the same tokens differ by at most `AGREEMENT`, relatively."""
+    return abs(other.nats - exact.nats) <= AGREEMENT * exact.nats
 
 
 def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Loss:
@@ -57,18 +105,34 @@ def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Lo
     Raises:
         NumericsError: the loss of a part is not finite.
     """
+    parts = _parts(plan, subject)
+    left = len(context.ledger.todo([unit for unit, _ in parts]))
+    stages = sum(map(len, plan.waves))
+    with context.phase("evaluate", total=stages * left):
+        return _loss(context, plan, subject, parts)
+
+
+def _parts(plan: EvaluationPlan, subject: Subject) -> list[tuple[Unit, tuple[int, int]]]:
+    """Return the units of an evaluation, each with its rows of the tokens."""
     rows = plan.batching.microbatches
-    units = [_part(plan, subject, index, ab) for index, ab in enumerate(rows)]
-    todo = {unit.name for unit in context.ledger.todo(units)}
-    waves = plan.waves if todo else ()
-    left = [(u, ab) for u, ab in zip(units, rows, strict=True) if u.name in todo]
-    with context.phase("evaluate", total=sum(map(len, waves)) * len(left)):
-        for number in range(len(waves)):
-            _evaluate_wave(context, plan, (subject, number), left)
-    values = [context.ledger.record(unit).values for unit in units]
+    return [(_part(plan, subject, index, ab), ab) for index, ab in enumerate(rows)]
+
+
+def _loss(
+    context: WorkContext,
+    plan: EvaluationPlan,
+    subject: Subject,
+    parts: list[tuple[Unit, tuple[int, int]]],
+) -> Loss:
+    """Return the loss of a model on these parts, after evaluating those that have no record."""
+    left = [(unit, rows) for unit, rows in parts if not context.ledger.done(unit)]
+    for number in range(len(plan.waves) if left else 0):
+        _evaluate_wave(context, plan, (subject, number), left)
+    values = [context.ledger.record(unit).values for unit, _ in parts]
     return Loss(
         nats=math.fsum(_number(v["nats"]) for v in values),
         num_tokens=int(sum(_number(v["num_tokens"]) for v in values)),
+        dtype=plan.batching.dtype,
     )
 
 

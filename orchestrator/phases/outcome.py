@@ -81,6 +81,7 @@ def outcome(
             "source": prepared.config.evaluation.source,
             "sequence_length": int(prepared.evaluation.shape[1]),
             "num_tokens": losses["compressed"].num_tokens,
+            "dtype": losses["compressed"].dtype,
             **perplexities,
         },
         "throughput": {

@@ -6,13 +6,21 @@ from dataclasses import dataclass, field
 from planners.batching import TokenBatching
 from planners.plan import StagePlan
 
+EXACT = "float32"  # in which losses are measured, unless those in the model's own dtype agree
+TRIAL_SEQUENCES = 2  # on which they are compared
+
 
 def exact_dtype(device: str, stored: str) -> str:
-    """Return the dtype in which losses are measured.
+    """Return the dtype in which tokens are calibrated, if the recipe does not say.
 
     On a CPU float32 is exact and fast; on an accelerator models are served in their own dtype.
     """
-    return "float32" if device == "cpu" else stored
+    return EXACT if device == "cpu" else stored
+
+
+def own_dtype(device: str, stored: str) -> str:
+    """Return a narrower dtype in which losses may be measured faster; empty if there is none."""
+    return "" if device == "cpu" or stored == EXACT else stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,8 @@ class EvaluationPlan:
         tokens_hash: of the evaluation tokens.
         threads: of one unit.
         device: class of device.
+        own_dtype: of the model, in which losses are measured if that makes no difference to them;
+            empty if that is not a question.
     """
 
     family: str
@@ -56,6 +66,7 @@ class EvaluationPlan:
     threads: int
     device: str
     chains: int = 1
+    own_dtype: str = ""
 
     @property
     def num_workers(self) -> int:

@@ -3,7 +3,7 @@
 import os
 from typing import Literal
 
-from orchestrator.prepare.evaluation_plan import exact_dtype
+from orchestrator.prepare.evaluation_plan import EXACT
 from orchestrator.recipe.config import RunConfig
 from planners.batching import TokenBatching
 from planners.errors import ClusterError
@@ -14,25 +14,23 @@ USABLE_DEVICE = 0.9  # of a device's memory: the rest is its context and the all
 USABLE = 0.8  # share of a machine's memory that its workers may plan with
 
 
-def workload_of(
-    config: RunConfig, batching: TokenBatching, *, device: str, stored_dtype: str
-) -> Workload:
+def workload_of(config: RunConfig, batching: TokenBatching, *, device: str) -> Workload:
     """Return the workload that a recipe gives its workers.
 
     Args:
         config: the recipe.
         batching: of the calibration tokens.
         device: where workers compute: ``cpu``, or any other.
-        stored_dtype: of the model.
     """
     stores = [u for u in (config.out, config.stats) if "://" in u and not u.startswith("file://")]
     return Workload(
         batching=batching,
-        evaluation_dtype=exact_dtype(device, stored_dtype),
+        evaluation_dtype=EXACT,
         statistics_dtype=config.statistics_dtype,
         num_workers=config.workers,
         worker_bytes=int((config.worker_gib or 0) * GIB),
         mapped=device == "cpu" and not stores,
+        on_host=device == "cpu",
     )
 
 

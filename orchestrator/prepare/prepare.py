@@ -79,7 +79,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         dtype=config.calibration_dtype,
         shards=config.calibration.shards,
     )
-    work = workload_of(config, batching, device=device, stored_dtype=shape.dtype)
+    work = workload_of(config, batching, device=device)
     start = dense_start(shape)
     steps = list(zip(specs, options, strict=True))
     dense = StepInput(config=checkpoint.config, shape=shape, start=start)

@@ -8,7 +8,7 @@ from actors.storage import validate
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.sources import resolve_model, resolve_store
 from actors.storage.tokens import prepare_tokens, tokens_hash
-from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject, exact_dtype
+from orchestrator.prepare.evaluation_plan import EXACT, EvaluationPlan, Subject, own_dtype
 from orchestrator.prepare.machine import GIB, chosen_device, usable_gib
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig, check_length
@@ -68,7 +68,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
     batching = batching_of(
         *ids.shape,
         microbatch_tokens=given.calibration.microbatch_tokens,
-        dtype=exact_dtype(device, shape.dtype),
+        dtype=EXACT,
     )
     worker_gib = given.worker_gib or usable_gib(device, given.workers)
     load = load_of(shape, frozenset(), batching, start=checkpoint.form)
@@ -82,6 +82,7 @@ def prepare_evaluation(given: RunConfig) -> PreparedEvaluation:
             tokens_hash=tokens_hash(ids),
             threads=given.threads,
             device=device,
+            own_dtype=own_dtype(device, shape.dtype),
         ),
         ids=ids,
         source=text,

@@ -225,6 +225,8 @@ def measured_on(report: Document) -> str:
         parts.append(f"{count(evaluation['num_tokens'])} predicted tokens")
     if number(evaluation.get("sequence_length")):
         parts.append(f"in sequences of {count(evaluation['sequence_length'])}, not overlapping")
+    if parts and evaluation.get("dtype"):
+        parts[-1] += f", computed in {evaluation['dtype']}"
     if not parts:
         return ""
     source = evaluation.get("source")

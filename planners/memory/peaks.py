@@ -27,6 +27,9 @@ from planners.model.taps import Statistic
 DOUBLE, SINGLE = 8, 4
 LOGIT_TOKENS = 1024  # rows of logits in memory at one time
 ROWS = 8192  # of a table that are in memory at one time
+HOST_IN_FLIGHT = (
+    2**33
+)  # of the host of an accelerator: what its worker reads ahead and still writes
 LIBRARIES = 64 * 2**20  # what torch and transformers allocate at first use, beside tensors
 
 
@@ -177,7 +180,7 @@ def table_unit(step: Shrinking) -> int:
     """Return the peak of writing the embedding or the head."""
     shape = step.shape
     rows = min(ROWS, shape.vocab_size) * shape.hidden
-    return rows * (BYTES_OF[shape.dtype] * 2 + (2 * SINGLE if step.spec.residual else 0))
+    return rows * (BYTES_OF[shape.dtype] * 3 + (2 * SINGLE if step.spec.residual else 0))
 
 
 def basis_unit(step: Shrinking) -> int:
@@ -207,6 +210,22 @@ def layer_unit(step: Shrinking) -> int:
         shared = step.options.get("rotation") == "shared"
         return max(_rotated_layer(step.shape, *pair, shared=shared) for pair in step.layers)
     return max(_shrunk_layer(step.shape, *pair, step.held) for pair in step.layers)
+
+
+def in_flight(step: Shrinking) -> int:
+    """Return what a worker holds for the units before and after the one that it computes.
+
+    The largest result, which is being written, and the largest inputs, which are read ahead.
+    """
+    stored, square = BYTES_OF[step.shape.dtype], step.shape.hidden**2 * DOUBLE
+    bases = int(step.spec.residual) * square
+    inputs, results = [0], [bases]
+    for before, after in step.layers:
+        sums = sum(statistic_elements(step.shape, s, before) for s in step.held) * DOUBLE
+        read = 0 if step.mapped else max(sums, 3 * bases)
+        inputs.append(layer_parameters(step.shape, before) * stored + read)
+        results.append(layer_parameters(step.shape, after) * stored)
+    return max(inputs) + max(results)
 
 
 def damage_unit(step: Shrinking) -> int:

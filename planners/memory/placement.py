@@ -38,6 +38,7 @@ class Load:
         workspace: what the forward pass, loss or loading of one layer needs on top.
         table: the embedding, or the head, which the first and last stage hold beside layers.
         unit: the peak of the largest compression unit; layers are freed before it.
+        in_flight: of the units before and after it, where there is room for them.
         libraries: what the libraries use beside tensors.
         evaluation: the load while losses are measured, if that uses a wider dtype.
     """
@@ -48,6 +49,7 @@ class Load:
     workspace: int
     table: int = 0
     unit: int = 0
+    in_flight: int = 0
     libraries: int = 0
     evaluation: "Load | None" = None
 
@@ -59,7 +61,7 @@ class Load:
             "boundaries": BOUNDARIES_HELD * self.microbatch,
             "libraries": self.libraries,
         }
-        others = [self.unit + self.libraries]
+        others = [self.unit + self.in_flight + self.libraries]
         if self.evaluation is not None:
             others.append(sum(self.evaluation.stage(num_layers, tables=tables).values()))
         return {**held, "workspace": max(self.workspace, max(others) - sum(held.values()))}
@@ -70,12 +72,13 @@ class Load:
         return sum(self.stage(1, tables=tables).values()) - worker_bytes
 
 
-def load_of(
+def load_of(  # noqa: PLR0913 what a worker does
     shape: ModelShape,
     statistics: frozenset[Statistic],
     batching: TokenBatching,
     *,
     unit: int = 0,
+    in_flight: int = 0,
     start: ModelForm | None = None,
     result: ModelForm | None = None,
 ) -> Load:
@@ -86,6 +89,7 @@ def load_of(
         statistics: summed for each layer.
         batching: of the tokens.
         unit: the peak of the largest compression unit, if any.
+        in_flight: what is held beside it for other units.
         start: widths of the model in the stages; the uncompressed model if None. If given, the
             dense model is evaluated in the same stages too.
         result: widths of the result, which is evaluated in the same stages.
@@ -122,6 +126,7 @@ def load_of(
         workspace=max(passing, losing, loading),
         table=table_bytes(shape, dtype=dtype),
         unit=unit,
+        in_flight=in_flight,
         libraries=LIBRARIES,
     )
 

@@ -425,6 +425,6 @@ def _run_units(workers: _Workers, phase: UnitsPhase) -> None:
         unit = running.pop(event.slot)
         idle.append(event.slot)
         if event.what is LOST:
-            frontier.give_back(unit)
+            frontier.give_back(unit.name)
         else:
             frontier.finish(unit)

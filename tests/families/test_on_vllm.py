@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     model = save_model(base / "dense", hidden_size=HEADS * HEAD_DIM, intermediate_size=96,
                        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)  # fmt: skip
     compress_local(model, base / "run", method="modegpt", keep_fraction=0.8,
-                   options={"modules": "mlp"})  # fmt: skip
+                   options={"servable": "vllm"})  # fmt: skip
     return base / "run/model"
 
 

@@ -102,7 +102,7 @@ def test_so_it_does_behind_a_driver_that_died_and_goes_on_once_it_is_put_back(
 DURING = [
     ("phase begins", "calibrate", UP),
     ("phase begins", "evaluate", "model.norm.weight"),
-    ("layer", "layer-00000", "model.layers.2.self_attn.k_proj.weight"),
+    ("phase begins", "compress", "model.layers.2.self_attn.k_proj.weight"),
     ("phase begins", "compress", "model.embed_tokens.weight"),
     ("phase begins", "compress", "lm_head.weight"),
 ]

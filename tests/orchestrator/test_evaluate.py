@@ -1,12 +1,23 @@
 """Perplexity, against a plain computation with transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.phases.evaluate import Loss
-from tests.builders import LENGTH, compress_local, run_local, save_model, worker_gib
+from actors.messages import WorkerSetup
+from actors.storage.files import Directory
+from orchestrator.backend.local import LocalExecutor
+from orchestrator.engine.work_context import WorkContext
+from orchestrator.engine.worker_pool import Pool
+from orchestrator.phases.evaluate import Loss, agree, evaluate, evaluation_plan, settled
+from orchestrator.phases.open_run import open_run
+from orchestrator.prepare.prepared import dense_subject
+from orchestrator.rundir.journal import Journal
+from orchestrator.rundir.ledger import Ledger
+from tests.builders import LENGTH, compress_local, prepared_run, run_local, save_model, worker_gib
 
 TYPES = ("llama", "mistral", "qwen2")
 
@@ -61,3 +72,57 @@ def count(folder):
 def test_a_mean_beyond_the_range_of_floats_is_infinite_and_no_error():
     assert Loss(nats=1e6, num_tokens=10).perplexity == float("inf")
     assert Loss(nats=0.0, num_tokens=10).perplexity == 1.0
+
+
+def test_losses_agree_up_to_a_ten_thousandth():
+    exact = Loss(nats=1000.0, num_tokens=100)
+    assert agree(exact, Loss(nats=1000.09, num_tokens=100))
+    assert agree(exact, Loss(nats=999.91, num_tokens=100))
+    assert not agree(exact, Loss(nats=1000.11, num_tokens=100))
+
+
+class CountingJournal(Journal):
+    """Counts the parts that were evaluated."""
+
+    def __init__(self, run):
+        super().__init__(run, lambda _: None)
+        self.num_parts = 0
+
+    def emit(self, kind, **facts):
+        self.num_parts += kind == "evaluate"
+        super().emit(kind, **facts)
+
+
+def evaluated(prepared, own_dtype):
+    """Return the loss of the dense model as an accelerator measures it, and the parts it did."""
+    journal = CountingJournal(prepared.run)
+    setup = WorkerSetup(name="pattern", incarnation="", threads=1, device="cpu")
+    pool = Pool(LocalExecutor(), setup, num_workers=1, journal=journal)
+    run = Directory(prepared.config.out)
+    context = WorkContext(run=run, ledger=Ledger(run), journal=journal, pool=pool)
+    plan = replace(evaluation_plan(prepared), own_dtype=own_dtype)
+    subject = dense_subject(prepared)
+    return evaluate(context, settled(context, plan, subject), subject), journal.num_parts
+
+
+def test_an_accelerator_measures_losses_in_float32_where_the_models_own_dtype_differs(tmp_path):
+    model = save_model(tmp_path / "model")
+    prepared = prepared_run(model, tmp_path / "run")
+    open_run(prepared)
+    on_a_cpu, parts = evaluated(prepared, "")
+    found, with_trials = evaluated(prepared, "bfloat16")  # random weights, so losses differ
+    assert (found, with_trials) == (on_a_cpu, 2)  # a part for each trial; the rest has records
+    assert found.dtype == "float32"
+    assert evaluated(prepared, "bfloat16") == (found, 0)  # a resumed run decides the same
+    assert parts > 0
+
+
+def test_and_in_its_own_dtype_where_that_makes_no_difference(tmp_path):
+    model = save_model(tmp_path / "model")
+    prepared = prepared_run(model, tmp_path / "run")
+    open_run(prepared)
+    exact, _ = evaluated(prepared, "")
+    found, _ = evaluated(prepared, "float64")
+    assert found.dtype == "float64"
+    assert found.nats == pytest.approx(exact.nats, rel=1e-5)
+    assert found.nats != exact.nats

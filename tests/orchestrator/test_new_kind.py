@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from actors.layer_units.reads import Reads
 from actors.layer_units.registry import FUNCTIONS, do_unit
 from actors.messages import CompressionJob, UnitTask
 from actors.storage.files import Directory
@@ -67,7 +68,7 @@ def test_a_worker_does_it(prune):
         tokens="", batching=job.data,
     )  # fmt: skip
     task = UnitTask(unit=prune.unit(3), kind="prune", index=3, inputs=())
-    assert do_unit(task, asked, run=Directory("unused"), device="cpu") == ((), {"pruned": 3})
+    assert do_unit(task, asked, run=Directory("unused"), reads=Reads("cpu")) == ((), {"pruned": 3})
 
 
 @pytest.mark.usefixtures("prune")

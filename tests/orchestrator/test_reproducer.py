@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.layer_units.reads import Reads
 from actors.layer_units.registry import do_unit
 from actors.messages import (
     Assignment,
@@ -135,7 +136,7 @@ def test_a_layer_with_options_of_its_own_is_done_again_with_them(model, tmp_path
     reproducer = failing(model, out, "layer-00001", **recipe, **own)
     call = CALL.validate_python(json.loads(reproducer.read_text())["call"])
     assert call.job.layer_options == own["layer_options"]
-    do_unit(call.task, call.job, run=Directory(str(out)), device="cpu")
+    do_unit(call.task, call.job, run=Directory(str(out)), reads=Reads("cpu"))
     again = layer_file(out / "model", 1).read_bytes()
     for name, more in (("own", own), ("common", {})):
         compress_local(model, tmp_path / name, **recipe, **more)

@@ -78,6 +78,7 @@ def test_shards_pass_side_by_side_as_far_as_there_are_workers(
         "step": (5 + 2 + 2) * stages,  # evaluation has two parts
         "publish": 4 * SHARDS,
         "work": 4 + 9 + 4 + 2,  # what adds shards, sites, layers, embedding and head
+        "written": 4 * SHARDS + 4 + 9 + 4 + 2,
     }
     assert_same(tmp_path, undisturbed)
 

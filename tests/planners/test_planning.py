@@ -36,12 +36,13 @@ def planned(method, work, *, shape=SHAPE):
 
 
 def test_a_bfloat16_pass_is_planned_with_the_float32_model_that_is_evaluated():
-    narrow = planned("slicegpt", WORK)
-    exact = planned("slicegpt", replace(WORK, evaluation_dtype="float32"))
+    work = replace(WORK, on_host=False)  # nothing of other units beside the layers
+    narrow = planned("slicegpt", work)
+    exact = planned("slicegpt", replace(work, evaluation_dtype="float32"))
     layers = 4 * layer_parameters(SHAPE, dense_form(SHAPE))
     assert 2 * layers < narrow.worker_bytes < exact.worker_bytes
     assert exact.worker_bytes >= 4 * layers
-    again = planned("slicegpt", replace(WORK, evaluation_dtype="bfloat16"))
+    again = planned("slicegpt", replace(work, evaluation_dtype="bfloat16"))
     assert again.worker_bytes == narrow.worker_bytes
 
 
@@ -82,3 +83,16 @@ def test_a_run_takes_the_disk_that_its_plan_says(method, size, tmp_path):
     compress_local(model, out, method=method, **size)
     found = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     assert 0.98 * expected < found < 1.02 * expected
+
+
+def test_other_units_are_read_and_written_beside_one_only_where_there_is_room():
+    roomy = planned("slicegpt", WORK)
+    read, written = dense_form(SHAPE), roomy.form.layers[0]
+    assert roomy.in_flight_bytes >= 2 * sum(layer_parameters(SHAPE, f) for f in (read, written))
+    needed = roomy.worker_bytes - 1
+    tight = planned("slicegpt", replace(WORK, worker_bytes=needed))
+    assert tight.in_flight_bytes == 0
+    assert tight.worker_bytes <= needed
+    on_a_device = planned("slicegpt", replace(WORK, on_host=False))
+    assert on_a_device.in_flight_bytes > 0
+    assert on_a_device.worker_bytes == tight.worker_bytes

@@ -227,7 +227,9 @@ class ShortFile(io.BytesIO):
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_an_answer_is_whole_or_an_error_whatever_its_last_byte(size, last):
     data = bytes([last]) * size
-    assert files._filled(ShortFile(data, size), size) == data
+    found = bytearray(size)
+    files._fill(ShortFile(data, size), memoryview(found))
+    assert found == data
     for given in range(size):
         with pytest.raises(retries.ShortReadError):
-            files._filled(ShortFile(data, given), size)
+            files._fill(ShortFile(data, given), memoryview(bytearray(size)))

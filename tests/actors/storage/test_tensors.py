@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from actors.storage.files import Directory
 from actors.storage.tensors import (
     TORCH_DTYPE,
+    described,
     read_header,
     read_tensor,
     read_tensors,
     tensor_bytes,
     write_rows,
     write_tensors,
+    write_weights,
 )
 from planners.errors import ModelError
 
@@ -71,14 +73,25 @@ def test_the_order_of_tensors_does_not_change_the_file(folder, found):
     assert one.sha256 == other.sha256
 
 
+def test_weights_are_hashed_while_they_are_written(folder):
+    found = {"small": torch.ones(3, 2), "large": torch.arange(2**21), "none": torch.empty(0, 4)}
+    directory = Directory(str(folder))
+    entry, facts = write_weights(directory, "weights.safetensors", found)
+    again = write_tensors(directory, "again.safetensors", found, metadata={"format": "pt"})
+    assert (entry.bytes, entry.sha256) == (again.bytes, again.sha256)
+    assert facts == {name: described(tensor) for name, tensor in found.items()}
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sampled_from(list(TORCH_DTYPE)))
 def test_a_matrix_that_arrives_in_blocks_is_the_file_of_the_whole(folder, sizes, name):
     whole = torch.arange(sum(sizes) * 3).reshape(-1, 3).to(TORCH_DTYPE[name])
     directory = Directory(str(folder))
     shape = tuple(whole.shape)
-    blocks = write_rows(directory, "rows.safetensors", "table", whole.split(sizes), shape=shape)
+    rows = whole.split(sizes)
+    blocks, facts = write_rows(directory, "rows.safetensors", "table", rows, shape=shape)
     at_once = write_tensors(directory, "w.safetensors", {"table": whole}, metadata={"format": "pt"})
     assert blocks.sha256 == at_once.sha256
+    assert facts == described(whole)
 
 
 @given(tensors().filter(lambda tensor: tensor.dim() > 0), st.data())
