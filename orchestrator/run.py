@@ -14,7 +14,7 @@ from orchestrator.engine.failure_policy import POLICIES
 from orchestrator.engine.interrupt import Interruption, interruptible
 from orchestrator.phases.allocate import allocate
 from orchestrator.phases.calibrate import tell_missing
-from orchestrator.phases.context import RunContext, new_pool
+from orchestrator.phases.context import RunContext, new_evaluator, new_pool
 from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan
 from orchestrator.phases.finish import finish
 from orchestrator.phases.open_run import check_run, write_run
@@ -105,7 +105,7 @@ def run_on(
     """
     run = prepared.run
     journal = Journal(run, listener)
-    pool = new_pool(prepared, executor, journal)
+    pool, evaluator = new_pool(prepared, executor, journal), new_evaluator(prepared, executor)
     pool.interruption = interruption or pool.interruption
     # Of several steps only the first reuses another run's statistics; all use its dense losses.
     known = prepared.statistics_uri or prepared.config.stats
@@ -121,12 +121,17 @@ def run_on(
     try:
         with context.phase("run", total=0):
             tell_missing(context)
+            if prepared.config.address == "local" and not context.ledger.has_record("throughput"):
+                evaluator.start()  # it imports what it needs while the units run
             context, losses = compress_and_evaluate(context)
             pool.close()  # frees memory: what follows loads whole models
-            checks = verify(context, stitched(context))
-            speeds = throughput(context, [dense_subject(context.prepared), stitched(context)])
+            checks = verify(context, stitched(context), evaluator)
+            models = [dense_subject(context.prepared), stitched(context)]
+            speeds = throughput(context, models, evaluator)
+            evaluator.close()
             verify_bytes(context)
     finally:
+        evaluator.close()
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)
