@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.backend.ray_cluster import ClusterFacts, connected
 from orchestrator.forecast.forecast import forecast_of
 from orchestrator.forecast.pricing import Pricing
 from orchestrator.prepare.prepare import prepare
@@ -46,7 +46,7 @@ def compress_as(
     config: RunConfig,
     started: Callable[[Prepared], RunHooks],
     *,
-    dashboard: bool = False,
+    connect: Callable[..., AbstractContextManager[ClusterFacts]] = connected,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a recipe, and return the report.
@@ -54,21 +54,20 @@ def compress_as(
     Args:
         config: the recipe.
         started: see `do_prepared`.
-        dashboard: see `do_prepared`.
+        connect: see `do_prepared`.
         verify_hashes: see `do_prepared`.
 
     Raises:
         CompressionError: see `planners.errors`; finished work is kept.
     """
-    how = {"dashboard": dashboard, "verify_hashes": verify_hashes}
-    return do_prepared(prepare(config), started, **how)
+    return do_prepared(prepare(config), started, connect=connect, verify_hashes=verify_hashes)
 
 
 def do_prepared(
     prepared: Prepared,
     started: Callable[[Prepared], RunHooks],
     *,
-    dashboard: bool = False,
+    connect: Callable[..., AbstractContextManager[ClusterFacts]] = connected,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a prepared run, and return the report.
@@ -76,7 +75,7 @@ def do_prepared(
     Args:
         prepared: the run.
         started: is called with the prepared run before anything starts.
-        dashboard: start Ray's dashboard with a local cluster.
+        connect: see `orchestrator.run.run`.
         verify_hashes: compare the bytes of finished files with their records, not only sizes.
 
     Raises:
@@ -87,7 +86,7 @@ def do_prepared(
         return run(
             prepared,
             listener=listener,
-            dashboard=dashboard,
+            connect=connect,
             verify_hashes=verify_hashes,
             approve=hooks.approve,
             expected=hooks.expected,

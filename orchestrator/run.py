@@ -1,6 +1,7 @@
 """The path of a run, from start to report."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ def run(
     prepared: Prepared,
     *,
     listener: Listener,
-    dashboard: bool = False,
+    connect: Callable[..., AbstractContextManager[ClusterFacts]] = ray_cluster.connected,
     verify_hashes: bool = False,
     approve: Callable[[ClusterFacts], None] = lambda _: None,
     expected: Mapping[str, Any] | None = None,
@@ -47,7 +48,7 @@ def run(
     Args:
         prepared: the run.
         listener: is called with every event.
-        dashboard: start Ray's dashboard with a local cluster.
+        connect: `ray_cluster.connected`, or the same with further arguments.
         verify_hashes: compare the bytes of all files with their records first, not only sizes.
         approve: gets the cluster's facts before any work starts, and may refuse by raising.
         expected: the forecast, for the report to compare with.
@@ -63,12 +64,11 @@ def run(
         report = finished_report(prepared.run, hashes=verify_hashes) if known else None
         if report is not None:
             return report
-        with ray_cluster.connected(
+        with connect(
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
             store_bytes=config.workers * shared_bytes(prepared.plan.waves[0][0]),
-            dashboard=dashboard,
         ) as facts:
             approve(facts)
             write_run(

@@ -31,17 +31,11 @@ def run(
     config: RunConfig,
     terms: Pricing,
     *,
-    dry_run: bool,
     yes: bool,
     json_: bool,
     **how: Any,
 ) -> None:
     """Show the plan of a run, do the run with progress on stderr, and print its report."""
-    if dry_run:
-        prepared = prepare(config, only_plan=True)
-        open_run.require_same(prepared)
-        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
-        return
     was_ready = False
 
     def started(prepared: Prepared) -> RunHooks:
@@ -79,9 +73,7 @@ def started_run(
 def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: bool) -> None:
     """Print the plan of a run; without weights on this machine, from the config only."""
     if cluster_text is None and config.model not in CONFIGS:
-        prepared = prepare(config, only_plan=True)
-        open_run.require_same(prepared)
-        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
+        show_plan(config, terms, json_=json_)
         return
     if config.stats:
         raise ConfigError(
@@ -95,6 +87,13 @@ def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: 
     facts = {"model": config.model, "method": method, "cluster": where}
     title = f"{config.model} · {method} · {where}"
     _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
+
+
+def show_plan(config: RunConfig, terms: Pricing, *, json_: bool) -> None:
+    """Print the plan of a run of a model that is at hand."""
+    prepared = prepare(config, only_plan=True)
+    open_run.require_same(prepared)
+    _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
 
 
 def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None:
