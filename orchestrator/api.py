@@ -1,9 +1,10 @@
 """The entry points to a run, for the command line and for Python."""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.backend.ray_cluster import ClusterFacts, connected
@@ -25,19 +26,23 @@ class RunHooks:
         listening: a context manager that yields the listener to all events of the run.
         approve: gets the cluster's facts before any work starts, and may refuse by raising.
         expected: the forecast, for the report to compare with.
+        begun: when the caller began, in seconds since the epoch.
     """
 
     listening: AbstractContextManager[Listener]
     approve: Callable[[ClusterFacts], None] = lambda _: None
     expected: Mapping[str, Any] | None = None
+    begun: float = field(default_factory=time.time)
 
 
 def compress(model: str, *, listener: Listener, **recipe: Any) -> dict[str, Any]:
     """Compress a model and return its report; see `orchestrator.compress`."""
+    begun = time.time()
 
     def started(prepared: Prepared) -> RunHooks:
         expected = forecast_of(prepared, Pricing()).to_json()
-        return RunHooks(listening=contextlib.nullcontext(listener), expected=expected)
+        listening = contextlib.nullcontext(listener)
+        return RunHooks(listening=listening, expected=expected, begun=begun)
 
     return compress_as(load_config(None, {**recipe, "model": model}), started)
 
@@ -84,7 +89,7 @@ def do_prepared(
     hooks = started(prepared)
     with hooks.listening as listener:
         return run(
-            prepared,
+            replace(prepared, begun=hooks.begun),
             listener=listener,
             connect=connect,
             verify_hashes=verify_hashes,

@@ -119,7 +119,7 @@ def run_on(
         pool=pool,
     )
     try:
-        with context.phase("run", total=0):
+        with context.phase("run", total=0, begun=prepared.begun):
             tell_missing(context)
             if prepared.config.address == "local" and not context.ledger.has_record("throughput"):
                 evaluator.start()  # it imports what it needs while the units run
