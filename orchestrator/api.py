@@ -1,12 +1,13 @@
 """The entry points to a run, for the command line and for Python."""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.backend.ray_cluster import ClusterFacts, connected
 from orchestrator.forecast.forecast import forecast_of
 from orchestrator.forecast.pricing import Pricing
 from orchestrator.prepare.prepare import prepare
@@ -25,19 +26,23 @@ class RunHooks:
         listening: a context manager that yields the listener to all events of the run.
         approve: gets the cluster's facts before any work starts, and may refuse by raising.
         expected: the forecast, for the report to compare with.
+        begun: when the caller began, in seconds since the epoch.
     """
 
     listening: AbstractContextManager[Listener]
     approve: Callable[[ClusterFacts], None] = lambda _: None
     expected: Mapping[str, Any] | None = None
+    begun: float = field(default_factory=time.time)
 
 
 def compress(model: str, *, listener: Listener, **recipe: Any) -> dict[str, Any]:
     """Compress a model and return its report; see `orchestrator.compress`."""
+    begun = time.time()
 
     def started(prepared: Prepared) -> RunHooks:
         expected = forecast_of(prepared, Pricing()).to_json()
-        return RunHooks(listening=contextlib.nullcontext(listener), expected=expected)
+        listening = contextlib.nullcontext(listener)
+        return RunHooks(listening=listening, expected=expected, begun=begun)
 
     return compress_as(load_config(None, {**recipe, "model": model}), started)
 
@@ -46,7 +51,7 @@ def compress_as(
     config: RunConfig,
     started: Callable[[Prepared], RunHooks],
     *,
-    dashboard: bool = False,
+    connect: Callable[..., AbstractContextManager[ClusterFacts]] = connected,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a recipe, and return the report.
@@ -54,21 +59,20 @@ def compress_as(
     Args:
         config: the recipe.
         started: see `do_prepared`.
-        dashboard: see `do_prepared`.
+        connect: see `do_prepared`.
         verify_hashes: see `do_prepared`.
 
     Raises:
         CompressionError: see `planners.errors`; finished work is kept.
     """
-    how = {"dashboard": dashboard, "verify_hashes": verify_hashes}
-    return do_prepared(prepare(config), started, **how)
+    return do_prepared(prepare(config), started, connect=connect, verify_hashes=verify_hashes)
 
 
 def do_prepared(
     prepared: Prepared,
     started: Callable[[Prepared], RunHooks],
     *,
-    dashboard: bool = False,
+    connect: Callable[..., AbstractContextManager[ClusterFacts]] = connected,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
     """Run or resume a prepared run, and return the report.
@@ -76,7 +80,7 @@ def do_prepared(
     Args:
         prepared: the run.
         started: is called with the prepared run before anything starts.
-        dashboard: start Ray's dashboard with a local cluster.
+        connect: see `orchestrator.run.run`.
         verify_hashes: compare the bytes of finished files with their records, not only sizes.
 
     Raises:
@@ -85,9 +89,9 @@ def do_prepared(
     hooks = started(prepared)
     with hooks.listening as listener:
         return run(
-            prepared,
+            replace(prepared, begun=hooks.begun),
             listener=listener,
-            dashboard=dashboard,
+            connect=connect,
             verify_hashes=verify_hashes,
             approve=hooks.approve,
             expected=hooks.expected,

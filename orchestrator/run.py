@@ -1,6 +1,7 @@
 """The path of a run, from start to report."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from orchestrator.engine.failure_policy import POLICIES
 from orchestrator.engine.interrupt import Interruption, interruptible
 from orchestrator.phases.allocate import allocate
 from orchestrator.phases.calibrate import tell_missing
-from orchestrator.phases.context import RunContext, new_pool
+from orchestrator.phases.context import RunContext, new_evaluator, new_pool
 from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan, settled
 from orchestrator.phases.finish import finish
 from orchestrator.phases.open_run import check_run, write_run
@@ -38,7 +39,7 @@ def run(
     prepared: Prepared,
     *,
     listener: Listener,
-    dashboard: bool = False,
+    connect: Callable[..., AbstractContextManager[ClusterFacts]] = ray_cluster.connected,
     verify_hashes: bool = False,
     approve: Callable[[ClusterFacts], None] = lambda _: None,
     expected: Mapping[str, Any] | None = None,
@@ -48,7 +49,7 @@ def run(
     Args:
         prepared: the run.
         listener: is called with every event.
-        dashboard: start Ray's dashboard with a local cluster.
+        connect: `ray_cluster.connected`, or the same with further arguments.
         verify_hashes: compare the bytes of all files with their records first, not only sizes.
         approve: gets the cluster's facts before any work starts, and may refuse by raising.
         expected: the forecast, for the report to compare with.
@@ -64,12 +65,11 @@ def run(
         report = finished_report(prepared.run, hashes=verify_hashes) if known else None
         if report is not None:
             return report
-        with ray_cluster.connected(
+        with connect(
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
             store_bytes=config.workers * shared_bytes(prepared.plan.waves[0][0]),
-            dashboard=dashboard,
         ) as facts:
             approve(facts)
             write_run(
@@ -106,7 +106,7 @@ def run_on(
     """
     run = prepared.run
     journal = Journal(run, listener)
-    pool = new_pool(prepared, executor, journal)
+    pool, evaluator = new_pool(prepared, executor, journal), new_evaluator(prepared, executor)
     pool.interruption = interruption or pool.interruption
     # Of several steps only the first reuses another run's statistics; all use its dense losses.
     known = prepared.statistics_uri or prepared.config.stats
@@ -120,14 +120,19 @@ def run_on(
         pool=pool,
     )
     try:
-        with context.phase("run", total=0):
+        with context.phase("run", total=0, begun=prepared.begun):
             tell_missing(context)
+            if prepared.config.address == "local" and not context.ledger.has_record("throughput"):
+                evaluator.start()  # it imports what it needs while the units run
             context, losses = compress_and_evaluate(context)
             pool.close()  # frees memory: what follows loads whole models
-            checks = verify(context, stitched(context))
-            speeds = throughput(context, [dense_subject(context.prepared), stitched(context)])
+            checks = verify(context, stitched(context), evaluator)
+            models = [dense_subject(context.prepared), stitched(context)]
+            speeds = throughput(context, models, evaluator)
+            evaluator.close()
             verify_bytes(context)
     finally:
+        evaluator.close()
         pool.close()
         journal.flush()
     report = outcome(context, losses=losses, throughput=speeds, checks=checks)

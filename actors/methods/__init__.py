@@ -8,6 +8,7 @@ by several methods.
 import ast
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module, resources
 from typing import Any
 
@@ -50,32 +51,50 @@ def spec(name: str) -> MethodSpec:
     return found
 
 
-def declared_options(name: str) -> tuple[OptionSpec, ...]:
-    """Return the options of a method as its source declares them, without importing it.
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a method's source declares of it, for people: see `planners.method.MethodSpec`."""
 
-    Importing a method takes seconds, for torch; help and completion are there at once. In
-    ``SPEC = MethodSpec(options=(...))`` stand an ``OptionSpec`` of literals, or the name of one
-    that is imported from planners.
+    name: str
+    source: str
+    modules: tuple[str, ...]
+    options: tuple[OptionSpec, ...]
+
+
+def declared(name: str) -> Declared:
+    """Return what a method says of itself, without importing it.
+
+    Importing a method takes seconds, for torch; help, lists and completion are there at once. In
+    ``SPEC = MethodSpec(source=..., modules=..., options=(...))`` stand literals, ``OptionSpec`` of
+    literals, or the names of such constants, from the same file or imported from planners.
 
     Raises:
         ConfigError: there is no such method.
     """
     require(name)
     source = resources.files(__name__).joinpath(f"{name}.py").read_text(encoding="utf-8")
-    nodes = list(ast.walk(ast.parse(source)))
-    imported = {
-        alias.asname or alias.name: (node.module or "", alias.name)
-        for node in nodes
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "MethodSpec"]
-    (options,) = [k.value for call in calls for k in call.keywords if k.arg == "options"]
-    return tuple(
-        _declared(node, imported)
-        for node in ast.iter_child_nodes(options)
-        if isinstance(node, ast.expr)
+    tree = ast.parse(source)
+    (call,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "MethodSpec"
+    ]
+    given, known = {str(k.arg): k.value for k in call.keywords}, _Constants(tree)
+    return Declared(
+        name,
+        known.value(given["source"]),
+        known.value(given["modules"]),
+        tuple(known.value(node) for node in getattr(given["options"], "elts", ())),
     )
+
+
+def declared_options(name: str) -> tuple[OptionSpec, ...]:
+    """Return the options of a method as its source declares them, without importing it.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return declared(name).options
 
 
 def chosen(name: str, options: Mapping[str, Option]) -> MethodSpec:
@@ -103,12 +122,32 @@ def load(name: str) -> Any:
     return _module(name).METHOD
 
 
-def _declared(node: ast.expr, imported: Mapping[str, tuple[str, str]]) -> OptionSpec:
-    if isinstance(node, ast.Call):
-        return OptionSpec(**{str(k.arg): ast.literal_eval(k.value) for k in node.keywords})
-    module, attribute = imported[ast.unparse(node)]
-    found: OptionSpec = getattr(import_module(module), attribute)
-    return found
+class _Constants:
+    """The values of names in a source file that is not executed."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self._imported = {
+            alias.asname or alias.name: (node.module or "", alias.name)
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        self._own = {
+            ast.unparse(node.targets[0]): node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+        }
+
+    def value(self, node: ast.expr) -> Any:
+        """Return a literal, an ``OptionSpec`` of literals, or what a name stands for."""
+        if isinstance(node, ast.Call):
+            return OptionSpec(**{str(k.arg): ast.literal_eval(k.value) for k in node.keywords})
+        if not isinstance(node, ast.Name):
+            return ast.literal_eval(node)
+        if node.id in self._own:
+            return self.value(self._own[node.id])
+        module, attribute = self._imported[node.id]
+        return getattr(import_module(module), attribute)
 
 
 def _module(name: str) -> Any:

@@ -123,6 +123,16 @@ def resolve_store(given: str) -> str:
     return os.path.realpath(path)
 
 
+def source_here(name: str) -> ModelSource | None:
+    """Return the location of a model that is not on the Hub; no request is sent.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    on_hub = name.startswith(SCHEME) or hub_place(name) is not None
+    return None if on_hub else resolve_model(name)
+
+
 def hub_place(name: str) -> tuple[str, str, str] | None:
     """Return short name, Hub id and revision of a model on the Hub; None for any other name.
 

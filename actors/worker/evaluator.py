@@ -1,6 +1,7 @@
 """The worker that loads a finished checkpoint as users do, verifies it and measures its speed."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.devices.memory import PeakMemory
+from actors.devices.memory import PeakMemory, release_freed_memory
 from actors.messages import ThroughputRequest, UnitDone, VerifyRequest
 from actors.modeling.outer_model import OuterModel
 from actors.modeling.travelling import CODE, code_of
@@ -39,18 +40,22 @@ class Check:
 
 
 class Evaluator:
-    """Runs in a fresh process, so that it sees a result only through its directory."""
+    """Runs in a process of its own, so that it sees a result only through its directory."""
+
+    _peak: PeakMemory  # of the current request
 
     def __init__(self, threads: int, device: str) -> None:
-        """Set threads and device; no model is loaded yet."""
+        """Set threads; no model is loaded yet, and the device is not used before the first one.
+
+        The process may wait for its first request while workers use the device.
+        """
         torch.set_num_threads(threads)
         self._device = device
-        self._peak = PeakMemory(device)
 
     @torch.inference_mode()
     def verify(self, unit: str, request: VerifyRequest) -> UnitDone:
         """Verify a checkpoint; the values are its checks, passed or failed."""
-        started, begun = time.time(), time.monotonic()
+        started, begun = self._begin()
         checks = (
             _whole_checks(request, self._device) if request.whole else _stagewise_checks(request)
         )
@@ -60,7 +65,7 @@ class Evaluator:
     @torch.no_grad()  # as users generate: graphs of an inference mode are compiled for that alone
     def throughput(self, unit: str, request: ThroughputRequest) -> UnitDone:
         """Time models; the values are name -> what `timed` returns."""
-        started, begun = time.time(), time.monotonic()
+        started, begun = self._begin()
         with contextlib.ExitStack() as stack:
             models = {
                 name: _loaded(stack.enter_context(local_copy(uri)), self._device)
@@ -68,6 +73,18 @@ class Evaluator:
             }
             values = timed(models, request)
         return self._done(unit, values, started, time.monotonic() - begun)
+
+    def _begin(self) -> tuple[float, float]:
+        """Start a request as in a new process, without memory of an earlier one; return the time.
+
+        The first is since the epoch, the second that of the monotonic clock.
+        """
+        gc.collect()
+        release_freed_memory()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        self._peak = PeakMemory(self._device)
+        return time.time(), time.monotonic()
 
     def _done(
         self, unit: str, values: Mapping[str, object], started: float, seconds: float

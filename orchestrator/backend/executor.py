@@ -52,10 +52,17 @@ class WorkerFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one actor reserves."""
+    """What one actor reserves.
+
+    Attributes:
+        num_cpus: logical cores.
+        num_gpus: devices; it sees these only.
+        any_gpu: it sees all GPUs of its machine, although it reserves none.
+    """
 
     num_cpus: float
     num_gpus: float = 0.0
+    any_gpu: bool = False
 
     def __str__(self) -> str:
         """Return the resources as text: ``2 CPU and 1 GPU``."""

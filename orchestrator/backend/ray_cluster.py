@@ -5,7 +5,7 @@ import copy
 import io
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,43 @@ class ClusterFacts:
     spot: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """Ray on this machine, started before the plan of a run was known.
+
+    Attributes:
+        num_cpus: cores that it offers.
+        dashboard: address of its dashboard, or empty.
+        stop: stops it.
+    """
+
+    num_cpus: int
+    dashboard: str
+    stop: Callable[[], None]
+
+
+@contextlib.contextmanager
+def started_ahead(*, num_cpus: int, dashboard: bool) -> Iterator[Ahead]:
+    """Start Ray on this machine, for `connected` to use in this block if it is large enough.
+
+    Raises:
+        ClusterError: Ray does not start.
+    """
+    with contextlib.ExitStack() as stack:
+        place = _on_this_machine(num_cpus=num_cpus, store_bytes=STORE_BYTES, dashboard=dashboard)
+        url = stack.enter_context(place)
+        yield Ahead(num_cpus=num_cpus, dashboard=url, stop=stack.close)
+
+
 @contextlib.contextmanager
 def connected(
-    address: str, *, num_cpus: int, num_gpus: int, store_bytes: int, dashboard: bool = False
+    address: str,
+    *,
+    num_cpus: int,
+    num_gpus: int,
+    store_bytes: int,
+    dashboard: bool = False,
+    ahead: Ahead | None = None,
 ) -> Iterator[ClusterFacts]:
     """Connect for the duration of a block; ``local`` starts a cluster and stops it afterwards.
 
@@ -67,29 +101,55 @@ def connected(
         num_gpus: devices that the work needs at one time.
         store_bytes: shared memory that a local cluster needs for activations.
         dashboard: start Ray's dashboard with a local cluster; on loopback only.
+        ahead: a local one that runs already; if it is too small another takes its place, else it
+            is used, and outlives the block.
 
     Raises:
         ClusterError: there is no cluster at the address, or it is too small; or Ray does not start.
     """
+    if ahead is not None and (ahead.num_cpus < num_cpus or store_bytes > STORE_BYTES):
+        ahead.stop()
+        ahead = None
+    with contextlib.ExitStack() as stack:
+        if ahead is not None:
+            url = ahead.dashboard
+        elif address == "local":
+            place = _on_this_machine(
+                num_cpus=num_cpus, store_bytes=max(STORE_BYTES, store_bytes), dashboard=dashboard
+            )
+            url = stack.enter_context(place)
+        else:
+            _set_environment()
+            url = joined(address).dashboard_url or ""
+            stack.callback(ray.shutdown)
+            _protect_token()
+        facts = _facts(address, url)
+        _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
+        yield facts
+
+
+@contextlib.contextmanager
+def _on_this_machine(*, num_cpus: int, store_bytes: int, dashboard: bool) -> Iterator[str]:
+    """Start Ray for a block; yield the address of its dashboard, or empty."""
+    _set_environment()
+    with local_start.sockets() as folder:
+        context = _started(
+            num_cpus=num_cpus,
+            include_dashboard=dashboard,
+            object_store_memory=store_bytes,
+            _temp_dir=folder,
+        )
+        try:
+            _protect_token()
+            yield context.dashboard_url or ""
+        finally:
+            ray.shutdown()  # before its directory is removed
+
+
+def _set_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # unread second returns of lost calls
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(local_start.sockets()) if address == "local" else None
-        if address == "local":
-            context = _started(
-                num_cpus=num_cpus,
-                include_dashboard=dashboard,
-                object_store_memory=max(STORE_BYTES, store_bytes),
-                _temp_dir=folder,
-            )
-        else:
-            context = joined(address)
-        stack.callback(ray.shutdown)  # before its directory is removed
-        _protect_token()
-        facts = _facts(address, context.dashboard_url or "")
-        _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
-        yield facts
 
 
 def most_gpus(address: str) -> float:

@@ -62,18 +62,17 @@ class RayExecutor:
 
     def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
         """Return the handle of a new actor that Ray will not restart by itself."""
-        environment = {}
-        if not resources.num_gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # unset, a CPU actor would see every GPU
         remote = ray.remote(actor_class).options(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             max_restarts=0,
             max_task_retries=0,
             name=name,
-            runtime_env={"env_vars": environment},
         )
         handle = remote.remote(*args)
+        if not resources.num_gpus and not resources.any_gpu:
+            # Not by a runtime environment: Ray would need a second or two to start its process.
+            handle.__ray_call__.remote(_hide_gpus)
         if token := hub.token_in_use():
             # As an argument of a call: it is sent from process to process, and appears in no
             # environment, no description of the actor or its call, and no file.
@@ -145,6 +144,12 @@ class RayExecutor:
     def capacity(self) -> str:
         """Return the cluster's total and free CPUs and GPUs as text."""
         return ray_cluster.capacity()
+
+
+def _hide_gpus(actor: Any) -> None:
+    """Keep this process from using a GPU, before it has used one: a CPU actor would see all."""
+    del actor
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _lend(actor: Any, token: str) -> None:

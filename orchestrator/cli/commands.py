@@ -57,17 +57,31 @@ def run(
     Shows the plan first, and asks before using a cluster that may cost money. The result is
     RUN/model. The same command resumes an interrupted run.
     """
-    how = {name: given.pop(name) for name in ("dashboard", "dry_run", "verify_hashes")}
+    dashboard, dry_run = given.pop("dashboard"), given.pop("dry_run")
+    hashes = given.pop("verify_hashes")
     prices = pricing(given)
     config = config_of(model, given)
+    from actors.storage.sources import source_here
+
+    source = source_here(config.model)  # before what takes seconds: the name may be misspelt
     echo("reading the model and the data", err=True)  # what is imported next takes seconds
     if token_on_stdin:
         from actors.storage import hub
 
         hub.lend(sys.stdin.readline().strip())
-    from orchestrator.cli.run import run
+    if dry_run:
+        from orchestrator.cli.run import show_plan
 
-    run(config, prices, **how, yes=yes, json_=json_)
+        show_plan(config, prices, json_=json_)
+        return
+    from orchestrator.cli.ahead import cluster_for
+
+    with cluster_for(
+        config, source, dashboard=dashboard, modules="orchestrator.cli.run"
+    ) as connect:
+        from orchestrator.cli.run import run
+
+        run(config, prices, connect=connect, verify_hashes=hashes, yes=yes, json_=json_)
 
 
 @click.command(cls=RecipeCommand)

@@ -18,9 +18,9 @@ from planners.spelling import typed
 @as_json
 def methods(json_: bool) -> None:
     """List the methods, their options and defaults."""
-    from actors.methods import available, spec
+    from actors.methods import available, declared
 
-    specs = [spec(name) for name in available()]
+    specs = [declared(name) for name in available()]
     document = [
         {"name": s.name, "source": s.source, "modules": s.modules,
          "options": [asdict(option) for option in s.options]}

@@ -1,5 +1,6 @@
 """Run a recipe, print its plan, or recompute layers of a run, and print the report."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.text import Text
 from actors.storage.files import Directory
 from orchestrator.api import RunHooks, compress_as, do_prepared
 from orchestrator.backend.ray_cluster import ClusterFacts
+from orchestrator.cli import clock
 from orchestrator.cli.consent import ask_before, asker, require_consent
 from orchestrator.cli.output import emit, stderr, stdout
 from orchestrator.cli.plan import show
@@ -21,6 +23,7 @@ from orchestrator.phases.open_run import recipe_of
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared
 from orchestrator.recipe.config import RunConfig
+from orchestrator.report.numbers import seconds_text
 from orchestrator.rundir.finished import finished_report
 from planners.canonical_json import to_json
 from planners.catalogue import CONFIGS
@@ -31,17 +34,11 @@ def run(
     config: RunConfig,
     terms: Pricing,
     *,
-    dry_run: bool,
     yes: bool,
     json_: bool,
     **how: Any,
 ) -> None:
     """Show the plan of a run, do the run with progress on stderr, and print its report."""
-    if dry_run:
-        prepared = prepare(config, only_plan=True)
-        open_run.require_same(prepared)
-        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
-        return
     was_ready = False
 
     def started(prepared: Prepared) -> RunHooks:
@@ -53,6 +50,17 @@ def run(
     if was_ready:
         stderr.print("the run was already READY; this is its report")
     print_report(report, json_=json_)
+    if not json_ and not was_ready:
+        stdout.print(took(report))
+
+
+def took(report: dict[str, Any]) -> str:
+    """Return how long this command took until now, and all commands of the run together."""
+    seconds = time.time() - clock.began()
+    total = report["seconds"]["total"]
+    # The total ends before the report is written; of one command it is less than it took.
+    earlier = f"; {seconds_text(total)} in total, with those before" if total > seconds else ""
+    return f"took {seconds_text(seconds)}{earlier}"
 
 
 def started_run(
@@ -73,15 +81,14 @@ def started_run(
         listening=ProgressScreen(stderr, num_workers=found.num_workers),
         approve=approve,
         expected=found.to_json(),
+        begun=clock.began(),
     )
 
 
 def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: bool) -> None:
     """Print the plan of a run; without weights on this machine, from the config only."""
     if cluster_text is None and config.model not in CONFIGS:
-        prepared = prepare(config, only_plan=True)
-        open_run.require_same(prepared)
-        _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
+        show_plan(config, terms, json_=json_)
         return
     if config.stats:
         raise ConfigError(
@@ -95,6 +102,13 @@ def plan(config: RunConfig, terms: Pricing, *, cluster_text: str | None, json_: 
     facts = {"model": config.model, "method": method, "cluster": where}
     title = f"{config.model} · {method} · {where}"
     _print_plan(found, title=title, out="not started", facts=facts, json_=json_)
+
+
+def show_plan(config: RunConfig, terms: Pricing, *, json_: bool) -> None:
+    """Print the plan of a run of a model that is at hand."""
+    prepared = prepare(config, only_plan=True)
+    open_run.require_same(prepared)
+    _print_prepared(prepared, forecast_of(prepared, terms), json_=json_)
 
 
 def _print_prepared(prepared: Prepared, found: Forecast, *, json_: bool) -> None:

@@ -21,15 +21,20 @@ class WorkContext:
     pool: Pool
 
     @contextlib.contextmanager
-    def phase(self, name: str, *, total: int) -> Iterator[None]:
+    def phase(self, name: str, *, total: int, begun: float = 0.0) -> Iterator[None]:
         """Emit the start of a phase of ``total`` units, and its end with its duration.
+
+        Args:
+            name: of the phase.
+            total: its units.
+            begun: when it began, in seconds since the epoch, if it was before this call.
 
         Raises:
             KeyboardInterrupt: the user requested a stop.
         """
         if self.pool.interruption.requested:
             raise KeyboardInterrupt  # between two phases: nothing is running
-        started = time.time()
+        started = begun or time.time()
         self.journal.emit("phase begins", unit=name, tokens=total)
         try:
             yield

@@ -25,7 +25,7 @@ from actors.storage.sample_model import write_sample
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.forecast.clocks import ProfileKey, device_name, keep_clock
 from orchestrator.phases.allocate import measured
-from orchestrator.phases.context import RunContext, new_pool
+from orchestrator.phases.context import RunContext, new_evaluator, new_pool
 from orchestrator.phases.evaluate import evaluate, evaluation_plan
 from orchestrator.phases.open_run import open_run
 from orchestrator.phases.shrink import shrink
@@ -316,11 +316,11 @@ def _go_through(context: RunContext, watch: _TimingExecutor) -> None:
         return calibrated
 
     shrink(context, choose_widths=keep_widths)
-    watch.suffix = "_compressed"
+    watch.suffix, process = "_compressed", new_evaluator(prepared, watch)
     evaluate(context, plan, stitched(context))
     with contextlib.suppress(NumericsError):  # what random weights generate proves nothing
-        verify(context, stitched(context))
-    throughput(context, [dense_subject(prepared), stitched(context)])
+        verify(context, stitched(context), process)
+    throughput(context, [dense_subject(prepared), stitched(context)], process)
 
 
 def _prepared(specimen: _ProfileModel, folder: Path) -> Prepared:

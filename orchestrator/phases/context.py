@@ -8,7 +8,7 @@ from typing import Any
 from actors.messages import CompressionJob, UnitDone, WorkerSetup
 from orchestrator.backend.executor import Executor
 from orchestrator.engine.dispatch import run_units
-from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
+from orchestrator.engine.fresh_process import EvaluatorProcess
 from orchestrator.engine.work_context import WorkContext
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.prepare.prepared import Prepared
@@ -123,12 +123,11 @@ class RunContext(WorkContext):
         job = replace(self.job(), **other)
         run_units(self.pool, units, job, ledger=self.ledger, journal=self.journal)
 
-    def in_fresh_process(self, unit: Unit, method: str, request: object) -> UnitDone:
+    def answered(
+        self, process: EvaluatorProcess, unit: Unit, method: str, request: object
+    ) -> UnitDone:
         """Return an evaluator's answer to a request, and emit its event; write no record."""
-        config = self.prepared.config
-        fresh = FreshProcess(unit=unit.name, threads=config.threads, device=config.device)
-        supervisor = self.pool.supervisor
-        done = in_fresh_process(self.pool.executor, fresh, method, request, supervisor=supervisor)
+        done = process.answer(unit.name, method, request, supervisor=self.pool.supervisor)
         self.journal.emit(
             unit.kind, unit=unit.name, worker=done.worker, start=done.started, seconds=done.seconds
         )
@@ -177,4 +176,15 @@ def new_pool(prepared: Prepared, executor: Executor, journal: Journal) -> Pool:
         num_workers=max(step.plan.num_workers for step in (*prepared.former, prepared)),
         journal=journal,
         place_seconds=prepared.config.place_seconds,
+    )
+
+
+def new_evaluator(prepared: Prepared, executor: Executor) -> EvaluatorProcess:
+    """Return the process that verifies and times the result; it is not started yet."""
+    config = prepared.config
+    return EvaluatorProcess(
+        executor,
+        threads=config.threads,
+        device=config.device,
+        shares=config.address == "local",
     )

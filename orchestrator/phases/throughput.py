@@ -14,6 +14,7 @@ import numpy as np
 from actors.messages import Packed, ThroughputRequest, UnitDone, WorkerSetup
 from actors.storage.checkpoint import Checkpoint
 from orchestrator.engine.failure_policy import FAILURES, Action, Place
+from orchestrator.engine.fresh_process import EvaluatorProcess
 from orchestrator.engine.supervisor import Call
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.calibrate import assignments
@@ -57,7 +58,9 @@ class Workers:
     bytes: int
 
 
-def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any]:
+def throughput(
+    context: RunContext, subjects: list[Subject], process: EvaluatorProcess
+) -> Mapping[str, Any]:
     """Return name -> what `measure` returns for the input model and the result."""
     key = {"schema": SCHEMA_VERSION, "kind": "throughput", "of": [s.identity for s in subjects]}
     unit = Unit(name="throughput", kind="throughput", index=-1, inputs=(),
@@ -103,8 +106,9 @@ def throughput(context: RunContext, subjects: list[Subject]) -> Mapping[str, Any
 
     with context.phase("throughput", total=1):
         if largest:
-            done = context.in_fresh_process(unit, "throughput", request)
+            done = context.answered(process, unit, "throughput", request)
         else:
+            process.close()  # its cores and its memory are for the stages
             done = through_stages(request, workers, pool_of)
             context.journal.emit(
                 unit.kind, unit=unit.name, worker=done.worker, start=done.started,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.messages import VerifyRequest
+from orchestrator.engine.fresh_process import EvaluatorProcess
 from orchestrator.phases.context import RunContext
 from orchestrator.prepare.evaluation_plan import Subject
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
@@ -17,7 +18,7 @@ SEQUENCES, TOKENS = 2, 64  # that the result is run on
 FITS = 0.4
 
 
-def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
+def verify(context: RunContext, subject: Subject, process: EvaluatorProcess) -> Mapping[str, Any]:
     """Return the checks of the written result.
 
     Raises:
@@ -37,7 +38,7 @@ def verify(context: RunContext, subject: Subject) -> Mapping[str, Any]:
         whole=context.parameters_after * 4 < FITS * memory,
     )
     with context.phase("verify", total=1):
-        done = context.in_fresh_process(unit, "verify", request)
+        done = context.answered(process, unit, "verify", request)
         checks = done.values["checks"]
         assert isinstance(checks, list)  # written by our own evaluator
         failed = [c for c in checks if not c["passed"]]

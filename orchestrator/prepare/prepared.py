@@ -51,6 +51,8 @@ class Prepared:
             on their results, such as the content hash of this one's input, is not known yet.
         carries: the next step's statistics are rotated from this one's, not measured again.
         expected: the forecast of the run, for the report to compare with.
+        begun: when the command that does it began, in seconds since the epoch; 0 if only the
+            run's own phases count.
     """
 
     config: RunConfig
@@ -75,6 +77,7 @@ class Prepared:
     former: tuple["Prepared", ...] = ()
     carries: bool = False
     expected: Mapping[str, Any] = field(default_factory=dict)
+    begun: float = 0.0
 
     @property
     def run(self) -> Directory:

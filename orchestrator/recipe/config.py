@@ -448,6 +448,14 @@ class Facts:
     worker_gib: float
 
 
+def out_of(config: RunConfig, model_name: str) -> str:
+    """Return the run directory of a recipe whose model has this short name."""
+    sizes = "-".join(
+        f"{step.method}-{_size(config.target_of(index))}" for index, step in enumerate(config.chain)
+    )
+    return config.out or f"runs/{model_name}-{sizes}"
+
+
 def resolved(config: RunConfig, facts: Facts) -> RunConfig:
     """Return the recipe with every open value replaced by the value in use.
 
@@ -473,13 +481,10 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
         step.model_copy(update={"options": dict(options)})
         for step, options in zip(config.chain, facts.options, strict=True)
     ]
-    sizes = "-".join(
-        f"{step.method}-{_size(config.target_of(index))}" for index, step in enumerate(chain)
-    )
     last = chain[-1]
     return config.model_copy(
         update={
-            "out": config.out or f"runs/{facts.model_name}-{sizes}",
+            "out": out_of(config, facts.model_name),
             "steps": chain if config.steps else [],
             "method": last.method,
             "options": dict(last.options),

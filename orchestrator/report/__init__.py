@@ -10,7 +10,7 @@ __all__ = ["render_page", "render_pareto", "render_terminal"]
 
 
 def render_page(report: Document) -> str:
-    """Return the HTML page; the plotting library is loaded here, as most commands need none."""
+    """Return the HTML page; its modules are loaded here, as most commands need none."""
     from orchestrator.report import page
 
     return page.render_page(report)

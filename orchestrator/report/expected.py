@@ -31,6 +31,8 @@ def expectations(report: Document) -> list[Expectation]:
     phases = section(forecast, "phases")
     planned = {name: section(phases, name) for name in phases}
     if forecast.get("seconds"):
+        # A forecast begins with the first phase: what came before is in nobody's plan.
+        seconds = {**seconds, "total": sum(numbers.number(seconds.get(p)) or 0.0 for p in phases)}
         planned["total"] = section(forecast, "seconds")
     rows = [
         Expectation(

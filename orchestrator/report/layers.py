@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-
 from orchestrator.report.document import Layer
 from orchestrator.report.numbers import (
     between,
@@ -25,6 +23,7 @@ from orchestrator.report.svg import (
     draw,
     label,
     number_axis,
+    value_axis,
 )
 
 _BAR = 0.72
@@ -52,15 +51,13 @@ def parameters(layers: Sequence[Layer]) -> Plot | None:
     )
 
     def paint(sheet: Sheet) -> None:
-        axes = sheet.figure.subplots()
-        axes.grid(axis="y")
+        panel = sheet.panel()
         positions = [layer.index for layer in layers]
-        axes.bar(positions, [layer.before for layer in layers], _BAR, color=BEFORE)
-        axes.bar(positions, [layer.after for layer in layers], _inner(layers), color=KEPT)
-        number_axis(axes, positions)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_tick(y)))
-        axes.set_xlabel("layer")
+        panel.bars(positions, [layer.before for layer in layers], _BAR, BEFORE)
+        panel.bars(positions, [layer.after for layer in layers], _inner(layers), KEPT)
+        number_axis(panel, positions)
+        value_axis(panel, max(max(x.before, x.after) for x in layers), short_tick)
+        panel.x_label = "layer"
 
     return draw(words, paint, height=lambda narrow: 2.1 if narrow else 2.3)
 
@@ -84,23 +81,18 @@ def widths(layers: Sequence[Layer]) -> Plot | None:
         return 1 if narrow else min(len(names), 4 if len(names) in _BY_FOUR else 3)
 
     def paint(sheet: Sheet) -> None:
-        grid = sheet.figure.subplots(
-            math.ceil(len(names) / columns(sheet.narrow)), columns(sheet.narrow), squeeze=False
-        )
-        for position, axes in enumerate(grid.flat):
-            if position >= len(names):
-                axes.set_axis_off()
-                continue
-            name = names[position]
+        sheet.columns = columns(sheet.narrow)
+        for name in names:
+            panel = sheet.panel()
             mine = [layer for layer in layers if name in layer.widths]
             places = [layer.index for layer in mine]
-            axes.grid(axis="y")
-            axes.bar(places, [x.widths_before.get(name, 0.0) for x in mine], _BAR, color=BEFORE)
-            axes.bar(places, [x.widths[name] for x in mine], _inner(layers), color=KEPT)
-            number_axis(axes, [layer.index for layer in layers])
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-            axes.set_title(label(name), pad=4)
+            before = [x.widths_before.get(name, 0.0) for x in mine]
+            kept = [x.widths[name] for x in mine]
+            panel.bars(places, before, _BAR, BEFORE)
+            panel.bars(places, kept, _inner(layers), KEPT)
+            number_axis(panel, [layer.index for layer in layers], most=8)
+            value_axis(panel, max(*before, *kept), lambda y: f"{y:.0f}", whole=True)
+            panel.title = label(name)
 
     def height(narrow: bool) -> float:
         return 1.5 * math.ceil(len(names) / columns(narrow)) + 0.1
@@ -125,15 +117,13 @@ def errors(layers: Sequence[Layer]) -> Plot | None:
     )
 
     def paint(sheet: Sheet) -> None:
-        axes = sheet.figure.subplots()
-        axes.grid(axis="y")
+        panel = sheet.panel()
         positions = [index for index, _ in measured]
-        axes.bar(positions, [error for _, error in measured], _inner(layers), color=KEPT)
-        axes.axhline(0.0, color=MUTED, linewidth=0.8)
-        number_axis(axes, positions)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * 100:.3g} %"))
-        axes.set_xlabel("layer")
+        number_axis(panel, positions)
+        panel.bars(positions, [error for _, error in measured], _inner(layers), KEPT)
+        panel.across(0.0, MUTED, width=0.8)
+        value_axis(panel, largest, lambda y: f"{y * 100:.3g} %")
+        panel.x_label = "layer"
 
     return draw(words, paint, height=lambda narrow: 1.9 if narrow else 2.0)
 

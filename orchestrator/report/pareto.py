@@ -6,8 +6,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from orchestrator.report import numbers
 from orchestrator.report.document import Document
@@ -16,15 +14,16 @@ from orchestrator.report.svg import (
     BEFORE,
     INK,
     KIND_COLOURS,
-    SURFACE,
+    Panel,
     Plot,
     Sheet,
     Words,
     draw,
     label,
+    ticks,
 )
 
-_SHAPES = (("o", "dot"), ("s", "square"), ("D", "diamond"))
+_SHAPES = ("dot", "square", "diamond")
 _WIDE_RANGE = 3.0  # of perplexities: from here on the scale is logarithmic
 _POINT, _RING = 5.0, 11.0
 
@@ -67,7 +66,7 @@ def front(points: Sequence[dict[str, Any]], *, dense: float) -> Plot:
     """Return a plot of perplexity over the true fraction kept, one line per method."""
     names = sorted({point["method"] for point in points})
     looks = {
-        name: (KIND_COLOURS[i % len(KIND_COLOURS)], *_SHAPES[i % len(_SHAPES)])
+        name: (KIND_COLOURS[i % len(KIND_COLOURS)], _SHAPES[i % len(_SHAPES)])
         for i, name in enumerate(names)
     }
     best = [point for point in points if point["on_front"]]
@@ -83,49 +82,52 @@ def front(points: Sequence[dict[str, Any]], *, dense: float) -> Plot:
         caption="Lower and further left is better. A ringed point is on the Pareto front: no other "
         "point of its size or smaller is as good. Size is the true fraction of parameters kept.",
         legend=(
-            *((label(name), looks[name][0], looks[name][2]) for name in names),
+            *((label(name), *looks[name]) for name in names),
             ("dense", BEFORE, "line"),
             ("front", INK, "line"),
         ),
     )
 
     def paint(sheet: Sheet) -> None:
-        axes = sheet.figure.subplots()
-        axes.grid(axis="y")
-        axes.axhline(dense, color=BEFORE, linewidth=1.6)
-        axes.plot(*_xy(best), color=INK, linewidth=0.9)
-        axes.plot(
-            *_xy(best), "o", markersize=_RING, markerfacecolor=SURFACE, markeredgecolor=INK,
-            markeredgewidth=1.1, zorder=3,
-        )  # fmt: skip
-        for name, (colour, marker, _) in looks.items():
-            mine = [point for point in points if point["method"] == name]
-            axes.plot(
-                *_xy(mine), color=colour, marker=marker, markersize=_POINT, linewidth=1.1, zorder=4
-            )
-        _scale(axes, [dense, *(point["perplexity"] for point in points)])
+        panel = sheet.panel()
+        _scale(panel, points, dense)
+        panel.across(dense, BEFORE, width=1.6)
+        panel.line(_xy(best), INK, width=0.9)
+        panel.markers(_xy(best), "dot", _RING, INK, ring=True)
+        for name, (colour, shape) in looks.items():
+            mine = _xy([point for point in points if point["method"] == name])
+            panel.line(mine, colour, width=1.1)
+            panel.markers(mine, shape, _POINT, colour)
 
     return draw(words, paint, height=lambda narrow: 2.9 if narrow else 3.6)
 
 
-def _xy(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def _xy(points: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     ordered = sorted(points, key=lambda p: p["keep_fraction"])
-    return [p["keep_fraction"] * 100 for p in ordered], [p["perplexity"] for p in ordered]
+    return [(p["keep_fraction"] * 100, p["perplexity"]) for p in ordered]
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    axes.set_xlabel("parameters kept, %")
-    axes.set_ylabel("perplexity")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, min_n_ticks=2))
-    plain = FuncFormatter(lambda y, _: f"{y:,.4g}")
-    axes.margins(x=0.04, y=0.08)
-    if min(values) > 0 and max(values) / min(values) > _WIDE_RANGE:
-        axes.set_yscale("log")
-        few = math.log10(max(values) / min(values)) < 2  # noqa: PLR2004 decades
-        steps = (1.0, 2.0, 3.0, 5.0) if few else (1.0,)
-        axes.yaxis.set_major_locator(LogLocator(subs=steps))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
+def _scale(panel: Panel, points: Sequence[dict[str, Any]], dense: float) -> None:
+    places, values = zip(*_xy(points), strict=True)
+    panel.x_limits = _widened(min(places), max(places), 0.06)
+    panel.x_ticks = [(x, f"{x:.6g}") for x in ticks(panel.x_limits, most=8)]
+    panel.x_label, panel.y_label = "parameters kept, %", "perplexity"
+    low, high = min(dense, *values), max(dense, *values)
+    panel.log = low > 0 and high / low > _WIDE_RANGE
+    if panel.log:
+        margin = (high / low) ** 0.08
+        panel.y_limits = (low / margin, high * margin)
+        steps = (1, 2, 3, 5) if high / low < 100 else (1,)  # noqa: PLR2004 two decades
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps]
+        found = [y for y in found if panel.y_limits[0] <= y <= panel.y_limits[1]]
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.yaxis.set_major_formatter(plain)
+        panel.y_limits = _widened(low, high, 0.08)
+        found = ticks(panel.y_limits, most=6)
+    panel.y_ticks = [(y, f"{y:,.4g}") for y in found]
+
+
+def _widened(low: float, high: float, share: float) -> tuple[float, float]:
+    """Return a range with a margin on both sides, also where it is a single value."""
+    margin = (high - low) * share or max(abs(high) * share, share)
+    return low - margin, high + margin

@@ -4,9 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from orchestrator.report.document import Site
@@ -16,27 +13,30 @@ from orchestrator.report.svg import (
     INK,
     KEPT,
     MUTED,
+    Panel,
     Plot,
     Sheet,
     Words,
     draw,
     label,
     number_axis,
+    ticks,
 )
 
 MAX_PANELS = 12
 CHOSEN_PANELS = 8
 
 _WHERE = {
-    "attention": ("o", "dot", KEPT),
-    "mlp": ("s", "square", CUT),
-    "head": ("D", "diamond", INK),
-    "site": ("o", "dot", MUTED),
+    "attention": ("dot", KEPT),
+    "mlp": ("square", CUT),
+    "head": ("diamond", INK),
+    "site": ("dot", MUTED),
 }
 _BINS = 64
 _FLOOR = -9.0
 _TAIL = 0.03
-_SHADE = "#4f86e8"
+_SHADE = "#4f86e8"  # with rising opacity, for light and dark pages
+_FAINTEST = 0.04
 _SUPERSCRIPTS = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 )
@@ -59,16 +59,13 @@ def panels(sites: Sequence[Site]) -> Plot | None:
     low = _floor(shown)
 
     def paint(sheet: Sheet) -> None:
-        columns = _columns(len(shown), narrow=sheet.narrow)
-        grid = sheet.figure.subplots(
-            math.ceil(len(shown) / columns), columns, sharey=True, squeeze=False
-        )
-        for position, axes in enumerate(grid.flat):
-            if position < len(shown):
-                _spectrum(axes, shown[position], low)
-                axes.set_title(_titled(shown[position], narrow=sheet.narrow), pad=4)
-            else:
-                axes.set_axis_off()
+        sheet.columns = _columns(len(shown), narrow=sheet.narrow)
+        for number, site in enumerate(shown):
+            panel = sheet.panel()
+            _spectrum(panel, site, low)
+            panel.title = _titled(site, narrow=sheet.narrow)
+            if number % sheet.columns:  # the scale is that of the first in its row
+                panel.y_ticks = [(y, "") for y, _ in panel.y_ticks]
 
     def height(narrow: bool) -> float:
         return 1.35 * math.ceil(len(shown) / _columns(len(shown), narrow=narrow)) + 0.1
@@ -82,7 +79,8 @@ def depth_map(sites: Sequence[Site]) -> Plot | None:
     if len(drawn) <= MAX_PANELS:
         return None
     low = _floor(drawn)
-    picture = np.array([_binned(site, low) for site in drawn]).T
+    heights = np.array([_binned(site, low) for site in drawn]).T
+    picture = _FAINTEST + (1 - _FAINTEST) * (1 - heights / low)
     cuts = [site.keep_dim / site.dim for site in drawn]
     words = Words(
         key="depth",
@@ -96,24 +94,19 @@ def depth_map(sites: Sequence[Site]) -> Plot | None:
     )
 
     def paint(sheet: Sheet) -> None:
-        axes = sheet.figure.subplots()
+        panel = sheet.panel()
         first, last = drawn[0].index - 0.5, drawn[-1].index + 0.5
-        axes.imshow(
-            picture,
-            cmap=_shades(),
-            vmin=low,
-            vmax=0.0,
-            origin="lower",
-            aspect="auto",
-            interpolation="none",
-            extent=(first, last, 0.0, 1.0),
-        )
-        edges = np.linspace(first, last, len(drawn) + 1)
-        axes.stairs(cuts, edges, baseline=None, color=CUT, linewidth=1.6)
-        axes.set_xlabel("site")
-        axes.set_ylabel("components")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * 100:.0f} %"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if sheet.narrow else 12))
+        panel.x_limits, panel.grid = (first, last), ""
+        panel.picture(picture, (first, last), (0.0, 1.0), _SHADE)
+        edges = np.linspace(first, last, len(drawn) + 1).tolist()
+        steps = [(x, cut) for number, cut in enumerate(cuts) for x in edges[number : number + 2]]
+        panel.line(steps, CUT)
+        panel.x_ticks = [
+            (x, f"{x:.0f}")
+            for x in ticks(panel.x_limits, most=6 if sheet.narrow else 12, whole=True)
+        ]
+        panel.y_ticks = [(y, f"{y * 100:.0f} %") for y in ticks(panel.y_limits, most=5)]
+        panel.x_label, panel.y_label = "site", "components"
 
     return draw(words, paint, height=lambda narrow: 2.2 if narrow else 2.8)
 
@@ -135,24 +128,20 @@ def energy(sites: Sequence[Site]) -> Plot | None:
         caption="Share of the covariance's trace that the kept components carry. "
         f"{worst.name.capitalize()} keeps least: {kept_percent(least)}. The axis does not start "
         "at 0.",
-        legend=tuple((where, _WHERE[where][2], _WHERE[where][1]) for where in kinds),
+        legend=tuple((where, _WHERE[where][1], _WHERE[where][0]) for where in kinds),
     )
 
     def paint(sheet: Sheet) -> None:
-        axes = sheet.figure.subplots()
-        axes.grid(axis="y")
+        panel = sheet.panel()
         size = min(5.0, max(1.6, (200.0 if sheet.narrow else 600.0) / len(drawn)))
         for where in kinds:
-            mine = [(site.index, kept) for site, kept in drawn if site.where == where]
-            marker, _, colour = _WHERE[where]
-            places, values = zip(*mine, strict=True)
-            axes.plot(places, values, marker, color=colour, markersize=size, markeredgewidth=0)
-        number_axis(axes, [site.index for site, _ in drawn])
+            mine = [(float(site.index), kept) for site, kept in drawn if site.where == where]
+            panel.markers(mine, _WHERE[where][0], size, _WHERE[where][1])
+        number_axis(panel, [site.index for site, _ in drawn], most=6 if sheet.narrow else 12)
         bottom = max(0.0, least - 0.15 * (1.0 - least) - 1e-6)
-        axes.set_ylim(bottom, 1.0 + 0.05 * (1.0 - bottom))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * 100:.6g} %"))
-        axes.set_xlabel("site")
+        panel.y_limits = (bottom, 1.0 + 0.05 * (1.0 - bottom))
+        panel.y_ticks = [(y, f"{y * 100:.6g} %") for y in ticks(panel.y_limits, most=5)]
+        panel.x_label = "site"
 
     return draw(words, paint, height=lambda narrow: 2.2 if narrow else 2.4)
 
@@ -169,28 +158,21 @@ def chosen(sites: Sequence[Site]) -> list[Site]:
     return [sites[i] for i in sorted(spread)]
 
 
-def _spectrum(axes: Axes, site: Site, low: float) -> None:
-    components, values = np.array(site.points, dtype=np.float64).T
-    kept = components <= site.keep_dim
-    # The two lines share a point, so that the curve has no gap at the cut.
-    joint = kept | np.roll(kept, 1)
-    joint[0] = kept[0]
-    axes.plot(components[joint], values[joint], color=KEPT)
-    axes.plot(components[~kept], values[~kept], color=CUT)
+def _spectrum(panel: Panel, site: Site, low: float) -> None:
+    kept = [point for point in site.points if point[0] <= site.keep_dim]
+    cut = [point for point in site.points if point[0] > site.keep_dim]
+    panel.x_limits, panel.y_limits, panel.log = (1.0, max(site.dim, 2)), (10.0**low, 3.0), True
+    panel.x_ticks = [(1.0, "1"), (float(site.dim), str(site.dim))] if site.dim > 1 else [(1.0, "1")]
+    panel.y_ticks = [(10.0**power, _power(power)) for power in _powers(low)]
     if site.keep_dim < site.dim:
-        axes.axvline(site.keep_dim, color=INK, linestyle=(0, (3, 2)), linewidth=0.9)
-        axes.axvspan(site.keep_dim, site.dim, color=CUT, alpha=0.1)
-    axes.set_yscale("log")
-    axes.set_ylim(10.0**low, 3.0)
-    axes.set_xlim(1, max(site.dim, 2))
-    axes.set_xticks([1, site.dim])
-    axes.yaxis.set_major_locator(FixedLocator([10.0**power for power in _powers(low)]))
-    axes.yaxis.set_minor_locator(FixedLocator([]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _power(math.log10(y))))
-    axes.grid(axis="y")
+        panel.box((site.keep_dim, site.dim), panel.y_limits, CUT, opacity=0.1)
+    panel.line([*kept, *cut[:1]], KEPT)  # shared, so that the curve has no gap at the cut
+    panel.line(cut, CUT)
+    if site.keep_dim < site.dim:
+        panel.upright(site.keep_dim)
     if site.energy_kept is not None:
         # Between the two tick labels, where no curve can cross it.
-        axes.set_xlabel(f"{kept_percent(site.energy_kept)} kept", fontsize=8.5, labelpad=-8.5)
+        panel.note = f"{kept_percent(site.energy_kept)} kept"
 
 
 def _titled(site: Site, *, narrow: bool) -> str:
@@ -238,9 +220,3 @@ def _binned(site: Site, low: float) -> NDArray[np.float64]:
     places = np.linspace(1.0, site.dim, _BINS)
     heights = np.maximum(np.log10(values), low)
     return np.asarray(np.interp(places, components, heights, right=low), dtype=np.float64)
-
-
-def _shades() -> ListedColormap:
-    """Return a colour map of one hue with rising opacity, for light and dark pages."""
-    red, green, blue = to_rgb(_SHADE)
-    return ListedColormap([(red, green, blue, a) for a in np.linspace(0.04, 1.0, 256).tolist()])

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from matplotlib.axes import Axes
-
 from orchestrator.report.document import Event, Span, natural
 from orchestrator.report.numbers import counted, percent, seconds_text
-from orchestrator.report.svg import INK, KIND_COLOURS, MUTED, Plot, Sheet, Words, draw, label
+from orchestrator.report.svg import KIND_COLOURS, Panel, Plot, Sheet, Words, draw, label, ticks
 from planners.units.kinds import KINDS
 
 MAX_WORKERS = 48
@@ -47,48 +45,41 @@ def workers(spans: Sequence[Span], events: Sequence[Event]) -> Plot | None:
     )
 
     def paint(sheet: Sheet) -> None:
-        axes = sheet.figure.subplots()
+        panel = sheet.panel()
         row = {name: len(shown) - 1 - position for position, name in enumerate(shown)}
-        axes.set_xlim(first / length, max(total, first + 1e-3) / length)
-        axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.set_yticks([row[name] for name in shown], [label(name) for name in shown])
-        axes.set_xlabel(unit)
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
-        _bars(axes, bars, row, length)
-        _marks(axes, [event.at / length for event in events])
+        panel.x_limits = (first / length, max(total, first + 1e-3) / length)
+        panel.y_limits = (-0.6, len(shown) - 0.4)
+        panel.x_ticks = [
+            (x, f"{x:.6g}") for x in ticks(panel.x_limits, most=5 if sheet.narrow else 9)
+        ]
+        panel.y_ticks = [(row[name], label(name)) for name in shown]
+        panel.x_label, panel.grid, panel.axis = unit, "x", False
+        _bars(panel, bars, row, length)
+        _marks(panel, [event.at / length for event in events])
 
     row_inches = 0.28 if len(shown) <= _FEW_WORKERS else 0.18
     return draw(words, paint, height=lambda _: 0.85 + len(shown) * row_inches)
 
 
-def _bars(axes: Axes, bars: Sequence[Span], row: Mapping[str, int], length: float) -> None:
+def _bars(panel: Panel, bars: Sequence[Span], row: Mapping[str, int], length: float) -> None:
     """Draw each bar in its worker's row; the shortest is as wide as a line, so that it is seen."""
-    least = (axes.get_xlim()[1] - axes.get_xlim()[0]) * _PIXEL
-    for (slot, name), group in groupby(sorted(bars, key=_place), _place):
-        pieces = [(bar.start / length, max((bar.end - bar.start) / length, least)) for bar in group]
-        axes.broken_barh(pieces, (row[name] - _ROW / 2, _ROW), color=KIND_COLOURS[slot])
+    least = (panel.x_limits[1] - panel.x_limits[0]) * _PIXEL
+    for bar in sorted(bars, key=_place):
+        middle, begin = row[bar.worker], bar.start / length
+        x = (begin, max(bar.end / length, begin + least))
+        panel.box(x, (middle - _ROW / 2, middle + _ROW / 2), KIND_COLOURS[slot_of(bar.kind)])
 
 
-def _marks(axes: Axes, moments: Sequence[float]) -> None:
+def _marks(panel: Panel, moments: Sequence[float]) -> None:
     """Draw a line at each moment and its number above, where numbers do not touch."""
-    apart = (axes.get_xlim()[1] - axes.get_xlim()[0]) * _NUMBERS_APART
+    apart = (panel.x_limits[1] - panel.x_limits[0]) * _NUMBERS_APART
     numbered = float("-inf")
     for position, moment in enumerate(moments, start=1):
-        axes.axvline(moment, color=INK, linestyle=(0, (3, 2)), linewidth=0.9)
+        panel.upright(moment)
         if moment - numbered < apart:
             continue
         numbered = moment
-        axes.annotate(
-            str(position),
-            (moment, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            color=MUTED,
-            fontsize=8.5,
-        )
+        panel.above.append((moment, str(position)))
 
 
 def merged(spans: Sequence[Span], total: float) -> list[Span]:

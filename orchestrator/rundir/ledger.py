@@ -62,6 +62,10 @@ class Ledger:
             return True
         return bool(self._found(unit)) and not self.missing_taps(unit)
 
+    def has_record(self, name: str) -> bool:
+        """Return whether a unit of that name was done once, whatever its inputs were."""
+        return name in self._records
+
     def is_known(self, unit: Unit) -> bool:
         """Return whether a unit was done once: its numbers count, though its files may be gone."""
         found = self._known.get(unit.name)

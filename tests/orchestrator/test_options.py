@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from actors.methods import available, declared_options, spec
+from actors.methods import available, declared, declared_options, spec
 from orchestrator.cli.main import cli
 from orchestrator.cli.options import config_of, recipe_options
 from orchestrator.recipe.config import SECTIONS, RunConfig
@@ -18,6 +18,8 @@ HAND_WRITTEN = {"model", "layer_options", "place_seconds", "calibration.bos"}  #
 def test_help_shows_the_options_that_each_method_has():
     for name in available():
         assert declared_options(name) == spec(name).options
+        found = declared(name)
+        assert (found.source, found.modules) == (spec(name).source, spec(name).modules)
 
 
 def test_help_of_a_run_names_every_default_of_every_method():
