@@ -9,7 +9,9 @@ from rich.text import Text
 
 from orchestrator.forecast.forecast import Forecast
 from orchestrator.report.numbers import bytes_text, seconds_text
+from planners.budget.served import STOCK, WORTH
 from planners.model.layer import ROLES
+from planners.model.serving_load import seconds_at
 from planners.plan import RunPlan, StagePlan
 from planners.simulation.download import FROM_HUB
 from planners.simulation.simulate import Quantiles
@@ -41,16 +43,15 @@ def show(console: Console, forecast: Forecast, *, title: str, out: str) -> None:
 
 def _facts(forecast: Forecast, out: str) -> Table:
     plan = forecast.plan
-    shape, form = plan.shape, plan.form
+    shape = plan.shape
     rows = {
         "model": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden}, "
         f"intermediate {shape.intermediate}, {shape.num_heads}/{shape.num_kv_heads} heads, "
         f"vocabulary {shape.vocab_size}, {shape.dtype}",
-        "parameters": f"{plan.parameters_before:,} -> {plan.parameters_after:,} "
-        f"({plan.keep_fraction:.4f} kept, true counts)",
-        **_steps(forecast),
+        **_sizes(forecast),
+        **({} if forecast.of_speed else _steps(forecast)),
         **_left(forecast),
-        "result": "a stock model" if form.native else "needs trust_remote_code=True",
+        "result": _served(forecast),
         "calibration": f"{plan.calibration_tokens:,} tokens in microbatches of "
         f"{forecast.job.data.microbatch_tokens:,}, {forecast.job.data.dtype}",
         "transfers": f"{bytes_text(transfer_bytes(forecast.job))} between stages",
@@ -64,6 +65,37 @@ def _facts(forecast: Forecast, out: str) -> Table:
     for what, how_much in rows.items():
         table.add_row(what, how_much)
     return table
+
+
+def _sizes(forecast: Forecast) -> dict[str, str]:
+    plan, times = forecast.plan, forecast.times
+    if not forecast.of_speed:
+        return {
+            "parameters": f"{plan.parameters_before:,} -> {plan.parameters_after:,} "
+            f"({plan.keep_fraction:.4f} kept, true counts)"
+        }
+    found = {"parameters": f"{plan.parameters_before:,}; those of the result follow from the time "
+             "of layers, which a worker measures at the start"}  # fmt: skip
+    if times is not None:
+        parts = (("MLP", times.mlp), ("attention", times.heads))
+        found["times"] = "; ".join(
+            f"{name} of one layer, by width: "
+            + ", ".join(f"{width} {1e6 * seconds_at(points, width):.0f} us" for width, _ in points)
+            for name, points in parts
+        )
+    return found
+
+
+def _served(forecast: Forecast) -> str:
+    options = forecast.job.options
+    if options.get("servable") == "auto" and forecast.job.spec.measures(options) == "damage":
+        return (
+            "a stock model if its predicted damage is at most "
+            f"{WORTH:g} times that of free widths, else needs trust_remote_code=True"
+        )
+    if options.get("servable") in STOCK or forecast.plan.form.native:
+        return "a stock model"
+    return "needs trust_remote_code=True"
 
 
 def _left(forecast: Forecast) -> dict[str, str]:

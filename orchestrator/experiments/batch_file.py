@@ -186,7 +186,8 @@ def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
 
 def _name(config: RunConfig) -> str:
     model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.rstrip("/").rpartition("/")[2]).strip("-")
-    return "-".join([model, *(f"{step.method}-{_size(step.target)}" for step in config.chain)])
+    steps = zip(config.chain, config.targets, strict=True)
+    return "-".join([model, *(f"{step.method}-{_size(target)}" for step, target in steps)])
 
 
 def _size(target: Target) -> str:

@@ -14,12 +14,13 @@ from actors.storage.files import Directory
 from actors.storage.hub import SCHEME
 from actors.storage.sources import hub_place
 from orchestrator.forecast.clocks import ProfileKey, estimated_clock, kept_clock
+from orchestrator.forecast.layer_times import layer_times
 from orchestrator.forecast.pricing import Devices, Pricing
 from orchestrator.forecast.sample_run import measure
 from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import workload_of
 from orchestrator.prepare.prepare import longest_sequence
-from orchestrator.prepare.prepared import Prepared
+from orchestrator.prepare.prepared import Prepared, with_workspace
 from orchestrator.prepare.steps import StepInput, planned
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.recipe.method_options import chosen_methods, resolve_options, resolve_steps
@@ -32,6 +33,7 @@ from planners.errors import ConfigError, ModelError, PlanError, StorageError
 from planners.families import family_of
 from planners.method import MethodSpec, Option, Target
 from planners.model.cost import dense_start
+from planners.model.serving_load import LayerTimes
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
 from planners.simulation.simulate import Risk, RunForecast, num_calls, outlook
@@ -65,6 +67,8 @@ class Forecast:
         terms: what was asked for.
         clock: how long tasks take; None where nothing is known of the device.
         outlook: time, money and losses; None likewise.
+        of_speed: a speed-up is asked for, so widths are not known before layers are timed.
+        times: of layers by width, if they were timed for the plan.
     """
 
     job: Job
@@ -73,6 +77,8 @@ class Forecast:
     terms: Pricing
     clock: CostModel | None
     outlook: RunForecast | None
+    of_speed: bool = False
+    times: LayerTimes | None = None
 
     @property
     def plan(self) -> RunPlan:
@@ -185,7 +191,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
     for index, step in enumerate(steps):
         path = f"steps[{index}]" if config.steps else ""
         others = [] if config.steps else other_methods(step[0])
-        target = config.chain[index].target
+        target = with_workspace(config.targets[index], source.shape, source.start)
         plan = planned(step, target, source, work, path=path, others=others)
         jobs.append(
             Job(
@@ -200,7 +206,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
             )
         )
         source = source.after(plan.form)
-    targets = [step.target for step in config.chain]
+    targets = config.targets
     of_device = "cpu" if device.upper() == "CPU" else "cuda"
     settings = _settings(found, jobs, targets, device=of_device, threads=config.threads)
     return _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
@@ -244,7 +250,10 @@ def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False)
     settings = _settings(first, jobs, targets, device=config.device, threads=config.threads)
     device = "CPU" if config.device == "cpu" else _accelerator()
     workers = max(job.plan.num_workers for job in jobs)
-    return _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
+    found = _looked_ahead(jobs[-1], settings, num_workers=workers, device=device, terms=terms)
+    if terms.measure and config.speedup is not None:
+        return replace(found, times=layer_times(prepared))
+    return found
 
 
 def _kept(prepared: Prepared) -> frozenset[Statistic]:
@@ -330,7 +339,13 @@ def _looked_ahead(
             draws=min(DRAWS, max(FEWEST, draws)),
         )
     return Forecast(
-        job=job, num_workers=num_workers, device=device, terms=terms, clock=clock, outlook=found
+        job=job,
+        num_workers=num_workers,
+        device=device,
+        terms=terms,
+        clock=clock,
+        outlook=found,
+        of_speed=settings[-1].target.speedup is not None,
     )
 
 

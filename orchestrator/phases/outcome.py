@@ -15,6 +15,7 @@ from orchestrator.engine.failure_policy import POLICIES
 from orchestrator.phases.context import RunContext
 from orchestrator.phases.evaluate import Loss
 from orchestrator.phases.refit import refit_losses
+from orchestrator.phases.times import promised
 from orchestrator.recipe.config import recipe_values
 from orchestrator.report.quality import quality
 from orchestrator.report.serving import serving
@@ -75,6 +76,7 @@ def outcome(
             "fit": target.fit,
             "actual_keep_fraction": context.parameters_after / plan.parameters_before,
             "nominal": target.slice,
+            **({"promise": promise} if (promise := promised(context)) else {}),
         },
         "bytes": {"before": prepared.source_bytes, "after": _written_bytes(context)},
         "evaluation": {

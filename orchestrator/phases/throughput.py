@@ -78,11 +78,17 @@ def throughput(
         patience=PATIENCE_SECONDS,
         model_store=config.model_store,
     )
+    of_load: set[int] = set()
+    if config.speedup is not None:  # what was promised is measured too
+        load = config.load
+        of_load = {load.batch}
+        prompt = max(1, min(load.context, longest - request.new_tokens))
+        request = replace(request, prompt=prompt, batches=[load.batch])
     workers = Workers(number=config.workers, bytes=int((config.worker_gib or 0) * GIB))
     on_gpu = config.device == "cuda"
     largest = batch_that_fits(request, workers, most=RUN_MOST[config.device])
     if largest:
-        batches = {min(batch, largest) for batch in BATCHES}
+        batches = of_load or {min(batch, largest) for batch in BATCHES}
         request = replace(
             request,
             batches=sorted(batches | ({largest} if on_gpu else set())),

@@ -1,8 +1,10 @@
 """Measure how long layers of each width take, where a speed-up is asked for."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from orchestrator.phases.context import RunContext
+from planners.budget.budgets import budget_of
 from planners.method import Target
 from planners.model.serving_load import times_from
 from planners.units.units import times_unit
@@ -26,6 +28,19 @@ def measure_times(context: RunContext) -> RunContext:
     context = replace(context, times=times_from(context.ledger.record(unit).values["times"]))
     prepared.spec.form(prepared.plan.shape, prepared.start, target_of(context), prepared.options)
     return context
+
+
+def promised(context: RunContext) -> dict[str, Any]:
+    """Return the speed or memory of the result by the formulas; empty if neither was asked."""
+    target, start = target_of(context), context.prepared.start
+    asked = target.speedup or target.fit
+    if asked is None:
+        return {}
+    budget = budget_of(context.prepared.plan.shape, start, target)
+    cost = budget.cost(context.form)
+    name = "speedup" if target.speedup else "fit"
+    value = budget.cost(start.form) / cost if target.speedup else cost
+    return {"of": name, "asked": asked, "promised": value, **asdict(target.load)}
 
 
 def target_of(context: RunContext) -> Target:

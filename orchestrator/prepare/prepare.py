@@ -95,7 +95,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         spec=specs[0],
         options=options[0],
         plan=planned(
-            steps[0], with_workspace(config.target_of(0), shape, start), dense, work, path=path
+            steps[0], with_workspace(config.targets[0], shape, start), dense, work, path=path
         ),
         identity=Identity(
             model_revision=revision,

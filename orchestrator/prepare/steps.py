@@ -92,7 +92,7 @@ def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) ->
     source = StepInput(config=first.model_config, shape=first.plan.shape, start=first.start)
     found: list[Prepared] = []
     for index, step in enumerate(steps):
-        target = config.chain[index].target
+        target = config.targets[index]
         found.append(
             replace(
                 first,

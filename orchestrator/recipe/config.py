@@ -131,8 +131,12 @@ class ServingConfig(_Section):
         int, Flag("--serving-batch N", "Sequences at one time, for --speedup and --fit.")
     ] = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1")
     context: Annotated[
-        int, Flag("--serving-context T", "Tokens of each of them, for --speedup and --fit.")
-    ] = Field(default=2048, ge=1, le=MAX_COUNT, description="a whole number from 1")
+        int | None,
+        Flag(
+            "--serving-context T",
+            "Tokens of each of them, for --speedup and --fit. [the model's maximum, up to 2048]",
+        ),
+    ] = Field(default=None, ge=1, le=MAX_COUNT, description="a whole number from 1")
 
 
 class StepConfig(_Section):
@@ -410,14 +414,16 @@ class RunConfig(_Section):
             return Target(fit=bytes_of(self.fit), load=self.load)
         return Target(keep_fraction=self.keep_fraction or DEFAULT_KEEP_FRACTION)
 
-    def target_of(self, step: int) -> Target:
-        """Return how small the result of a step is to be."""
-        return self.steps[step].target if self.steps else self.target
+    @property
+    def targets(self) -> list[Target]:
+        """How small the result of each step is to be."""
+        return [step.target for step in self.steps] or [self.target]
 
     @property
     def load(self) -> ServingLoad:
         """The load for which the result is made."""
-        return ServingLoad(**self.serving.model_dump())
+        given = self.serving.model_dump(exclude_none=True)
+        return ServingLoad(**given)
 
 
 SECTIONS: Mapping[str, type[_Section]] = {
@@ -451,7 +457,8 @@ class Facts:
 def out_of(config: RunConfig, model_name: str) -> str:
     """Return the run directory of a recipe whose model has this short name."""
     sizes = "-".join(
-        f"{step.method}-{_size(config.target_of(index))}" for index, step in enumerate(config.chain)
+        f"{step.method}-{_size(target)}"
+        for step, target in zip(config.chain, config.targets, strict=True)
     )
     return config.out or f"runs/{model_name}-{sizes}"
 
@@ -482,8 +489,11 @@ def resolved(config: RunConfig, facts: Facts) -> RunConfig:
         for step, options in zip(config.chain, facts.options, strict=True)
     ]
     last = chain[-1]
+    context = config.serving.context or min(DEFAULT_SEQUENCE_LENGTH, facts.longest)
+    check_length(context, facts.longest, where="serving.context: is")
     return config.model_copy(
         update={
+            "serving": config.serving.model_copy(update={"context": context}),
             "out": out_of(config, facts.model_name),
             "steps": chain if config.steps else [],
             "method": last.method,

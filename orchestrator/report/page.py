@@ -80,6 +80,8 @@ def _headline(report: Document) -> dict[str, Any]:
         "comparisons": summary.comparisons(report),
         "tiles": summary.tiles(report),
         "asked": summary.asked(report),
+        "promise": summary.promise(report),
+        "served": summary.served(report),
         "measured_on": summary.measured_on(report),
         "makers_note": summary.makers_note(report),
         "refit_note": summary.refit_note(report),

@@ -22,6 +22,7 @@ from orchestrator.report.numbers import (
 )
 from orchestrator.report.over_plan import over_plan
 from orchestrator.report.quality import quality, quality_text
+from planners.timing import EAGER
 
 _NOTICEABLE = 0.005
 _REMOTE = ", trust_remote_code=True"
@@ -215,6 +216,50 @@ def asked(report: Document) -> str:
         parts.append(f"a nominal slice of {percent(target['nominal'])}")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + ("." if parts else "")
+
+
+def promise(report: Document) -> str:
+    """Return a speed or a memory that was asked for beside what was reached; empty if none was."""
+    found = section(report, "target", "promise")
+    if not found:
+        return ""
+    load = f"batch {found['batch']}, context {count(found['context'])}"
+    if found["of"] == "fit":
+        return (
+            f"Asked to fit {bytes_text(found['asked'])}; weights, keys and values ({load}) and "
+            f"workspace take {bytes_text(found['promised'])}."
+        )
+    part = f"{found['phase']} at {load}"
+    said = f"Asked for {times(found['asked'])} the speed of {part}; promised from the times of "
+    said += f"single layers {times(found['promised'])}"
+    measured = next(
+        (
+            each
+            for each in speed.speeds(report)
+            if (each.part, each.batch, each.mode) == (found["phase"], found["batch"], EAGER)
+        ),
+        None,
+    )
+    if measured is None:
+        return f"{said}, not measured."
+    return f"{said}, measured {times(measured.ratio)} ({measured.interval})."
+
+
+def served(report: Document) -> str:
+    """Return the form of the result and what others would have cost; empty if none was compared."""
+    found = section(report, "method", "served")
+    damages = section(found, "damages")
+    chosen, rest = found.get("as"), {k: v for k, v in damages.items() if k != found.get("as")}
+    if not chosen or not rest:
+        return ""
+    ratios = {k: quotient(v, damages[chosen]) for k, v in rest.items()}
+    others = ", ".join(f"{name} {times(ratio)}" for name, ratio in ratios.items())
+    form = (
+        "widths are free, which needs our modelling file"
+        if chosen == "remote"
+        else "a stock config describes it"
+    )
+    return f"Form: {chosen}: {form}. Predicted damage of the others, to this: {others}."
 
 
 def measured_on(report: Document) -> str:

@@ -38,6 +38,8 @@ def render_terminal(report: Document) -> RenderableType:
     quality = summary.quality_note(report)
     notes = (
         summary.asked,
+        summary.promise,
+        summary.served,
         summary.measured_on,
         summary.statistics_note,
         summary.makers_note,
