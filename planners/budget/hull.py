@@ -87,9 +87,10 @@ def tied_heads(
     """
     qk, vo = (sorted(curves[module]) for module in ("qk", "vo"))
     least = max(qk[0][0], vo[0][0])
-    widths = sorted({width for width, _ in (*qk, *vo) if width >= least})
     both, single = ladders["qk"], ladders["vo"]
     step = max(both.sizes.step, single.sizes.step)
+    known = {width for width, _ in (*qk, *vo) if width >= least}
+    widths = sorted(w for w in known if w % step == 0 or w == both.whole)
 
     def cut(layer: LayerForm, width: int) -> LayerForm:
         return single.cut(both.cut(layer, width), width)
