@@ -34,8 +34,9 @@ def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[s
     for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
         try:
             own = resolve_options(spec, step.options)
-            if len(config.chain) > 1 and own.get("servable") == "auto":
-                own["servable"] = "remote"  # the next step is planned on widths that are known
+            if own.get("servable") == "auto" and len(config.chain) > 1:
+                # The next step is planned on widths that are known.
+                own["servable"] = "remote"
             if index < len(config.chain) - 1 and own.get("servable") in ("narrow_heads", "vllm"):
                 raise ConfigError(
                     f"options.servable: {own['servable']} is a form of results, so only the last "

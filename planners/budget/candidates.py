@@ -12,8 +12,9 @@ from planners.budget.budgets import budget_of
 from planners.budget.hull import Ladders, cheapest, read_curves, require_levels
 from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL
 from planners.errors import ConfigError
-from planners.method import Allocation, Candidate, MethodSpec, Option, OptionSpec, Target
+from planners.method import Allocation, Candidate, Ladder, MethodSpec, Option, OptionSpec, Target
 from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
@@ -53,9 +54,10 @@ def combined_spec(
         ConfigError: they cannot compete; the message says why.
     """
     names = ", ".join(each.name for each in joining)
-    if spec.measures(options) != "damage":
+    if spec.measures(options) != "damage" or options.get("servable") in ("narrow_heads", "vllm"):
         raise ConfigError(
-            f"options.{NAME}: {names} cannot compete with {spec.name} unless damage is measured",
+            f"options.{NAME}: {names} cannot compete with {spec.name} unless damage is measured and "
+            "widths are free",
             hint="use allocation=marginal, and servable=remote",
         )
     own = replace(spec, candidates=())
@@ -117,11 +119,17 @@ def ladders_of(candidates: Sequence[Candidate], shape: ModelShape, start: Start)
         ladders = next((ladders for other, ladders in known if other == layer), None)
         if ladders is None:
             ladders = {
-                each.spec.name: each.spec.ladders(shape, layer, each.options) for each in candidates
+                each.spec.name: _of_modules(each.spec.ladders(shape, layer, each.options))
+                for each in candidates
             }
             known.append((layer, ladders))
         found.append(ladders)
     return found
+
+
+def _of_modules(ladders: Mapping[str, Ladder]) -> dict[str, Ladder]:
+    """Return the ladders of modules: a method may have others, of cuts that all layers share."""
+    return {module: ladder for module, ladder in ladders.items() if module in LINEARS_OF}
 
 
 def _joined(spec: MethodSpec, options: Mapping[str, Option], other: MethodSpec) -> Candidate:

@@ -77,7 +77,7 @@ def test_each_module_goes_to_the_method_that_loses_nothing_there(model, tmp_path
     # are those at a share of 0.4.
     units, ranks = 28 * 3 * 32, 32 * 32 - 6 * (32 + 32) + 16 * 32 - 4 * (16 + 32)
     after = plan.parameters_before - LAYERS * (units + ranks)
-    options = {**BOTH, "modules": "mlp,qk", "grid": "0.75,0.5,0.4", "round_to": 4}
+    options = {**BOTH, "modules": "mlp,qk", "grid": "0.75,0.5,0.4", "multiple_of": 2}
     recipe = {"method": "modegpt", "keep_fraction": after / plan.parameters_before}
     found = compress_local(model, tmp_path / "both", **recipe, options=options)
     assert makers_of(tmp_path / "both") == [{"mlp": "modegpt", "qk": "svdllm"}] * LAYERS

@@ -24,6 +24,7 @@ from orchestrator.cli.main import main
 from orchestrator.engine.reproduce import CALL, SETUP, PassCall, UnitCall
 from planners.batching import TokenBatching
 from planners.errors import CompressionError, StorageError
+from planners.model.serving_load import ServingLoad
 from planners.model.taps import Statistic
 from tests.builders import compress_local, layer_file, save_model
 from tests.strategies import model_forms, shapes
@@ -66,6 +67,8 @@ def jobs(draw, depth=1):
         sums=SUMS,
         contents=CONTENTS,
         candidates=st.dictionaries(TEXTS, OPTIONS, max_size=2),
+        pair_order=st.lists(COUNTS, max_size=3).map(tuple),
+        load=st.none() | every(ServingLoad),
     )
     return draw(job)
 
