@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
-from orchestrator.backend import local_start
+from orchestrator.backend import local_start, ray_cluster
 from orchestrator.backend.local_start import MAX_SOCKET_BYTES, SOCKETS, socket_place
 from orchestrator.lint import machine
 from tests.bad_input.warm import command_line
@@ -44,6 +45,25 @@ def test_the_directory_that_tmpdir_names_is_used_where_sockets_fit(monkeypatch):
     assert socket_place() == local_start.SocketPlace(folder="/tmp")
     with local_start.sockets() as folder:
         assert folder is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_that_was_started_ahead_is_used_unless_the_plan_needs_more_memory():
+    how = {"num_cpus": 1, "num_gpus": 0}
+    with ray_cluster.started_ahead(num_cpus=1, dashboard=False) as ahead:
+        first = node_of_this_process()
+        with ray_cluster.connected("local", **how, store_bytes=1, ahead=ahead) as facts:
+            assert (facts.cpus, node_of_this_process()) == (1.0, first)
+        assert node_of_this_process() == first  # it outlives the run: the report is printed first
+        more = ray_cluster.STORE_BYTES + 2**20
+        with ray_cluster.connected("local", **how, store_bytes=more, ahead=ahead):
+            assert node_of_this_process() != first
+    assert not ray.is_initialized()
+
+
+def node_of_this_process():
+    return ray.get_runtime_context().get_node_id()
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
