@@ -180,3 +180,29 @@ def test_a_run_goes_through_below_a_long_tmpdir_and_leaves_nothing_elsewhere(lon
     done = command_line(RUN, folder=tmp_path, environment={"TMPDIR": str(long_folder)}, seconds=300)
     assert done.exit_code == 0, done.stderr
     assert set(Path("/tmp").glob("cc-*")) <= before
+
+
+class EndedNode:
+    """A node whose raylet has ended, with what its log says last."""
+
+    def __init__(self, folder, words):
+        self._folder = folder
+        (folder / "raylet.err").write_text(f"[2026-01-01 00:00:00,000 C 1 1] {words}\n")
+
+    def dead_processes(self):
+        return [("raylet", None)]
+
+    def get_logs_dir_path(self):
+        return str(self._folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "slow"),
+    [("Check failed: Timed out waiting for file /tmp/ray/port", True),
+     ("Check failed: cannot allocate the store", False)],
+)  # fmt: skip
+def test_a_raylet_that_ended_because_it_waited_too_long_was_slow(tmp_path, words, slow):
+    error, node = RuntimeError("The current node has not been updated"), EndedNode(tmp_path, words)
+    assert local_start.was_slow(error, node) is slow
+    busy = "the machine is busy" in local_start.refusal_of_start(error, node).hint
+    assert busy is slow
