@@ -80,6 +80,8 @@ class Stage:
     def __init__(self, setup: WorkerSetup) -> None:
         """Set threads and device; no layer is loaded yet."""
         torch.set_num_threads(setup.threads)
+        if setup.device == "cuda":
+            torch.empty(1, device="cuda")  # its context takes seconds: while the driver prepares
         self._setup = setup
         self._peak = PeakMemory(setup.device)
         self._layers: dict[int, nn.Module] = {}

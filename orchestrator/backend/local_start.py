@@ -97,14 +97,18 @@ def half_started(error: BaseException) -> Any | None:
 
 
 def was_slow(error: BaseException, node: Any | None) -> bool:
-    """Return whether a start only took too long: it timed out, and none of its processes ended."""
-    return bool(_TIME.search(str(error))) and not (node is not None and node.dead_processes())
+    """Return whether a start only took too long.
+
+    It timed out, and none of its processes ended but for having waited too long for another one.
+    """
+    dead = node.dead_processes() if node is not None else []
+    return bool(_TIME.search(_last_words(node, dead[0][0]) if dead else str(error)))
 
 
 def refusal_of_start(error: BaseException, node: Any | None) -> ClusterError:
     """Return why Ray did not start on this machine, and what to do about it."""
     dead = node.dead_processes() if node is not None else []
-    if dead:
+    if dead and not was_slow(error, node):
         kind = dead[0][0]
         return ClusterError(
             f"Ray did not start on this machine: its {kind} exited: {_last_words(node, kind)}",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
-from orchestrator.backend import local_start
+from orchestrator.backend import local_start, ray_cluster
 from orchestrator.backend.local_start import MAX_SOCKET_BYTES, SOCKETS, socket_place
 from orchestrator.lint import machine
 from tests.bad_input.warm import command_line
@@ -44,6 +45,25 @@ def test_the_directory_that_tmpdir_names_is_used_where_sockets_fit(monkeypatch):
     assert socket_place() == local_start.SocketPlace(folder="/tmp")
     with local_start.sockets() as folder:
         assert folder is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_that_was_started_ahead_is_used_unless_the_plan_needs_more_memory():
+    how = {"num_cpus": 1, "num_gpus": 0}
+    with ray_cluster.started_ahead(num_cpus=1, dashboard=False) as ahead:
+        first = node_of_this_process()
+        with ray_cluster.connected("local", **how, store_bytes=1, ahead=ahead) as facts:
+            assert (facts.cpus, node_of_this_process()) == (1.0, first)
+        assert node_of_this_process() == first  # it outlives the run: the report is printed first
+        more = ray_cluster.STORE_BYTES + 2**20
+        with ray_cluster.connected("local", **how, store_bytes=more, ahead=ahead):
+            assert node_of_this_process() != first
+    assert not ray.is_initialized()
+
+
+def node_of_this_process():
+    return ray.get_runtime_context().get_node_id()
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
@@ -160,3 +180,29 @@ def test_a_run_goes_through_below_a_long_tmpdir_and_leaves_nothing_elsewhere(lon
     done = command_line(RUN, folder=tmp_path, environment={"TMPDIR": str(long_folder)}, seconds=300)
     assert done.exit_code == 0, done.stderr
     assert set(Path("/tmp").glob("cc-*")) <= before
+
+
+class EndedNode:
+    """A node whose raylet has ended, with what its log says last."""
+
+    def __init__(self, folder, words):
+        self._folder = folder
+        (folder / "raylet.err").write_text(f"[2026-01-01 00:00:00,000 C 1 1] {words}\n")
+
+    def dead_processes(self):
+        return [("raylet", None)]
+
+    def get_logs_dir_path(self):
+        return str(self._folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "slow"),
+    [("Check failed: Timed out waiting for file /tmp/ray/port", True),
+     ("Check failed: cannot allocate the store", False)],
+)  # fmt: skip
+def test_a_raylet_that_ended_because_it_waited_too_long_was_slow(tmp_path, words, slow):
+    error, node = RuntimeError("The current node has not been updated"), EndedNode(tmp_path, words)
+    assert local_start.was_slow(error, node) is slow
+    busy = "the machine is busy" in local_start.refusal_of_start(error, node).hint
+    assert busy is slow

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from orchestrator.report import numbers, render_page, render_terminal, spectra, summary, timeline
 from orchestrator.report.document import Span, sites
+from orchestrator.report.svg import ticks
 from planners.units.kinds import KINDS
 
 PLOTS = {"energy", "spectra", "parameters", "widths", "errors", "timeline"}
@@ -523,3 +524,10 @@ def test_every_kind_of_unit_is_drawn_in_a_colour_that_is_not_that_of_what_is_no_
     assert unknown not in slots.values()
     assert slots["carried"] == slots["statistics"]
     assert slots["losses"] == slots["damage"] not in {slots[name] for name in ("layer", "basis")}
+
+
+def test_ticks_are_round_numbers_inside_the_range():
+    assert ticks((0.0, 105.0), most=4) == [0.0, 50.0, 100.0]
+    assert ticks((0.91, 1.004), most=5) == pytest.approx([0.92, 0.94, 0.96, 0.98, 1.0])
+    assert ticks((-0.6, 4.6), most=12, whole=True) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert ticks((-0.6, 0.6), most=8, whole=True) == [0.0]

@@ -6,7 +6,7 @@ from actors.messages import ThroughputRequest, WorkerSetup
 from actors.storage.files import Directory
 from orchestrator.backend.executor import FailureClass, InputLost, WorkerFailed, WorkerLost
 from orchestrator.engine.failure_policy import POLICIES, Action, Place, class_of, decide
-from orchestrator.engine.fresh_process import FreshProcess, in_fresh_process
+from orchestrator.engine.fresh_process import EvaluatorProcess, FreshProcess, in_fresh_process
 from orchestrator.engine.supervisor import Call, Supervisor
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.throughput import Workers, through_stages
@@ -149,6 +149,28 @@ def test_a_fresh_process_follows_the_table(failure, model):
     stops = TABLE[failure][PLACES.index(Place.NOWHERE_ELSE)][0] is STOP
     assert told.kinds == ["gave up" if stops else failure]
     assert {fields["unit"] for _, fields in told} == {"timed"}
+
+
+def test_one_process_takes_several_requests_and_another_follows_a_lost_one(model):
+    executor = FailingExecutor("second", EXAMPLES[FailureClass.WORKER_CRASHED], times=1)
+    spawned = []
+    spawn = executor.spawn
+
+    def counted(actor_class, *args, resources, name):
+        spawned.append(resources)
+        return spawn(actor_class, *args, resources=resources, name=name)
+
+    executor.spawn = counted
+    process = EvaluatorProcess(executor, threads=1, device="cpu", shares=True)
+    assert not spawned
+    process.start()
+    process.start()
+    supervisor = Supervisor(Told().emit)
+    for unit, processes in (("first", 1), ("second", 2), ("third", 2)):
+        process.answer(unit, "throughput", request_of(model), supervisor=supervisor)
+        assert len(spawned) == processes
+    process.close()
+    assert {each.num_cpus for each in spawned} == {0.0}  # workers are never short of a core
 
 
 @ALL_FAILURES
