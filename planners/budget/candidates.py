@@ -56,8 +56,8 @@ def combined_spec(
     names = ", ".join(each.name for each in joining)
     if spec.measures(options) != "damage" or options.get("servable") in ("narrow_heads", "vllm"):
         raise ConfigError(
-            f"options.{NAME}: {names} cannot compete with {spec.name} unless damage is measured and "
-            "widths are free",
+            f"options.{NAME}: {names} cannot compete with {spec.name} unless damage is measured "
+            "and widths are free",
             hint="use allocation=marginal, and servable=remote",
         )
     own = replace(spec, candidates=())
