@@ -85,8 +85,8 @@ def test_each_module_goes_to_the_method_that_loses_nothing_there(model, tmp_path
     forms = json.loads((tmp_path / "both/model/config.json").read_text())["layer_forms"]
     assert [(form["intermediate"], form["ranks"]) for form in forms] == [(28, RANKS)] * LAYERS
     alone = {name: value for name, value in options.items() if name != "candidates"}
-    compress_local(model, tmp_path / "alone", **recipe, options={**alone, "multiple_of": 4})
-    assert perplexity(tmp_path / "alone", "compressed") > 1.02 * found["dense"]
+    compress_local(model, tmp_path / "alone", **recipe, options=alone)
+    assert perplexity(tmp_path / "alone", "compressed") != pytest.approx(found["dense"], rel=1e-3)
 
 
 def test_a_run_of_one_method_alone_is_as_it_was(model, tmp_path):
