@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -89,7 +90,7 @@ class _Processor(threading.Thread):
 
 def _seconds(tree: Path, words: tuple[str, ...], cpu: list[float]) -> float:
     """Run a command; return the seconds until it printed READY, or ended; add its processor's."""
-    processor = _Processor()
+    processor, before = _Processor(), _waited_for()
     folder = tempfile.mkdtemp(prefix="small-run-")
     out = ("--out", f"{folder}/run") if words[0] == "run" else ()
     command = [str(tree / ".venv/bin/compress-cluster"), *words, *out]
@@ -105,9 +106,15 @@ def _seconds(tree: Path, words: tuple[str, ...], cpu: list[float]) -> float:
     if words in RUNS.values() and (running.returncode or not seconds):
         raise SystemExit(f"{' '.join(command)}: exit code {running.returncode}")
     _reap()
-    cpu.append(processor.stop())
+    # What has ended between two samples is in the second.
+    cpu.append(max(processor.stop(), _waited_for() - before))
     shutil.rmtree(folder)
     return seconds or ended
+
+
+def _waited_for() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _reap() -> None:
