@@ -168,6 +168,12 @@ def best(
             form = _by_layer(narrowed, curves, ladders, budget=budget, start=start)
         damage = predicted(start.form, form, curves)
         found.append(Found(form=replace(form, native=servable in STOCK), damage=damage))
+    if not smallest:
+        raise PlanError(
+            f"servable={servable}: no head width below {shape.head_dim} is a multiple of "
+            f"{steps['qk']} whose damage was measured",
+            hint="use servable=native or remote, or a smaller --multiple-of",
+        )
     if not found:
         budget.refuse(min(smallest))
     # Of equal ones the widest heads.

@@ -191,6 +191,20 @@ def test_auto_takes_a_stock_form_only_if_it_costs_little_more():
         assert (stock <= WORTH * found.damages["remote"]) == found.form.native
 
 
+def test_steps_that_leave_no_narrower_heads_leave_out_that_form():
+    wide = {"multiple_of": 512}  # of 8 KV heads: no multiple below 64 channels
+    assert width_steps(LARGE, options_of(**wide))["qk"] == 64
+    whole = [[64, 0.0]]
+    coarse = {"mlp": curve(1536, 512, 0.3), "qk": whole, "vo": whole, "pairs": whole}
+    known = [{"curves": coarse, "pair_scores": [1.0] * 32}] * 3
+    target = Target(keep_fraction=0.8)
+    found = MODEGPT.allocate(LARGE, START, target, options_of(**wide), known)
+    assert found.damages.keys() == {"remote", "native"}
+    with pytest.raises(PlanError, match="no head width below 64 is a multiple of 64"):
+        narrow = options_of(servable="narrow_heads", **wide)
+        MODEGPT.allocate(LARGE, START, target, narrow, known)
+
+
 def test_the_predicted_damage_of_uncut_layers_is_nothing():
     curves = [finding["curves"] for finding in findings()]
     assert predicted(START.form, START.form, curves) == 0
