@@ -125,6 +125,7 @@ class MethodSpec:
         modules: the modules it can shrink.
         options: everything that can be set, with defaults.
         residual: it rotates the residual stream, so a layer unit needs the bases of its sites.
+        cuts_widths: its ladders are widths of modules, whose times can be measured one by one.
         only_shrinks: every change shows in widths and ranks: a model that keeps all of them keeps
             all values. False for a method that can change values or dtypes alone.
         statistics: (shape, options) -> the sums it needs of every layer.
@@ -165,6 +166,7 @@ class MethodSpec:
         lambda *_: {}
     )
     joins: Callable[[Sequence[str]], Mapping[str, Option]] | None = None
+    cuts_widths: bool = False
     only_shrinks: bool = False
     candidates: tuple[Candidate, ...] = ()
 

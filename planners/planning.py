@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from planners import refit
 from planners.batching import TokenBatching
+from planners.budget.budgets import budget_of
 from planners.errors import PlanError
 from planners.memory.fitting import Attempt, ways_to_fit
 from planners.memory.peaks import HOST_IN_FLIGHT, LIBRARIES, Shrinking, in_flight
@@ -19,7 +20,7 @@ from planners.model.cost import (
     model_parameters,
     statistic_elements,
 )
-from planners.model.form import ModelForm, Start, dense_form, site_dims
+from planners.model.form import ModelForm, Start, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.plan import RunPlan
@@ -79,6 +80,11 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
     """
     _require_possible(shape, spec, options, target=target, work=work, others=others)
     start = start or dense_start(shape)
+    if target.fit is not None and budget_of(shape, start, target).allows(start.form):
+        raise PlanError(
+            f"fit: {target.fit:,} bytes hold the input model as it is: nothing has to be cut",
+            hint="use a larger --serving-batch or --serving-context, or --keep-fraction",
+        )
     form = spec.form(shape, start, target, options)
     statistics = spec.statistics(shape, options) | work.extra_statistics
     batching, tokens = work.batching, work.batching.tokens
@@ -165,7 +171,7 @@ def _require_possible(
             f"slice: {target.slice} is a fraction of the residual width, which {spec.name} keeps",
             hint="use --keep-fraction, the true fraction of the parameters",
         )
-    if target.speedup is not None and not _cuts_widths(shape, spec, options):
+    if target.speedup is not None and not spec.cuts_widths:
         raise PlanError(
             f"speedup: {spec.name} has no widths whose times are measured one by one",
             hint="use --method modegpt, or --keep-fraction",
@@ -175,13 +181,6 @@ def _require_possible(
             f"refit: {work.batching.sequences} calibration sequence is too few: some are held out",
             hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
         )
-
-
-def _cuts_widths(shape: ModelShape, spec: MethodSpec, options: Mapping[str, Option]) -> bool:
-    """Return whether a method cuts modules to widths, not to ranks or the residual stream."""
-    layer = dense_form(shape)
-    ladders = spec.ladders(shape, layer, options).values()
-    return bool(ladders) and not any(each.cut(layer, each.sizes[0]).ranks for each in ladders)
 
 
 def _load(

@@ -578,6 +578,7 @@ SPEC = MethodSpec(
     source="arXiv:2408.09632",
     modules=MODULES,
     residual=False,
+    cuts_widths=True,
     only_shrinks=True,
     options=(
         OptionSpec(

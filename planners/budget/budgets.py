@@ -24,6 +24,9 @@ from planners.model.serving_load import LayerTimes, seconds_at
 from planners.model.shape import ModelShape
 
 
+FEW_MB = 100  # below it a megabyte is too coarse for a size to be named
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The most that a result may cost, and how cost is counted.
@@ -124,12 +127,13 @@ def memory(shape: ModelShape, target: Target) -> Budget:
         return module_elements(shape, layer, name) * width + cached(heads)
 
     def refuse(least: float) -> NoReturn:
+        megabytes = math.ceil(least / 1e6)
+        nearest = f"{megabytes}MB" if megabytes > FEW_MB else f"{math.ceil(least / 1e3)}kB"
         raise PlanError(
             f"fit: {target.fit:,} bytes are too few: the smallest result of this method needs "
             f"{math.ceil(least):,} for weights, keys and values of {load.batch} x {load.context} "
             "tokens, and workspace",
-            hint=f"use --fit {math.ceil(least / 1e6)}MB or more, or a smaller --serving-batch or "
-            "--serving-context",
+            hint=f"use --fit {nearest} or more, or a smaller --serving-batch or --serving-context",
         )
 
     return Budget(

@@ -184,6 +184,33 @@ def test_steps_wider_than_the_model_are_refused(refused):
     refused(PlanError, "leaves nothing", options__round_to=10**6)
 
 
+def test_a_memory_below_the_embedding_is_refused_with_the_nearest(model, refused, tmp_path):
+    said = refused(PlanError, "are too few", method="modegpt", slice=None, fit="1kB")
+    nearest = said.rpartition("--fit ")[2].split()[0]
+    assert (
+        attempt(
+            model, tmp_path / "run", method="modegpt", slice=None, fit=nearest
+        ).plan.keep_fraction
+        < 1
+    )
+
+
+def test_a_memory_that_holds_the_input_model_is_refused(refused):
+    refused(PlanError, "nothing has to be cut", method="modegpt", slice=None, fit="900GB")
+
+
+@pytest.mark.parametrize("method", ["slicegpt", "svdllm"])
+def test_a_speed_up_of_a_method_without_widths_is_refused(refused, method):
+    refused(
+        PlanError,
+        "has no widths whose times",
+        "--method modegpt",
+        method=method,
+        slice=None,
+        speedup=1.2,
+    )
+
+
 def test_a_worker_too_small_for_a_layer_is_refused_by_the_bytes_it_lacks(refused):
     refused(PlanError, "bytes too small for one layer", "with that much memory", worker_gib=1e-6)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import methods
+from orchestrator.recipe.config import bytes_of
 from orchestrator.recipe.method_options import resolve_options
 from planners.budget.budgets import budget_of
 from planners.budget.served import WORTH, pair_order, predicted
@@ -152,8 +153,7 @@ def test_a_memory_to_fit_counts_weights_keys_and_values_and_workspace():
     with pytest.raises(PlanError, match="are too few") as caught:
         allocated(replace(target, fit=1000))
     nearest = caught.value.hint.split()[2]
-    assert nearest.endswith("MB")
-    allocated(replace(target, fit=int(nearest.removesuffix("MB")) * 10**6))
+    allocated(replace(target, fit=bytes_of(nearest)))
 
 
 @pytest.mark.parametrize("servable", ["narrow_heads", "native"])
@@ -200,8 +200,8 @@ def test_steps_that_leave_no_narrower_heads_leave_out_that_form():
     target = Target(keep_fraction=0.8)
     found = MODEGPT.allocate(LARGE, START, target, options_of(**wide), known)
     assert found.damages.keys() == {"remote", "native"}
+    narrow = options_of(servable="narrow_heads", **wide)
     with pytest.raises(PlanError, match="no head width below 64 is a multiple of 64"):
-        narrow = options_of(servable="narrow_heads", **wide)
         MODEGPT.allocate(LARGE, START, target, narrow, known)
 
 
