@@ -23,7 +23,6 @@ from planners.model.modules import LINEARS_OF
 from planners.model.serving_load import LayerTimes, seconds_at
 from planners.model.shape import ModelShape
 
-
 FEW_MB = 100  # below it a megabyte is too coarse for a size to be named
 
 
