@@ -290,6 +290,7 @@ def test_what_was_given_is_not_changed_by_resolving():
             "device": "cuda",
             "calibration_dtype": "bfloat16",
             "worker_gib": 2,
+            "serving.context": 256,
         },
     )
     config = resolved(typed, replace(FACTS, options=({},)))
