@@ -177,7 +177,7 @@ def _started(**how: Any) -> Any:
                     dashboard_host="127.0.0.1",
                     log_to_driver=False,
                     logging_level="ERROR",
-                    _system_config=HEALTH_CHECK,
+                    _system_config=dict(HEALTH_CHECK),  # Ray adds to it
                     **how,
                 )
         except Exception as error:  # Ray raises bare Exceptions; re-raised as ClusterError
