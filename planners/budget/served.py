@@ -96,7 +96,7 @@ def served(
     found: dict[str, Found] = {}
     for constraint in constraints:
         try:
-            found[constraint] = (_free if constraint == "remote" else best)(
+            found[constraint] = best(
                 shape, findings, constraint, budget=budget, steps=steps, start=start
             )
         except PlanError:
@@ -110,21 +110,6 @@ def served(
     return Allocation(form=found[chosen].form, servable=chosen, damages=damages)
 
 
-def _free(
-    shape: ModelShape,
-    findings: Sequence[Mapping[str, object]],
-    servable: str,
-    *,
-    budget: Budget,
-    steps: Steps,
-    start: Start,
-) -> Found:
-    del servable
-    form = by_measured_damage(shape, findings, budget=budget, steps=steps, start=start)
-    curves = [read_curves(finding["curves"]) for finding in findings]
-    return Found(form=form, damage=predicted(start.form, form, curves))
-
-
 def best(
     shape: ModelShape,
     findings: Sequence[Mapping[str, object]],
@@ -134,11 +119,12 @@ def best(
     steps: Steps,
     start: Start,
 ) -> Found:
-    """Return the widths with the least predicted damage under a constraint other than ``remote``.
+    """Return the widths with the least predicted damage under a constraint.
 
     Args:
         shape: of the model.
-        findings: of each layer, ``curves`` as measured; with ``narrow_heads`` also ``pair_scores``.
+        findings: of each layer, ``curves`` as measured, and ``pair_scores`` for narrower heads that
+            share their rope pairs.
         servable: the constraint.
         budget: of the whole model.
         steps: of the widths.
@@ -148,6 +134,9 @@ def best(
         PlanError: no widths are within the budget.
     """
     curves = [read_curves(finding["curves"]) for finding in findings]
+    if servable == "remote":
+        form = by_measured_damage(shape, findings, budget=budget, steps=steps, start=start)
+        return Found(form=form, damage=predicted(start.form, form, curves))
     order = pair_order(findings) if servable != "native" else []
     steps = stock_steps(shape, steps) if servable in STOCK else steps
     found, smallest = [], []
