@@ -35,7 +35,7 @@ class SpotCluster:
                 "num_cpus": 0,
                 "include_dashboard": False,
                 "object_store_memory": STORE_BYTES,
-                "_system_config": HEALTH_CHECK,
+                "_system_config": dict(HEALTH_CHECK),
             },
         )
         self._nodes: list[Any] = []

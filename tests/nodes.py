@@ -30,7 +30,7 @@ class Nodes:
             head_node_args={
                 "num_cpus": 0,
                 "object_store_memory": 80 * 2**20,
-                "_system_config": ours.HEALTH_CHECK,
+                "_system_config": dict(ours.HEALTH_CHECK),
             },
         )
         self.nodes = [self.add() for _ in range(self._num_nodes)]

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -21,13 +22,15 @@ from orchestrator.backend.capacity import LENT, awaited, cluster_file_here, max_
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
-HEALTH_CHECK = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 2000,
-    "health_check_failure_threshold": 3,
-    "object_manager_pull_timeout_ms": 2000,
-}
+HEALTH_CHECK: Mapping[str, int] = MappingProxyType(
+    {
+        "health_check_initial_delay_ms": 1000,
+        "health_check_period_ms": 1000,
+        "health_check_timeout_ms": 2000,
+        "health_check_failure_threshold": 3,
+        "object_manager_pull_timeout_ms": 2000,
+    }
+)  # read only: Ray adds to what it is given
 CLUSTER_OF_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's, read on Linux too
 STORE_BYTES = 200 * 2**20
 LISTEN_SECONDS = 3.0  # within which a head node accepts a connection
@@ -177,7 +180,7 @@ def _started(**how: Any) -> Any:
                     dashboard_host="127.0.0.1",
                     log_to_driver=False,
                     logging_level="ERROR",
-                    _system_config=dict(HEALTH_CHECK),  # Ray adds to it
+                    _system_config=dict(HEALTH_CHECK),
                     **how,
                 )
         except Exception as error:  # Ray raises bare Exceptions; re-raised as ClusterError

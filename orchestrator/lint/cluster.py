@@ -57,7 +57,7 @@ def _start(file: ClusterFile) -> Iterator[Finding]:
             yield file.finding(
                 "warning", key,
                 f"a hung node is detected only after a minute; not set: {', '.join(missing)}",
-                f"--system-config='{json.dumps(ray_cluster.HEALTH_CHECK, separators=(',', ':'))}'",
+                f"--system-config='{_compact(ray_cluster.HEALTH_CHECK)}'",
             )  # fmt: skip
         if file.provider.get("type") in CLOUDS and "--autoscaling-config" not in text:
             yield file.finding(
@@ -82,6 +82,10 @@ def _missing_health(text: str) -> list[str]:
         k for k, limit in ray_cluster.HEALTH_CHECK.items() if not 0 < given.get(k, 0) <= 2 * limit
     ]
     return sorted(slow)
+
+
+def _compact(settings: Mapping[str, int]) -> str:
+    return json.dumps(dict(settings), separators=(",", ":"))
 
 
 def _skypilot(file: ClusterFile) -> Iterator[Finding]:

@@ -42,7 +42,11 @@ if __name__ == "__main__":
     os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "_system_config": HEALTH_CHECK, "include_dashboard": False},
+        head_node_args={
+            "num_cpus": 0,
+            "_system_config": dict(HEALTH_CHECK),
+            "include_dashboard": False,
+        },
     )
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(3)]
     try:
