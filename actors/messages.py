@@ -336,7 +336,8 @@ class ThroughputRequest:
         prompt: tokens of each prompt.
         batches: prompts at one time; each is a setting, in this order.
         new_tokens: tokens generated for each prompt.
-        compiled: the batches that are also decoded by a compiled graph with a static cache.
+        recorded: the batches that are also decoded by a CUDA graph over a cache of a fixed size.
+        compiled: likewise by `torch.compile`.
         max_rounds: of each setting; fewer where the ratios are steady before.
         seconds: after which a setting gets no more rounds than it needs at least.
         patience: a batch after the first is left out if its first rounds would take longer.
@@ -347,6 +348,7 @@ class ThroughputRequest:
     prompt: int
     batches: Sequence[int]
     new_tokens: int
+    recorded: Sequence[int] = ()
     compiled: Sequence[int] = ()
     max_rounds: int = MOST_ROUNDS
     seconds: float = RUN_SECONDS

@@ -8,8 +8,8 @@ of 70B shapes with its grams reaches 0.85 of the bare products. Not yet run on a
 
     .venv/bin/python benchmarks/gpu_run.py BEFORE AFTER [--minutes 8] [--device cpu --tiny]
 
-BEFORE and AFTER are checkouts; both run in this environment. What no time is left for is listed as
-not measured.
+BEFORE and AFTER are checkouts; both run in this environment. What fails, or has no time left, is
+listed as not measured.
 """
 
 import argparse
@@ -32,10 +32,11 @@ from shaped import config_of, write_checkpoint, write_tokens
 from actors.storage.checkpoint import Checkpoint
 from planners.families import family_of
 from planners.model.cost import forward_flops, model_parameters
+from planners.timing import EAGER
 
 METHODS: Mapping[str, Sequence[str]] = {
-    "slicegpt": ("--method", "slicegpt", "--slice", "0.25"),
     "modegpt": ("--method", "modegpt", "--keep-fraction", "0.75"),
+    "slicegpt": ("--method", "slicegpt", "--slice", "0.25"),
 }
 PHASES = ("calibrate", "allocate", "compress", "evaluate", "verify", "throughput")
 WALL_GOAL, LAYER_GOAL = 0.5, 0.85
@@ -49,7 +50,8 @@ everything included. The tree AFTER goes first, so that the other one finds the 
 in memory and the card warm. Speeds are those of `compress-cluster bench` of the tree AFTER, which
 times dense model and results in turn: prefill from a batch of prompts, decode as tokens per second
 after prompts of that length, eager and as CUDA graphs. The ideal ratios are those of the operations
-of a forward pass (prefill) and of the bytes of the weights (decode), dense over result."""
+of the layers (prefill) and of the weights, keys and values that are read for a token (decode),
+dense over result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,9 @@ class Case:
     vocabulary: int
     sequences: int
     length: int
-    prefill: tuple[int, int]
-    decode: tuple[int, int]
+    prompt: int
+    prefill: int  # prompts
+    decode: int  # likewise
     layer_tokens: int
 
 
@@ -72,8 +75,9 @@ FULL = Case(
     vocabulary=32000,
     sequences=64,
     length=2048,
-    prefill=(4, 2048),
-    decode=(16, 2048),
+    prompt=2048,
+    prefill=4,
+    decode=16,
     layer_tokens=8192,
 )
 TINY = Case(
@@ -82,14 +86,15 @@ TINY = Case(
     vocabulary=512,
     sequences=8,
     length=64,
-    prefill=(2, 64),
-    decode=(2, 64),
+    prompt=64,
+    prefill=2,
+    decode=4,
     layer_tokens=2048,
 )
 
 
-class OutOfTimeError(Exception):
-    """There is no time left for what was to be done."""
+class NotMeasuredError(Exception):
+    """A command failed, or there is no time left for it."""
 
 
 class Session:
@@ -117,17 +122,18 @@ class Session:
         phases = json.loads((out / "report.json").read_text())["seconds"]
         return {"wall": wall, **{k: v for k, v in phases.items() if isinstance(v, float | int)}}
 
-    def bench(self, tree: Path, models: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
-        """Return what ``bench --json`` of a tree says of models at a batch and a prompt."""
-        batch, prompt = size
+    def bench(self, tree: Path, models: Sequence[str], case: Case) -> dict[str, Any]:
+        """Return what ``bench --json`` of a tree says of models."""
         text = self._command(
             tree,
             [
                 "bench",
                 *(str(self._folder / model) for model in models),
-                *("--json", "--batch", str(batch), "--prompt", str(prompt), "--new-tokens", "32"),
+                *("--json", "--prompt", str(case.prompt), "--new-tokens", "32"),
+                *("--batch", str(case.prefill), "--batch", str(case.decode)),
             ],
         )
+        (self._folder / "bench.json").write_text(text)
         found: dict[str, Any] = json.loads(text)
         return found
 
@@ -135,23 +141,27 @@ class Session:
         left = self._until - time.monotonic()
         label = f"{arguments[0]} of {tree}: {' '.join(arguments[1:])}"
         if left <= 0:
-            self.skipped.append(label)
-            raise OutOfTimeError
+            self.skipped.append(f"no time left: {label}")
+            raise NotMeasuredError
+        print(f"{left:.0f} s left: {label}", flush=True)
+        path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "orchestrator", *arguments, "--device", self._device],
                 cwd=tree,
-                env={**os.environ, "PYTHONPATH": str(tree)},
+                env={**os.environ, "PYTHONPATH": path},
                 capture_output=True,
                 text=True,
                 timeout=left,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            self.skipped.append(label)
-            raise OutOfTimeError from error
+            self.skipped.append(f"no time left: {label}")
+            raise NotMeasuredError from error
         if done.returncode:
-            raise SystemExit(f"{label}\n{done.stderr[-3000:]}")
+            print(done.stderr[-3000:], flush=True)
+            self.skipped.append(f"failed: {label}")
+            raise NotMeasuredError
         return done.stdout
 
 
@@ -163,11 +173,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="in all [%(default)s]")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="toy shapes; writes nothing")
+    parser.add_argument("--folder", type=Path, help="where all files stay [a temporary folder]")
     given = parser.parse_args()
     case, load = TINY if given.tiny else FULL, load_average()
     trees = {"before": given.before.resolve(), "after": given.after.resolve()}
     with tempfile.TemporaryDirectory(prefix="gpu-run-") as name:
-        folder = Path(name)
+        folder = (given.folder or Path(name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         session = Session(folder, given.device, minutes=given.minutes)
         layer = _layer(case, given.device)
         _write_inputs(folder, case)
@@ -202,7 +214,7 @@ def _runs(session: Session, tree: tuple[str, Path]) -> dict[tuple[str, str], dic
     for method in METHODS:
         try:
             found[method, tree[0]] = session.run(tree[1], method, f"{tree[0]}-{method}")
-        except OutOfTimeError:
+        except NotMeasuredError:
             continue
     return found
 
@@ -211,37 +223,40 @@ def _speeds(
     session: Session, tree: Path, models: Sequence[str], case: Case
 ) -> list[tuple[str, str, str, float]]:
     """Return (model, what, mode, tokens per second) of each setting that was measured."""
-    found = []
-    for part, size in (("prefill", case.prefill), ("decode", case.decode)):
-        try:
-            document = session.bench(tree, models, size)
-        except OutOfTimeError:
-            continue
-        for model, said in zip(models, document["models"].values(), strict=True):
-            for row in said["settings"]:
-                rate = row.get(f"{part}_tokens_per_second")
-                if rate is not None:
-                    found.append((model, part, row["mode"], rate))
-    return found
+    try:
+        document = session.bench(tree, models, case)
+    except NotMeasuredError:
+        return []
+    batches = {"prefill": case.prefill, "decode": case.decode}
+    return [
+        (model, part, row["mode"], row[f"{part}_tokens_per_second"])
+        for model, said in zip(models, document["models"].values(), strict=True)
+        for row in said["settings"]
+        for part, batch in batches.items()
+        if row["batch"] == batch and "not_measured" not in row
+        if part == "decode" or row["mode"] == EAGER  # no prompt passes a graph
+    ]
 
 
 def _ideal(folder: Path, models: Sequence[str], case: Case) -> dict[str, dict[str, float]]:
-    """Return model -> the ratios of operations and of parameters, dense over the model's."""
-    sizes = {}
+    """Return model -> the ratios of operations and of bytes read for a token, dense over its."""
+    sizes, cached = {}, case.decode * case.prompt
     for model in models:
         checkpoint = Checkpoint(str(folder / model))
         shape = checkpoint.shape
         flops = forward_flops(
             shape,
-            tokens=case.prefill[0] * case.prefill[1],
-            sequence_length=case.prefill[1],
+            tokens=case.prefill * case.prompt,
+            sequence_length=case.prompt,
             form=checkpoint.form,
         )
-        sizes[model] = flops, model_parameters(shape, checkpoint.form)
+        heads = sum(layer.qk_head_dim + layer.vo_head_dim for layer in checkpoint.form.layers)
+        elements = cached * shape.num_kv_heads * heads
+        sizes[model] = flops, model_parameters(shape, checkpoint.form) + elements
     dense = sizes[models[0]]
     return {
-        model: {"prefill": dense[0] / flops, "decode": dense[1] / parameters}
-        for model, (flops, parameters) in sizes.items()
+        model: {"prefill": dense[0] / flops, "decode": dense[1] / elements}
+        for model, (flops, elements) in sizes.items()
     }
 
 
@@ -284,7 +299,7 @@ def _report(  # noqa: PLR0913 all that was measured
             (model, part, mode, f"{rate:,.0f}", f"{ratio:.2f}", f"{ideal[model][part]:.2f}")
         )
         method = model.removeprefix("after-").removesuffix("/model")
-        if method in SPEED_GOALS and (part == "prefill" or mode != "eager"):
+        if method in SPEED_GOALS and (part == "prefill" or mode != EAGER):
             goal = SPEED_GOALS[method][part]
             text = f"{method}, {part}, {mode}: at least {goal} of the dense model"
             goals.append(Goal(text=text, measured=f"{ratio:.2f}", met=ratio >= goal))
@@ -309,7 +324,7 @@ def _report(  # noqa: PLR0913 all that was measured
                 "Speed:": table(("model", "part", "mode", "tokens/s", "of dense", "ideal"), rows),
             },
             goals=goals,
-            notes=[f"Not measured, no time left: {each}" for each in session.skipped],
+            notes=[f"Not measured: {each}" for each in session.skipped],
             load=load,
         ),
         keep=keep,

@@ -69,7 +69,7 @@ def run(
             config.address,
             num_cpus=config.workers * config.threads,
             num_gpus=config.workers if config.device == "cuda" else 0,
-            store_bytes=config.workers * shared_bytes(prepared.plan.waves[0][0]),
+            store_bytes=config.workers * shared_bytes(prepared.plan.waves[0]),
         ) as facts:
             approve(facts)
             write_run(
@@ -78,7 +78,7 @@ def run(
             with interruptible() as interruption, preemption.watchers(config.address) as watchers:
                 return run_on(
                     prepared,
-                    RayExecutor(watchers=watchers),
+                    RayExecutor(watchers=watchers, early=facts.early),
                     listener=metrics.metered(
                         listener,
                         reasons=POLICIES,

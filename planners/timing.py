@@ -24,7 +24,7 @@ BENCH_PATIENCE_SECONDS = 180.0
 PATIENCE_SECONDS = 30.0  # a setting of a run is left out if its first rounds would take longer
 CONFIDENCE = 0.95
 
-EAGER = "eager"  # mode of a model as it is; other modes have the name of what compiles it
+EAGER, GRAPHS, COMPILED = "eager", "CUDA graphs", "torch.compile"  # modes of decoding
 
 Interval = tuple[float, float]
 

@@ -4,10 +4,12 @@ A copy from pinned memory runs while the host reads the next tensor; torch keeps
 until the copy is done. On a CPU nothing is copied.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
-READERS_AHEAD = 4  # threads that read for an accelerator; a CPU reads one tensor ahead
+READERS_AHEAD = 8  # threads that read and hash for an accelerator; a CPU reads one tensor ahead
 LARGEST_PINNED = 2**30  # torch caches pinned memory; a gram of the FFN is read once and pageable
 
 
@@ -32,7 +34,7 @@ def pinned(tensor: Tensor, device: str) -> Tensor:
 
 def readers(device: str) -> int:
     """Return how many tensors are read ahead of what a device does."""
-    return READERS_AHEAD if device == "cuda" else 1
+    return min(READERS_AHEAD, os.cpu_count() or 1) if device == "cuda" else 1
 
 
 def to_device(tensor: Tensor, device: str, dtype: torch.dtype | None = None) -> Tensor:

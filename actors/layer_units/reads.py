@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from actors import methods
-from actors.devices.transfer import to_device
+from actors.devices.transfer import readers, to_device
 from actors.messages import CompressionJob, UnitTask
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
@@ -31,7 +31,7 @@ class Reads:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-unit")
+        self._threads = ThreadPoolExecutor(readers(device), thread_name_prefix="next-unit")
         self._now: dict[Hashable, Future[Tensors]] = {}
         self._ahead: dict[Hashable, Future[Tensors]] = {}
         self._expected = ""
@@ -101,7 +101,7 @@ class Reads:
         return tuple(to_device(found["vectors"], self.device) for found in read)
 
     def _read_ahead(self, key: Hashable, read: Callable[[], Tensors]) -> None:
-        self._ahead[key] = self._thread.submit(torch.inference_mode()(read))
+        self._ahead[key] = self._threads.submit(torch.inference_mode()(read))
 
     def _read(self, key: Hashable, read: Callable[[], Tensors]) -> Tensors:
         found = self._now.pop(key, None)

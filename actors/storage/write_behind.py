@@ -5,14 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-WRITERS = 2  # threads: one hashes and writes while another one waits for the disk
+WRITERS = 2  # threads on a CPU: one hashes and writes while another one waits for the disk
 
 
 class WriteBehind(Generic[T]):
     """Writes under way, by name; each is asked for once, and raises there what it raised."""
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="write-behind")
+    def __init__(self, *, writers: int = WRITERS) -> None:
+        self._threads = ThreadPoolExecutor(writers, thread_name_prefix="write-behind")
         self._writes: dict[str, tuple[int, Future[T]]] = {}
 
     def begin(self, name: str, write: Callable[[], T], *, held: int, most: int) -> None:

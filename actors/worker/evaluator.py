@@ -4,8 +4,10 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +107,16 @@ class Evaluator:
 def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
     checks = []
     with local_copy(request.uri) as folder:
-        model = _loaded(folder, device)
+        model = _loaded(folder, "cpu")
         checks.append(_same_tensors(model.state_dict(), request.tensors))
+        model = model.to(device)
         batch = torch.tensor(request.ids, device=device)
         logits = model(batch).logits
         finite = bool(torch.isfinite(logits).all())
         dtype = str(logits.dtype).removeprefix("torch.")
         detail = dtype if finite else f"some are NaN or infinite{overflowed(dtype)}"
         checks.append(Check(name="logits are finite", passed=finite, detail=detail))
-        checkpoint = Checkpoint(str(folder), model_store=request.model_store)
+        checkpoint = Checkpoint(str(folder), model_store=request.model_store, device=device)
         layer_by_layer = _stagewise_logits(checkpoint, batch, request.family, device)
         name = "logits equal those of the layers as computed"
         checks.append(_close(name, logits, layer_by_layer))
@@ -165,14 +168,18 @@ def _sha256(tensor: Tensor) -> str:
 
 def _same_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]) -> Check:
     """Compare every tensor of a loaded model with the hash of the computed bytes."""
-    wrong = [
-        name
-        for name, facts in expected.items()
-        if name not in state
-        or list(state[name].shape) != facts["shape"]
-        or NAME_OF[state[name].dtype] != facts["dtype"]
-        or _sha256(state[name]) != facts["sha256"]
-    ]
+
+    def differs(name: str) -> bool:
+        facts = expected[name]
+        return (
+            name not in state
+            or list(state[name].shape) != facts["shape"]
+            or NAME_OF[state[name].dtype] != facts["dtype"]
+            or _sha256(state[name]) != facts["sha256"]
+        )
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:  # a hash holds no interpreter
+        wrong = [n for n, bad in zip(expected, threads.map(differs, expected), strict=True) if bad]
     stored = {tensor.data_ptr() for name, tensor in state.items() if name in expected}
     extra = [n for n, t in state.items() if n not in expected and t.data_ptr() not in stored]
     detail = f"{len(expected)} tensors, bit for bit"

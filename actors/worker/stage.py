@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from actors.devices.memory import PeakMemory, release_freed_memory
+from actors.devices.transfer import readers
 from actors.layer_units.reads import Reads
 from actors.layer_units.registry import compute_unit
 from actors.messages import (
@@ -36,7 +37,7 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors, write_tensors
 from actors.storage.tokens import tokens_from_parquet
-from actors.storage.write_behind import WriteBehind
+from actors.storage.write_behind import WRITERS, WriteBehind
 from planners.errors import ModelError, StorageError
 from planners.families import load as load_family
 from planners.memory.peaks import HOST_IN_FLIGHT
@@ -86,13 +87,17 @@ class Stage:
         self._peak = PeakMemory(setup.device)
         self._layers: dict[int, nn.Module] = {}
         self._outer: OuterModel | None = None
+        self._held: Assignment | None = None  # what is loaded, where another pass may use it as is
         self._statistics: dict[int, LayerStatistics] = {}
         self._tokens: dict[str, Tensor] = {}
         self._next: dict[int, int] = {}  # layer -> first microbatch not yet in its sums
         self._saved: dict[int, int] = {}  # layer -> the same for its newest partial sums
         self._generated: Generated | None = None
         self._reads = Reads(setup.device)
-        self._writes: WriteBehind[UnitDone] = WriteBehind()
+        # A core hashes half as fast as a disk writes.
+        self._writes: WriteBehind[UnitDone] = WriteBehind(
+            writers=max(WRITERS, readers(setup.device))
+        )
 
     def __repr__(self) -> str:
         """Return the name shown in Ray's dashboard and log prefixes."""
@@ -111,6 +116,8 @@ class Stage:
             ModelError: a tensor is missing, broken or not finite.
         """
         started = time.monotonic()
+        if assignment == self._held:  # by the pass before, of the same contents
+            return LoadDone(seconds=time.monotonic() - started, next=0)
         self.drop()
         self._reads.forget()
         device = self._setup.device
@@ -142,13 +149,15 @@ class Stage:
         if assignment.head:
             outer.read_head(checkpoint)
         release_freed_memory()
+        if assignment.contents and not assignment.statistics:
+            self._held = assignment
         seconds = time.monotonic() - started
         return LoadDone(seconds=seconds, next=min(self._next.values(), default=0))
 
     def drop(self) -> None:
         """Drop layers and statistics."""
         self._layers, self._statistics = {}, {}
-        self._outer = None
+        self._outer = self._held = None
         self._next, self._saved = {}, {}
         self._generated = None
         release_freed_memory()

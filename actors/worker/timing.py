@@ -11,9 +11,9 @@ from torch import Tensor
 from actors.devices.memory import PeakMemory
 from actors.messages import ThroughputRequest
 from actors.worker.attention_kernels import AttentionKernels
-from planners.timing import EAGER, FEWEST_ROUNDS, finished, speeds
+from planners.timing import COMPILED, EAGER, FEWEST_ROUNDS, GRAPHS, finished, speeds
 
-COMPILED = {"cpu": "torch.compile", "cuda": "CUDA graphs"}  # device -> what a compiled step is
+WARM_UP = 2  # steps before one is recorded: libraries start, and allocate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,16 +22,12 @@ class Setting:
 
     Attributes:
         batch: prompts at one time.
-        mode: ``eager``, or what a compiled step with a static cache is called.
+        mode: how a step for one token is made: ``eager``, or over a cache of a fixed size as
+            ``CUDA graphs`` or by ``torch.compile``.
     """
 
     batch: int
-    mode: str
-
-    @property
-    def compiled(self) -> bool:
-        """Whether new tokens come from a compiled graph."""
-        return self.mode != EAGER
+    mode: str = EAGER
 
 
 def timed(models: Mapping[str, Any], request: ThroughputRequest) -> dict[str, dict[str, Any]]:
@@ -45,7 +41,7 @@ def timed(models: Mapping[str, Any], request: ThroughputRequest) -> dict[str, di
 
     values: dict[str, dict[str, Any]] = {name: {"settings": []} for name in models}
     prompts = tokens = 0.0  # seconds of a round of all models: per prompt, and of the new tokens
-    for setting in _settings(models, request):
+    for setting in _settings(request):
         # Prompts take in proportion to their number, new tokens at least as long as fewer.
         expected = (setting.batch * prompts + tokens) * (1 + FEWEST_ROUNDS)
         if expected > request.patience:
@@ -53,23 +49,27 @@ def timed(models: Mapping[str, Any], request: ThroughputRequest) -> dict[str, di
             continue
         try:
             rows, seconds = _measured(models, request, setting, values)
-        except (TorchDynamoException, torch.OutOfMemoryError) as error:
+        except RuntimeError as error:
+            known = isinstance(error, TorchDynamoException | torch.OutOfMemoryError)
+            if not known and setting.mode != GRAPHS:  # not everything can be recorded
+                raise
             first_lines = " ".join(str(error).splitlines()[:2])
             _note(values, setting, f"{type(error).__name__}: {first_lines}")
             continue
-        if not setting.compiled:
+        if setting.mode == EAGER:
             prompts, tokens = seconds[0] / setting.batch, seconds[1]
         for name, row in rows.items():
             values[name]["settings"].append(row)
     return values
 
 
-def _settings(models: Mapping[str, Any], request: ThroughputRequest) -> Iterator[Setting]:
-    device = next(iter(models.values())).device.type
+def _settings(request: ThroughputRequest) -> Iterator[Setting]:
     for batch in request.batches:
-        yield Setting(batch=batch, mode=EAGER)
+        yield Setting(batch=batch)
+        if batch in request.recorded:
+            yield Setting(batch=batch, mode=GRAPHS)
         if batch in request.compiled:
-            yield Setting(batch=batch, mode=COMPILED[device])
+            yield Setting(batch=batch, mode=COMPILED)
 
 
 def _note(values: Mapping[str, Any], setting: Setting, reason: str) -> None:
@@ -85,15 +85,15 @@ def _measured(
     values: Mapping[str, dict[str, Any]],
 ) -> tuple[dict[str, dict[str, Any]], tuple[float, float]]:
     """Return a row for each model, and the seconds of one round of all of them, in its parts."""
-    if setting.compiled:
+    if setting.mode == COMPILED:
         torch.compiler.reset()  # one graph for each model, not one for every batch so far
     generations, peaks = {}, {}
     for name, model in models.items():
         generations[name] = Generation(model, request, setting)
-        if setting.compiled:
-            generations[name].seconds()  # compiles
-        else:
+        if setting.mode == EAGER:
             values[name]["kernels"] = generations[name].kernels()  # warm-up: libraries start
+        else:
+            generations[name].prepare()
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     begun = time.monotonic()
     while not finished(
@@ -123,8 +123,8 @@ def _measured(
 class Generation:
     """A model that generates from random prompts at one setting.
 
-    Prompts pass the model as it is; what is compiled is the step for one token, as transformers
-    does it: `get_compiled_call` with its own configuration, over a cache of a fixed size.
+    Prompts pass the model as it is. What is recorded or compiled is the step for one token, over a
+    cache of a fixed size; compiled as transformers does it, by `get_compiled_call`.
     """
 
     def __init__(self, model: Any, request: ThroughputRequest, setting: Setting) -> None:
@@ -136,13 +136,21 @@ class Generation:
         ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
         self._ids = ids.to(model.device)
         self._model, self._step, self._cache = model, model, None
-        self._new_tokens = request.new_tokens
-        if setting.compiled:
-            length = request.prompt + request.new_tokens
+        self._new_tokens, self._mode = request.new_tokens, setting.mode
+        if setting.mode != EAGER:
+            length = request.prompt + max(request.new_tokens, WARM_UP)
             self._cache = StaticCache(config=model.config, max_cache_len=length)
+        if setting.mode == COMPILED:
             # A graph that breaks, or is compiled again for another shape, is not what is timed.
             how = CompileConfig(fullgraph=True, dynamic=False)
             self._step = model.get_compiled_call(how)
+
+    def prepare(self) -> None:
+        """Record or compile the step for one token."""
+        if self._mode == GRAPHS:
+            self._step = _Recorded(self._model, *self._prefill())
+        else:
+            self.seconds()
 
     def seconds(self) -> tuple[float, float]:
         """Return the seconds of the prompts, and those of all new tokens."""
@@ -188,6 +196,33 @@ class Generation:
         if self._ids.device.type == "cuda":
             torch.cuda.synchronize(self._ids.device)
         return time.perf_counter()
+
+
+class _Recorded:
+    """The step for one token of a model as a CUDA graph: recorded once, launched as a whole.
+
+    The cache is at another position afterwards; a prompt resets it.
+    """
+
+    def __init__(self, model: Any, cache: Any, token: Tensor) -> None:
+        """Record a step; ``token``, (batch, 1), is one to do it with."""
+        self._token = token.clone()
+        # Recording needs a stream of its own.
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                model(self._token, past_key_values=cache, use_cache=True)
+        current.wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = model(self._token, past_key_values=cache, use_cache=True)
+
+    def __call__(self, token: Tensor, **_: Any) -> Any:
+        """Return the output for a token; the next call overwrites it."""
+        self._token.copy_(token)
+        self._graph.replay()
+        return self._output
 
 
 def weight_bytes(model: Any) -> int:

@@ -64,6 +64,11 @@ class Resources:
     num_gpus: float = 0.0
     any_gpu: bool = False
 
+    @classmethod
+    def of_worker(cls, threads: int, device: str) -> "Resources":
+        """Return what a worker reserves."""
+        return cls(num_cpus=threads, num_gpus=float(device == "cuda"))
+
     def __str__(self) -> str:
         """Return the resources as text: ``2 CPU and 1 GPU``."""
         gpus = f" and {self.num_gpus:g} GPU" if self.num_gpus else ""
@@ -73,6 +78,21 @@ class Resources:
     def bundle(self) -> dict[str, float]:
         """The resources as Ray's mapping of names to amounts."""
         return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyActor:
+    """A process that was started before it was known what for.
+
+    Attributes:
+        module: with the class of its actor; imported there.
+        resources: what it reserves.
+        handle: of it.
+    """
+
+    module: str
+    resources: Resources
+    handle: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

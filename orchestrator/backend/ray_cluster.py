@@ -6,7 +6,7 @@ import io
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from ray.exceptions import RaySystemError, RpcError
 
 from orchestrator.backend import local_start
 from orchestrator.backend.capacity import LENT, awaited, cluster_file_here, max_resources
+from orchestrator.backend.executor import EarlyActor
 from planners.errors import ClusterError
 
 # A frozen node is noticed within about 10 s, not a minute; see Ray's health check.
@@ -48,6 +49,7 @@ class ClusterFacts:
         gpus: devices.
         dashboard: address of Ray's dashboard, or empty.
         spot: a node is labelled as spot capacity.
+        early: processes that were started on it already.
     """
 
     address: str
@@ -56,6 +58,7 @@ class ClusterFacts:
     gpus: float
     dashboard: str
     spot: bool = False
+    early: list[EarlyActor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +69,13 @@ class Ahead:
         num_cpus: cores that it offers.
         dashboard: address of its dashboard, or empty.
         stop: stops it.
+        early: processes of actors on it.
     """
 
     num_cpus: int
     dashboard: str
     stop: Callable[[], None]
+    early: list[EarlyActor] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -128,7 +133,7 @@ def connected(
             _protect_token()
         facts = _facts(address, url)
         _require(facts, num_cpus=num_cpus, num_gpus=num_gpus)
-        yield facts
+        yield facts if ahead is None else replace(facts, early=ahead.early)
 
 
 @contextlib.contextmanager

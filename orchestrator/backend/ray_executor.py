@@ -1,8 +1,8 @@
 """The executor that runs calls on a Ray cluster.
 
-Actors are plain classes; they become Ray actors here and nowhere else, so that a test can build and
-call them like any object. One thread waits for answers and fetches only small ones that are ready:
-a thread blocked on a large or lost object stalls Ray's own failure handling.
+Actors are plain classes; `Host` makes them Ray actors here and nowhere else, so that a test can
+build and call them like any object. One thread waits for answers and fetches only small ones that
+are ready: a thread blocked on a large or lost object stalls Ray's own failure handling.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import (
@@ -30,9 +31,11 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.storage import hub
+from actors.worker.host import Host
 from orchestrator.backend import preemption, ray_cluster
 from orchestrator.backend.executor import (
     ActorLocation,
+    EarlyActor,
     FailureClass,
     InputLost,
     Resources,
@@ -56,38 +59,38 @@ STACK_FILE = "compress-cluster-stack-"  # followed by the process id
 class RayExecutor:
     """Runs every call on the Ray cluster this process is connected to."""
 
-    def __init__(self, *, watchers: preemption.Watchers | None = None) -> None:
-        """Use the current connection; ``watchers`` also cover nodes that join during the run."""
+    def __init__(
+        self,
+        *,
+        watchers: preemption.Watchers | None = None,
+        early: list[EarlyActor] | None = None,
+    ) -> None:
+        """Use the current connection.
+
+        Args:
+            watchers: also cover nodes that join during the run.
+            early: processes that run already; `spawn` takes them out of this list first.
+        """
         self._watchers = watchers
+        self._early = [] if early is None else early
 
     def spawn(self, actor_class: type, *args: Any, resources: Resources, name: str) -> Any:
         """Return the handle of a new actor that Ray will not restart by itself."""
-        remote = ray.remote(actor_class).options(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            name=name,
-        )
-        handle = remote.remote(*args)
-        if not resources.num_gpus and not resources.any_gpu:
-            # Not by a runtime environment: Ray would need a second or two to start its process.
-            handle.__ray_call__.remote(_hide_gpus)
-        if token := hub.token_in_use():
-            # As an argument of a call: it is sent from process to process, and appears in no
-            # environment, no description of the actor or its call, and no file.
-            handle.__ray_call__.remote(_lend, token)
-        return handle
+        for each in self._early:
+            if (each.module, each.resources) == (actor_class.__module__, resources):
+                self._early.remove(each)
+                each.handle.build.remote(actor_class, *args)
+                return each.handle
+        return _hosted(actor_class.__name__, actor_class, *args, resources=resources, name=name)
+
+    def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
+        """Start a call and return its object refs; nothing is fetched."""
+        tickets = handle.call.options(num_returns=num_returns, name=label).remote(method, *args)
+        return tickets if num_returns == 1 else tuple(tickets)  # Ray gives a list
 
     def locate(self, handle: Any) -> Any:
         """Return a ticket that answers once the actor's process runs."""
         return handle.__ray_call__.remote(_settled)
-
-    def call(self, handle: Any, method: str, *args: Any, num_returns: int = 1, label: str) -> Any:
-        """Start a call and return its object refs; nothing is fetched."""
-        bound = getattr(handle, method).options(num_returns=num_returns, name=label)
-        tickets = bound.remote(*args)
-        return tickets if num_returns == 1 else tuple(tickets)  # Ray gives a list
 
     def ready(self, tickets: Sequence[Any], *, seconds: float) -> list[Any]:
         """Wait for the first answer; return all tickets that are ready then."""
@@ -144,6 +147,34 @@ class RayExecutor:
     def capacity(self) -> str:
         """Return the cluster's total and free CPUs and GPUs as text."""
         return ray_cluster.capacity()
+
+
+def spawn_early(module: str, *, resources: Resources) -> EarlyActor:
+    """Start the process of an actor whose class is in a module; it imports that meanwhile."""
+    kind = module.rpartition(".")[2]
+    name = f"{kind}-{uuid4().hex[:12]}"
+    handle = _hosted(kind.title(), module, resources=resources, name=name)
+    return EarlyActor(module=module, resources=resources, handle=handle)
+
+
+def _hosted(kind: str, *args: Any, resources: Resources, name: str) -> Any:
+    """Return the handle of a new `Host`, which Ray shows as an actor of the class ``kind``."""
+    remote = ray.remote(type(kind, (Host,), {})).options(
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        name=name,
+    )
+    handle = remote.remote(*args)
+    if not resources.num_gpus and not resources.any_gpu:
+        # Not by a runtime environment: Ray would need a second or two to start its process.
+        handle.__ray_call__.remote(_hide_gpus)
+    if token := hub.token_in_use():
+        # As an argument of a call: it is sent from process to process, and appears in no
+        # environment, no description of the actor or its call, and no file.
+        handle.__ray_call__.remote(_lend, token)
+    return handle
 
 
 def _hide_gpus(actor: Any) -> None:

@@ -1,18 +1,25 @@
-"""What a run of this machine does at the same time: Ray starts while the driver is imported."""
+"""What a run of this machine does at the same time.
+
+Ray starts while the driver is imported; workers are imported while the driver reads the model.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from actors.storage.files import Directory
 from actors.storage.sources import ModelSource
+from orchestrator.backend.executor import EarlyActor, Resources
 from orchestrator.backend.ray_cluster import ClusterFacts, connected, started_ahead
+from orchestrator.backend.ray_executor import spawn_early
 from orchestrator.recipe.config import RunConfig, out_of
 from orchestrator.rundir.layout import READY
 
+STAGE = "actors.worker.stage"  # its module, which is not imported here: that takes seconds
 Connect = Callable[..., AbstractContextManager[ClusterFacts]]
 
 
@@ -39,8 +46,21 @@ def cluster_for(
     importing = threading.Thread(target=import_module, args=(modules,), daemon=True)
     importing.start()
     with started_ahead(num_cpus=config.workers * config.threads, dashboard=dashboard) as ahead:
+        early = _early(config)
         importing.join()
-        yield partial(connected, **how, ahead=ahead)
+        try:
+            yield partial(connected, **how, ahead=replace(ahead, early=early))
+        finally:
+            early.clear()  # no handle may outlive the connection
+
+
+def _early(config: RunConfig) -> list[EarlyActor]:
+    """Start the processes of a run's workers."""
+    from orchestrator.prepare.machine import chosen_device  # by now it is imported, or nearly
+
+    device = chosen_device(config.device, config.address)
+    resources = Resources.of_worker(config.threads, device)
+    return [spawn_early(STAGE, resources=resources) for _ in range(config.workers)]
 
 
 def _is_ready(config: RunConfig, source: ModelSource) -> bool:

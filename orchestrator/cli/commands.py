@@ -354,10 +354,10 @@ def diff(run_a: str, run_b: str, details: bool, json_: bool) -> None:
     help="Device to generate on.",
 )
 @click.option(
-    "--compile/--no-compile",
+    "--compile",
     "compiled",
-    default=None,
-    help="Also decode with torch.compile and a static cache. [on a GPU, as CUDA graphs]",
+    is_flag=True,
+    help="Also decode with torch.compile and a static cache.",
 )
 @as_json
 def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:

@@ -45,11 +45,10 @@ class EvaluatorProcess:
                 the process can wait beside the workers and use what they leave.
         """
         self._executor, self._threads, self._device = executor, threads, device
-        gpus = 1.0 if device == "cuda" else 0.0
         self._resources = (
             Resources(num_cpus=0.0, any_gpu=device == "cuda")
             if shares
-            else Resources(num_cpus=threads, num_gpus=gpus)
+            else Resources.of_worker(threads, device)
         )
         self._handle: Any = None
         self._place: Any = None

@@ -68,8 +68,7 @@ class Pool:
         self._place_seconds = place_seconds
         self._draining: dict[int, float] = {}  # slot -> when its node will be gone
         self._checked_at, self._has_requested = 0.0, False
-        gpus = 1.0 if setup.device == "cuda" else 0.0
-        self._resources = Resources(num_cpus=setup.threads, num_gpus=gpus)
+        self._resources = Resources.of_worker(setup.threads, setup.device)
         self._slots = [self._filled(slot) for slot in range(num_workers)]
 
     @property

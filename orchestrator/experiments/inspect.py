@@ -75,7 +75,7 @@ def bench(  # noqa: PLR0913 all that decides what is measured
     prompt: int,
     batches: Sequence[int],
     new_tokens: int,
-    compiled: bool | None,
+    compiled: bool,
     setup: WorkerSetup,
     workers: Workers,
     model_store: str = "",
@@ -92,8 +92,7 @@ def bench(  # noqa: PLR0913 all that decides what is measured
         batches: prompts at one time; if empty 1, 16 and as many as fit, without those
             that would take minutes.
         new_tokens: after each prompt.
-        compiled: whether batches in one process are also decoded by a compiled step; None: on a
-            GPU only.
+        compiled: whether batches in one process are also decoded by a compiled step.
         setup: of a worker.
         workers: available ones.
         model_store: a directory that links in the directories may lead into, or empty.
@@ -128,8 +127,12 @@ def bench(  # noqa: PLR0913 all that decides what is measured
         journal = Journal(Directory(folder), _nobody)
         if inside:
             fresh = FreshProcess(unit="bench", threads=setup.threads, device=setup.device)
-            graphs = setup.device == "cuda" if compiled is None else compiled
-            own = replace(request, batches=inside, compiled=inside if graphs else ())
+            own = replace(
+                request,
+                batches=inside,
+                recorded=inside if setup.device == "cuda" else (),
+                compiled=inside if compiled else (),
+            )
             _add(found, in_fresh_process(executor, fresh, "throughput", own).values)
         if outside:
             own = replace(request, batches=outside)

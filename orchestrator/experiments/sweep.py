@@ -96,7 +96,7 @@ def sweep(base: Prepared, points: Sequence[Prepared], *, listener: Listener) -> 
         config.address,
         num_cpus=config.workers * config.threads,
         num_gpus=config.workers if config.device == "cuda" else 0,
-        store_bytes=config.workers * shared_bytes(base.plan.waves[0][0]),
+        store_bytes=config.workers * shared_bytes(base.plan.waves[0]),
     ), preemption.watchers(config.address) as watchers:  # fmt: skip
         return sweep_on(base, points, RayExecutor(watchers=watchers), listener=listener)
 

@@ -92,8 +92,8 @@ def throughput(
         request = replace(
             request,
             batches=sorted(batches | ({largest} if on_gpu else set())),
-            # Compiling takes many seconds for each batch: one has to do.
-            compiled=[min(max(BATCHES), largest)] if on_gpu else (),
+            # Not by torch.compile, which takes many seconds, or minutes where layers are many.
+            recorded=[min(max(BATCHES), largest)] if on_gpu else (),
         )
 
     def pool_of(number: int) -> Pool:

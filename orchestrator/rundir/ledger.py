@@ -1,6 +1,8 @@
 """Which units are done: the records of a run, checked against its files."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from actors.messages import UnitDone
@@ -82,14 +84,17 @@ class Ledger:
 
         Their units count as not done from here on.
         """
-        wrong = []
-        for unit in units:
-            record = self._records.get(unit.name)
-            files = [] if record is None else damaged_files(self._run, record, hashes=True)
+        done = [unit for unit in units if unit.name in self._records]
+
+        def damaged(unit: Unit) -> list[str]:
+            return damaged_files(self._run, self._records[unit.name], hashes=True)
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:  # a hash holds no interpreter
+            found = list(threads.map(damaged, done))
+        for unit, files in zip(done, found, strict=True):
             if files:
                 self.forget(unit)
-                wrong += files
-        return wrong
+        return [file for files in found for file in files]
 
     def missing_taps(self, unit: Unit) -> set[str]:
         """Return the statistics that no file of a unit holds yet."""

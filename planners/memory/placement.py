@@ -1,5 +1,6 @@
 """Place layers on workers: their sizes and the available workers give stages and waves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -185,8 +186,11 @@ def _stage(load: Load, first: int, last: int, *, num_layers: int) -> StagePlan:
     )
 
 
-def shared_bytes(stage: StagePlan) -> int:
-    """Return the shared memory that one stage's waiting activations need."""
+def shared_bytes(wave: Sequence[StagePlan]) -> int:
+    """Return the shared memory for the activations that wait for a stage; one hands none on."""
+    if len(wave) == 1:
+        return 0
+    stage = wave[0]
     return STORE_MARGIN * (WINDOW + MAX_INFLIGHT) * stage.bytes["boundaries"] // BOUNDARIES_HELD
 
 
