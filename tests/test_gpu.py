@@ -6,10 +6,13 @@ import torch
 from actors.devices.memory import PeakMemory
 from actors.devices.transfer import to_device, to_host
 from actors.messages import ThroughputRequest, pack, unpack
+from actors.numerics.gram import accumulate
+from actors.numerics.packed import zeros
 from actors.storage.files import Directory
 from actors.storage.tensors import read_header, read_tensor, write_tensors
 from actors.worker.attention_kernels import AttentionKernels
 from actors.worker.timing import Generation, Setting
+from planners.model.packing import ROWS
 from planners.timing import COMPILED, GRAPHS
 from tests.builders import perplexity, run_local, save_model
 from tests.families.test_result_code import narrow_result
@@ -65,6 +68,14 @@ def test_a_run_on_a_device_loses_what_one_on_the_cpu_loses(method, tmp_path):
     for name in ("dense", "compressed"):
         on_cpu, on_device = (perplexity(tmp_path / d, name) for d in ("cpu", "cuda"))
         assert on_device == pytest.approx(on_cpu, rel=1e-3)
+
+
+def test_a_gram_is_summed_as_on_a_cpu():
+    x = torch.randn(300, 5 * ROWS + 8).bfloat16()
+    sums = [zeros(x.shape[1], device=device) for device in ("cpu", "cuda")]
+    for total in sums:
+        accumulate(total, x.to(total.device))
+    torch.testing.assert_close(sums[1].cpu(), sums[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow  # compiles

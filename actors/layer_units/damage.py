@@ -24,7 +24,7 @@ from actors.modeling.halves import HalvedLayer
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_from_parquet
-from planners.budget.served import PAIRS
+from planners.budget.served import PAIR_SCALES, PAIRS
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.model.form import LayerForm
@@ -65,7 +65,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     shape = job.shape
     probe = sums["probe"].to(device)
     start = checkpoint.form.layers[index]
-    halved = partial(_halved, checkpoint=checkpoint, index=index, probe=probe)
+    halved = partial(halved_layer, checkpoint=checkpoint, index=index, probe=probe)
     whole = halved(weights, start)
     serial = not shape.kind(start).parallel
     middle, output = whole.residual_mid(probe), whole.output(probe)
@@ -76,11 +76,12 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
         factored: dict[str, Any] = {}  # once for all levels of a module
         curves[module] = [[ladder.whole, 0.0]]
         for size in ladder.levels:
-            form = ladder.cut(start, size)
+            form, given = ladder.cut(start, size), sums
             if module == PAIRS:
                 form = replace(form, pairs=tuple(sorted(job.pair_order[: size // 2])))
+                given = {**sums, PAIR_SCALES: whole.score_scales(probe, form.pairs)}
             new, _ = methods.load(job.method).compress(
-                weights, sums, shape=shape, form=form, options=job.options, factored=factored
+                weights, given, shape=shape, form=form, options=job.options, factored=factored
             )
             cut = halved(new, form)
             # Attention is not touched by a cut of the MLP, so the residual before it stands.
@@ -103,7 +104,7 @@ def _level(module: str, size: int, damage: float) -> list[float]:
     return [size, damage]
 
 
-def _halved(
+def halved_layer(
     weights: Mapping[str, Tensor],
     form: LayerForm,
     *,

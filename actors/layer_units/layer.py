@@ -3,6 +3,7 @@
 from actors import methods
 from actors.devices.transfer import to_host
 from actors.layer_units import mixed_methods
+from actors.layer_units.damage import halved_layer
 from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask, Unwritten
 from actors.storage.files import Directory
@@ -14,6 +15,7 @@ from actors.storage.tensors import (
     write_tensors,
     write_weights,
 )
+from planners.budget.served import PAIR_SCALES
 from planners.families import load as load_family
 from planners.model.weight_files import weight_files
 
@@ -30,8 +32,15 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
         values: dict[str, object] = {}
     else:
         sums = reads.statistics(job, task.index)
+        checkpoint = reads.checkpoint(job)
+        start = checkpoint.form.layers[task.index]
+        if form.pairs and not start.pairs:
+            probe = sums["probe"]
+            whole = halved_layer(
+                weights, start, checkpoint=checkpoint, index=task.index, probe=probe
+            )
+            sums = {**sums, PAIR_SCALES: whole.score_scales(probe, form.pairs)}
         if job.makers:
-            start = reads.checkpoint(job).form.layers[task.index]
             new, values = mixed_methods.compress(
                 weights, sums, job=job, index=task.index, start=start, form=form
             )

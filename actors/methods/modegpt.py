@@ -30,6 +30,7 @@ from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
 from planners.budget.hull import require_levels
 from planners.budget.served import (
+    PAIR_SCALES,
     PAIRS,
     STOCK,
     head_widths,
@@ -157,8 +158,9 @@ class MoDeGPT:
             kind = shape.kind(form)
             keep = form.qk_head_dim // 2
             _cut_qk(new, sums, shape=shape, kind=kind, keep=keep, pairs=form.pairs)
-            if form.has_stock_heads:
+            if form.has_stock_heads:  # their softmax scale follows their width
                 _rescale(new, math.sqrt(form.qk_head_dim / shape.head_dim))
+                new.pop("rope_pairs", None)
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
             errors["vo"], rungs["vo"] = _cut_vo(
                 new, sums, shape=shape, keep=form.vo_head_dim, keep_bias=form.has_stock_heads
@@ -203,7 +205,8 @@ def _cut_qk(
 ) -> None:
     """Cut q and k of each KV head to ``keep`` units: rope pairs, or two channels without rope.
 
-    All heads keep the same ``pairs`` where they are given, else each KV head those of its own.
+    All heads keep the same ``pairs`` where they are given, and the rows of q are multiplied by the
+    factor of their head, where ``sums`` have them; else each KV head keeps pairs of its own.
     """
     if kind.rotary < shape.head_dim:
         _mix_qk(new, sums, shape=shape, kind=kind, keep=keep)
@@ -220,14 +223,20 @@ def _cut_qk(
         rows = (starts + index).flatten()
         for part in _stored(new, name):
             new[part] = new[part][rows]
+    if pairs and (scales := sums.get(PAIR_SCALES)) is not None:
+        _rescale(new, scales.repeat_interleave(2 * keep))
     new["rope_pairs"] = chosen
 
 
-def _rescale(new: dict[str, Tensor], factor: float) -> None:
-    """Scale q for a softmax scale that follows the new width of a head, and drop its own pairs."""
+def _rescale(new: dict[str, Tensor], factors: "float | Float[Tensor, ' rows']") -> None:
+    """Multiply the rows of q."""
     for part in _stored(new, "q_proj"):
-        new[part] = (new[part].to(torch.float64) * factor).to(new[part].dtype)
-    new.pop("rope_pairs", None)
+        rows = new[part]
+        if isinstance(factors, Tensor):
+            by = factors.to(torch.float64).view(-1, *(1,) * (rows.ndim - 1))
+            new[part] = (rows.to(torch.float64) * by).to(rows.dtype)
+        else:
+            new[part] = (rows.to(torch.float64) * factors).to(rows.dtype)
 
 
 def _mix_qk(
@@ -574,7 +583,7 @@ def _allocate(
 
 SPEC = MethodSpec(
     name="modegpt",
-    revision=1,
+    revision=2,
     source="arXiv:2408.09632",
     modules=MODULES,
     residual=False,

@@ -1,10 +1,12 @@
 """Run one layer of any form in halves: attention, then MLP."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from actors.modeling.narrow_heads import narrowed
@@ -79,9 +81,55 @@ class HalvedLayer:
             return self.residual_mid(hidden) + self.mlp(hidden)
         return self.after_mlp(self.residual_mid(hidden))
 
+    def score_scales(self, hidden: Tensor, pairs: Sequence[int]) -> Float[Tensor, " heads"]:
+        """Return the factor of each head's q with which some rope pairs alone score best.
+
+        Least squares, over the tokens that each token sees, of the scores of all pairs by those of
+        ``pairs``, up to a constant for each token, which softmax removes. Without it the scores of
+        fewer pairs are flatter, as those of different pairs rise and fall together.
+        """
+        with _Scored() as noted:
+            self.attention(hidden)
+        query, key = noted.query.float(), noted.key.float()
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        first = torch.tensor(pairs, device=hidden.device)
+        channels = torch.cat(
+            (first, first + query.shape[-1] // 2)
+        )  # i and i + half rotate together
+        seen = torch.ones(query.shape[2], key.shape[2], device=hidden.device).tril()
+        seen /= seen.sum(-1, keepdim=True)
+        found = []
+        for head in range(query.shape[1]):  # the scores of one head at a time
+            q, k = query[:, head], key[:, head]
+            both = (q @ k.mT, q[..., channels] @ k[..., channels].mT)
+            whole, kept = (s - (seen * s).sum(-1, keepdim=True) for s in both)
+            energy = (seen * kept.square()).sum()
+            found.append(torch.where(energy > 0, (seen * whole * kept).sum() / energy, 1.0))
+        return torch.stack(found)
+
     def _through(self, name: str, stream: Tensor) -> Tensor:
         shortcut: Any = getattr(self.module, name, None)
         return stream if shortcut is None else shortcut(stream)
+
+
+class _Scored(TorchFunctionMode):
+    """Notes queries and keys, as rope leaves them, of the last call of torch's attention."""
+
+    query: Tensor
+    key: Tensor
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Make the call."""
+        del types
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.query, self.key = args[:2]
+        return func(*args, **(kwargs or {}))
 
 
 def one_layer_config(

@@ -49,7 +49,12 @@ def accumulate(total: Symmetric, x: Float[Tensor, "tokens dim"]) -> None:
         total.add_(product(x))
         return
     x = _to_product_dtype(x)
-    left, at_once = blocks(total), BLOCKS if x.is_cuda and x.dtype in HALVES else 1
+    add_blocks(total, x, at_once=BLOCKS if x.is_cuda and x.dtype in HALVES else 1)
+
+
+def add_blocks(total: Float[Tensor, " packed"], x: Tensor, *, at_once: int) -> None:
+    """Add ``x^T x`` to a packed total, so many blocks of rows by one product."""
+    left = blocks(total)
     while several := list(islice(left, at_once)):
         first, last = several[0][0].first, several[-1][0].last
         found = _product(x[:, first:last], x[:, first:])

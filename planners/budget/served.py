@@ -24,6 +24,7 @@ STOCK = ("native", "narrow_heads")
 WORTH = 1.15
 # The cut of q and k to rope pairs that all heads of the model keep, beside that of each head's own.
 PAIRS = "pairs"
+PAIR_SCALES = "pair_scales"  # beside the sums of a layer: what each head multiplies q by there
 REAL_SIZE, REAL_STEP = 2048, 128  # a stock FFN of a real model also suits quantised kernels
 
 Curve = Sequence[tuple[int, float]]  # (width, damage), the full width at damage 0 among them

@@ -3,12 +3,14 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from actors.messages import Assignment, Microbatch, UnitTask, WorkerSetup, unpack
+from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tensors import read_tensors
 from actors.storage.tokens import tokens_to_parquet
@@ -175,6 +177,23 @@ def test_loading_again_forgets_what_was_summed(staged, run, model):
     for index in range(3):
         stage.step(microbatch(index), None)
     assert published(stage, run, 1)["num_tokens"].item() == NUM_SEQUENCES * LENGTH
+
+
+def test_another_pass_of_the_same_contents_takes_the_layers_that_are_there(staged, model):
+    found = Checkpoint(str(model)).contents
+    stage = staged(statistics=frozenset(), contents=found)
+    loaded, given = stage._layers[0], stage._assignment
+    stage.load(replace(given))
+    assert stage._layers[0] is loaded
+    for other in (replace(given, dtype="bfloat16"), replace(given, statistics=GRAMS)):
+        stage.load(other)
+        assert stage._layers[0] is not loaded
+        stage.load(given)
+    with pytest.raises(ModelError):
+        stage.load(replace(given, contents={**found, "model.norm.weight": "0"}))
+    stage.load(given)  # nothing of the failed one was kept
+    done, _ = stage.step(microbatch(0, loss=True), None)
+    assert done.nats > 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

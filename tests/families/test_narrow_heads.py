@@ -3,11 +3,14 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from actors import methods
+from actors.modeling.halves import HalvedLayer
 from actors.modeling.travelling import classes
 from actors.statistics.observe import summary
 from orchestrator.prepare.model_config import result_config
@@ -98,6 +101,47 @@ def test_a_stock_model_of_narrower_heads_is_our_own_cut_model(model_type, scalin
     assert float((logits_of(stock, ids_of()) - logits).abs().max() / logits.abs().max()) < 1e-5
     dense_logits = logits_of(dense.model, ids_of())
     assert float((logits - dense_logits).abs().max() / dense_logits.abs().max()) > 1e-4
+
+
+def halved(dense, probe):
+    """Return the first layer of a model in halves."""
+    tensors = {dense.family.below_layer(role): each for role, each in dense.layer(0).items()}
+    return HalvedLayer(
+        tensors, dense_model_form(dense.shape).layers[0], dense.config.to_dict(), index=0,
+        shape=dense.shape, dtype=probe.dtype, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@torch.no_grad()
+def test_what_q_is_multiplied_by_is_least_squares_of_the_scores(model_type):
+    dense, pairs = Dense(model_type), (0, 2)
+    probe = torch.randn(2, 12, dense.shape.hidden, dtype=torch.float64)
+    layer = dense.model.model.layers[0]
+    positions = dense.model.model.rotary_emb(probe, torch.arange(12)[None])
+    x = layer.input_layernorm(probe)
+    q, k = (
+        linear(x).view(2, 12, -1, dense.shape.head_dim).transpose(1, 2)
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *positions)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    half = dense.shape.head_dim // 2
+    kept = [*pairs, *(pair + half for pair in pairs)]
+    expected = []
+    for head in range(q.shape[1]):
+        rows, targets = [], []
+        for token in range(12):  # each by its share of the tokens that it sees
+            for sequence in range(2):
+                query, keys = q[sequence, head, token], k[sequence, head, : token + 1]
+                whole, some = keys @ query, keys[:, kept] @ query[kept]
+                rows += ((some - some.mean()) / (token + 1) ** 0.5).tolist()
+                targets += ((whole - whole.mean()) / (token + 1) ** 0.5).tolist()
+        expected.append(float(np.linalg.lstsq(np.array(rows)[:, None], np.array(targets))[0][0]))
+    found = halved(dense, probe).score_scales(probe, pairs)
+    np.testing.assert_allclose(found.tolist(), expected, rtol=1e-4)
+    all_pairs = halved(dense, probe).score_scales(probe, range(half))
+    np.testing.assert_allclose(all_pairs.tolist(), 1.0, rtol=1e-5)
 
 
 def test_frequencies_that_depend_on_the_length_of_a_text_are_not_narrowed():

@@ -13,8 +13,10 @@ import ray
 from actors.messages import ThroughputRequest, WorkerSetup
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
+from actors.worker.stage import Stage
 from orchestrator.backend import ray_cluster
-from orchestrator.backend.ray_executor import RayExecutor
+from orchestrator.backend.executor import Resources, WorkerLost
+from orchestrator.backend.ray_executor import RayExecutor, spawn_early
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.throughput import Workers, through_stages
 from orchestrator.rundir.journal import Journal, read_events
@@ -109,6 +111,26 @@ def test_a_whole_run_on_two_workers_is_ready_and_writes_the_same_bytes(
     assert report["verify"]["passed"]
     assert (tmp_path / "READY").exists()
     assert result_files(tmp_path) == undisturbed
+
+
+def test_a_process_that_was_started_early_becomes_the_first_worker(model, undisturbed, tmp_path):
+    early = [spawn_early("actors.worker.stage", resources=Resources.of_worker(1, "cpu"))]
+    process = early[0].handle
+    compress_local(model, tmp_path, executor=RayExecutor(early=early))
+    assert early == []
+    assert result_files(tmp_path) == undisturbed
+    with pytest.raises(ray.exceptions.RayActorError):  # it was used, and ended with its pool
+        ray.get(process.call.remote("__repr__"))
+
+
+def test_a_process_that_was_started_early_and_cannot_become_its_worker_ends():
+    early = [spawn_early("actors.worker.stage", resources=Resources.of_worker(1, "cpu"))]
+    executor = RayExecutor(early=early)
+    setup = WorkerSetup(name="worker-0", incarnation="one", threads=-1, device="cpu")
+    handle = executor.spawn(Stage, setup, resources=Resources.of_worker(1, "cpu"), name="one")
+    ticket = executor.call(handle, "drop", label="drop")
+    with pytest.raises(WorkerLost):
+        executor.result(ticket)
 
 
 def test_a_model_generates_over_two_processes(model, tmp_path):

@@ -1,10 +1,13 @@
 """Grams are sums: they do not care how the tokens were cut."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.numerics.gram import accumulate, product, rms_normed, symmetric
+from actors.numerics.gram import accumulate, add_blocks, product, rms_normed, symmetric
+from actors.numerics.packed import unpacked, zeros
+from planners.model.packing import ROWS
 
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
@@ -30,6 +33,16 @@ def relative_difference(found, expected):
 SEEDS = st.integers(0, 2**32)
 TOKENS = st.integers(1, 200)
 DIMS = st.integers(1, 24)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+@pytest.mark.parametrize("dim", [24, 2 * ROWS, 3 * ROWS + 8])
+def test_a_packed_gram_is_the_same_however_many_blocks_one_product_has(dim, at_once):
+    x = activations(1, 50, dim)
+    total = zeros(dim, device="cpu")
+    for half in (x[:20], x[20:]):
+        add_blocks(total, half, at_once=at_once)
+    assert relative_difference(unpacked(total), x.double().T @ x.double()) < 1e-6
 
 
 @given(SEEDS, TOKENS, DIMS, DTYPES)
