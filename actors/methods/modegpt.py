@@ -518,7 +518,8 @@ def _ladders(
         for module in _of_model(shape, options)
     }
     if _compares(shape, options) and layer.qk_head_dim == shape.head_dim:
-        found[PAIRS] = found["qk"]
+        # A curve for a comparison: every second level has to do.
+        found[PAIRS] = replace(found["qk"], levels=tuple(sorted(found["qk"].levels)[::2][::-1]))
     return {module: ladder for module, ladder in found.items() if ladder.sizes}
 
 

@@ -18,6 +18,9 @@ from planners.model.form import LayerForm
 from planners.model.shape import ModelShape, narrower
 
 
+SCORED_TOKENS = 1024  # at most, unless one sequence is longer: one number a head is to be found
+
+
 class HalvedLayer:
     """A layer of any form, dense or compressed, whose attention and MLP can be run separately.
 
@@ -89,7 +92,7 @@ class HalvedLayer:
         fewer pairs are flatter, as those of different pairs rise and fall together.
         """
         with _Scored() as noted:
-            self.attention(hidden)
+            self.attention(hidden[: max(1, SCORED_TOKENS // hidden.shape[1])])
         query, key = noted.query.float(), noted.key.float()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         first = torch.tensor(pairs, device=hidden.device)
