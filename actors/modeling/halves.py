@@ -17,7 +17,6 @@ from planners.families import load as load_family
 from planners.model.form import LayerForm
 from planners.model.shape import ModelShape, narrower
 
-
 SCORED_TOKENS = 1024  # at most, unless one sequence is longer: one number a head is to be found
 
 
