@@ -4,7 +4,7 @@ Claims: with 7B shapes (8 layers, random bfloat16 weights, 64 x 2,048 calibratio
 takes at most half the wall time of the other tree's; a result of MoDeGPT at 0.75 prefills
 (4 x 2,048) at least 1.15 times and decodes with CUDA graphs (batch 16, context 2,048) at least 1.10
 times as fast as the dense model; one of SliceGPT with --slice 0.25 is not slower than it; a layer
-of 70B shapes with its grams reaches 0.85 of the bare products. Not yet run on a GPU.
+of 70B shapes with its grams reaches 0.85 of the bare products.
 
     .venv/bin/python benchmarks/gpu_run.py BEFORE AFTER [--minutes 8] [--device cpu --tiny]
 
