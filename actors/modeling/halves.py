@@ -95,9 +95,7 @@ class HalvedLayer:
         query, key = noted.query.float(), noted.key.float()
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         first = torch.tensor(pairs, device=hidden.device)
-        channels = torch.cat(
-            (first, first + query.shape[-1] // 2)
-        )  # i and i + half rotate together
+        channels = torch.cat((first, first + query.shape[-1] // 2))  # each pair has two
         seen = torch.ones(query.shape[2], key.shape[2], device=hidden.device).tril()
         seen /= seen.sum(-1, keepdim=True)
         found = []

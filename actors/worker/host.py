@@ -12,8 +12,12 @@ class Host:
 
     _actor: Any = None
 
-    def __init__(self, what: "type | str", *args: Any) -> None:
-        """Build an actor of a class; or only import a module, until `build` is called."""
+    def __init__(self, what: "type | str", *args: Any, shown: str = "") -> None:
+        """Build an actor of a class; or only import a module, until `build` is called.
+
+        ``shown`` is what Ray shows of an actor that is built later: it asks once, at the start.
+        """
+        self._shown = shown
         if isinstance(what, str):
             import_module(what)
         else:
@@ -21,7 +25,7 @@ class Host:
 
     def __repr__(self) -> str:
         """Return the name shown in Ray's dashboard and log prefixes."""
-        return "starting" if self._actor is None else repr(self._actor)
+        return self._shown if self._actor is None else repr(self._actor)
 
     def build(self, actor_class: type, *args: Any) -> None:
         """Build the actor; where that fails the process ends, as one does that never started."""

@@ -149,15 +149,17 @@ class RayExecutor:
         return ray_cluster.capacity()
 
 
-def spawn_early(module: str, *, resources: Resources) -> EarlyActor:
-    """Start the process of an actor whose class is in a module; it imports that meanwhile."""
-    kind = module.rpartition(".")[2]
-    name = f"{kind}-{uuid4().hex[:12]}"
-    handle = _hosted(kind.title(), module, resources=resources, name=name)
+def spawn_early(module: str, *, resources: Resources, shown: str) -> EarlyActor:
+    """Start the process of an actor whose class is in a module; it imports that meanwhile.
+
+    ``shown`` is its name in Ray's dashboard.
+    """
+    kind, name = module.rpartition(".")[2].title(), f"{shown}-{uuid4().hex[:12]}"
+    handle = _hosted(kind, module, resources=resources, name=name, shown=shown)
     return EarlyActor(module=module, resources=resources, handle=handle)
 
 
-def _hosted(kind: str, *args: Any, resources: Resources, name: str) -> Any:
+def _hosted(kind: str, *args: Any, resources: Resources, name: str, **how: Any) -> Any:
     """Return the handle of a new `Host`, which Ray shows as an actor of the class ``kind``."""
     remote = ray.remote(type(kind, (Host,), {})).options(
         num_cpus=resources.num_cpus,
@@ -166,7 +168,7 @@ def _hosted(kind: str, *args: Any, resources: Resources, name: str) -> Any:
         max_task_retries=0,
         name=name,
     )
-    handle = remote.remote(*args)
+    handle = remote.remote(*args, **how)
     if not resources.num_gpus and not resources.any_gpu:
         # Not by a runtime environment: Ray would need a second or two to start its process.
         handle.__ray_call__.remote(_hide_gpus)

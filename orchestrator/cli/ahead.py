@@ -60,7 +60,8 @@ def _early(config: RunConfig) -> list[EarlyActor]:
 
     device = chosen_device(config.device, config.address)
     resources = Resources.of_worker(config.threads, device)
-    return [spawn_early(STAGE, resources=resources) for _ in range(config.workers)]
+    names = [f"worker-{slot}" for slot in range(config.workers)]  # as the pool will name them
+    return [spawn_early(STAGE, resources=resources, shown=name) for name in names]
 
 
 def _is_ready(config: RunConfig, source: ModelSource) -> bool:

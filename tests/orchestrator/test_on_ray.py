@@ -17,6 +17,7 @@ from actors.worker.stage import Stage
 from orchestrator.backend import ray_cluster
 from orchestrator.backend.executor import Resources, WorkerLost
 from orchestrator.backend.ray_executor import RayExecutor, spawn_early
+from orchestrator.cli.ahead import STAGE
 from orchestrator.engine.worker_pool import Pool
 from orchestrator.phases.throughput import Workers, through_stages
 from orchestrator.rundir.journal import Journal, read_events
@@ -114,7 +115,7 @@ def test_a_whole_run_on_two_workers_is_ready_and_writes_the_same_bytes(
 
 
 def test_a_process_that_was_started_early_becomes_the_first_worker(model, undisturbed, tmp_path):
-    early = [spawn_early("actors.worker.stage", resources=Resources.of_worker(1, "cpu"))]
+    early = [spawn_early(STAGE, resources=Resources.of_worker(1, "cpu"), shown="worker-0")]
     process = early[0].handle
     compress_local(model, tmp_path, executor=RayExecutor(early=early))
     assert early == []
@@ -124,7 +125,7 @@ def test_a_process_that_was_started_early_becomes_the_first_worker(model, undist
 
 
 def test_a_process_that_was_started_early_and_cannot_become_its_worker_ends():
-    early = [spawn_early("actors.worker.stage", resources=Resources.of_worker(1, "cpu"))]
+    early = [spawn_early(STAGE, resources=Resources.of_worker(1, "cpu"), shown="worker-0")]
     executor = RayExecutor(early=early)
     setup = WorkerSetup(name="worker-0", incarnation="one", threads=-1, device="cpu")
     handle = executor.spawn(Stage, setup, resources=Resources.of_worker(1, "cpu"), name="one")
