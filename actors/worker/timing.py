@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.devices.memory import PeakMemory
+from actors.devices.memory import PeakMemory, release_freed_memory
 from actors.messages import ThroughputRequest
 from actors.worker.attention_kernels import AttentionKernels
 from planners.timing import COMPILED, EAGER, FEWEST_ROUNDS, GRAPHS, finished, speeds
@@ -105,7 +105,10 @@ def _measured(
         # Back and forth, so that a machine that slows down favours none of them.
         order = list(models) if len(rounds[next(iter(models))]) % 2 == 0 else list(models)[::-1]
         for name in order:
-            peak = None if name in peaks else PeakMemory(models[name].device.type)
+            peak = None
+            if name not in peaks:
+                release_freed_memory()  # else a model reuses what the one before has freed
+                peak = PeakMemory(models[name].device.type)
             rounds[name].append(generations[name].seconds())
             if peak is not None:
                 # Weights are memory-mapped from files, which the peak does not include.
