@@ -16,6 +16,7 @@ from orchestrator.engine.interrupt import Interruption, interruptible
 from orchestrator.phases.allocate import allocate
 from orchestrator.phases.calibrate import tell_missing
 from orchestrator.phases.context import RunContext, new_evaluator, new_pool
+from orchestrator.phases.earlier_steps import finish_steps, run_earlier_steps
 from orchestrator.phases.evaluate import Loss, evaluate, evaluation_plan, settled
 from orchestrator.phases.finish import finish
 from orchestrator.phases.open_run import check_run, write_run
@@ -27,7 +28,6 @@ from orchestrator.phases.throughput import throughput
 from orchestrator.phases.times import measure_times
 from orchestrator.phases.verify import verify
 from orchestrator.prepare.prepared import Prepared, dense_subject
-from orchestrator.run_steps import finish_steps, run_earlier_steps
 from orchestrator.rundir import lease
 from orchestrator.rundir.finished import finished_report
 from orchestrator.rundir.journal import Journal, Listener

@@ -231,12 +231,9 @@ def _cut_qk(
 def _rescale(new: dict[str, Tensor], factors: "float | Float[Tensor, ' rows']") -> None:
     """Multiply the rows of q."""
     for part in _stored(new, "q_proj"):
-        rows = new[part]
-        if isinstance(factors, Tensor):
-            by = factors.to(torch.float64).view(-1, *(1,) * (rows.ndim - 1))
-            new[part] = (rows.to(torch.float64) * by).to(rows.dtype)
-        else:
-            new[part] = (rows.to(torch.float64) * factors).to(rows.dtype)
+        rows = new[part].to(torch.float64)
+        by = torch.as_tensor(factors, dtype=torch.float64, device=rows.device)
+        new[part] = (rows * by.view(-1, *(1,) * (rows.ndim - 1))).to(new[part].dtype)
 
 
 def _mix_qk(

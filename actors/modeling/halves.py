@@ -1,14 +1,14 @@
 """Run one layer of any form in halves: attention, then MLP."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from actors.modeling.attention_calls import AttentionCalls
 from actors.modeling.narrow_heads import narrowed
 from actors.modeling.outer_model import OWN, PER_LAYER, OuterModel
 from actors.modeling.travelling import COMPRESSED, classes
@@ -90,9 +90,10 @@ class HalvedLayer:
         ``pairs``, up to a constant for each token, which softmax removes. Without it the scores of
         fewer pairs are flatter, as those of different pairs rise and fall together.
         """
-        with _Scored() as noted:
+        calls: list[tuple[Tensor, Tensor]] = []
+        with AttentionCalls(lambda query, key, *_, **__: calls.append((query, key))):
             self.attention(hidden[: max(1, SCORED_TOKENS // hidden.shape[1])])
-        query, key = noted.query.float(), noted.key.float()
+        query, key = (each.float() for each in calls[-1])  # as rope leaves them
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         first = torch.tensor(pairs, device=hidden.device)
         channels = torch.cat((first, first + query.shape[-1] // 2))  # each pair has two
@@ -110,26 +111,6 @@ class HalvedLayer:
     def _through(self, name: str, stream: Tensor) -> Tensor:
         shortcut: Any = getattr(self.module, name, None)
         return stream if shortcut is None else shortcut(stream)
-
-
-class _Scored(TorchFunctionMode):
-    """Notes queries and keys, as rope leaves them, of the last call of torch's attention."""
-
-    query: Tensor
-    key: Tensor
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Make the call."""
-        del types
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.query, self.key = args[:2]
-        return func(*args, **(kwargs or {}))
 
 
 def one_layer_config(

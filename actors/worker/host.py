@@ -1,5 +1,6 @@
 """The process of an actor, which can start before it is known what the actor is for."""
 
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +32,8 @@ class Host:
         """Build the actor; where that fails the process ends, as one does that never started."""
         try:
             self._actor = actor_class(*args)
-        except Exception as error:
+        except Exception as error:  # nobody waits for this call: else its error were lost
+            traceback.print_exc()  # into this worker's log
             raise SystemExit(1) from error
 
     def call(self, method: str, *args: Any) -> Any:

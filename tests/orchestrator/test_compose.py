@@ -15,10 +15,10 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
-from orchestrator import run_steps
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.status import status
 from orchestrator.experiments.sweep import points_of
+from orchestrator.phases import earlier_steps
 from orchestrator.phases.open_run import open_run, require_same
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
@@ -330,7 +330,7 @@ def test_a_driver_that_dies_while_it_drops_a_step_is_followed_by_one_that_ends(
     composed, model, tmp_path, monkeypatch
 ):
     name = "three"
-    drop = run_steps._drop
+    drop = earlier_steps._drop
 
     def half(prepared):
         for file in prepared.run.names("model")[:2]:
@@ -338,9 +338,9 @@ def test_a_driver_that_dies_while_it_drops_a_step_is_followed_by_one_that_ends(
         raise DeadDriverError
 
     for _ in range(2):
-        monkeypatch.setattr(run_steps, "_drop", half)
+        monkeypatch.setattr(earlier_steps, "_drop", half)
         compress_local(model, tmp_path, steps=RECIPES[name])
-    monkeypatch.setattr(run_steps, "_drop", drop)
+    monkeypatch.setattr(earlier_steps, "_drop", drop)
     compress_local(model, tmp_path, steps=RECIPES[name])
     assert result_files(tmp_path) == result_files(composed(name))
 
