@@ -4,12 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planners.model.form import LayerForm, ModelForm, Start
+from planners.model.scheme import Scheme
 from planners.model.serving_load import LayerTimes, ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 
 Option = str | int | float | bool
-SIZES = ("keep_fraction", "slice", "fit", "speedup")  # keys of a recipe of which one is given
+SIZES = (
+    "keep_fraction",
+    "slice",
+    "fit",
+    "speedup",
+    "keep_bytes",
+    "bits",
+)  # keys of a recipe of which one is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +46,14 @@ class OptionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is asked of the result: one of the first four is set.
+    """What is asked of the result: one of the first six is set, or none where options say it all.
 
     Attributes:
         keep_fraction: parameters after / before, true counts of the whole model, in (0, 1].
         slice: nominal fraction of the residual width to remove, in [0, 1).
         fit: bytes of weights, of the keys and values of a load, and of workspace.
+        keep_bytes: of all tensors of the result, as stored.
+        bits: of a weight of the linears of the input model, on average, scales included.
         speedup: time of the input model over that of the result, under a load.
         load: for ``fit`` and ``speedup``.
         workspace: bytes that the input model needs beside weights, keys and values under the load.
@@ -54,6 +64,8 @@ class Target:
     slice: float | None = None
     fit: int | None = None
     speedup: float | None = None
+    keep_bytes: int | None = None
+    bits: float | None = None
     load: ServingLoad = field(default_factory=ServingLoad)
     workspace: int = 0
     times: LayerTimes | None = None
@@ -71,16 +83,24 @@ class Ladder:
 
     Attributes:
         sizes: of the cut module, ascending: a width, or the sum of the ranks of its linears. The
-            uncut module is not among them. Each step keeps more parameters.
+            uncut module is among them only if a scheme changes it. Each step costs more.
         whole: the size of the uncut module.
         levels: the sizes at which damage is measured, descending.
         cut: (layer, size) -> the layer with this module at that size, its others unchanged.
+        module: that it cuts, where its name says more than that.
+        scheme: by which the module is quantised, too.
     """
 
-    sizes: range
+    sizes: Sequence[int]
     whole: int
     levels: tuple[int, ...]
     cut: Callable[[LayerForm, int], LayerForm]
+    module: str = ""
+    scheme: Scheme | None = None
+
+    def cuts(self, size: int) -> bool:
+        """Return whether a module of that size is another than the uncut one."""
+        return self.scheme is not None or size < self.whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +113,14 @@ class Allocation:
             empty for a single method.
         servable: the constraint of `planners.budget.served` that was chosen; empty if none was.
         damages: constraint -> the damage predicted under it, of those that were compared.
+        damage: predicted, of all cuts together.
     """
 
     form: ModelForm
     makers: tuple[Mapping[str, str], ...] = ()
     servable: str = ""
     damages: Mapping[str, float] = field(default_factory=dict)
+    damage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +148,8 @@ class MethodSpec:
         options: everything that can be set, with defaults.
         residual: it rotates the residual stream, so a layer unit needs the bases of its sites.
         cuts_widths: its ladders are widths of modules, whose times can be measured one by one.
+        quantises: it changes how matrices are stored, and no width: it may follow any other
+            method, and nothing can follow it.
         only_shrinks: every change shows in widths and ranks: a model that keeps all of them keeps
             all values. False for a method that can change values or dtypes alone.
         statistics: (shape, options) -> the sums it needs of every layer.
@@ -167,6 +191,7 @@ class MethodSpec:
     )
     joins: Callable[[Sequence[str]], Mapping[str, Option]] | None = None
     cuts_widths: bool = False
+    quantises: bool = False
     only_shrinks: bool = False
     candidates: tuple[Candidate, ...] = ()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from planners import refit
 from planners.batching import TokenBatching
 from planners.budget.budgets import budget_of
+from planners.budget.schemes import SCHEMES
 from planners.errors import PlanError
 from planners.memory.fitting import Attempt, ways_to_fit
 from planners.memory.peaks import HOST_IN_FLIGHT, LIBRARIES, Shrinking, in_flight
@@ -17,6 +18,7 @@ from planners.model.cost import (
     forward_flops,
     gram_flops,
     linears_before,
+    model_bytes,
     model_parameters,
     statistic_elements,
 )
@@ -106,7 +108,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
     stages = chain_stages(work.num_workers, batching.shards)
     waves = place(shape, load, num_workers=stages, worker_bytes=work.worker_bytes)
     before, after = start.parameters_before, model_parameters(shape, form)
-    width = BYTES_OF[shape.dtype]
+    written = model_bytes(shape, form)
     stored = BYTES_OF[work.statistics_dtype]
     layers = start.form.layers
     sums = sum(statistic_elements(shape, s, f) for s in statistics for f in layers) * stored
@@ -124,7 +126,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
     of_last = layer_statistics(shape, statistics, shape.num_layers - 1)
     drafts = 0
     if options.get("refit"):
-        drafts = refit.disk_bytes(after * width, stream_bytes=stream)
+        drafts = refit.disk_bytes(written, stream_bytes=stream)
     bases = 0
     if spec.residual:
         bases = sum(site_dims(form).values()) * shape.hidden * 8
@@ -134,8 +136,8 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         waves=waves,
         parameters_before=before,
         parameters_after=after,
-        bytes_before=before * width,
-        bytes_after=after * width,
+        bytes_before=before * BYTES_OF[shape.dtype],
+        bytes_after=written,
         calibration_tokens=tokens,
         calibration_flops=forward_flops(
             shape,
@@ -146,7 +148,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         )
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
-        disk_bytes=after * width + sums + boundaries + bases + drafts,
+        disk_bytes=written + sums + boundaries + bases + drafts,
         in_flight_bytes=load.in_flight if work.on_host else HOST_IN_FLIGHT,
         chains=min(batching.shards, work.num_workers // max(map(len, waves))),
     )
@@ -166,20 +168,45 @@ def _require_possible(
         able = [each.name for each, given in others if not each.refuses(shape, given)]
         hint = f"methods that do: {', '.join(able)}" if able else ""
         raise PlanError(f"{spec.name} does not support this model: {reason}", hint=hint)
+    _require_size(spec, options, target)
+    if options.get("refit") and work.batching.sequences < refit.MIN_SEQUENCES:
+        raise PlanError(
+            f"refit: {work.batching.sequences} calibration sequence is too few: some are held out",
+            hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
+        )
+
+
+def _require_size(spec: MethodSpec, options: Mapping[str, Option], target: Target) -> None:
+    """Check that what is asked of the result can be asked of the method."""
+    if spec.quantises and (target.slice is not None or target.keep_fraction not in (None, 1.0)):
+        asked = "slice" if target.slice is not None else "keep_fraction"
+        raise PlanError(
+            f"{asked}: {spec.name} removes no parameters; it stores them in fewer bits",
+            hint="use --option bits=4, --bits 4.2 or --keep-bytes 4GB; or a step of another method "
+            "before it",
+        )
     if target.slice is not None and not spec.residual:
         raise PlanError(
             f"slice: {target.slice} is a fraction of the residual width, which {spec.name} keeps",
             hint="use --keep-fraction, the true fraction of the parameters",
         )
+    counts_bits = target.keep_bytes is not None or target.bits is not None
+    if SCHEMES.name in options and not counts_bits and target.fit is None:
+        raise PlanError(
+            f"options.{SCHEMES.name}: are chosen by what they save, so the size must be in bytes "
+            "or bits",
+            hint="use --keep-bytes, --bits or --fit"
+            + " instead of --keep-fraction" * (target.keep_fraction is not None),
+        )
+    if counts_bits and spec.allocate is None:
+        raise PlanError(
+            f"keep_bytes, bits: {spec.name} does not choose widths by measured damage",
+            hint="use --method modegpt or gptq, or --keep-fraction",
+        )
     if target.speedup is not None and not spec.cuts_widths:
         raise PlanError(
             f"speedup: {spec.name} has no widths whose times are measured one by one",
             hint="use --method modegpt, or --keep-fraction",
-        )
-    if options.get("refit") and work.batching.sequences < refit.MIN_SEQUENCES:
-        raise PlanError(
-            f"refit: {work.batching.sequences} calibration sequence is too few: some are held out",
-            hint=f"use --calibration-sequences {refit.MIN_SEQUENCES} or more",
         )
 
 

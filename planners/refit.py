@@ -12,12 +12,16 @@ HELD_OUT = 8  # one sequence in eight, at the end, is held out
 MIN_SEQUENCES = 2  # one to fit, one to choose by
 # Relative to the mean of the gram's diagonal; the held-out loss chooses one, or no refit at all.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Where the result is quantised: of the correction for other inputs, and for the stream's own error.
+ROUNDING_RIDGES = (1e-2, 1e-1)
+STREAM_SHARE = 0.5  # of the stream's own error that a linear makes up for
 
 OPTION = OptionSpec(
     name="refit",
     default=False,
     choices=(False, True),
-    help="a second pass refits o_proj and down_proj to the compressed layers before them",
+    help="a second pass, layer after layer: refits o_proj and down_proj to the compressed layers "
+    "before them; of what is quantised, rounds all linears again on what those leave",
 )
 
 DRAFT_COPIES = 2  # of the layers, as drafted and as refitted, until one of them is the result

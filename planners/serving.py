@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from planners.errors import ConfigError
+from planners.model.blocks import block_type
 from planners.model.form import ModelForm, dense_form
+from planners.model.scheme import INT, WHOLE_ROW, Scheme, scheme_of
 from planners.model.shape import ModelShape
 
 Config = Mapping[str, Any]
@@ -19,6 +21,13 @@ Config = Mapping[str, Any]
 # vllm/v1/attention/backends/flash_attn.py. Its FlashInfer kernels have 64, 128 and 256 of these.
 VLLM_HEAD_DIMS: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 224, 256)
 
+# Read in vLLM's sources, autumn 2026; see docs/serving.md.
+MARLIN_BITS = (4, 8)
+MARLIN_GROUPS = (WHOLE_ROW, 32, 64, 128)
+MARLIN_MULTIPLE = 64  # of a width; others are padded when a model is loaded
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in")  # endings of their names
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 DECI_MULTIPLE = 256  # both engines round the width of a deci layer up to it
 DECI_CLASS = "DeciLMForCausalLM"
 DECI_EXPORT = "compress-cluster export RUN --format deci"
@@ -26,6 +35,10 @@ DECI_OTHERWISE = (
     "compress with --option modules=mlp --multiple-of 256, which leaves attention whole; such a "
     "result can be exported"
 )
+
+QUANTISED = "quantization_config"  # of a config whose matrices are quantised
+
+BLOCKS_EXAMPLE = "examples/quantised_to_gguf.py"
 
 # Classes of results that llama.cpp's converter registers.
 CONVERTED = frozenset({
@@ -55,7 +68,26 @@ class Served:
 
 def served(config: Config) -> tuple[Served, ...]:
     """Return what each engine does with the result of this ``config.json``."""
-    return tuple(Served(engine=name, **answer(config)) for name, answer in ENGINES.items())
+    answers = {name: answer(config) for name, answer in ENGINES.items()}
+    schemes = _schemes(config)
+    for name, answer in OF_QUANTISED.items() if schemes else ():
+        if answers[name].get("command"):
+            answers[name] = _both(answers[name], answer(config, schemes))
+    return tuple(Served(engine=name, **answer) for name, answer in answers.items())
+
+
+def _schemes(config: Config) -> dict[str, Scheme]:
+    """Return module, by its full name -> scheme; empty if nothing is quantised."""
+    groups = config.get(QUANTISED, {}).get("config_groups", {}).values()
+    return {name: scheme_of(group["weights"]) for group in groups for name in group["targets"]}
+
+
+def _both(answer: dict[str, str], more: dict[str, str]) -> dict[str, str]:
+    """Return an answer to which what quantisation changes of it is added."""
+    if more.get("refused"):
+        return {"note": more["refused"]}
+    notes = [note for note in (answer.get("note"), more.get("note")) if note]
+    return {**answer, "note": "; ".join(notes)}
 
 
 def _transformers(config: Config) -> dict[str, str]:
@@ -104,14 +136,15 @@ def _not_one_width(config: Config) -> str:
 
 def _llama_cpp(config: Config) -> dict[str, str]:
     if _is_remote(config):
-        other = f"; {DECI_EXPORT} writes one that it takes" if _fits_deci(config) else ""
+        fits = _fits_deci(config) and not (QUANTISED in config and _not_held(config))
+        other = f"; {DECI_EXPORT} writes one that it takes" if fits else ""
         return {"note": f"its format has no such layers{other}"}
     (name,) = config["architectures"]
     if name not in CONVERTED:
         return {"note": f"its converter does not know {name}"}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "longrope":
+    if kind == "longrope" and not (QUANTISED in config and name in NARROW_CONVERTED):
         other = "; examples/narrow_heads_to_gguf.py writes them" * (name in NARROW_CONVERTED)
         return {"note": f"its converter drops the factors of longrope{other}"}
     if _is_deci(config):
@@ -119,8 +152,26 @@ def _llama_cpp(config: Config) -> dict[str, str]:
             return {"note": f"its converter drops {kind} rope from this form"}
         if _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
             return {"note": "its converter takes hidden_size / num_attention_heads for head_dim"}
+    if QUANTISED in config:
+        why = _not_held(config)
+        return {"note": why} if why else {
+            "command": f"python {BLOCKS_EXAMPLE} LLAMA_CPP {{path}} --outfile model.gguf && "
+            "llama-server -m model.gguf",
+            "note": "LLAMA_CPP is its checkout",
+        }  # fmt: skip
     return {"command": "python convert_hf_to_gguf.py {path} --outfile model.gguf && "
             "llama-server -m model.gguf"}  # fmt: skip
+
+
+def _not_held(config: Config) -> str:
+    """Return why no type of llama.cpp holds what is quantised as it is; empty if one does."""
+    widths = [config["hidden_size"], _head_dim(config) * config["num_attention_heads"],
+              *_ffn_widths(config)]  # fmt: skip
+    for scheme in sorted(set(_schemes(config).values())):
+        if not all(block_type(scheme, width) for width in widths):
+            return (f"none of its types holds {scheme} exactly; give its own quantiser the model "
+                    "as it was before it was quantised")  # fmt: skip
+    return ""
 
 
 ENGINES: Mapping[str, Callable[[Config], dict[str, str]]] = {
@@ -129,6 +180,95 @@ ENGINES: Mapping[str, Callable[[Config], dict[str, str]]] = {
     "SGLang": _sglang,
     "llama.cpp": _llama_cpp,
 }
+
+
+def no_kernel(scheme: Scheme) -> str:
+    """Return why no kernel of vLLM takes matrices of a scheme; empty if one does."""
+    if scheme.grid == INT and not scheme.symmetric and scheme.bits not in MARLIN_BITS:
+        return f"its kernels have zero points at 4 and 8 bits only, and this has {scheme}"
+    return ""
+
+
+def divided_groups(shape: ModelShape, scheme: Scheme, ranks: int) -> str:
+    """Return why groups cannot be divided over GPUs; empty if they can.
+
+    o and down are divided along their inputs, so each part must have whole groups.
+    """
+    if scheme.group == WHOLE_ROW or ranks == 1:
+        return ""
+    for name, width in (("o_proj", shape.num_heads * shape.head_dim),
+                        ("down_proj", shape.intermediate)):  # fmt: skip
+        if width % (ranks * scheme.group):
+            return (
+                f"the {width} inputs of {name} over {ranks} GPUs are no multiple of groups of "
+                f"{scheme.group}"
+            )
+    return ""
+
+
+def _unlike(schemes: Mapping[str, Scheme]) -> str:
+    """Return linears that an engine fuses though they have several schemes; empty if none."""
+    for fused in FUSED:
+        found: dict[str, set[Scheme | None]] = {}
+        for module in schemes:
+            layer, _, name = module.rpartition(".")
+            if name in fused:
+                found[layer] = {schemes.get(f"{layer}.{each}") for each in fused}
+        if layer := next((layer for layer, own in found.items() if len(own) > 1), ""):
+            return f"{', '.join(fused)} of {layer}"
+    return ""
+
+
+def _transformers_quantised(config: Config, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    del config, schemes
+    return {"note": "pip install compressed-tensors"}
+
+
+def _vllm_quantised(config: Config, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    found = sorted(set(schemes.values()))
+    why = _unread(config, schemes) or next(filter(None, map(no_kernel, found)), "")
+    if why:
+        return {"refused": why}
+    notes = []
+    if few := [str(scheme) for scheme in found if _only_humming(scheme)]:
+        notes.append(f"{', '.join(few)} only by its Humming kernels, a package of their own")
+    if padded := [width for width in _ffn_widths(config) if width % MARLIN_MULTIPLE]:
+        notes.append(
+            f"an FFN of {padded[0]} is padded when loaded; before June 2026 it was refused"
+        )
+    return {"note": "; ".join(notes)}
+
+
+def _sglang_quantised(config: Config, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    other = sorted({scheme for scheme in schemes.values() if _only_humming(scheme)})
+    why = _unread(config, schemes)
+    if other and not why:
+        why = f"it has kernels for 4 and 8 bits and groups up to 128, and this has {other[0]}"
+    return {"refused": why}
+
+
+def _unread(config: Config, schemes: Mapping[str, Scheme]) -> str:
+    """Return why neither vLLM nor SGLang reads the quantised weights; empty if they do."""
+    if _is_remote(config):
+        return "not tried with quantised weights that need a modelling file"
+    if any(module.endswith(EMBEDDINGS) for module in schemes):
+        return "it does not read a quantised embedding"
+    unlike = _unlike(schemes)
+    return f"it fuses {unlike}, which have several schemes" if unlike else ""
+
+
+OF_QUANTISED: Mapping[str, Callable[[Config, Mapping[str, Scheme]], dict[str, str]]] = {
+    "transformers": _transformers_quantised,
+    "vLLM": _vllm_quantised,
+    "SGLang": _sglang_quantised,
+}
+
+
+def _only_humming(scheme: Scheme) -> bool:
+    """Return whether Marlin and Machete do not take a scheme."""
+    if scheme.grid != INT:
+        return False
+    return scheme.bits not in MARLIN_BITS or scheme.group not in MARLIN_GROUPS
 
 
 def _is_remote(config: Config) -> bool:
@@ -146,7 +286,16 @@ def _fits_deci(config: Config) -> bool:
         config.get("compressed_from") in ("llama", "mistral", "qwen2")
         and not _not_one_width(config)
         and all(each["norm_weights"] and not each["ranks"] for each in layers)
+        and not (QUANTISED in config and any(w % DECI_MULTIPLE for w in _ffn_widths(config)))
     )
+
+
+def _ffn_widths(config: Config) -> list[int]:
+    if _is_remote(config):
+        return [each["intermediate"] for each in config["layer_forms"]]
+    if _is_deci(config):
+        return [each["ffn"]["intermediate_size"] for each in config["block_configs"]]
+    return [config["intermediate_size"]]
 
 
 def _head_dim(config: Config) -> int:
@@ -169,7 +318,15 @@ def deci_widths(shape: ModelShape, form: ModelForm, config: Config) -> tuple[int
     why = _not_deci(config, shape) or _cut(form, shape)
     if why:
         raise ConfigError(f"--format deci: {why}", hint=DECI_OTHERWISE)
-    return tuple(-(-each.intermediate // DECI_MULTIPLE) * DECI_MULTIPLE for each in form.layers)
+    widths = tuple(-(-each.intermediate // DECI_MULTIPLE) * DECI_MULTIPLE for each in form.layers)
+    for index, (width, each) in enumerate(zip(widths, form.layers, strict=True)):
+        if QUANTISED in config and width != each.intermediate:
+            raise ConfigError(
+                f"--format deci: the FFN of layer {index} has {each.intermediate} units, and what "
+                "is quantised cannot be padded",
+                hint=f"compress with --multiple-of {DECI_MULTIPLE}",
+            )
+    return widths
 
 
 def deci_blocks(shape: ModelShape, widths: tuple[int, ...]) -> list[dict[str, Any]]:

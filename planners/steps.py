@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from planners.budget.schemes import SCHEMES
 from planners.errors import ConfigError
 from planners.method import MethodSpec, Option
 from planners.model.form import ModelForm
@@ -13,11 +14,19 @@ Step = tuple[MethodSpec, Mapping[str, Option]]
 
 
 def require_disjoint(steps: Sequence[Step]) -> None:
-    """Check that no two steps shrink the same linear.
+    """Check that no two steps shrink the same linear, and that nothing follows quantisation.
 
     Raises:
         ConfigError: two do; the message names both.
     """
+    for index, (spec, options) in enumerate(steps[:-1]):
+        if spec.quantises or SCHEMES.name in options:
+            raise ConfigError(
+                f"steps[{index}]: {spec.name} quantises, and nothing can cut or round what is "
+                f"quantised, as steps[{index + 1}], {steps[index + 1][0].name}, would",
+                hint="make it the last step",
+            )
+    steps = [step for step in steps if not step[0].quantises]
     for later, (spec, options) in enumerate(steps):
         for earlier, (other, others) in enumerate(steps[:later]):
             shared = _parts(spec, options) & _parts(other, others)
@@ -36,6 +45,16 @@ def is_identity(start: ModelForm, form: ModelForm, spec: MethodSpec) -> bool:
     False for methods that can change values without changing widths.
     """
     return spec.only_shrinks and replace(form, native=start.native) == start
+
+
+def carries_cut(spec: MethodSpec, following: MethodSpec) -> bool:
+    """Return whether a step takes the Gram matrices of the step before, carried behind its cut.
+
+    Behind a cut of an MLP, of q and k or of v and o the inputs of the layer's linears are maps of
+    those before, so this is exact for the cut itself. That the layers before it leave other inputs
+    is left out: a quantiser does as well with the inputs of the model before.
+    """
+    return following.quantises and not spec.residual
 
 
 def is_pure_rotation(shape: ModelShape, form: ModelForm, spec: MethodSpec) -> bool:

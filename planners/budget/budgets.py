@@ -12,11 +12,17 @@ from planners.errors import PlanError
 from planners.method import Target
 from planners.model.cost import (
     BYTES_OF,
+    dense_model_form,
     dense_start,
+    layer_bytes,
     layer_parameters,
+    linear_bits,
     linear_dims,
     linear_weights,
+    matrices,
     model_parameters,
+    outside_bytes,
+    stored_width,
 )
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.modules import LINEARS_OF
@@ -35,6 +41,7 @@ class Budget:
         layer: the cost of a layer.
         outside: the cost of all but the layers.
         module: the part of a layer's cost that depends on the width of a module, qk, vo or mlp.
+        fills: what is left of it at the end is spent, too.
         ties_heads: cost depends on the wider of q/k and v/o heads, so both are cut to one width.
         refuse: raises the error for a budget that cannot be met, given the least possible cost.
     """
@@ -45,6 +52,7 @@ class Budget:
     module: Callable[[LayerForm, str], float]
     refuse: Callable[[float], NoReturn]
     ties_heads: bool = False
+    fills: bool = False
 
     def cost(self, form: ModelForm) -> float:
         """Return the cost of a whole model."""
@@ -77,6 +85,10 @@ def budget_of(shape: ModelShape, start: Start, target: Target) -> Budget:
         return seconds(target.times, target.speedup, start)
     if target.fit is not None:
         return memory(shape, target)
+    if target.keep_bytes is not None:
+        return stored(shape, target.keep_bytes, start)
+    if target.bits is not None:
+        return mean_bits(shape, target.bits, start)
     return parameters(shape, target.keep_fraction or 1.0, start)
 
 
@@ -121,33 +133,95 @@ def memory(shape: ModelShape, target: Target) -> Budget:
     def cached(head_dim: int) -> int:
         return tokens * shape.num_kv_heads * head_dim * width
 
+    def held(layer: LayerForm) -> float:
+        return layer_bytes(shape, layer, width=width) + cached(
+            layer.qk_head_dim + layer.vo_head_dim
+        )
+
     def module(layer: LayerForm, name: str) -> float:
+        if layer.schemes or name not in LINEARS_OF:
+            return held(layer)
         heads = {"qk": layer.qk_head_dim, "vo": layer.vo_head_dim}.get(name, 0)
         return module_elements(shape, layer, name) * width + cached(heads)
 
     def refuse(least: float) -> NoReturn:
-        megabytes = math.ceil(least / 1e6)
-        nearest = f"{megabytes}MB" if megabytes > FEW_MB else f"{math.ceil(least / 1e3)}kB"
         raise PlanError(
             f"fit: {target.fit:,} bytes are too few: the smallest result of this method needs "
             f"{math.ceil(least):,} for weights, keys and values of {load.batch} x {load.context} "
             "tokens, and workspace",
-            hint=f"use --fit {nearest} or more, or a smaller --serving-batch or --serving-context",
+            hint=f"use --fit {_rounded_up(least)} or more, or a smaller --serving-batch or "
+            "--serving-context",
         )
 
     return Budget(
         limit=float(target.fit or 0),
-        layer=lambda layer: (
-            layer_parameters(shape, layer) * width + cached(layer.qk_head_dim + layer.vo_head_dim)
-        ),
-        outside=lambda form: (
-            (model_parameters(shape, form) - sum(layer_parameters(shape, f) for f in form.layers))
-            * width
-            + target.workspace
-        ),
+        layer=held,
+        outside=lambda form: outside_bytes(shape, form) + target.workspace,
         module=module,
         refuse=refuse,
     )
+
+
+def stored(shape: ModelShape, keep_bytes: int, start: Start) -> Budget:
+    """Return the budget of bytes that all tensors of the result take as they are stored."""
+    width = stored_width(shape, start.form)
+
+    def layer(form: LayerForm) -> float:
+        return layer_bytes(shape, form, width=width)
+
+    def refuse(least: float) -> NoReturn:
+        raise PlanError(
+            f"keep_bytes: {keep_bytes:,} bytes are too few: the smallest result of these options "
+            f"has {math.ceil(least):,}",
+            hint=f"use --keep-bytes {_rounded_up(least)} or more; or {_cheaper(shape, start)}",
+        )
+
+    return Budget(
+        limit=float(keep_bytes),
+        layer=layer,
+        outside=lambda form: outside_bytes(shape, form),
+        module=lambda form, _: layer(form),
+        refuse=refuse,
+        fills=True,
+    )
+
+
+def mean_bits(shape: ModelShape, bits: float, start: Start) -> Budget:
+    """Return the budget of bits for each weight of the linears of the input, scales included."""
+    width = stored_width(shape, start.form)
+    weights = sum(
+        rows * columns
+        for layer in dense_model_form(shape).layers
+        for rows, columns in matrices(shape, layer).values()
+    )
+
+    def layer(form: LayerForm) -> float:
+        return linear_bits(shape, form, width=width)
+
+    def refuse(least: float) -> NoReturn:
+        smallest = math.ceil(100 * least / weights) / 100
+        raise PlanError(
+            f"bits: {bits:g} a weight are too few: the smallest result of these options has "
+            f"{smallest:g}, scales included",
+            hint=f"use --bits {smallest:g} or more; or fewer bits or wider groups in the option "
+            "schemes, such as 2/64",
+        )
+
+    return Budget(
+        limit=bits * weights * (1 + 1e-12),
+        layer=layer,
+        outside=lambda _: 0.0,
+        module=lambda form, _: layer(form),
+        refuse=refuse,
+        fills=True,
+    )
+
+
+def _cheaper(shape: ModelShape, start: Start) -> str:
+    """Return what else makes a result smaller."""
+    if stored_width(shape, start.form) > BYTES_OF["bfloat16"]:
+        return "--dtype bfloat16, as what is not quantised is stored in float32"
+    return "fewer bits or wider groups in the option schemes, such as 2/64"
 
 
 def seconds(times: LayerTimes, speedup: float, start: Start) -> Budget:
@@ -180,6 +254,12 @@ def seconds(times: LayerTimes, speedup: float, start: Start) -> Budget:
         refuse=refuse,
         ties_heads=True,
     )
+
+
+def _rounded_up(least: float) -> str:
+    """Return a number of bytes as a size that is not smaller."""
+    megabytes = math.ceil(least / 1e6)
+    return f"{megabytes}MB" if megabytes > FEW_MB else f"{math.ceil(least / 1e3)}kB"
 
 
 def module_elements(shape: ModelShape, layer: LayerForm, module: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from planners.budget.budgets import budget_of
 from planners.budget.hull import Ladders, cheapest, read_curves, require_levels
+from planners.budget.schemes import SCHEMES
 from planners.budget.steps import MULTIPLE_OF, TENSOR_PARALLEL
 from planners.errors import ConfigError
 from planners.method import Allocation, Candidate, Ladder, MethodSpec, Option, OptionSpec, Target
@@ -59,6 +60,11 @@ def combined_spec(
             f"options.{NAME}: {names} cannot compete with {spec.name} unless damage is measured "
             "and widths are free",
             hint="use allocation=marginal, and servable=remote",
+        )
+    if SCHEMES.name in options:
+        raise ConfigError(
+            f"options.{NAME}: {names} cannot compete with {spec.name} where bits are chosen, too",
+            hint="use --keep-fraction, and a step of gptq behind it; or leave candidates out",
         )
     own = replace(spec, candidates=())
     candidates = [Candidate(spec=own, options=options)]

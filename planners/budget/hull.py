@@ -7,11 +7,12 @@ layer: the one that its last level belongs to.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from planners.budget.budgets import Budget
+from planners.budget.schemes import ATTENTION
 from planners.budget.spend import Choice, shrunk, spend_budget
 from planners.budget.widths import FIELD, Steps, layer_widths, width_ladder
 from planners.method import Allocation, Ladder
@@ -88,6 +89,8 @@ def tied_heads(
     qk, vo = (sorted(curves[module]) for module in ("qk", "vo"))
     least = max(qk[0][0], vo[0][0])
     both, single = ladders["qk"], ladders["vo"]
+    assert isinstance(both.sizes, range)  # widths alone
+    assert isinstance(single.sizes, range)
     step = max(both.sizes.step, single.sizes.step)
     known = {width for width, _ in (*qk, *vo) if width >= least}
     widths = sorted(w for w in known if w % step == 0 or w == both.whole)
@@ -133,14 +136,15 @@ def cheapest(
     """
     measured: dict[tuple[int, str], list[Level]] = {}
     for index, (of_layer, known) in enumerate(zip(ladders, curves, strict=True)):
-        for method, modules in of_layer.items():
-            for module, ladder in modules.items():
+        for method, named in of_layer.items():
+            for name, ladder in named.items():
+                module = ladder.module or name
                 found = measured.setdefault((index, module), [_whole()])
                 found += [
                     _level(budget, start.form.layers[index], module, Choice(
                         ladder=ladder, size=size, method=method), damage)
-                    for size, damage in known[method].get(module, ())
-                    if size < ladder.whole
+                    for size, damage in known[method].get(name, ())
+                    if ladder.cuts(size)
                 ]  # fmt: skip
     segments = [
         (slope, layer, module, choice)
@@ -156,9 +160,152 @@ def cheapest(
     path = [(layer, module, choice) for _, layer, module, choice in segments]
     none: list[dict[str, Choice]] = [{} for _ in start.form.layers]
     chosen = spend_budget(budget, none, path, start=start, loss=loss)
+    if budget.fills:
+        _fill(chosen, measured, budget=budget, start=start)
     form = replace(start.form, layers=tuple(shrunk(start, chosen)), native=False)
     makers = tuple({m: c.method for m, c in sorted(layer.items())} for layer in chosen)
-    return Allocation(form=form, makers=makers)
+    damage = sum(loss(i, m, c) for i, layer in enumerate(chosen) for m, c in layer.items())
+    return Allocation(form=form, makers=makers, damage=damage)
+
+
+def _fill(
+    chosen: Sequence[dict[str, Choice]],
+    measured: Mapping[tuple[int, str], Sequence[Level]],
+    *,
+    budget: Budget,
+    start: Start,
+) -> None:
+    """Spend what is left of a budget on the levels that take most damage away for it.
+
+    The path ends with a step that may save more than was needed: a module has few schemes.
+    """
+    costs = [budget.layer(form) for form in shrunk(start, chosen)]
+    left = budget.limit - budget.outside(start.form) - sum(costs)
+    while True:
+        better = [
+            found
+            for key, levels in measured.items()
+            if key[1] in chosen[key[0]]
+            for found in _better(key, levels, chosen, budget=budget, start=start)
+            if found.more <= left
+        ]
+        if not better:
+            return
+        best = max(better, key=lambda each: each.gain)
+        left -= best.more
+        if best.level.choice is None:
+            del chosen[best.layer][best.module]
+        else:
+            chosen[best.layer][best.module] = best.level.choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Better:
+    """A level with less damage than the present one, for ``more`` of what the budget counts."""
+
+    layer: int
+    module: str
+    level: Level
+    more: float
+    gain: float
+
+
+def _better(
+    key: tuple[int, str],
+    levels: Sequence[Level],
+    chosen: Sequence[Mapping[str, Choice]],
+    *,
+    budget: Budget,
+    start: Start,
+) -> Iterator[_Better]:
+    layer, module = key
+    own = _level(budget, start.form.layers[layer], module, chosen[layer][module], 0.0)
+    damage = _between_levels(levels, own)
+    for level in levels:
+        if level.damage < damage:
+            more = own.saved - level.saved
+            gain = (damage - level.damage) / max(more, 1e-9)
+            yield _Better(layer=layer, module=module, level=level, more=more, gain=gain)
+
+
+def tied_schemes(
+    curves: Mapping[str, Sequence[tuple[int, float]]], ladders: Mapping[str, Ladder]
+) -> tuple[dict[str, Sequence[tuple[int, float]]], dict[str, Ladder]]:
+    """Return curves and ladders in which q, k, v and o are one module, with one scheme.
+
+    For each scheme its levels are those on the way from the widest heads to the narrowest, along
+    the lower hulls of q and k and of v and o; their damages add up.
+    """
+    known = {name: curve for name, curve in curves.items() if _module(name) == "mlp"}
+    found = {name: ladder for name, ladder in ladders.items() if _module(name) == "mlp"}
+    names = dict.fromkeys(name.partition(" ")[2] for name in ladders)
+    for scheme in names:
+        both = [f"{module} {scheme}".strip() for module in ("qk", "vo")]
+        steps = [_steps(ladders[name], curves[name]) for name in both if name in ladders]
+        if not steps:
+            continue
+        name = f"{ATTENTION} {scheme}".strip()
+        found[name], known[name] = _combined(steps)
+    return known, found
+
+
+def _module(name: str) -> str:
+    return name.partition(" ")[0]
+
+
+def _steps(
+    ladder: Ladder, curve: Sequence[tuple[int, float]]
+) -> tuple[Ladder, list[tuple[int, float]]]:
+    """Return the sizes on the lower hull of damage by size, the largest first."""
+    hull: list[tuple[int, float]] = []
+    for size, damage in sorted(curve, reverse=True):
+        while len(hull) > 1 and (
+            (hull[-1][1] - hull[-2][1]) * (hull[-2][0] - size)
+            >= (damage - hull[-2][1]) * (hull[-2][0] - hull[-1][0])
+        ):
+            hull.pop()
+        hull.append((size, damage))
+    return ladder, hull
+
+
+def _combined(
+    parts: Sequence[tuple[Ladder, list[tuple[int, float]]]],
+) -> tuple[Ladder, list[tuple[int, float]]]:
+    """Return the ladder of several modules that are cut in turn, and its curve.
+
+    The shares of the whole that each loses for equal damage are compared, as their sizes differ.
+    """
+    places = [0] * len(parts)
+    rows = [tuple(hull[0][0] for _, hull in parts)]
+    damages = [sum(hull[0][1] for _, hull in parts)]
+    while True:
+        slopes = []
+        for index, (ladder, hull) in enumerate(parts):
+            at = places[index]
+            if at + 1 < len(hull):
+                share = (hull[at][0] - hull[at + 1][0]) / ladder.whole
+                slopes.append(((hull[at + 1][1] - hull[at][1]) / share, index))
+        if not slopes:
+            break
+        places[min(slopes)[1]] += 1
+        now = [hull[at] for (_, hull), at in zip(parts, places, strict=True)]
+        rows.append(tuple(size for size, _ in now))
+        damages.append(sum(damage for _, damage in now))
+    last = len(rows) - 1
+    first = parts[0][0]
+
+    def cut(layer: LayerForm, size: int) -> LayerForm:
+        for (ladder, _), own in zip(parts, rows[last - size], strict=True):
+            if ladder.cuts(own):
+                layer = ladder.cut(layer, own)
+        return layer
+
+    whole = last if first.scheme is None else last + 1
+    ladder = Ladder(
+        sizes=range(last + 1), whole=whole, levels=tuple(range(last, -1, -1)), cut=cut,
+        module=ATTENTION, scheme=first.scheme,
+    )  # fmt: skip
+    return ladder, [(last - place, damage) for place, damage in enumerate(damages)]
 
 
 def require_levels(ladders: Sequence[Ladders], *, budget: Budget, start: Start) -> None:
@@ -182,10 +329,11 @@ def lowest(ladders: Sequence[Ladders], *, budget: Budget, start: Start) -> Model
     chosen: list[dict[str, Choice]] = []
     for layer, of_layer in zip(start.form.layers, ladders, strict=True):
         found: dict[str, Choice] = {}
-        for method, modules in of_layer.items():
-            for module, ladder in modules.items():
+        for method, named in of_layer.items():
+            for name, ladder in named.items():
                 if not ladder.levels:
                     continue
+                module = ladder.module or name
                 choice = Choice(ladder=ladder, size=ladder.levels[-1], method=method)
                 known = found.get(module)
                 if known is None or cost(layer, choice) < cost(layer, known):
@@ -241,8 +389,8 @@ def _slope(a: Level, b: Level) -> float:
 def _between_levels(levels: Sequence[Level], wanted: Level) -> float:
     """Return the damage of a cut on the straight line between two levels of its own method."""
     assert wanted.choice is not None  # the uncut module is never estimated
-    method = wanted.choice.method
-    own = [level for level in levels if level.choice is None or level.choice.method == method]
+    key = wanted.choice.key
+    own = [level for level in levels if level.choice is None or level.choice.key == key]
     own.sort(key=lambda level: level.saved)
     place = min(bisect_left(own, wanted.saved, key=lambda level: level.saved), len(own) - 1)
     if place == 0 or own[place].saved == wanted.saved:

@@ -8,6 +8,7 @@ from functools import partial
 from planners.budget.budgets import Budget
 from planners.method import Ladder
 from planners.model.form import LayerForm, Start
+from planners.model.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,11 @@ class Choice:
     ladder: Ladder
     size: int
     method: str = ""
+
+    @property
+    def key(self) -> tuple[str, Scheme | None]:
+        """Method and scheme: only sizes of one ladder can be compared."""
+        return self.method, self.ladder.scheme
 
 
 Chosen = Mapping[str, Choice]  # module -> its cut; modules that are not cut are left out
@@ -96,7 +102,7 @@ def spend_budget(
 def _ends(now: Choice | None, goal: Choice, fits: Callable[[Choice], bool]) -> list[Choice]:
     """Return where a cut may end: with the goal's method, or further with the current one."""
     ends = [_as_far_as_needed(now, goal, fits)]
-    if now is not None and now.method != goal.method and fits(ends[0]):
+    if now is not None and now.key != goal.key and fits(ends[0]):
         last = replace(now, size=now.ladder.levels[-1])
         if last.size < now.size:
             further = _as_far_as_needed(now, last, fits)
@@ -107,7 +113,7 @@ def _ends(now: Choice | None, goal: Choice, fits: Callable[[Choice], bool]) -> l
 def _as_far_as_needed(now: Choice | None, goal: Choice, fits: Callable[[Choice], bool]) -> Choice:
     """Return the largest size that fits between the goal and the current size, else the goal."""
     sizes = goal.ladder.sizes
-    same = now is not None and now.method == goal.method
+    same = now is not None and now.key == goal.key
     end = bisect_left(sizes, now.size) if same and now is not None else len(sizes)
     steps = sizes[bisect_left(sizes, goal.size) : end]
 

@@ -4,25 +4,35 @@ Counted buffer by buffer from what the actors do; `benchmarks/plan_truth.py` com
 measurements. A compression unit holds no layers of the pass: they are freed before it starts.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from planners import refit
-from planners.memory.workspace import PANEL, eigh_bytes, low_rank_bytes, nystrom_bytes
+from planners.budget.schemes import ROUNDED_TOKENS
+from planners.memory.workspace import (
+    PANEL,
+    eigh_bytes,
+    low_rank_bytes,
+    nystrom_bytes,
+    rounding_bytes,
+)
 from planners.method import Candidate, MethodSpec, Option
 from planners.model.cost import (
     BYTES_OF,
     dense_model_form,
+    layer_bytes,
     layer_parameters,
     linear_dims,
+    matrices,
     statistic_elements,
     tap_dim,
 )
 from planners.model.form import LayerForm, ModelForm, dense_form
 from planners.model.packing import ROWS as BLOCK_ROWS
 from planners.model.shape import ModelShape
-from planners.model.taps import Statistic
+from planners.model.taps import INPUT_OF, Statistic
 
 DOUBLE, SINGLE = 8, 4
 LOGIT_TOKENS = 1024  # rows of logits in memory at one time
@@ -30,6 +40,7 @@ ROWS = 8192  # of a table that are in memory at one time
 HOST_IN_FLIGHT = (
     2**33
 )  # of the host of an accelerator: what its worker reads ahead and still writes
+ROUNDED_AT_ONCE = 2**24  # weights of all schemes that are rounded side by side, at most
 LIBRARIES = 64 * 2**20  # what torch and transformers allocate at first use, beside tensors
 
 
@@ -247,9 +258,25 @@ def refit_unit(step: Shrinking) -> int:
     streams = 3 * step.tokens[0] * step.shape.hidden * BYTES_OF[step.dtype]
     return max(
         refit.workspace_bytes(step.shape, layer_bytes=step.cells(before))
+        + _corrected(step.shape, layer)
         + step.passing(before, layer)
         + streams
         for before, layer in step.layers
+    )
+
+
+def _corrected(shape: ModelShape, form: LayerForm) -> int:
+    """Return what rounding a half-layer again needs beside what a refit does.
+
+    The weights that are wanted and the step to them are in float64; then they are rounded.
+    """
+    if not form.schemes:
+        return 0
+    rows = [linear_dims(shape, form, role) for role in shape.kind(form).roles]
+    mlp = sum(out * inner for out, inner in rows[4:-1])
+    attention = sum(out * inner for out, inner in rows[:3])
+    return 3 * DOUBLE * max(mlp, attention, *(out * inner for out, inner in rows)) + rounding_peak(
+        shape, form
     )
 
 
@@ -296,8 +323,34 @@ def _shrunk_layer(
     """Return the bytes of a layer, its sums, the result, and the largest factorisation."""
     stored = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
-    whole = layer_parameters(shape, start) + layer_parameters(shape, form)
-    return int(whole * stored + sums + _factorisation(shape, start, form))
+    before = layer_parameters(shape, start) * stored
+    factoring = _factorisation(shape, start, form)
+    if not form.schemes:
+        return int(before + layer_parameters(shape, form) * stored + sums + factoring)
+    cut = 0 if replace(form, schemes={}) == start else layer_parameters(shape, form) * stored
+    after = layer_bytes(shape, form, width=stored)
+    rounding = carried_bytes(shape, start, form) + rounding_peak(shape, form)
+    return int(before + cut + sums + max(factoring, after + rounding))
+
+
+def carried_bytes(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+    """Return the bytes of the Gram matrices behind a cut: of the MLP's units, of o's inputs."""
+    hidden = form.intermediate if form.intermediate < start.intermediate else 0
+    heads = shape.num_heads * form.vo_head_dim if form.vo_head_dim < start.vo_head_dim else 0
+    return DOUBLE * (hidden**2 + heads**2)
+
+
+def rounding_peak(shape: ModelShape, form: LayerForm, copies: int = 1) -> int:
+    """Return what rounding the linears of a layer needs, those with one input side by side.
+
+    ``copies`` is by how many schemes they are rounded at one time.
+    """
+    rows: Counter[tuple[str, int]] = Counter()
+    for name, (out_dim, in_dim) in matrices(shape, form).items():
+        if name in form.schemes:
+            role, _, part = name.partition(".")
+            rows[name if part == "second" else INPUT_OF[role], in_dim] += copies * out_dim
+    return max((rounding_bytes(out, width) for (_, width), out in rows.items()), default=0)
 
 
 def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
@@ -322,6 +375,8 @@ def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int)
     width = BYTES_OF[dtype]
     cells = layer_parameters(shape, start)
     probe = min(max((s.probe_tokens for s in step.statistics), default=0), step.tokens[1])
+    if form.schemes:
+        probe = min(probe, ROUNDED_TOKENS)
     held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
     sums = sum(statistic_elements(shape, s, start) for s in step.held) * DOUBLE
     probe_bytes = max(
@@ -342,6 +397,13 @@ def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int)
         head = table_bytes(shape, dtype=dtype) + loss_bytes(shape, tokens=probe, dtype=dtype)
         passing = max(passing, head)
     factoring = _factorisation(shape, start, form) + _axes(shape, start, form)
+    if form.schemes:
+        weights = sum(out * inner for name, (out, inner) in matrices(shape, form).items()
+                      if name in form.schemes)  # fmt: skip
+        copies = max(1, ROUNDED_AT_ONCE // weights)
+        # Values of the schemes that are measured side by side, and factors that serve all sizes.
+        factoring += copies * weights * SINGLE + carried_bytes(shape, start, form)
+        factoring += rounding_peak(shape, form, copies) + 2 * shape.hidden**2 * DOUBLE
     # The factor is shared by all levels, so it is held while each of them is measured.
     return int(held + sums + factoring + cells * width + passing)
 

@@ -4,7 +4,9 @@ Each formula gives the peak of one kind of factorisation, without the gram itsel
 """
 
 DOUBLE = 8  # bytes of a float64
+SINGLE = 4  # of a float32
 PANEL = 1024  # columns that are solved at a time
+SEARCHED = 7  # copies of a block of rows, in float32, while scales are searched
 
 
 def nystrom_bytes(dim: int, out_dim: int) -> int:
@@ -38,3 +40,13 @@ def low_rank_bytes(out_dim: int, in_dim: int, rank: int) -> int:
 def eigh_bytes(dim: int) -> int:
     """Return the bytes of the matrix, its vectors, and LAPACK's workspace of twice its size."""
     return DOUBLE * 4 * dim * dim
+
+
+def rounding_bytes(rows: int, width: int) -> int:
+    """Return the bytes of rounding matrices of one input: its factor, and two copies of them.
+
+    A panel of the factor is held beside it, and scales; or, before, what the search for scales
+    needs of a block of rows.
+    """
+    columns = 2 * SINGLE * rows * width + SINGLE * PANEL * width + SINGLE * rows * width // 16
+    return DOUBLE * width * width + max(columns, SEARCHED * SINGLE * min(rows, PANEL) * width)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from planners.model.form import LayerForm, ModelForm, Start, dense_form
 from planners.model.packing import packed_elements
+from planners.model.scheme import Scheme, nominal_bits, stored_bits
 from planners.model.shape import ModelShape
 from planners.model.statistic_kinds import TapDims
 from planners.model.taps import Statistic
@@ -38,6 +39,74 @@ def linear_weights(shape: ModelShape, form: LayerForm, name: str) -> int:
     out_dim, in_dim = linear_dims(shape, form, name)
     rank = form.ranks.get(name)
     return out_dim * in_dim if rank is None else rank * (out_dim + in_dim)
+
+
+def matrices(shape: ModelShape, form: LayerForm) -> dict[str, tuple[int, int]]:
+    """Return the matrices of a layer, (out, in): of each linear, or of both of its factors.
+
+    A matrix is called like its linear, or ``q_proj.first`` and ``q_proj.second``.
+    """
+    found = {}
+    for role in shape.kind(form).roles:
+        out_dim, in_dim = linear_dims(shape, form, role)
+        rank = form.ranks.get(role)
+        if rank is None:
+            found[role] = (out_dim, in_dim)
+        else:
+            found |= {f"{role}.first": (rank, in_dim), f"{role}.second": (out_dim, rank)}
+    return found
+
+
+def matrix_bytes(dims: tuple[int, int], scheme: Scheme | None, width: int) -> int:
+    """Return the bytes of a matrix as stored, ``width`` a number where it is not quantised."""
+    if scheme is None:
+        return dims[0] * dims[1] * width
+    return -(-stored_bits(scheme, *dims) // 8)
+
+
+def layer_bytes(shape: ModelShape, form: LayerForm, *, width: int) -> int:
+    """Return the bytes of the tensors of a layer, ``width`` a number that is not quantised."""
+    rest = layer_parameters(shape, form)
+    total = 0
+    if form.schemes:
+        for name, dims in matrices(shape, form).items():
+            rest -= dims[0] * dims[1]
+            total += matrix_bytes(dims, form.schemes.get(name), width)
+    return total + rest * width
+
+
+def model_bytes(shape: ModelShape, form: ModelForm) -> int:
+    """Return the bytes of all tensors as they are stored."""
+    return outside_bytes(shape, form) + sum(
+        layer_bytes(shape, layer, width=stored_width(shape, form)) for layer in form.layers
+    )
+
+
+def stored_width(shape: ModelShape, form: ModelForm) -> int:
+    """Return the bytes of a number that is not quantised."""
+    return BYTES_OF[form.dtype or shape.dtype]
+
+
+def outside_bytes(shape: ModelShape, form: ModelForm) -> int:
+    """Return the bytes of the tensors of all but the layers."""
+    width, total = stored_width(shape, form), 0
+    rest = model_parameters(shape, form)
+    rest -= sum(layer_parameters(shape, layer) for layer in form.layers)
+    for table, scheme in form.tables.items():
+        reads = form.embedding_dim if table == "embedding" else form.head_reads
+        dims = (shape.vocab_size, reads)
+        rest -= dims[0] * dims[1]
+        total += matrix_bytes(dims, scheme, width)
+    return total + rest * width
+
+
+def linear_bits(shape: ModelShape, form: LayerForm, *, width: int) -> int:
+    """Return the bits of the linears of a layer, with scales, without any filling."""
+    total = 0
+    for name, dims in matrices(shape, form).items():
+        scheme = form.schemes.get(name)
+        total += nominal_bits(scheme, *dims) if scheme else dims[0] * dims[1] * width * 8
+    return total
 
 
 def linear_parameters(shape: ModelShape, form: LayerForm, name: str) -> int:

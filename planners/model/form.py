@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planners.model.layer import ROLES
+from planners.model.scheme import Scheme, scheme_from_json
 from planners.model.shape import ModelShape
 
 
@@ -30,6 +31,7 @@ class LayerForm:
         ranks: linear -> rank, for those stored as two factors.
         pairs: the rope pairs that all heads keep, ascending; empty where each KV head has its own,
             or all.
+        schemes: matrix (see `planners.model.cost.matrices`) -> how it is quantised.
     """
 
     residual_in: int
@@ -44,6 +46,7 @@ class LayerForm:
     kind: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
     pairs: tuple[int, ...] = ()
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
     def has_stock_heads(self) -> bool:
@@ -86,6 +89,8 @@ class ModelForm:
         positions: a table of learned positions is added to the embedding.
         head_shortcut: a matrix after the final norm leads from the stream that the head reads to
             the basis of the embedding, whose table a tied head still is.
+        tables: ``embedding`` or ``head`` -> how its matrix is quantised.
+        dtype: of the tensors that are not quantised; empty where it is that of the input.
     """
 
     layers: tuple[LayerForm, ...]
@@ -97,6 +102,13 @@ class ModelForm:
     head_bias: bool = False
     positions: bool = False
     head_shortcut: bool = False
+    tables: Mapping[str, Scheme] = field(default_factory=dict)
+    dtype: str = ""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any matrix is."""
+        return bool(self.tables) or any(layer.schemes for layer in self.layers)
 
     @property
     def head_reads(self) -> int:
@@ -129,10 +141,14 @@ class Start:
 def layer_form_from_json(data: Mapping[str, Any]) -> LayerForm:
     """Return the layer form that `to_json` wrote."""
     lists = {key: tuple(data[key]) for key in ("biases", "pairs") if key in data}
-    return LayerForm(**{**data, **lists})
+    return LayerForm(**{**data, **lists, "schemes": _schemes(data.get("schemes", {}))})
 
 
 def model_form_from_json(data: Mapping[str, Any]) -> ModelForm:
     """Return the model form that `to_json` wrote."""
     layers = tuple(layer_form_from_json(layer) for layer in data["layers"])
-    return ModelForm(**{**data, "layers": layers})
+    return ModelForm(**{**data, "layers": layers, "tables": _schemes(data.get("tables", {}))})
+
+
+def _schemes(data: Mapping[str, Any]) -> dict[str, Scheme]:
+    return {name: scheme_from_json(each) for name, each in data.items()}

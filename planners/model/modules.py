@@ -41,6 +41,12 @@ def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> L
         for name in ROLES
         if name in (form if name in linears else start).ranks
     }
+    schemes = {
+        name: scheme
+        for source, own in ((start, False), (form, True))
+        for name, scheme in source.schemes.items()
+        if (name.partition(".")[0] in linears) == own
+    }
     biases = {role for role in start.biases if role not in linears}
     biases |= {role for role in form.biases if role in linears}
-    return with_biases(replace(start, **fields, ranks=ranks), biases)
+    return with_biases(replace(start, **fields, ranks=ranks, schemes=schemes), biases)

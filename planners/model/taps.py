@@ -60,6 +60,17 @@ def _is_observed(statistic: Statistic, kind: LayerKind, head_dim: int) -> bool:
 
 ROPE_TAPS = ("q_rope", "k_rope")
 
+# Role of a linear -> the tap of its inputs.
+INPUT_OF = {
+    "q_proj": "attn_in",
+    "k_proj": "attn_in",
+    "v_proj": "attn_in",
+    "o_proj": "o_in",
+    "gate_proj": "mlp_in",
+    "up_proj": "mlp_in",
+    "down_proj": "mlp_hidden",
+}
+
 # Taps in the order of a layer's forward pass.
 TAPS = (
     "resid_attn",
@@ -78,3 +89,9 @@ TAPS = (
 def last_tap(statistics: Iterable[Statistic]) -> str:
     """Return the last tap that these statistics of one layer need."""
     return max((s.tap for s in statistics), key=TAPS.index, default=TAPS[0])
+
+
+def gram_statistics(shape: ModelShape) -> set[Statistic]:
+    """Return the Gram matrices of the inputs of all linears."""
+    roles = {role for kind in shape.kinds for role in kind.roles}
+    return {Statistic(INPUT_OF[role], "gram") for role in roles}

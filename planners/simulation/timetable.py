@@ -6,7 +6,6 @@ from typing import Any
 
 from planners.batching import TokenBatching
 from planners.calibration import shard_cuts
-from planners.canonical_json import to_json
 from planners.model.cost import BYTES_OF, linears_before
 from planners.model.form import LayerForm, dense_form
 from planners.model.taps import last_tap, layer_statistics
@@ -445,8 +444,4 @@ def _units(units: Sequence[Unit], job: Job, clock: CostModel) -> UnitsPhase:
 def _is_special(job: Job, unit: Unit) -> bool:
     if not KINDS[unit.kind].alike:
         return True
-    return any(len(set(map(_plain, form.layers))) > 1 for form in (job.form, job.input))
-
-
-def _plain(form: Any) -> str:
-    return str(to_json(form))
+    return any(layer != form.layers[0] for form in (job.form, job.input) for layer in form.layers)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from planners.batching import TokenBatching
+from planners.budget.schemes import ROUNDED_TOKENS, SCHEMES
 from planners.calibration import shard_cuts
 from planners.method import MethodSpec, Option
 from planners.model.cost import dense_model_form
@@ -116,8 +117,14 @@ def measuring(job: Job, index: int) -> Work:
     start = job.input.layers[index]
     ladders = job.spec.ladders(job.shape, start, job.options).values()
     # On average a cut of the grid keeps half of a module.
-    forms = [ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2]) for ladder in ladders]
+    forms = [
+        ladder.cut(start, ladder.sizes[len(ladder.sizes) // 2])
+        for ladder in ladders
+        if ladder.levels
+    ]
     tokens = min(work.PROBE_TOKENS, job.data.tokens, int(job.options["probe_tokens"]))
+    if SCHEMES.name in job.options:
+        tokens = min(tokens, ROUNDED_TOKENS)
     return work.damage_work(job.shape, forms, job.data, start, tokens=tokens)
 
 

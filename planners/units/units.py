@@ -179,12 +179,13 @@ def compression_units(
         found = bases.get(site, bases.get(-1))  # a shared basis has no site
         return (found,) if found is not None else ()
 
+    cast = {"dtype": form.dtype} if form.dtype else {}
     refitted = bool(options.get("refit"))
     kind = "draft" if refitted else "layer"
     for layer in range(num_layers):
         inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
         parts = tuple(inputs.values()) or (sums[layer],)
-        key = {**common, "layer": layer, "form": to_json(form.layers[layer])}
+        key = {**common, **cast, "layer": layer, "form": to_json(form.layers[layer])}
         if makers:
             key["makers"] = dict(makers[layer])
             key["revisions"] = {c.spec.name: c.spec.revision for c in spec.candidates}
@@ -194,7 +195,9 @@ def compression_units(
     edges = {"embedding": (form.embedding_dim, basis(0)), "head": (form.head_dim, ends)}
     for kind, (dim, read) in edges.items():
         parts = read or (sums[0],)
-        key = {**common, "dim": dim, "tied": form.tied, "native": form.native}
+        key = {**common, **cast, "dim": dim, "tied": form.tied, "native": form.native}
+        if kind in form.tables:
+            key["scheme"] = to_json(form.tables[kind])
         units.append(_unit(kind, -1, parts, key))
     return units
 

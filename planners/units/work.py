@@ -6,7 +6,7 @@ factorisation. For a method with other maths the estimate is wrong until it is t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from planners import refit
 from planners.batching import TokenBatching
@@ -15,6 +15,7 @@ from planners.model.cost import (
     layer_parameters,
     linear_dims,
     linear_parameters,
+    matrices,
     shortcut_parameters,
     statistic_elements,
     tap_dim,
@@ -25,10 +26,11 @@ from planners.model.form import LayerForm, dense_form
 from planners.model.layer import ATTENTION
 from planners.model.modules import of_modules
 from planners.model.shape import ModelShape
-from planners.model.taps import Statistic
+from planners.model.taps import INPUT_OF, Statistic
 
 EIGH = 9  # operations of a symmetric eigendecomposition with all vectors, times n^3
 LEVELS = 6  # cuts of each module at which damage is measured, as in the default grid
+ROUNDED_BYTES = 1000  # moved for a weight that is rounded: the search for scales, and columns
 PROBE_TOKENS = 8192  # tokens on which damage is measured, likewise
 
 
@@ -217,7 +219,23 @@ def shrink_work(
         total += _value_heads(shape, form.vo_head_dim)
     for name in names & (form.ranks.keys() - first.ranks.keys()):
         total += _low_rank(*linear_dims(shape, first, name), rank=form.ranks[name])
-    return total
+    return total + rounding_work(shape, form)
+
+
+def rounding_work(shape: ModelShape, form: LayerForm, *, factors: bool = True) -> Work:
+    """Return the work of rounding the matrices that a layer quantises.
+
+    ``factors``: that of factoring the Gram matrices of their inputs is counted, too.
+    """
+    total, inputs = Work(), set()
+    for name, (out_dim, in_dim) in matrices(shape, form).items():
+        if name in form.schemes:
+            role, _, part = name.partition(".")
+            inputs.add((name if part == "second" else INPUT_OF[role], in_dim))
+            weights = out_dim * in_dim
+            total += Work(matmul=weights * in_dim, touched=ROUNDED_BYTES * weights)
+    cubes = sum(width**3 for _, width in inputs) / 3 if factors else 0
+    return total + Work(float64=cubes)
 
 
 def damage_work(
@@ -243,16 +261,28 @@ def damage_work(
     total = CALL + forward + half_forward(shape, dense, ATTENTION, tokens=tokens, data=data)
     weights = layer_parameters(shape, dense) * BYTES_OF[shape.dtype]
     total += Work(read=weights)
+    seen: set[frozenset[str]] = set()  # matrices of which some scheme was counted
     for form in forms:
         only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
         passed = _mlp(shape, form) if only_mlp else shape.kind(form).roles
         after = half_forward(shape, form, passed, tokens=tokens, data=data)
         compare = Work(touched=tokens * shape.hidden * 16 + weights)
+        total += (after + compare).times(LEVELS)
+        if form.schemes:  # all schemes share the cut, and the factors of its Gram matrices
+            total += rounding_work(shape, form, factors=_is_first(form, seen)).times(LEVELS)
+            continue
         # Low-rank axes are computed once for all levels; widths are refitted at each level.
         factored = shrink_work(shape, form, shape.kind(form).roles, dense)
         total += factored.times(1 if form.ranks.keys() - dense.ranks.keys() else LEVELS)
-        total += (after + compare).times(LEVELS)
     return total
+
+
+def _is_first(form: LayerForm, seen: set[frozenset[str]]) -> bool:
+    """Return whether these matrices are quantised for the first time, and note it."""
+    own = frozenset(form.schemes)
+    first = own not in seen
+    seen.add(own)
+    return first
 
 
 def refit_start_work(shape: ModelShape, data: TokenBatching) -> Work:
@@ -279,10 +309,31 @@ def refit_layer_work(
         # Once for the sums, once to pass on; the drafted stream has only held-out tokens.
         total += (full + cut).times(2) + cut.times(held)
         total += Work(gram=2 * data.tokens * dim * (dim + out_dim))
+        if form.schemes:  # once more for those that read the half's input
+            total += (full + cut) + corrected_work(shape, form, names, data)
+            total += _streams(shape, data, writes=1, reads=3)
+            continue
         solves = dim**3 / 3 + 4 * dim * dim * out_dim
         total += Work(float64=solves, touched=dim * (dim + out_dim) * 40).times(len(refit.RIDGES))
         total += _streams(shape, data, writes=1, reads=2)
     return total
+
+
+def corrected_work(
+    shape: ModelShape, form: LayerForm, names: Iterable[str], data: TokenBatching
+) -> Work:
+    """Return the work of rounding one half of a layer again, but for the passes of its tokens."""
+    own = [role for role in names if role in shape.kind(form).roles]
+    readers, last = own[:-1], own[-1]
+    out_dim, dim = linear_dims(shape, form, last)
+    width = linear_dims(shape, form, readers[0])[1]
+    rows = sum(linear_dims(shape, form, role)[0] for role in readers)
+    kept = {n: s for n, s in form.schemes.items() if n.partition(".")[0] in own}
+    sums = Work(gram=4 * data.tokens * width * width + 2 * data.tokens * dim * out_dim)
+    solves = width**3 / 3 + 4 * width * width * rows + 2 * (dim**3 / 3 + 2 * dim * dim * out_dim)
+    touched = 40 * (width * (width + rows) + dim * (dim + out_dim))
+    total = sums + Work(float64=solves, touched=touched)
+    return total + rounding_work(shape, replace(form, schemes=kept))
 
 
 def refit_losses_work(shape: ModelShape, data: TokenBatching) -> Work:
