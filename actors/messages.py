@@ -14,6 +14,7 @@ from actors.storage.files import FileEntry
 from planners.batching import TokenBatching
 from planners.method import Option
 from planners.model.form import ModelForm
+from planners.model.scheme import Scheme
 from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
@@ -316,6 +317,7 @@ class VerifyRequest:
         tensors: name -> sha256, shape and dtype as they were computed.
         ids: sequences of equal length to run it on.
         whole: it fits one process; else it is read a tensor at a time.
+        schemes: module -> how its matrix is quantised; None where only the config says it.
         model_store: a directory that links in its directory may lead into, or empty.
     """
 
@@ -324,6 +326,7 @@ class VerifyRequest:
     tensors: Mapping[str, Mapping[str, Any]]
     ids: Sequence[Sequence[int]]
     whole: bool
+    schemes: Mapping[str, Scheme] | None = None
     model_store: str = ""
 
 

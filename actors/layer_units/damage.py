@@ -8,7 +8,7 @@ one layer is cut: every y' goes through all later layers of that model.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,14 +19,22 @@ from torch import Tensor
 from actors import methods
 from actors.layer_units.model_loss import downstream_losses
 from actors.layer_units.reads import Reads
+from actors.layer_units.rounding_damage import (
+    Rounding,
+    place,
+    quantised_levels,
+    table_damages,
+)
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.tokens import tokens_from_parquet
+from planners.budget.schemes import ROUNDED_TOKENS, SCHEMES
 from planners.budget.served import PAIR_SCALES, PAIRS
 from planners.errors import NumericsError
 from planners.families import load as load_family
+from planners.method import Ladder
 from planners.model.form import LayerForm
 
 Curves = dict[str, list[list[float]]]
@@ -62,40 +70,95 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     Raises:
         NumericsError: a cut gives no finite output.
     """
-    shape = job.shape
-    probe = sums["probe"].to(device)
     start = checkpoint.form.layers[index]
-    halved = partial(halved_layer, checkpoint=checkpoint, index=index, probe=probe)
-    whole = halved(weights, start)
-    serial = not shape.kind(start).parallel
-    middle, output = whole.residual_mid(probe), whole.output(probe)
-    energy = output.float().square().sum(-1)  # (sequences, tokens)
-    curves: Curves = {}
+    ladders = methods.spec(job.method).ladders(job.shape, start, job.options)
+    probe = _probe(sums, ladders).to(device)
+    uncut = _Uncut(weights, probe, checkpoint=checkpoint, index=index)
+    curves: Curves = {
+        name: [] if ladder.scheme else [[ladder.whole, 0.0]] for name, ladder in ladders.items()
+    }
     cuts: list[tuple[str, int, Tensor]] = []
-    for module, ladder in methods.spec(job.method).ladders(shape, start, job.options).items():
-        factored: dict[str, Any] = {}  # once for all levels of a module
-        curves[module] = [[ladder.whole, 0.0]]
-        for size in ladder.levels:
+    for name, size, after in _outputs(weights, sums, uncut, ladders, job):
+        if losses is not None:
+            cuts.append((name, size, after))  # they pass the later layers together
+        else:
+            curves[name].append(_level(name, size, uncut.lost(after)))
+    if losses is not None:
+        loss, *found = losses([uncut.output, *(after for _, _, after in cuts)])
+        for (name, size, _), own in zip(cuts, found, strict=True):
+            curves[name].append(_level(name, size, own - loss))
+    return curves
+
+
+class _Uncut:
+    """The layer as it is in the step's input model, with the probe that has passed it.
+
+    Attributes:
+        layer: itself.
+        probe: its input.
+        output: of the probe.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], probe: Tensor, *, checkpoint: Checkpoint, index: int
+    ) -> None:
+        self.start = checkpoint.form.layers[index]
+        self.built = partial(halved_layer, checkpoint=checkpoint, index=index, probe=probe)
+        self.layer, self.probe = self.built(weights, self.start), probe
+        self._serial = not checkpoint.shape.kind(self.start).parallel
+        self._middle, self.output = self.layer.residual_mid(probe), self.layer.output(probe)
+        self._energy = self.output.float().square().sum(-1)  # (sequences, tokens)
+
+    def through(self, cut: HalvedLayer, module: str) -> Tensor:
+        """Return the output of a layer of which one module is cut."""
+        # Attention is not touched by a cut of the MLP, so the residual before it stands.
+        after_attention = module == "mlp" and self._serial
+        return cut.after_mlp(self._middle) if after_attention else cut.output(self.probe)
+
+    def lost(self, after: Tensor) -> float:
+        """Return how far another output is from the layer's own."""
+        lost = (after.float() - self.output.float()).square().sum(-1) / self._energy
+        return float(lost.double().mean())
+
+
+def _outputs(
+    weights: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor],
+    uncut: _Uncut,
+    ladders: Mapping[str, Ladder],
+    job: CompressionJob,
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Yield the name of a ladder, a size of it, and the layer's output with that cut alone."""
+    start, factors = uncut.start, dict[str, dict[str, Any]]()  # what serves all sizes of a module
+    for module, ladder in ladders.items():
+        for size in ladder.levels if ladder.scheme is None else ():
             form, given = ladder.cut(start, size), sums
             if module == PAIRS:
                 form = replace(form, pairs=tuple(sorted(job.pair_order[: size // 2])))
-                given = {**sums, PAIR_SCALES: whole.score_scales(probe, form.pairs)}
+                scales = uncut.layer.score_scales(uncut.probe, form.pairs)
+                given = {**sums, PAIR_SCALES: scales}
+            factored = factors.setdefault(module, {})
             new, _ = methods.load(job.method).compress(
-                weights, given, shape=shape, form=form, options=job.options, factored=factored
+                weights, given, shape=job.shape, form=form, options=job.options, factored=factored
             )
-            cut = halved(new, form)
-            # Attention is not touched by a cut of the MLP, so the residual before it stands.
-            after = cut.after_mlp(middle) if module == "mlp" and serial else cut.output(probe)
-            if losses is not None:
-                cuts.append((module, size, after))  # they pass the later layers together
-                continue
-            lost = (after.float() - output.float()).square().sum(-1) / energy
-            curves[module].append(_level(module, size, float(lost.double().mean())))
-    if losses is not None:
-        uncut, *found = losses([output, *(after for _, _, after in cuts)])
-        for (module, size, _), loss in zip(cuts, found, strict=True):
-            curves[module].append(_level(module, size, loss - uncut))
-    return curves
+            yield module, size, uncut.through(uncut.built(new, form), module)
+    rounding = Rounding(weights, sums, job, start)
+    for module, size, own in quantised_levels(ladders):
+        some = next(iter(own.values()))
+        form, new, carried = rounding.narrowed(some, size, factors.setdefault(module, {}))
+        stored = {name: ladder.cut(start, size) for name, ladder in own.items()}
+        cut = uncut.built(new, form)
+        for name, values in rounding.rounded(module, stored, new, carried, form):
+            place(cut, values, job)
+            yield name, size, uncut.through(cut, module)
+
+
+def _probe(sums: Mapping[str, Tensor], ladders: Mapping[str, Ladder]) -> Tensor:
+    """Return the activations on which damage is measured: fewer where there are many levels."""
+    probe = sums["probe"]
+    if all(ladder.scheme is None for ladder in ladders.values()):
+        return probe
+    return probe[: max(1, ROUNDED_TOKENS // probe.shape[1])]
 
 
 def _level(module: str, size: int, damage: float) -> list[float]:
@@ -135,10 +198,34 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) ->
     losses = None
     if job.options.get("damage") == "loss":
         # The probe is the first sequences of the calibration tokens.
-        tokens = tokens_from_parquet(run.read(job.tokens))[: len(sums["probe"])]
+        ladders = methods.spec(job.method).ladders(
+            job.shape, checkpoint.form.layers[task.index], job.options
+        )
+        tokens = tokens_from_parquet(run.read(job.tokens))[: len(_probe(sums, ladders))]
         ids = torch.from_numpy(tokens).to(device)
         losses = partial(downstream_losses, checkpoint, task.index, ids=ids, device=device)
     curves = damage_curves(
         weights, sums, checkpoint, job=job, index=task.index, device=device, losses=losses
     )
-    return (), {"curves": curves}
+    found: dict[str, object] = {"curves": curves}
+    if SCHEMES.name in job.options:
+        found["tables"] = tables(sums, weights, checkpoint, job, task.index, device)
+    return (), found
+
+
+@torch.inference_mode()
+def tables(
+    sums: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    job: CompressionJob,
+    index: int,
+    device: str,
+) -> dict[str, dict[str, float]]:
+    """Return the damage of schemes of the table that is beside a layer, if there is one."""
+    if index not in (0, job.shape.num_layers - 1):
+        return {}
+    probe = sums["probe"].to(device)[:1]
+    form = checkpoint.form.layers[index]
+    whole = halved_layer(weights, form, checkpoint=checkpoint, index=index, probe=probe)
+    return table_damages(index, probe, whole.output(probe), checkpoint, job)

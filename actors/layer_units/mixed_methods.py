@@ -10,7 +10,7 @@ from planners.model.form import LayerForm
 from planners.model.modules import of_modules
 
 
-def compress(
+def compress(  # noqa: PLR0913 a layer, before and after
     weights: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
     *,
@@ -18,6 +18,7 @@ def compress(
     index: int,
     start: LayerForm,
     form: LayerForm,
+    carried: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Return the tensors of one layer, and the values of each method for its modules.
 
@@ -31,6 +32,7 @@ def compress(
         index: of the layer.
         start: form of the layer in the input model.
         form: of the layer in the result.
+        carried: is given the Gram matrices behind cuts.
 
     Raises:
         NumericsError: statistics gave no usable numbers.
@@ -44,7 +46,12 @@ def compress(
             continue
         done |= own
         new, values = methods.load(name).compress(
-            new, sums, shape=job.shape, form=of_modules(start, form, done), options=options
+            new,
+            sums,
+            shape=job.shape,
+            form=of_modules(start, form, done),
+            options=options,
+            carried=carried,
         )
         for key, values_of_modules in found.items():
             values_of_modules.update(values[key])

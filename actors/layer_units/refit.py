@@ -9,76 +9,36 @@ sums: they choose the damping, and at the end decide whether the refitted model 
 third stream passes the layers as they were drafted.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actors.layer_units.corrected_rounding import Rounder, corrected_half
 from actors.layer_units.reads import Reads
+from actors.layer_units.streams import (
+    DENSE,
+    DRAFTED,
+    HALVES,
+    REFITTED,
+    Boundary,
+    Streams,
+    streams_after,
+)
 from actors.messages import CompressionJob, Done, UnitTask
 from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer_model import OuterModel
 from actors.numerics.least_squares import Refit, RestSums, empty_sums, refit
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
-from actors.storage.tensors import read_tensors, require_finite, write_tensors, write_weights
+from actors.storage.quantised import decoded
+from actors.storage.tensors import read_tensors, require_finite, write_weights
 from actors.storage.tokens import tokens_from_parquet
 from planners.families import load as load_family
 from planners.model.form import LayerForm
 from planners.refit import RIDGES, cuts
-
-DENSE, REFITTED, DRAFTED = "dense", "refitted", "drafted"
-# The linear that ends a half-layer -> what the half adds to the residual stream, and its shortcut.
-HALVES: Mapping[str, tuple[Callable[[HalvedLayer, Tensor], Tensor], ...]] = {
-    "o_proj": (HalvedLayer.attention, HalvedLayer.shortcut_attention),
-    "down_proj": (HalvedLayer.mlp, HalvedLayer.shortcut_mlp),
-}
-Streams = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Boundary:
-    """The streams at a site, one file a microbatch; those held out come last."""
-
-    run: Directory
-    site: int
-    num_fitted: int
-    num_held: int
-    device: str
-
-    def name(self, index: int) -> str:
-        return f"boundary/refit-site-{self.site:05d}-mb-{index:05d}.safetensors"
-
-    def fitted(self) -> Iterator[Streams]:
-        return (self.read(index) for index in range(self.num_fitted))
-
-    def held(self) -> Iterator[Streams]:
-        return (self.read(index) for index in range(self.num_fitted, self.count))
-
-    @property
-    def count(self) -> int:
-        return self.num_fitted + self.num_held
-
-    def all(self) -> Iterator[Streams]:
-        return (self.read(index) for index in range(self.count))
-
-    def read(self, index: int) -> Streams:
-        found = read_tensors(self.run, self.name(index))
-        return {name: hidden.to(self.device) for name, hidden in found.items()}
-
-    def write(self, streams: Iterator[Streams]) -> list[dict[str, object]]:
-        """Write all microbatches; return what a record says of their files."""
-        written = []
-        for index, each in enumerate(streams):
-            entry = write_tensors(self.run, self.name(index), each)
-            written.append({"path": entry.path, "sha256": entry.sha256, "bytes": entry.bytes})
-        return written
-
-    def drop(self) -> None:
-        for index in range(self.count):
-            self.run.delete(self.name(index))
 
 
 def start(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
@@ -110,33 +70,52 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
     prefix = family.layer.format(i=index) + "."
     draft = read_tensors(run, f"draft/layer-{index:05d}.safetensors")
     drafted = {name.removeprefix(prefix): tensor for name, tensor in draft.items()}
-    tensors, boundary = dict(drafted), []
     build = _Builder(job, index, device)
     layers = {DENSE: build.dense(prefix), DRAFTED: build.compressed(drafted)}
-    found: dict[str, Refit] = {}
+    rounder = Rounder(job, index, reads) if job.form.layers[index].schemes else None
+    tensors, boundary = dict(drafted), []
+    found: dict[str, dict[str, object]] = {}
     for half, here, after in zip(HALVES, sites[2:4], sites[3:], strict=True):
-        name = _weight_name(family.linears[half], tensors)
-        layers[REFITTED] = build.compressed(tensors)
-        found[half] = refit(
-            tensors[name].to(device),
-            _sums(half, layers, name, here.fitted()),
-            _sums(half, layers, name, here.held()),
-            dampings=RIDGES,
-            where=f"refit of {half}",
-        )
-        tensors[name] = found[half].weight.cpu()
-        layers[REFITTED] = build.compressed(tensors)
-        boundary = after.write(_streams_after(half, layers, here.all()))
+        if rounder is not None:
+            found[half] = corrected_half(half, rounder, layers, build.of_values, here.fitted)
+        else:
+            found[half] = _refit_half(half, tensors, layers, build, here)
+        boundary = after.write(streams_after(half, layers, here.all()))
+    if rounder is not None:
+        tensors = {name: tensor.cpu() for name, tensor in rounder.stored().items()}
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     for tensor in named.values():
         require_finite(tensor)
     entry, facts = write_weights(run, f"refit/layer-{index:05d}.safetensors", named)
     values: dict[str, object] = {
-        "linears": {half: _record(one) for half, one in found.items()},
+        "linears": found,
         "tensors": facts,
         "boundary": boundary,
     }
     return (entry,), values
+
+
+def _refit_half(
+    half: str,
+    tensors: dict[str, Tensor],
+    layers: dict[str, HalvedLayer],
+    build: "_Builder",
+    here: Boundary,
+) -> dict[str, object]:
+    """Refit the linear that ends a half-layer, in ``tensors`` and in the layer that is built."""
+    family = load_family(build.job.shape.family)
+    name = _weight_name(family.linears[half], tensors)
+    layers[REFITTED] = build.compressed(tensors)
+    found = refit(
+        tensors[name].to(build.device),
+        _sums(half, layers, name, here.fitted()),
+        _sums(half, layers, name, here.held()),
+        dampings=RIDGES,
+        where=f"refit of {half}",
+    )
+    tensors[name] = found.weight.cpu()
+    layers[REFITTED] = build.compressed(tensors)
+    return _record(found)
 
 
 def losses(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
@@ -167,15 +146,23 @@ class _Builder:
     """Builds one layer of the step's input model and of its result."""
 
     def __init__(self, job: CompressionJob, index: int, device: str) -> None:
-        self._job, self._index, self._device = job, index, device
-        self._checkpoint = Checkpoint.of(job)
+        self.job, self.device = job, device
+        self._index, self._checkpoint = index, Checkpoint.of(job)
 
     def dense(self, prefix: str) -> HalvedLayer:
         form = self._checkpoint.form.layers[self._index]
         return self._built(self._checkpoint.read_prefix(prefix), form)
 
     def compressed(self, tensors: Mapping[str, Tensor]) -> HalvedLayer:
-        return self._built(tensors, self._job.form.layers[self._index])
+        """Return the layer of tensors as they are stored."""
+        form = self.job.form.layers[self._index]
+        family = load_family(self.job.shape.family)
+        schemes = {family.below_layer(name): scheme for name, scheme in form.schemes.items()}
+        return self.of_values(decoded(tensors, schemes))
+
+    def of_values(self, tensors: Mapping[str, Tensor]) -> HalvedLayer:
+        """Return the layer of tensors none of which is quantised."""
+        return self._built(tensors, replace(self.job.form.layers[self._index], schemes={}))
 
     def _built(self, tensors: Mapping[str, Tensor], form: LayerForm) -> HalvedLayer:
         return HalvedLayer(
@@ -183,9 +170,9 @@ class _Builder:
             form,
             self._checkpoint.config,
             index=self._index,
-            shape=self._job.shape,
-            dtype=_dtype(self._job),
-            device=self._device,
+            shape=self.job.shape,
+            dtype=_dtype(self.job),
+            device=self.device,
         )
 
 
@@ -215,15 +202,6 @@ def _sums(
     return sums
 
 
-def _streams_after(
-    half: str, layers: Mapping[str, HalvedLayer], microbatches: Iterator[Streams]
-) -> Iterator[Streams]:
-    """Yield the streams after a half-layer."""
-    add, shortcut = HALVES[half]
-    for streams in microbatches:
-        yield {n: shortcut(layers[n], x) + add(layers[n], x) for n, x in streams.items()}
-
-
 def _weight_name(linear: str, tensors: Mapping[str, Tensor]) -> str:
     """Return what of a linear is refitted: its weight, or the second of two factors."""
     second = f"{linear}.second.weight"
@@ -239,9 +217,9 @@ def _record(found: Refit) -> dict[str, object]:
     }
 
 
-def _boundary(site: int, job: CompressionJob, run: Directory, device: str) -> _Boundary:
+def _boundary(site: int, job: CompressionJob, run: Directory, device: str) -> Boundary:
     fitted, held = _cuts(job)
-    return _Boundary(run=run, site=site, num_fitted=len(fitted), num_held=len(held), device=device)
+    return Boundary(run=run, site=site, num_fitted=len(fitted), num_held=len(held), device=device)
 
 
 def _outer(checkpoint: Checkpoint, job: CompressionJob, device: str) -> OuterModel:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from actors.layer_units import refit, sequential_slicing
 from actors.layer_units.basis import basis, basis_sequential
+from actors.layer_units.carried_statistics import carry_statistics
 from actors.layer_units.damage import damage
 from actors.layer_units.layer import choose_refit, layer, truncation_losses
 from actors.layer_units.reads import Reads
-from actors.layer_units.rotated_statistics import rotate_statistics
 from actors.layer_units.tables import embedding, head
 from actors.layer_units.times import times
 from actors.messages import CompressionJob, Done, UnitTask, Unwritten
@@ -55,7 +55,7 @@ FUNCTIONS: dict[str, Callable[[UnitTask, CompressionJob, Directory, Reads], Done
     "times": times,
     "damage": damage,
     "losses": truncation_losses,
-    "carried": rotate_statistics,
+    "carried": carry_statistics,
     "layer": layer,
     "draft": layer,
     "chosen": choose_refit,

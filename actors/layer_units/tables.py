@@ -1,6 +1,6 @@
 """Units that write the embedding, the head and the final norm, in blocks of vocabulary rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -9,11 +9,14 @@ from actors import methods
 from actors.devices.transfer import to_device, to_host
 from actors.layer_units.reads import Reads
 from actors.messages import CompressionJob, Done, UnitTask
+from actors.numerics.packing import parts_of
+from actors.numerics.rounding import round_to_nearest, scale_dtype
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.prefetch import prefetched
 from actors.storage.tensors import require_finite, write_rows, write_weights
 from planners.families import load as load_family
+from planners.model.scheme import Scheme
 from planners.model.weight_files import weight_files
 
 ROWS = 8192  # vocabulary rows that are in memory at one time
@@ -135,7 +138,8 @@ def _with(
 ) -> Done:
     """Return the files and values of a unit that also writes these small tensors."""
     files, values = done
-    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    dtype = getattr(torch, job.form.dtype or job.shape.dtype)
+    kept = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
     name = f"model/{weight_files(job.form)[part]}"
     for tensor in kept.values():
         require_finite(tensor)
@@ -163,9 +167,30 @@ def _write_table(
         "embedding": (family.embedding, form.embedding_dim),
         "head": (family.head, form.head_dim),
     }[role]
+    dtype = getattr(torch, form.dtype or job.shape.dtype)
     rows = prefetched(checkpoint.read_blocks(source, rows=ROWS))
-    blocks = (to_host(rotate(block)) for block in rows)
     name = f"model/{weight_files(job.form)[role]}"
     shape = (job.shape.vocab_size, width)
+    if (scheme := form.tables.get(role)) is not None:
+        parts = _quantised((rotate(block) for block in rows), scheme, shape, dtype)
+        module = target.removesuffix("weight")
+        entry, known = write_weights(run, name, {module + part: t for part, t in parts.items()})
+        return (entry,), {"tensors": known}
+    blocks = (to_host(rotate(block).to(dtype)) for block in rows)
     entry, facts = write_rows(run, name, target, blocks, shape=shape)
     return (entry,), {"tensors": {target: facts}}
+
+
+def _quantised(
+    blocks: Iterable[Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the parts of a table at the nearest values of its grid, on the host."""
+    found: dict[str, list[Tensor]] = {}
+    for block in blocks:
+        require_finite(block)
+        every = torch.ones(block.shape[1], device=block.device)
+        rounded = round_to_nearest(block, every, scheme, stored=scale_dtype(dtype))
+        for part, tensor in parts_of(rounded, scale_dtype(dtype)).items():
+            found.setdefault(part, []).append(to_host(tensor))
+    parts = {part: torch.cat(tensors) for part, tensors in found.items()}
+    return {**parts, "weight_shape": torch.tensor(shape)}

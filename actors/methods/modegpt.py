@@ -24,11 +24,14 @@ from torch import Tensor
 from actors.numerics.gram import symmetric
 from actors.numerics.linalg import cholesky_psd, eigh_descending
 from actors.numerics.nystrom import Nystrom, nystrom
+from actors.numerics.packed import submatrix, unpacked
 from actors.numerics.score_maps import ScoreMaps, score_maps
 from planners.budget.budgets import budget_of
 from planners.budget.candidates import OPTION as CANDIDATES
 from planners.budget.candidates import shares
 from planners.budget.hull import require_levels
+from planners.budget.joint import by_bytes, provisional, smallest_tables, table_choices
+from planners.budget.schemes import SCHEMES, TIE, quantised, whole_ladders
 from planners.budget.served import (
     PAIR_SCALES,
     PAIRS,
@@ -45,7 +48,7 @@ from planners.method import Allocation, Ladder, MethodSpec, Option, OptionSpec, 
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.layer import LayerKind
 from planners.model.shape import ModelShape
-from planners.model.taps import Statistic
+from planners.model.taps import Statistic, gram_statistics
 from planners.refit import OPTION as REFIT
 from planners.serving import VLLM_HEAD_DIMS
 from planners.spelling import did_you_mean
@@ -120,7 +123,7 @@ def value_maps(
 class MoDeGPT:
     """The tensor functions of the method; no state."""
 
-    def compress(
+    def compress(  # noqa: PLR0913 as of all methods
         self,
         weights: Weights,
         sums: Mapping[str, Tensor],
@@ -129,6 +132,7 @@ class MoDeGPT:
         form: LayerForm,
         options: Mapping[str, Option],
         factored: dict[str, Nystrom] | None = None,
+        carried: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the tensors of one layer with the widths of ``form``, and the errors of its parts.
 
@@ -139,6 +143,8 @@ class MoDeGPT:
             form: widths to reach.
             options: of the method.
             factored: cache of factorisations that serve all widths, shared between calls.
+            carried: is given the Gram matrices of the inputs of linears behind a cut, of those that
+                are among ``sums``.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
@@ -146,12 +152,15 @@ class MoDeGPT:
         new = dict(weights)
         errors: dict[str, object] = {}
         rungs: dict[str, str] = {}
+        behind = {} if carried is None else carried
         # A module that an earlier step has shrunk, in any way, is left unchanged.
         if form.intermediate < _rows(weights, "up_proj"):
             known = {} if factored is None else factored
             if "mlp" not in known:
                 known["mlp"] = hidden_factor(weights, sums, options)
-            errors["mlp"] = _cut_mlp(new, known["mlp"], form.intermediate)
+            errors["mlp"], kept = _cut_mlp(new, known["mlp"], form.intermediate)
+            if carried is not None:
+                behind["mlp_hidden.gram"] = submatrix(sums["mlp_hidden.gram"], kept)
             rungs["mlp"] = known["mlp"].rung
             del known  # the largest matrix, freed unless the caller keeps it
         if shape.num_heads * form.qk_head_dim < _rows(weights, "q_proj"):
@@ -162,9 +171,12 @@ class MoDeGPT:
                 _rescale(new, math.sqrt(form.qk_head_dim / shape.head_dim))
                 new.pop("rope_pairs", None)
         if shape.num_kv_heads * form.vo_head_dim < _rows(weights, "v_proj"):
-            errors["vo"], rungs["vo"] = _cut_vo(
+            bias = None if form.has_stock_heads else weights.get("v_proj.bias")
+            errors["vo"], rungs["vo"], maps = _cut_vo(
                 new, sums, shape=shape, keep=form.vo_head_dim, keep_bias=form.has_stock_heads
             )
+            if carried is not None and "o_in.gram" in sums:
+                behind["o_in.gram"] = _carried_heads(sums, maps, bias, shape=shape)
         return new, {"errors": errors, "rungs": rungs}
 
 
@@ -183,7 +195,7 @@ def hidden_factor(
     return nystrom(gram, down, ridge=float(options["ridge"]), where="tap mlp_hidden")
 
 
-def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
+def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> tuple[float, Tensor]:
     kept, outputs = found.refit(keep, dtype=new["down_proj.weight"].dtype)
     for name in ("gate_proj", "up_proj"):
         if f"{name}.weight" in new:  # not every MLP is gated
@@ -191,7 +203,7 @@ def _cut_mlp(new: dict[str, Tensor], found: Nystrom, keep: int) -> float:
         if f"{name}.bias" in new:
             new[f"{name}.bias"] = new[f"{name}.bias"][kept]
     new["down_proj.weight"] = outputs.T.contiguous()
-    return found.relative_error(keep)
+    return found.relative_error(keep), kept
 
 
 def _cut_qk(
@@ -334,8 +346,12 @@ def _cut_vo(
     shape: ModelShape,
     keep: int,
     keep_bias: bool = False,
-) -> tuple[float, str]:
-    """Cut v and o; a bias of v moves into that of o, unless it is to be kept."""
+) -> tuple[float, str, list[ValueMaps]]:
+    """Cut v and o; a bias of v moves into that of o, unless it is to be kept.
+
+    Returns:
+        The relative error, the rung of the head that needed the most damping, and the maps.
+    """
     heads, kv_heads, h = shape.num_heads, shape.num_kv_heads, shape.head_dim
     value, output = new["v_proj.weight"], new["o_proj.weight"]
     kept = new.pop("v_proj.bias", None)
@@ -361,8 +377,30 @@ def _cut_vo(
     merged = torch.cat(new_o).reshape(-1, out_dim)  # (heads * keep, out)
     new["o_proj.weight"] = merged.T.to(output.dtype).contiguous()
     lost, energy = (sum(getattr(maps, name) for maps in found) for name in ("lost", "energy"))
-    # The rung of the head that needed the most damping.
-    return math.sqrt(lost / max(energy, 1e-300)), max((maps.rung for maps in found), key=len)
+    rung = max((maps.rung for maps in found), key=len)
+    return math.sqrt(lost / max(energy, 1e-300)), rung, found
+
+
+def _carried_heads(
+    sums: Mapping[str, Tensor], maps: list[ValueMaps], bias: Tensor | None, *, shape: ModelShape
+) -> Float[Tensor, "heads_keep heads_keep"]:
+    """Return the Gram matrix of o_proj's inputs where each head of v keeps some directions.
+
+    They are exactly what is left of the inputs, without a bias of v that moved into that of o.
+    """
+    gram = unpacked(sums["o_in.gram"])
+    group = shape.num_heads // shape.num_kv_heads
+    if bias is not None:
+        moved = bias.to(torch.float64).reshape(shape.num_kv_heads, -1)
+        own = moved.repeat_interleave(group, dim=0).flatten()
+        cross = torch.outer(sums["o_in.sum"], own)
+        gram = gram - cross - cross.T + sums["num_tokens"] * torch.outer(own, own)
+    h, keep = maps[0].values.shape
+    every = torch.zeros(shape.num_heads * h, shape.num_heads * keep).to(gram)
+    for head in range(shape.num_heads):
+        own_map = maps[head // group].values
+        every[head * h : (head + 1) * h, head * keep : (head + 1) * keep] = own_map
+    return symmetric(every.T @ gram @ every)
 
 
 def _value_gram(
@@ -415,7 +453,7 @@ def _modules(options: Mapping[str, Option]) -> tuple[str, ...]:
 
 
 def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
-    wanted = set()
+    wanted = gram_statistics(shape) if SCHEMES.name in options else set()
     modules = _of_model(shape, options)
     if "mlp" in modules:
         wanted.add(Statistic("mlp_hidden", "gram"))
@@ -474,6 +512,11 @@ def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
 def _cannot_serve(shape: ModelShape, options: Mapping[str, Option]) -> str:
     """Return why the model cannot take the form that is asked for, or an empty string."""
     servable = options["servable"]
+    if SCHEMES.name in options and (servable, options["allocation"]) != ("remote", "marginal"):
+        return (
+            "schemes choose widths and bits by measured damage: they need allocation=marginal and "
+            "servable=remote; for stock widths use --method gptq, or a step of it"
+        )
     if servable == "native" and "mlp" not in shape.native:
         return f"servable=native: no config of model type {shape.model_type} has one FFN width"
     if servable == "narrow_heads" and not narrows_heads(shape):
@@ -514,16 +557,29 @@ def _ladders(
         module: width_ladder(full[module], module, shares(options), step=steps[module])
         for module in _of_model(shape, options)
     }
+    if SCHEMES.name in options:
+        return quantised(
+            {**whole_ladders(shape, layer), **_not_empty(found)}, shape, layer, options
+        )
     if _compares(shape, options) and layer.qk_head_dim == shape.head_dim:
         # A curve for a comparison: every second level has to do.
         found[PAIRS] = replace(found["qk"], levels=tuple(sorted(found["qk"].levels)[::2][::-1]))
-    return {module: ladder for module, ladder in found.items() if ladder.sizes}
+    return _not_empty(found)
+
+
+def _not_empty(ladders: Mapping[str, Ladder]) -> dict[str, Ladder]:
+    return {module: ladder for module, ladder in ladders.items() if ladder.sizes}
 
 
 def _form(
     shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
 ) -> ModelForm:
     servable, budget = str(options["servable"]), budget_of(shape, start, target)
+    if SCHEMES.name in options:
+        smallest = smallest_tables(shape, start, stock=False, budget=budget)
+        every = [_ladders(shape, layer, options) for layer in start.form.layers]
+        tied = options[TIE.name] == "fused"
+        return provisional(every, budget=budget, start=smallest, tied=tied)
     if servable in ("native", "narrow_heads", "vllm") and not start.form.native:
         raise PlanError(
             f"servable={servable}: needs a stock model, and that which the earlier steps produce "
@@ -559,6 +615,11 @@ def _allocate(
 ) -> Allocation:
     budget, steps = budget_of(shape, start, target), width_steps(shape, options)
     servable = str(options["servable"])
+    if SCHEMES.name in options:
+        every = [_ladders(shape, layer, options) for layer in start.form.layers]
+        tables = table_choices(start, stock=False)
+        tied = str(options[TIE.name]) == "fused"
+        return by_bytes(shape, findings, every, tables, budget=budget, start=start, tied=tied)
     if _measures(options) == "influence":
         form = by_influence(
             shape,
@@ -627,6 +688,8 @@ SPEC = MethodSpec(
             name="probe_tokens", default=8192, minimum=1, help="tokens on which damage is measured"
         ),
         CANDIDATES,
+        SCHEMES,
+        TIE,
         REFIT,
         OptionSpec(
             name="servable",

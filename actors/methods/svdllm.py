@@ -29,19 +29,9 @@ from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.layer import ROLES
 from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
-from planners.model.taps import Statistic
+from planners.model.taps import INPUT_OF, Statistic
 from planners.refit import OPTION as REFIT
 from planners.spelling import did_you_mean
-
-TAP_OF = {
-    "q_proj": "attn_in",
-    "k_proj": "attn_in",
-    "v_proj": "attn_in",
-    "o_proj": "o_in",
-    "gate_proj": "mlp_in",
-    "up_proj": "mlp_in",
-    "down_proj": "mlp_hidden",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +122,7 @@ def _inner_gram(weight: Float[Tensor, "out inner"]) -> Float[Tensor, "inner inne
 class SVDLLM:
     """The tensor functions of the method; no state."""
 
-    def compress(
+    def compress(  # noqa: PLR0913 as of all methods
         self,
         weights: Mapping[str, Tensor],
         sums: Mapping[str, Tensor],
@@ -141,6 +131,7 @@ class SVDLLM:
         form: LayerForm,
         options: Mapping[str, Option],
         factored: dict[str, Axes] | None = None,
+        carried: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the tensors of one layer with the ranks of ``form``, and the error of each linear.
 
@@ -151,11 +142,12 @@ class SVDLLM:
             form: ranks to reach.
             options: of the method.
             factored: cache of axes that serve all ranks, shared between calls.
+            carried: unused: inputs stay as they are.
 
         Raises:
             NumericsError: a gram is not finite, or not positive semi-definite.
         """
-        del options
+        del options, carried
         new = dict(weights)
         errors: dict[str, float] = {}
         rungs: dict[str, str] = {}
@@ -165,7 +157,7 @@ class SVDLLM:
             weight = new.pop(f"{name}.weight")
             known = {} if factored is None else factored
             if name not in known:
-                tap = TAP_OF[name]
+                tap = INPUT_OF[name]
                 gram = sums[f"{tap}.gram"]
                 known[name] = output_axes(weight, gram, where=f"{name}, tap {tap}")
             first, second, errors[name], rungs[name] = truncated(weight, known[name], rank=rank)
@@ -196,7 +188,7 @@ class SVDLLM:
         for name in _linears(options):
             if f"{name}.weight" not in weights:
                 continue  # the layer has none
-            weight, tap = weights[f"{name}.weight"], TAP_OF[name]
+            weight, tap = weights[f"{name}.weight"], INPUT_OF[name]
             axes = output_axes(weight, sums[f"{tap}.gram"], where=f"{name}, tap {tap}")
             rank = form.ranks.get(name, len(axes.energy))
             found[name] = float(axes.energy[rank:].sum().sqrt())
@@ -217,7 +209,7 @@ def _of_model(shape: ModelShape, options: Mapping[str, Option]) -> tuple[str, ..
 
 
 def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
-    return frozenset(Statistic(TAP_OF[name], "gram") for name in _of_model(shape, options))
+    return frozenset(Statistic(INPUT_OF[name], "gram") for name in _of_model(shape, options))
 
 
 def _measures(options: Mapping[str, Option]) -> str:

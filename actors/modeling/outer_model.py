@@ -7,7 +7,7 @@ last one are the logits. So nothing of a model is known here but where its layer
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,8 @@ class Weights(Protocol):
     """The source of a model's tensors: an `actors.storage.checkpoint.Checkpoint`."""
 
     @property
-    def locations(self) -> Mapping[str, object]:
-        """A mapping with the names of all tensors as keys."""
+    def names(self) -> Container[str]:
+        """The names of all tensors."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -203,12 +203,18 @@ class OuterModel:
             ModelError: a tensor is missing or not finite.
         """
         head = self._model.get_output_embeddings()
-        head.weight = self._table(weights, self._family.head_among(weights.locations))
+        head.weight = self._table(weights, self._family.head_among(weights.names))
         if head.bias is not None:
             head.bias = self._table(weights, self._family.head.removesuffix("weight") + "bias")
         # A norm whose scale was folded into the head has no stored tensor.
         prefix = self._family.final_norm.removesuffix("weight")
         self._filled(self._norm, weights.stream_prefix(prefix))
+
+    @property
+    def head(self) -> nn.Parameter:
+        """The matrix of the head, once it has been read."""
+        found: nn.Parameter = self._model.get_output_embeddings().weight
+        return found
 
     def tensors(self) -> list[Tensor]:
         """Return the weights that have been read; the shared table of a tied model once."""

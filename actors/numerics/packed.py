@@ -58,7 +58,7 @@ def unpacked(matrix: Symmetric) -> Float[Tensor, "dim dim"]:
     """Return the full matrix in float64, exactly symmetric, in new memory."""
     dim = width(matrix)
     full = torch.empty(dim, dim, dtype=torch.float64, device=matrix.device)
-    for block, rows in _whole_blocks(matrix):
+    for block, rows in whole_blocks(matrix):
         full[block.first : block.last, block.first :] = rows
         full[block.first :, block.first : block.last] = rows.T
     return full
@@ -70,9 +70,29 @@ def permuted(matrix: Symmetric, order: Int[Tensor, " dim"]) -> Float[Tensor, "di
     full = torch.zeros(dim, dim, dtype=torch.float64, device=matrix.device)
     place = torch.empty_like(order)
     place[order] = torch.arange(dim, device=order.device)
-    for block, rows in _whole_blocks(matrix):
+    for block, rows in whole_blocks(matrix):
         down, across = place[block.first : block.last, None], place[None, block.first :]
         full[torch.maximum(down, across), torch.minimum(down, across)] = rows
+    return full
+
+
+def submatrix(matrix: Symmetric, kept: Int[Tensor, " keep"]) -> Float[Tensor, "keep keep"]:
+    """Return ``matrix[kept][:, kept]`` in float64, without a full copy of the matrix.
+
+    Args:
+        matrix: symmetric.
+        kept: rows and columns, ascending.
+    """
+    full = torch.empty(len(kept), len(kept), dtype=torch.float64, device=matrix.device)
+    for block, rows in whole_blocks(matrix):
+        own = (kept >= block.first) & (kept < block.last)
+        down, right = kept[own] - block.first, kept[kept >= block.first] - block.first
+        if not len(down):
+            continue
+        part = rows[down][:, right]
+        at = int((kept < block.first).sum())
+        full[at : at + len(down), at:] = part
+        full[at:, at : at + len(down)] = part.T
     return full
 
 
@@ -84,14 +104,14 @@ def congruence(weight: Float[Tensor, "out dim"], matrix: Symmetric) -> Float[Ten
         matrix: C.
     """
     half = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
-    for block, rows in _whole_blocks(matrix):
+    for block, rows in whole_blocks(matrix):
         rows[:, : len(rows)] /= 2  # the square on the diagonal is in both halves
         right = rows @ weight[:, block.first :].T  # (rows, out)
         half.addmm_(weight[:, block.first : block.last], right)
     return half + half.T
 
 
-def _whole_blocks(matrix: Symmetric) -> Iterator[tuple[Block, Float[Tensor, "rows columns"]]]:
+def whole_blocks(matrix: Symmetric) -> Iterator[tuple[Block, Float[Tensor, "rows columns"]]]:
     """Yield copies of the blocks in float64, with the square on the diagonal mirrored."""
     for block, rows in blocks(matrix):
         copy = rows.to(torch.float64, copy=True)

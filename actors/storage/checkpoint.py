@@ -22,6 +22,7 @@ from actors.storage.contents import CONFIG, config_hash, hasher, remembered, rev
 from actors.storage.files import Directory
 from actors.storage.headers import TensorEntry
 from actors.storage.prefetch import in_turn
+from actors.storage.quantised import KEY, decoded, part_names, schemes_in
 from actors.storage.quoting import shown
 from actors.storage.tensors import read_header, read_tensor, tensor_bytes
 from planners.errors import ModelError, StorageError
@@ -30,6 +31,7 @@ from planners.families import load as load_family
 from planners.families._base import Family
 from planners.model.cost import dense_model_form
 from planners.model.form import ModelForm, model_form_from_json
+from planners.model.scheme import Scheme
 from planners.model.shape import ModelShape
 from planners.overflow import overflowed
 
@@ -141,14 +143,17 @@ class Checkpoint:
         Raises:
             ModelError: the family is not supported, or a tensor is missing or has a wrong shape.
         """
-        model_type = self.config.get("model_type")
+        # What it says of matrices that are quantised is known by now.
+        left_out = KEY if self.schemes else ""
+        config = {key: value for key, value in self.config.items() if key != left_out}
+        model_type = config.get("model_type")
         if model_type == COMPRESSED:
-            original = {**self.config, "model_type": self.config["compressed_from"]}
+            original = {**config, "model_type": config["compressed_from"]}
             return family_of(original["model_type"]).shape_of(original, self.dtype)
         if model_type is None:
             raise ModelError(f"{self.directory.path('config.json')}: model_type is missing")
         family = family_of(model_type)
-        shape = family.shape_of(self.config, "float32")
+        shape = family.shape_of(config, "float32")
         outer = family.outer_tensors(replace(shape, tied=False))
         expected = dict(outer.values())
         if shape.tied and family.head not in self.locations:
@@ -156,8 +161,9 @@ class Checkpoint:
         for layer in range(shape.num_layers):
             expected |= dict(family.layer_tensors(shape, layer).values())
         for name, dims in expected.items():
-            self._check(name, dims, family)
-        unknown = self.locations.keys() - expected.keys()
+            if name.removesuffix(".weight") not in self.schemes:
+                self._check(name, dims, family)
+        unknown = self.names - expected.keys()
         if unknown:
             raise ModelError(
                 f"{self.directory.uri}: tensor {shown(min(unknown))} does not belong to the model "
@@ -165,6 +171,23 @@ class Checkpoint:
                 f"{self._other_class(family)}"
             )
         return replace(shape, dtype=self.dtype)
+
+    @functools.cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """Module -> how its matrix is quantised; empty for a model that is not."""
+        return schemes_in(self.config)
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The tensors that can be read: for a quantised matrix its weight, not what is stored."""
+        return frozenset(self.locations.keys() - self._parts.keys()) | {
+            f"{module}.weight" for module in self.schemes
+        }
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, str]:
+        """Stored tensor -> module, of quantised matrices."""
+        return {part: m for m, scheme in self.schemes.items() for part in part_names(m, scheme)}
 
     @functools.cached_property
     def dtype(self) -> str:
@@ -266,8 +289,15 @@ class Checkpoint:
         Raises:
             ModelError: there is no such tensor, it has NaN or infinite entries, or it changed.
         """
+        module = name.removesuffix(".weight")
+        if module in self.schemes and name.endswith(".weight"):
+            return self._read_quantised(module)
         if name in self.locations and self._is_converted(name):
             return self._read_converted(name)
+        return self.read_stored(name)
+
+    def read_stored(self, name: str) -> Tensor:
+        """Return a tensor as it is stored; see `read`."""
         tensor = self._read(name, None)
 
         def found() -> str:
@@ -277,6 +307,13 @@ class Checkpoint:
 
         self._require(name, self._where(name), found)
         return tensor
+
+    def _read_quantised(self, module: str) -> Tensor:
+        """Return the weights of a quantised matrix, in float32, in which they are exact."""
+        scheme = self.schemes[module]
+        stored = {name: self.read_stored(name) for name in part_names(module, scheme)}
+        (weight,) = decoded(stored, {module: scheme}).values()
+        return weight
 
     def _read_converted(self, name: str) -> Tensor:
         """Return a tensor converted from its stored dtype, without two full copies at a time."""
@@ -296,7 +333,7 @@ class Checkpoint:
         tensor = read_tensor(
             self.directory, location.file, location.entry, rows=rows, device=self._device
         )
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # of small floats not known
             self._require_finite(tensor, name)
         return tensor
 
@@ -382,7 +419,7 @@ class Checkpoint:
             yield prefix, map(operator.itemgetter(1), found)  # it keeps no tensor, unlike a loop
 
     def _names(self, prefix: str) -> list[str]:
-        return [name for name in self.locations if name.startswith(prefix)]
+        return sorted(name for name in self.names if name.startswith(prefix))
 
     def _stream(self, names: Iterable[tuple[_K, str]]) -> Iterator[tuple[_K, Tensor]]:
         """Yield key and tensor of each (key, name), in order."""
@@ -400,6 +437,9 @@ class Checkpoint:
             name: of the tensor.
             rows: per block; by default as many as fit into 32 MiB.
         """
+        if name.removesuffix(".weight") in self.schemes:
+            yield from torch.split(self.read(name), rows or 2**31)
+            return
         digest = hasher(self.locations[name].entry)
         for block in self._blocks(name, rows):
             if self._expected:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from math import prod
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from transformers import CONFIG_MAPPING
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.headers import TensorEntry, header_bytes
-from actors.storage.tensors import NAME_OF, read_header, read_tensor, tensor_bytes
+from actors.storage.tensors import NAME_OF, TORCH_DTYPE, read_header, read_tensor, tensor_bytes
 from planners.errors import StorageError
 from planners.families import load as load_family
-from planners.serving import DECI_CLASS, deci_blocks
+from planners.serving import DECI_CLASS, QUANTISED, deci_blocks
 
 DECI_CODE = "configuration_deci.py"
 # Keys of the original model that mean the same there.
@@ -46,6 +47,7 @@ def deci_config(source: Checkpoint, widths: Sequence[int]) -> dict[str, Any]:
         "dtype": shape.dtype,
         "block_configs": deci_blocks(shape, tuple(widths)),
         "compression": config.get("compression"),
+        **{key: config[key] for key in (QUANTISED,) if key in config},
     }
 
 
@@ -55,11 +57,16 @@ def deci_code() -> bytes:
 
 
 def padded_shapes(source: Checkpoint, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Return tensor -> shape, with FFN widths of so many units."""
+    """Return stored tensor -> shape, with FFN widths of so many units.
+
+    What is quantised keeps its shape: `deci_widths` lets no other width through.
+    """
     family = load_family(source.shape.family)
     shapes = {name: place.entry.shape for name, place in source.locations.items()}
     for layer, width in enumerate(widths):
         for role, (name, _) in family.layer_tensors(source.shape, layer).items():
+            if name not in shapes:
+                continue
             if role.startswith(("gate_proj", "up_proj")):
                 shapes[name] = (width, *shapes[name][1:])
             elif role == "down_proj.weight":
@@ -75,16 +82,15 @@ def write_padded(
     Added units are zero in all three linears, so that they add nothing: ``act(0) * 0 = 0``.
     """
     shapes = padded_shapes(source, widths)
-    dtype = getattr(torch, source.dtype)
     files: dict[str, list[str]] = {}
     for name in sorted(source.locations):
         files.setdefault(source.locations[name].file, []).append(name)
     for file, names in sorted(files.items()):
-        layout = {name: (NAME_OF[dtype], shapes[name]) for name in names}
+        layout = {name: (NAME_OF[_dtype(source, name)], shapes[name]) for name in names}
         with target.writing(file) as stream:
             stream.write(header_bytes(layout, {"format": "pt"}))
             for name in names:
-                stream.write(tensor_bytes(_padded(source.read(name), shapes[name])))
+                stream.write(tensor_bytes(_padded(_read(source, name), shapes[name])))
         yield stream.entry(file)
 
 
@@ -101,7 +107,7 @@ def check_padded(source: Checkpoint, target: Directory, files: Sequence[FileEntr
     if found.keys() != source.locations.keys():
         raise StorageError(f"{target.uri}: has other tensors than {source.directory.uri}")
     for name, (path, entry) in found.items():
-        written, original = read_tensor(target, path, entry), source.read(name)
+        written, original = read_tensor(target, path, entry), _read(source, name)
         if not torch.equal(written, _padded(original, entry.shape)):
             raise StorageError(
                 f"{target.path(path)}: tensor {name} is not the one that was written",
@@ -111,10 +117,20 @@ def check_padded(source: Checkpoint, target: Directory, files: Sequence[FileEntr
 
 def index_of(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the index of the weight files."""
-    size = getattr(torch, source.dtype).itemsize
-    total = sum(torch.Size(shape).numel() * size for shape in shapes.values())
+    total = sum(prod(shape) * _dtype(source, name).itemsize for name, shape in shapes.items())
     weight_map = {name: source.locations[name].file for name in sorted(shapes)}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _dtype(source: Checkpoint, name: str) -> torch.dtype:
+    """Return the dtype of a tensor in the export: the model's, but for what is quantised."""
+    if name in source.names:
+        return getattr(torch, source.dtype)  # type: ignore[no-any-return]
+    return TORCH_DTYPE[source.locations[name].entry.dtype]
+
+
+def _read(source: Checkpoint, name: str) -> Tensor:
+    return source.read(name) if name in source.names else source.read_stored(name)
 
 
 def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:

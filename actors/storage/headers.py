@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 2**22
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1,
 }  # fmt: skip
 NARROW = ("F8", "F6", "F4")  # dtypes of quantised weights
 MAX_DIMS = 8

@@ -18,7 +18,7 @@ from planners.overflow import OTHER_WEIGHTS, overflowed
 TORCH_DTYPE = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 CHECKPOINT_METADATA = {"format": "pt"}  # without it transformers refuses a file
@@ -113,7 +113,8 @@ def require_finite(tensor: Tensor) -> None:
     Raises:
         NumericsError: it has such an entry.
     """
-    if tensor.is_floating_point() and not all_finite(tensor):
+    whole = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    if whole and not all_finite(tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise NumericsError(
             f"the result has entries that are NaN or infinite{overflowed(dtype)}",

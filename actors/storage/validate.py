@@ -1,5 +1,6 @@
 """Validate a checkpoint before any worker or device is reserved."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from actors.modeling.travelling import CODE, COMPRESSED
 from actors.storage.checkpoint import Checkpoint, read_json
+from actors.storage.quantised import part_shapes
 from actors.storage.quoting import error_text, shown
 from planners.errors import ModelError
 from planners.families import load as load_family
@@ -40,6 +42,11 @@ def check(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory.uri}: is already a compressed model",
             hint="compress the original model to a smaller size instead",
         )
+    if checkpoint.schemes:
+        raise ModelError(
+            f"{checkpoint.directory.uri}: is quantised already",
+            hint="use the original weights: what is quantised cannot be cut or rounded again",
+        )
     if checkpoint.directory.size(CODE) is not None:
         raise ModelError(
             f"{checkpoint.directory.path(CODE)}: code that comes with a model is never run",
@@ -66,12 +73,13 @@ def check_classes(checkpoint: Checkpoint) -> None:
     try:
         model = empty_model(checkpoint.config)
         compressed = checkpoint.config["model_type"] == COMPRESSED
-        expected = _compressed_shapes(checkpoint, model) if compressed else {}
+        shapes = _compressed_shapes(checkpoint, model) if compressed or checkpoint.schemes else {}
     except _REFUSALS as error:
         raise ModelError(
             f"{where}: transformers cannot build this model: {error_text(error)}"
         ) from error
     stored = {name: place.entry.shape for name, place in checkpoint.locations.items()}
+    expected = _as_stored(checkpoint, shapes)
     wrong = [name for name, dims in expected.items() if stored.get(name) != dims]
     if wrong:
         found = list(stored.get(wrong[0], ())) or "missing"
@@ -81,6 +89,31 @@ def check_classes(checkpoint: Checkpoint) -> None:
         )
     if compressed:
         _check_pairs(checkpoint)
+
+
+def _as_stored(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return tensor -> shape that files must contain, with the parts of quantised matrices.
+
+    Raises:
+        ModelError: the config quantises what is no matrix of the model, or its groups do not fit.
+    """
+    found = dict(shapes)
+    for module, scheme in checkpoint.schemes.items():
+        dims = found.pop(f"{module}.weight", ())
+        match dims:
+            case (rows, width):
+                parts = part_shapes(scheme, (rows, width))
+            case _:
+                parts = {}
+        if not parts:
+            raise ModelError(
+                f"{checkpoint.directory.path('config.json')}: says that {shown(module)} is "
+                f"quantised as {scheme}; it has shape {list(dims)}"
+            )
+        found |= {f"{module}.{part}": own for part, own in parts.items()}
+    return found
 
 
 def _check_pairs(checkpoint: Checkpoint) -> None:
@@ -119,7 +152,7 @@ def _compressed_shapes(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[in
     """Return tensor -> shape that a compressed checkpoint must contain."""
     state = model.state_dict()
     head = load_family(checkpoint.shape.family).head
-    tied = checkpoint.shape.tied and head not in checkpoint.locations
+    tied = checkpoint.shape.tied and head not in checkpoint.names
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name != head or not tied}
 
 

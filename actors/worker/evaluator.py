@@ -21,10 +21,12 @@ from actors.modeling.outer_model import OuterModel
 from actors.modeling.travelling import CODE, code_of
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.copies import local_copy
-from actors.storage.tensors import NAME_OF, tensor_bytes
+from actors.storage.tensors import NAME_OF, TORCH_DTYPE, tensor_bytes
+from actors.storage.validate import check_classes
 from actors.worker.timing import timed
 from planners.errors import ModelError
 from planners.families import load as load_family
+from planners.model.scheme import MXFP4, NVFP4, Scheme
 from planners.overflow import overflowed
 
 # Largest difference of logits between two orders of the same products, relative to their size.
@@ -107,28 +109,77 @@ class Evaluator:
 def _whole_checks(request: VerifyRequest, device: str) -> list[Check]:
     checks = []
     with local_copy(request.uri) as folder:
+        checkpoint = Checkpoint(str(folder), model_store=request.model_store, device=device)
+        if checkpoint.schemes or request.schemes:
+            checks.append(_as_planned(checkpoint, request))
+            if not checks[-1].passed:
+                return checks  # a loader would not get far
         model = _loaded(folder, "cpu")
         checks.append(_same_tensors(model.state_dict(), request.tensors))
         model = model.to(device)
+        if checkpoint.schemes:
+            checks.append(_as_decoded(model, checkpoint))
         batch = torch.tensor(request.ids, device=device)
         logits = model(batch).logits
         finite = bool(torch.isfinite(logits).all())
         dtype = str(logits.dtype).removeprefix("torch.")
         detail = dtype if finite else f"some are NaN or infinite{overflowed(dtype)}"
         checks.append(Check(name="logits are finite", passed=finite, detail=detail))
-        checkpoint = Checkpoint(str(folder), model_store=request.model_store, device=device)
         layer_by_layer = _stagewise_logits(checkpoint, batch, request.family, device)
         name = "logits equal those of the layers as computed"
         checks.append(_close(name, logits, layer_by_layer))
-        checks += _generation(model.float(), batch)
+        if not checkpoint.schemes:
+            model = model.float()
+        elif not any(scheme.grid in (NVFP4, MXFP4) for scheme in checkpoint.schemes.values()):
+            # Such a model is converted by its loader only, and small floats only to bfloat16.
+            model = _loaded(folder, device, dtype=torch.float32)
+        checks += _generation(model, batch)
     return checks
+
+
+def _as_planned(checkpoint: Checkpoint, request: VerifyRequest) -> Check:
+    """Check that the config has the schemes that were planned, and the files their parts."""
+    planned = checkpoint.schemes if request.schemes is None else request.schemes
+    other = sorted(
+        name
+        for name in {*planned, *checkpoint.schemes}
+        if planned.get(name) != checkpoint.schemes.get(name)
+    )
+    detail = f"of {len(planned)} matrices" if not other else f"differ or missing: {other[:3]}"
+    if not other:
+        try:
+            check_classes(checkpoint)
+        except ModelError as error:
+            return Check(name="bits and groups as planned", passed=False, detail=str(error))
+    return Check(name="bits and groups as planned", passed=not other, detail=detail)
+
+
+def _as_decoded(model: Any, checkpoint: Checkpoint) -> Check:
+    """Check that a loader finds the weights that were written; it decodes the model."""
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))  # decodes all matrices
+    wrong = [
+        name
+        for name, scheme in checkpoint.schemes.items()
+        if not _decoded(model.get_submodule(name).weight, checkpoint, name, scheme)
+    ]
+    detail = f"{len(checkpoint.schemes)} matrices, by compressed-tensors"
+    detail = detail if not wrong else f"differ: {wrong[:3]}"
+    name = "quantised weights are decoded to what was computed"
+    return Check(name=name, passed=not wrong, detail=detail)
+
+
+def _decoded(weight: Tensor, checkpoint: Checkpoint, name: str, scheme: Scheme) -> bool:
+    expected: Tensor = checkpoint.read(f"{name}.weight").to(weight.device, weight.dtype)
+    if scheme.grid in (NVFP4, MXFP4):  # decoded in bfloat16
+        return bool(torch.allclose(weight.float(), expected.float(), rtol=2**-7, atol=0))
+    return torch.equal(weight, expected)
 
 
 def _stagewise_checks(request: VerifyRequest) -> list[Check]:
     """Check a result that does not fit into memory: one tensor at a time, without generation."""
     checkpoint = Checkpoint(request.uri, model_store=request.model_store)
     present = [name for name in request.tensors if name in checkpoint.locations]
-    bad = [n for n in present if _sha256(checkpoint.read(n)) != request.tensors[n]["sha256"]]
+    bad = [n for n in present if _sha256(checkpoint.read_stored(n)) != request.tensors[n]["sha256"]]
     missing = sorted(set(request.tensors) ^ set(checkpoint.locations))
     detail = f"{len(request.tensors)} tensors, read one at a time"
     if bad or missing:
@@ -136,13 +187,13 @@ def _stagewise_checks(request: VerifyRequest) -> list[Check]:
     return [Check(name="every tensor as computed", passed=not bad + missing, detail=detail)]
 
 
-def _loaded(folder: Path, device: str) -> Any:
+def _loaded(folder: Path, device: str, dtype: Any = "auto") -> Any:
     """Load a model as the README tells users to; only our own code in a result is run."""
     from transformers import AutoModelForCausalLM
 
     ours = _brings_our_code(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=ours, local_files_only=True
+        folder, dtype=dtype, trust_remote_code=ours, local_files_only=True
     )
     return model.to(device).eval()
 
@@ -171,12 +222,12 @@ def _same_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Mapping[st
 
     def differs(name: str) -> bool:
         facts = expected[name]
-        return (
-            name not in state
-            or list(state[name].shape) != facts["shape"]
-            or NAME_OF[state[name].dtype] != facts["dtype"]
-            or _sha256(state[name]) != facts["sha256"]
-        )
+        if name not in state or list(state[name].shape) != facts["shape"]:
+            return True
+        # Scales are loaded in the dtype of the model, which holds them exactly.
+        scale = name.endswith(".weight_scale") and state[name].is_floating_point()
+        tensor = state[name].to(TORCH_DTYPE[facts["dtype"]]) if scale else state[name]
+        return bool(NAME_OF[tensor.dtype] != facts["dtype"] or _sha256(tensor) != facts["sha256"])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:  # a hash holds no interpreter
         wrong = [n for n, bad in zip(expected, threads.map(differs, expected), strict=True) if bad]
