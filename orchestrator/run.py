@@ -121,7 +121,7 @@ def run_on(
     )
     try:
         with context.phase("run", total=0, begun=prepared.begun):
-            tell_missing(context)
+            tell_missing(context, context.prepared.statistics_uri)
             if prepared.config.address == "local" and not context.ledger.has_record("throughput"):
                 evaluator.start()  # it imports what it needs while the units run
             context, losses = compress_and_evaluate(context)

@@ -159,12 +159,26 @@ def watch(run_uri: str, price: float, once: bool) -> None:
 @run_argument
 @click.option(
     "--method",
-    required=True,
     metavar="NAME,NAME",
     shell_complete=completion.methods,
     help="Methods to compare.",
 )
-@click.option("--keep-fraction", required=True, metavar="F,F,...", help="True fractions to keep.")
+@click.option("--keep-fraction", metavar="F,F,...", help="Sizes: true fractions to keep.")
+@click.option(
+    "--keep-bytes", metavar="SIZE,SIZE", help="Sizes: bytes of the weights as stored, such as 4GB."
+)
+@click.option("--bits", metavar="B,B,...", help="Sizes: mean bits of a weight of the linears.")
+@click.option(
+    "--uniform",
+    metavar="B/G,B/G",
+    help="Also GPTQ with one number of bits and one group everywhere, such as 3/32,4/128: the "
+    "curve to beat.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of what is not quantised.  [that of the run]",
+)
 @click.option(
     "--option",
     "options",
@@ -176,8 +190,20 @@ def watch(run_uri: str, price: float, once: bool) -> None:
 @placement
 @as_json
 def sweep(run_uri: str, json_: bool, **given: Any) -> None:
-    """Compare methods and sizes on one calibration."""
-    names = given["method"].split(",")
+    """Compare methods and sizes on one calibration.
+
+    \b
+    compress-cluster sweep RUN --method modegpt,svdllm --keep-fraction 0.9,0.8
+    compress-cluster sweep RUN --method modegpt --keep-bytes 3GB,4GB --uniform 3/128,4/128
+    """  # noqa: D301 click's mark for lines to leave as they are
+    names, sizes = _listed(given["method"]), _sizes(given)
+    uniform = _listed(given["uniform"])
+    if bool(names) != bool(sizes) or not (names or uniform):
+        raise ConfigError(
+            "sweep: give --method with one of --keep-fraction, --keep-bytes and --bits, or "
+            "--uniform, or both",
+            hint="such as --method modegpt --keep-bytes 3GB,4GB --uniform 3/128,4/128",
+        )
     from actors.methods import require  # the modules of methods take seconds, and are left alone
 
     for name in names:
@@ -186,9 +212,13 @@ def sweep(run_uri: str, json_: bool, **given: Any) -> None:
 
     sweep(
         run_uri,
-        names=names,
-        fractions=_numbers(given["keep_fraction"]),
-        options=pairs_of(given["options"]),
+        {
+            "names": names,
+            "sizes": sizes,
+            "uniform": uniform,
+            "options": pairs_of(given["options"]),
+            "dtype": given["dtype"] or "",
+        },
         placement=placement_of(given),
         json_=json_,
     )
@@ -372,11 +402,34 @@ def bench(directories: tuple[str, ...], json_: bool, **given: Any) -> None:
     bench(directories, json_=json_, **given)
 
 
-def _numbers(text: str) -> list[float]:
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def _sizes(given: dict[str, Any]) -> list[tuple[str, float | str]]:
+    """Return the sizes of a sweep, each the key of a recipe and its value.
+
+    Raises:
+        ConfigError: sizes of two kinds are given, or one is not a number.
+    """
+    kinds = [key for key in ("keep_fraction", "keep_bytes", "bits") if given[key]]
+    if len(kinds) > 1:
+        options = ", ".join(f"--{key.replace('_', '-')}" for key in kinds)
+        raise ConfigError(f"{options}: give only one of them; each sets the sizes")
+    return [
+        (key, part if key == "keep_bytes" else _number(key, part))
+        for key in kinds
+        for part in _listed(given[key])
+    ]
+
+
+def _number(key: str, text: str) -> float:
     try:
-        return [float(part) for part in text.split(",")]
+        return float(text)
     except ValueError as error:
-        raise ConfigError(f"--keep-fraction {text}: must be numbers separated by commas") from error
+        raise ConfigError(
+            f"--{key.replace('_', '-')} {text}: must be numbers separated by commas"
+        ) from error
 
 
 ALL = (

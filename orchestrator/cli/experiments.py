@@ -18,14 +18,21 @@ from orchestrator.cli.run import started_run
 from orchestrator.cli.status import print_report
 from orchestrator.experiments.batch import Row, do_batch, table_of, waiting
 from orchestrator.experiments.batch_file import Batch, Entry, read_batch
-from orchestrator.experiments.sweep import PAGE, exported, points_of
+from orchestrator.experiments.sweep import PAGE, Wanted, exported, points_of
 from orchestrator.experiments.sweep import sweep as do_sweep
 from orchestrator.forecast.forecast import Forecast, forecast_of
 from orchestrator.forecast.pricing import Pricing
 from orchestrator.phases.open_run import recipe_of
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared
-from orchestrator.report.numbers import change, decimal, percent, quotient, seconds_text
+from orchestrator.report.numbers import (
+    bytes_text,
+    change,
+    decimal,
+    percent,
+    quotient,
+    seconds_text,
+)
 from orchestrator.report.quality import judged
 from orchestrator.report.terminal import TONES
 from orchestrator.rundir.finished import finished_report
@@ -209,19 +216,11 @@ def _spent(found: Batch) -> str:
     return f"used: {said}"
 
 
-def sweep(
-    run_uri: str,
-    *,
-    names: list[str],
-    fractions: list[float],
-    options: dict[str, str],
-    placement: dict[str, Any],
-    json_: bool,
-) -> None:
-    """Do a sweep and print its table."""
+def sweep(run_uri: str, wanted: dict[str, Any], *, placement: dict[str, Any], json_: bool) -> None:
+    """Do a sweep and print its table; ``wanted`` is the content of a `Wanted`."""
     config = recipe_of(Directory(run_uri))
     base = prepare(config.model_copy(update=placement))
-    points = points_of(base, names, fractions, options)
+    points = points_of(base, Wanted(**wanted))
     with ProgressScreen(stderr, num_workers=base.plan.num_workers) as listener:
         found = do_sweep(base, points, listener=listener)
     emit(found, lambda: print_sweep(run_uri, found), json_=json_)
@@ -236,9 +235,11 @@ def print_sweep(run_uri: str, found: Mapping[str, Any]) -> None:
         kept, perplexity = point["keep_fraction"], point["perplexity"]
         read = judged(
             dense, perplexity, kept=kept,
-            parameters=found["dense"]["parameters"], names=[point["method"]],
+            parameters=found["dense"]["parameters"], names=[point["method"]], bits=point["bits"],
         )  # fmt: skip
-        facts = _measured(kept, perplexity, dense, Text(read.word, style=TONES[read.tone]))
+        size = {"weights": Text(bytes_text(point["bytes"]))} if found["over"] == "bytes" else {}
+        quality = Text(read.word, style=TONES[read.tone])
+        facts = size | _measured(kept, perplexity, dense, quality)
         facts["predicted error"] = Text(percent(point["predicted_error"]))
         rows.append((point["name"], Text("front" if point["on_front"] else ""), facts))
     stdout.print(_shown(("point", ""), rows))

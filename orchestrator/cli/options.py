@@ -165,14 +165,17 @@ def step_of(text: str) -> dict[str, Any]:
     Raises:
         ConfigError: the text is not of that form.
     """
+    from orchestrator.recipe.config import QUANTISER
+
     method, *parts = text.split(":")
     pairs = dict(part.partition("=")[::2] if "=" in part else ("keep_fraction", part)
                  for part in parts)  # fmt: skip
     sizes = {key: pairs.pop(key) for key in ("keep_fraction", "slice") if key in pairs}
-    if not method or not sizes:
+    if not method or not (sizes or method == QUANTISER):
         raise ConfigError(
             f"--step {text}: must be METHOD:F, or METHOD:F:KEY=VALUE with one or more KEY=VALUE",
-            hint="such as --step modegpt:0.9:modules=mlp,vo, or --step slicegpt:slice=0.2",
+            hint="such as --step modegpt:0.9:modules=mlp,vo, --step slicegpt:slice=0.2, or --step "
+            "gptq:bits=4:group=64",
         )
     try:
         return {"method": method, **{k: float(v) for k, v in sizes.items()}, "options": pairs}

@@ -1,6 +1,7 @@
 """A plan on the terminal: result, memory of the workers, time and cost."""
 
 import math
+from collections import Counter
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -9,9 +10,12 @@ from rich.text import Text
 
 from orchestrator.forecast.forecast import Forecast
 from orchestrator.report.numbers import bytes_text, seconds_text
+from planners.budget.schemes import SCHEMES
 from planners.budget.served import STOCK, WORTH
+from planners.model.cost import dense_model_form, model_bytes
 from planners.model.layer import ROLES
 from planners.model.serving_load import seconds_at
+from planners.model.stored_bytes import bits_a_weight, unquantised
 from planners.plan import RunPlan, StagePlan
 from planners.simulation.download import FROM_HUB
 from planners.simulation.simulate import Quantiles
@@ -69,11 +73,10 @@ def _facts(forecast: Forecast, out: str) -> Table:
 
 def _sizes(forecast: Forecast) -> dict[str, str]:
     plan, times = forecast.plan, forecast.times
+    if _quantises(forecast):
+        return _stored(forecast)
     if not forecast.of_speed:
-        return {
-            "parameters": f"{plan.parameters_before:,} -> {plan.parameters_after:,} "
-            f"({plan.keep_fraction:.4f} kept, true counts)"
-        }
+        return {"parameters": _parameters(plan)}
     found = {"parameters": f"{plan.parameters_before:,}; those of the result follow from the time "
              "of layers, which a worker measures at the start"}  # fmt: skip
     if times is not None:
@@ -84,6 +87,64 @@ def _sizes(forecast: Forecast) -> dict[str, str]:
             for name, points in parts
         )
     return found
+
+
+def _quantises(forecast: Forecast) -> bool:
+    """Return whether matrices of the result are quantised."""
+    return forecast.plan.form.is_quantised or SCHEMES.name in forecast.job.options
+
+
+def _stored(forecast: Forecast) -> dict[str, str]:
+    """Return the bytes and bits of a quantised result, or what they are chosen from."""
+    job, plan, asked = forecast.job, forecast.plan, forecast.asked
+    origin = job.dense
+    before = bytes_text(model_bytes(origin, dense_model_form(origin)))
+    schemes = str(job.options.get(SCHEMES.name, ""))
+    rest = _unquantised(plan)
+    if job.spec.measures(job.options):
+        after = {
+            "keep_bytes": "at most {:,.0f} bytes, as stored",
+            "bits": "at most {:g} bits for each weight of the linears, scales included",
+            "fit": "what fits {:,.0f} bytes, with keys, values and workspace",
+        }
+        sizes = [text.format(asked[name]) for name, text in after.items() if name in asked]
+        return {
+            "weights": f"{before} -> {', '.join(sizes) or _parameters(plan)}",
+            "bits": f"chosen with the widths by measured damage, from {schemes.replace(',', ', ')} "
+            "and as it is",
+        }
+    shape, form = plan.shape, plan.form
+    found = {
+        "weights": f"{before} -> {bytes_text(model_bytes(shape, form))}, as stored",
+        "bits": f"{bits_a_weight(shape, form):.3g} a weight of the linears, scales included; "
+        f"{_schemes(plan)}",
+        "not quantised": rest,
+    }
+    if plan.parameters_after != plan.parameters_before:
+        found["parameters"] = _parameters(plan)
+    return found
+
+
+def _schemes(plan: RunPlan) -> str:
+    """Return in how many matrices each scheme is used."""
+    used = Counter(str(s) for layer in plan.form.layers for s in layer.schemes.values())
+    used.update(f"{scheme} ({table})" for table, scheme in plan.form.tables.items())
+    if len(used) == 1:
+        return f"{next(iter(used))} in every linear"
+    return ", ".join(f"{scheme} in {count}" for scheme, count in used.most_common())
+
+
+def _unquantised(plan: RunPlan) -> str:
+    dtype = plan.form.dtype or plan.shape.dtype
+    said = f"{', '.join(unquantised(plan.shape, plan.form))}, in {dtype}"
+    return said + ("; --dtype bfloat16 stores them in half" if dtype == "float32" else "")
+
+
+def _parameters(plan: RunPlan) -> str:
+    return (
+        f"{plan.parameters_before:,} -> {plan.parameters_after:,} "
+        f"({plan.keep_fraction:.4f} kept, true counts)"
+    )
 
 
 def _served(forecast: Forecast) -> str:
@@ -123,6 +184,8 @@ def _download(job: Job) -> dict[str, str]:
 def _steps(forecast: Forecast) -> dict[str, str]:
     """Return the widths; for several steps those of each, and the parameters left after it."""
     if not forecast.job.former:
+        if _quantises(forecast):
+            return {}  # what is said of bits is of widths, too
         return {"widths": _widths(forecast.plan)}
     return {
         f"step {number}, {job.spec.name}": f"{job.plan.parameters_after:,} left "
@@ -204,7 +267,7 @@ def _time(forecast: Forecast) -> RenderableType:
             style="dim" if clock.samples else "yellow",
         )
     )
-    lines += [Text(note, style="yellow") for note in clock.notes]
+    lines += [Text(note, style="yellow") for note in forecast.notes(work)]
     return Group(table, *lines)
 
 

@@ -13,17 +13,24 @@ from actors.storage.files import Directory
 from orchestrator.phases.open_run import check_run
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared
-from orchestrator.recipe.config import SINGLE, RunConfig
+from orchestrator.recipe.config import SINGLE, RunConfig, size_text
 from orchestrator.recipe.reading import load_config
 from orchestrator.recipe.wording import printable
 from orchestrator.rundir.statistics import IDENTITY
 from planners.errors import CompressionError, ConfigError
-from planners.method import Target
+from planners.method import SIZES, Option, Target
 from planners.spelling import did_you_mean
 
 KEYS = ("out", "budget", "defaults", "runs")
 BUDGET_KEYS = ("hours", "money", "price_per_worker_hour")
-MANY = ("model", "method", "keep_fraction", "slice")  # may be lists: every combination is a run
+MANY = (
+    "model",
+    "method",
+    "keep_fraction",
+    "slice",
+    "keep_bytes",
+    "bits",
+)  # may be lists: every combination is a run
 MAX_RUNS = 1000
 
 
@@ -176,7 +183,7 @@ def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
         )
     if "stats" in given or "stats" in defaults:
         raise ConfigError(f"{where}: stats: a batch shares its own statistics; remove it")
-    left_out = {"keep_fraction", "slice"} if {"keep_fraction", "slice"} & given.keys() else set()
+    left_out = set(SIZES) if set(SIZES) & given.keys() else set()
     if "steps" in given:
         left_out = set(SINGLE)
     elif set(SINGLE) & given.keys():
@@ -187,10 +194,14 @@ def _merged(where: str, defaults: object, given: object) -> dict[str, Any]:
 def _name(config: RunConfig) -> str:
     model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.rstrip("/").rpartition("/")[2]).strip("-")
     steps = zip(config.chain, config.targets, strict=True)
-    return "-".join([model, *(f"{step.method}-{_size(target)}" for step, target in steps)])
+    return "-".join(
+        [model, *(f"{step.method}-{_size(target, step.options)}" for step, target in steps)]
+    )
 
 
-def _size(target: Target) -> str:
+def _size(target: Target, options: Mapping[str, Option]) -> str:
+    if not target.asked or "keep_bytes" in target.asked:
+        return size_text(target, options)
     ((name, size),) = target.asked.items()
     return f"{name.removesuffix('_fraction')}{size:g}"
 

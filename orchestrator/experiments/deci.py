@@ -24,6 +24,7 @@ from actors.storage.files import Directory, FileEntry
 from orchestrator.report.serving import serving, serving_lines
 from orchestrator.rundir.finished import finished_report
 from planners.errors import ConfigError
+from planners.model.cost import model_parameters
 from planners.serving import deci_widths
 
 FOLDER = "deci"
@@ -84,13 +85,13 @@ def write_deci(source: Checkpoint, target: Directory) -> DeciExport:
     shapes = padded_shapes(source, widths)
     files = list(write_padded(source, target, widths))
     check_padded(source, target, files)
-    before = sum(prod(place.entry.shape) for place in source.locations.values())
+    stored = sum(prod(place.entry.shape) for place in source.locations.values())
     found = DeciExport(
         uri=target.uri,
         widths=widths,
         before=tuple(layer.intermediate for layer in source.form.layers),
-        parameters=before,
-        parameters_added=sum(map(prod, shapes.values())) - before,
+        parameters=model_parameters(source.shape, source.form),
+        parameters_added=sum(map(prod, shapes.values())) - stored,
         config=deci_config(source, widths),
     )
     texts = {

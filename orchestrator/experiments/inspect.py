@@ -205,4 +205,4 @@ def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the tensors of the files, to compare with those of the loaded model."""
     from actors.storage.tensors import described  # torch: needed here only
 
-    return {name: described(checkpoint.read(name)) for name in checkpoint.locations}
+    return {name: described(checkpoint.read_stored(name)) for name in checkpoint.locations}

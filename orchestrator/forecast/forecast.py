@@ -4,7 +4,7 @@ A model of which only the config is known needs no weights and no tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import workload_of
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.prepare.prepared import Prepared, with_workspace
-from orchestrator.prepare.steps import StepInput, planned
+from orchestrator.prepare.steps import StepInput, planned, started
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.recipe.method_options import chosen_methods, resolve_options, resolve_steps
 from orchestrator.rundir.statistics import list_
@@ -32,7 +32,6 @@ from planners.catalogue import CONFIGS
 from planners.errors import ConfigError, ModelError, PlanError, StorageError
 from planners.families import family_of
 from planners.method import MethodSpec, Option, Target
-from planners.model.cost import dense_start
 from planners.model.serving_load import LayerTimes
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
@@ -48,12 +47,16 @@ from planners.spelling import did_you_mean
 from planners.steps import require_disjoint
 from planners.units.job import Job
 from planners.units.kinds import PHASES, kinds_of
+from planners.units.work import Work
 
 SEQUENCES = 128  # of calibration, where the recipe does not say
 DRAWS, FEWEST = 100, 20  # simulated runs that a quantile is taken from; fewer of a large cluster
 CALLS = 100_000  # that are simulated in all, in about a second
 WORKER_SPREAD = 0.03  # of the logarithm of how fast one worker is
 DETECTION_SECONDS = 15.0  # until the loss of a worker is noticed and its slot filled
+
+
+PASSES = ("calibrate", "allocate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,7 @@ class Forecast:
         terms: what was asked for.
         clock: how long tasks take; None where nothing is known of the device.
         outlook: time, money and losses; None likewise.
-        of_speed: a speed-up is asked for, so widths are not known before layers are timed.
+        asked: the size that is asked for, under its name in a recipe.
         times: of layers by width, if they were timed for the plan.
     """
 
@@ -77,8 +80,13 @@ class Forecast:
     terms: Pricing
     clock: CostModel | None
     outlook: RunForecast | None
-    of_speed: bool = False
+    asked: Mapping[str, float] = field(default_factory=dict)
     times: LayerTimes | None = None
+
+    @property
+    def of_speed(self) -> bool:
+        """Whether a speed-up is asked for, so widths are not known before layers are timed."""
+        return "speedup" in self.asked
 
     @property
     def plan(self) -> RunPlan:
@@ -105,6 +113,17 @@ class Forecast:
         ]
         return list(dict.fromkeys(filter(None, found)))
 
+    def notes(self, work: Mapping[str, Work]) -> list[str]:
+        """Return what else is to be known of the times, given the work of each phase."""
+        found = list(self.clock.notes) if self.clock else []
+        passes, measuring = (work[name].flops if name in work else 0 for name in PASSES)
+        if measuring > passes > 0:
+            found.append(
+                f"measuring the damage of cuts takes {measuring / passes:.1f} times the operations "
+                "of the calibration pass"
+            )
+        return found
+
     @property
     def worker_bytes(self) -> int:
         """Peak bytes of the fullest worker of any step."""
@@ -126,7 +145,7 @@ class Forecast:
             "price_per_hour": self.terms.price_per_hour,
             "preemptions_per_hour": self.terms.preemptions_per_hour,
             "source": self.clock.source if self.clock else "nothing is known of the device",
-            "notes": list(self.clock.notes) if self.clock else [],
+            "notes": self.notes(work),
             "few_tokens": self.few_tokens,
             "flops": {name: task.flops for name, task in work.items()},
             "transfer_bytes": transfer_bytes(self.job),
@@ -183,7 +202,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
     recipes = workload_of(config, batching, device=device.lower())
     work = replace(recipes, num_workers=workers, worker_bytes=memory)
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
-    source = StepInput(config=found, shape=shape, start=dense_start(shape))
+    source = StepInput(config=found, shape=shape, start=started(shape, config.dtype))
     # A run on one machine downloads the model beforehand.
     shared = devices is not None or config.address != "local" or config.model.startswith(SCHEME)
     from_hub = shared and hub_place(config.model) is not None
@@ -205,7 +224,8 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
                 from_hub=from_hub and not jobs,
             )
         )
-        source = source.after(plan.form)
+        if index < len(steps) - 1:
+            source = source.after(plan.form)
     targets = config.targets
     of_device = "cpu" if device.upper() == "CPU" else "cuda"
     settings = _settings(found, jobs, targets, device=of_device, threads=config.threads)
@@ -345,7 +365,7 @@ def _looked_ahead(
         terms=terms,
         clock=clock,
         outlook=found,
-        of_speed=settings[-1].target.speedup is not None,
+        asked=settings[-1].target.asked,
     )
 
 

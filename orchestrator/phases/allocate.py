@@ -127,5 +127,5 @@ def _pair_order(context: RunContext) -> tuple[int, ...]:
 
 
 def _small(findings: list[Mapping[str, object]]) -> list[dict[str, object]]:
-    names = ("influence", "curves", "losses", "pair_scores", CANDIDATES)
+    names = ("influence", "curves", "losses", "pair_scores", "tables", CANDIDATES)
     return [{name: f[name] for name in names if name in f} for f in findings]

@@ -301,9 +301,8 @@ def _boundary_done(unit: Unit, done: StepDone, entry: FileEntry) -> UnitDone:
     )
 
 
-def tell_missing(context: RunContext) -> None:
-    """Emit an event with the statistics that the reused run does not have."""
-    uri = context.prepared.statistics_uri
+def tell_missing(context: RunContext, uri: str) -> None:
+    """Emit an event with the statistics that a run does not have; none for an empty ``uri``."""
     missing = {tap for unit in context.sums for tap in context.ledger.missing_taps(unit)}
     if uri and missing:
         context.journal.emit("statistics missing", detail=f"{', '.join(sorted(missing))} in {uri}")

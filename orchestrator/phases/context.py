@@ -39,7 +39,7 @@ class RunContext(WorkContext):
         prepared: the prepared run.
         form: widths of the result; final once they are allocated.
         makers: of each layer, module -> the method that shrinks it, where several compete.
-        turned: the step before, where its statistics are rotated instead of measured again.
+        turned: the step before, where its statistics are carried over instead of measured again.
         steps: the steps before, as the report describes them.
         served: under which constraint the widths were chosen, and the predicted damage of those
             that were compared; empty where none was.
@@ -59,7 +59,7 @@ class RunContext(WorkContext):
         """The statistics units, one a layer."""
         prepared = self.prepared
         if self.turned is not None:
-            layers = [unit for unit in self.turned.made if unit.kind == "layer"]
+            layers = [unit for unit in self.turned.made if unit.kind in ("layer", "draft")]
             before = self.turned.sums
             shape = prepared.plan.shape
             return tuple(

@@ -26,7 +26,7 @@ from orchestrator.rundir.layout import CALIBRATION_TOKENS, passed_files
 from orchestrator.rundir.ledger import Ledger
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.model.form import model_form_from_json
-from planners.steps import is_pure_rotation
+from planners.steps import carries_cut, is_pure_rotation
 from planners.units.units import Unit
 
 
@@ -35,7 +35,7 @@ class Origin:
     """Where a step's statistics come from.
 
     Attributes:
-        how: ``measured``, ``reused`` or ``turned`` (rotated).
+        how: ``measured``, ``reused``, ``turned`` (rotated) or ``carried`` behind a cut.
         why: the reason, as text.
     """
 
@@ -108,6 +108,10 @@ def _next_context(done: RunContext, step: Prepared, context: RunContext) -> RunC
             rotated = done
             why = f"step {number}, {name}, only rotated the residual stream"
             origin = Origin(how="turned", why=why)
+        elif before.carries and carries_cut(before.spec, step.spec):
+            rotated = done
+            why = f"step {number}, {name}, cut what {step.spec.name} rounds"
+            origin = Origin(how="carried", why=why)
         else:
             why = f"step {number}, {name}, changed {', '.join(before.spec.shrinks(before.options))}"
             origin = Origin(how="measured", why=why)
@@ -153,7 +157,7 @@ def _run_step(chain: Sequence[RunContext]) -> RunContext:
     _open(context)
     _announce(context)
     _carry(context)
-    tell_missing(context)
+    tell_missing(context, context.prepared.statistics_uri)
     context = shrink(context)
     if not context.is_idle:
         repair_result(context)
@@ -182,7 +186,7 @@ def _ensure_model(chain: Sequence[RunContext]) -> None:
 
 
 def _carry(context: RunContext) -> None:
-    """Rotate the statistics of the step before into those of this one, where that is possible."""
+    """Carry the statistics of the step before over to this one, where that is possible."""
     if context.turned is None:
         return
     left = context.ledger.todo(context.sums)
@@ -206,6 +210,7 @@ def _announce(context: RunContext) -> None:
         "measured": "calibrates" if len(context.steps) == 1 else "calibrates again",
         "reused": "reuses the existing statistics",
         "turned": "rotates the existing statistics",
+        "carried": "carries the existing statistics behind the cut",
     }[step["statistics"]]
     context.journal.emit(
         "step",

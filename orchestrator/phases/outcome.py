@@ -15,6 +15,7 @@ from orchestrator.engine.failure_policy import POLICIES
 from orchestrator.phases.context import RunContext
 from orchestrator.phases.evaluate import Loss
 from orchestrator.phases.refit import refit_losses
+from orchestrator.phases.stored import layer_matrices, storage
 from orchestrator.phases.times import promised
 from orchestrator.recipe.config import recipe_values
 from orchestrator.report.quality import quality
@@ -74,11 +75,14 @@ def outcome(
             "slice": target.slice,
             "speedup": target.speedup,
             "fit": target.fit,
+            "keep_bytes": target.keep_bytes,
+            "bits": target.bits,
             "actual_keep_fraction": context.parameters_after / plan.parameters_before,
             "nominal": target.slice,
             **({"promise": promise} if (promise := promised(context)) else {}),
         },
         "bytes": {"before": prepared.source_bytes, "after": _written_bytes(context)},
+        "storage": storage(context),
         "evaluation": {
             "source": prepared.config.evaluation.source,
             "sequence_length": int(prepared.evaluation.shape[1]),
@@ -230,6 +234,7 @@ def _layers(context: RunContext) -> list[dict[str, Any]]:
             "error": values.get("error"),
             "errors": _errors(context)[unit.index],
             **({"cuts": cuts[unit.index]} if cuts else {}),
+            **({"matrices": own} if (own := layer_matrices(context, unit.index, values)) else {}),
             "refit": values.get("refit"),
         })  # fmt: skip
     return layers

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -15,8 +15,10 @@ from actors.storage.contents import TAKEN_OVER, tokenizer_hash
 from actors.storage.files import Directory, FileEntry
 from actors.storage.tensors import TORCH_DTYPE
 from orchestrator.phases.context import RunContext
+from orchestrator.phases.stored import storage
 from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.prepare.model_config import least_transformers, result_config, stored
+from orchestrator.report.numbers import NBSP, bytes_text
 from orchestrator.report.serving import serving, serving_lines
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.errors import ModelError
@@ -73,6 +75,10 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
         "native": form.native,
         "version": metadata.version("compress-cluster"),
     }
+    if form.is_quantised:
+        found = storage(context)
+        compression["bytes"] = [found["before"], found["after"]]
+        compression["bits"] = round(found["bits"]["after"], 3)
     if not form.native:
         compression["requires"] = f"transformers>={least_transformers()}"
     if context.makers:
@@ -127,9 +133,8 @@ def _index(context: RunContext) -> dict[str, Any]:
 
 def _card(compression: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     served = "\n".join(serving_lines(serving(config), "."))
-    before, after = compression["parameters"]
     code = "" if compression["native"] else ", trust_remote_code=True"
-    needs = f"\n{_needs(compression)}\n" if "requires" in compression else ""
+    needs = "".join(f"\n{text}\n" for text in _needs(compression))
     tags = ", ".join(compression["method"].split(" + "))
     return f"""---
 library_name: transformers
@@ -137,8 +142,7 @@ tags: [compressed, {tags}]
 ---
 # {compression["model"]}, compressed with {compression["method"]}
 
-{after:,} parameters of {before:,} \
-({after / before:.1%}, true counts), made with compress-cluster {compression["version"]}.
+{_size(compression)}, made with compress-cluster {compression["version"]}.
 {_options(compression)} Revision of the original weights: `{compression["revision"]}`.
 
 ```python
@@ -155,12 +159,31 @@ The licence of the original model applies to these weights.
 """
 
 
-def _needs(compression: Mapping[str, Any]) -> str:
-    return (
-        f"This needs `{compression['requires']}`. `{CODE}` beside the weights holds the model's\n"
-        "code, and runs only with `trust_remote_code=True`; without it loading the model fails.\n"
-        "The tokenizer needs no code."
-    )
+def _size(compression: Mapping[str, Any]) -> str:
+    before, after = compression["parameters"]
+    kept = f"{after:,} parameters of {before:,} ({after / before:.1%}, true counts)"
+    if "bytes" not in compression:
+        return kept
+    old, new = compression["bytes"]
+    said = f"{bytes_text(new)} of weights instead of {bytes_text(old)} ({new / old:.1%})"
+    said = said.replace(NBSP, " ") + f", {compression['bits']:g} bits a weight, scales included"
+    return said if after >= before else f"{said}; {kept}"
+
+
+def _needs(compression: Mapping[str, Any]) -> Iterator[str]:
+    if "bytes" in compression:
+        yield (
+            "The weights are quantised, in a format that transformers reads with another package:\n"
+            "`pip install compressed-tensors`."
+        )
+    if "requires" in compression:
+        yield (
+            f"This needs `{compression['requires']}`. `{CODE}` beside the weights holds the "
+            "model's\n"
+            "code, and runs only with `trust_remote_code=True`; without it loading the model "
+            "fails.\n"
+            "The tokenizer needs no code."
+        )
 
 
 def _options(compression: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from actors.messages import VerifyRequest
 from orchestrator.engine.fresh_process import EvaluatorProcess
 from orchestrator.phases.context import RunContext
 from orchestrator.prepare.evaluation_plan import Subject
+from orchestrator.prepare.model_config import quantised_modules
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
 from planners.errors import NumericsError
 from planners.overflow import OTHER_WEIGHTS
@@ -36,6 +37,7 @@ def verify(context: RunContext, subject: Subject, process: EvaluatorProcess) -> 
         tensors=written_tensors(context),
         ids=context.prepared.evaluation[:SEQUENCES, :TOKENS].tolist(),
         whole=context.parameters_after * 4 < FITS * memory,
+        schemes=quantised_modules(plan.shape, context.form),
     )
     with context.phase("verify", total=1):
         done = context.answered(process, unit, "verify", request)

@@ -5,9 +5,11 @@ from typing import Any
 
 from actors.modeling.narrow_heads import narrowed
 from actors.modeling.travelling import COMPRESSED, classes
+from actors.storage.quantised import KEY, quantisation_config
 from planners.canonical_json import to_json
 from planners.families import load as load_family
 from planners.model.form import ModelForm
+from planners.model.scheme import Scheme
 from planners.model.shape import ModelShape, narrower
 
 AUTO_MAP = {
@@ -16,6 +18,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_compressed.CompressedForCausalLM",
 }
 
+UNREAD = ("pairs", "schemes")  # of a layer: the code of a result does not need them
 # Read by the KV cache of transformers, also where the layers of a model do not read them.
 OF_A_CACHE = ("sliding_window", "layer_types", "attention_chunk_size", "kv_sharing_modes")
 
@@ -26,7 +29,21 @@ def result_config(config: Mapping[str, Any], shape: ModelShape, form: ModelForm)
     first = form.layers[0]
     if first.has_stock_heads:
         kept, shape = narrowed(kept, first.pairs), narrower(shape, first.qk_head_dim)
-    return (_native if form.native else _remote)({**kept, "dtype": shape.dtype}, shape, form)
+    kept |= {"dtype": form.dtype or shape.dtype}
+    if form.is_quantised:
+        kept[KEY] = quantisation_config(quantised_modules(shape, form))
+    return (_native if form.native else _remote)(kept, shape, form)
+
+
+def quantised_modules(shape: ModelShape, form: ModelForm) -> dict[str, Scheme]:
+    """Return module -> scheme of all quantised matrices."""
+    family = load_family(shape.family)
+    outside = {"embedding": family.embedding, "head": family.head}
+    found = {outside[table].removesuffix(".weight"): s for table, s in form.tables.items()}
+    for index, layer in enumerate(form.layers):
+        prefix = family.layer.format(i=index)
+        found |= {f"{prefix}.{family.below_layer(n)}": s for n, s in layer.schemes.items()}
+    return found
 
 
 def _native(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> dict[str, Any]:
@@ -64,7 +81,7 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
         "head_bias": form.head_bias,
         "head_shortcut": form.head_shortcut,
         "layer_forms": [
-            {key: value for key, value in to_json(layer).items() if key != "pairs"}
+            {key: value for key, value in to_json(layer).items() if key not in UNREAD}
             for layer in form.layers
         ],
     }

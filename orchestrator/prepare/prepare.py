@@ -1,5 +1,6 @@
 """Validate a recipe, its model and its data, and plan the run, before workers are reserved."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +16,13 @@ from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import chosen_device, usable_gib, workload_of
 from orchestrator.prepare.prepared import Prepared, with_workspace
-from orchestrator.prepare.steps import StepInput, chained, planned
+from orchestrator.prepare.steps import StepInput, chained, planned, started
 from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
 from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
 from planners.batching import batching_of
-from planners.errors import ModelError
+from planners.budget.schemes import SCHEMES
+from planners.errors import ConfigError, ModelError
 from planners.families import family_of
-from planners.model.cost import dense_start
 from planners.steps import require_disjoint
 from planners.units.units import Identity
 
@@ -48,6 +49,8 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
     options = resolve_steps(given, named)
     specs = chosen_methods(given, options)
     require_disjoint(list(zip(specs, options, strict=True)))
+    if specs[-1].quantises or SCHEMES.name in options[-1]:
+        _require_loader()
     if given.out:
         Directory(given.out)  # checks the name before anything prints it
     source = resolve_model(given.model, copy=given.address == "local")
@@ -80,7 +83,7 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         shards=config.calibration.shards,
     )
     work = workload_of(config, batching, device=device)
-    start = dense_start(shape)
+    start = started(shape, config.dtype)
     steps = list(zip(specs, options, strict=True))
     dense = StepInput(config=checkpoint.config, shape=shape, start=start)
     path = "steps[0]" if config.steps else ""
@@ -114,6 +117,20 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         work=work,
     )
     return chained(first, steps, checkpoint)
+
+
+def _require_loader() -> None:
+    """Check that the package is there with which a quantised result is loaded and verified.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ConfigError(
+            "quantised results are verified by loading them, which needs the package "
+            "compressed-tensors",
+            hint="pip install 'compress-cluster[quant]', on every machine that works on the run",
+        )
 
 
 def _tokens(

@@ -9,9 +9,7 @@ import numpy as np
 
 from actors.storage.files import Directory
 from orchestrator.prepare.evaluation_plan import Subject
-from orchestrator.recipe.config import (
-    RunConfig,
-)
+from orchestrator.recipe.config import RunConfig, size_of, size_text
 from planners.canonical_json import SCHEMA_VERSION, to_json
 from planners.memory.generation import workspace_bytes
 from planners.method import MethodSpec, Option, Target
@@ -94,9 +92,13 @@ class Prepared:
         """Model, methods and targets in one line."""
         parts = [self.config.model]
         for step in (*self.former, self):
-            ((name, size),) = step.config.target.asked.items()
-            said = f"{size / 1e9:g} GB" if name == "fit" else f"{size}"
-            parts += [step.spec.name, f"{name.removesuffix('_fraction')} {said}"]
+            asked = step.config.target.asked
+            if not asked:
+                parts += [step.spec.name, size_text(step.config.target, step.options)]
+                continue
+            ((name, size),) = asked.items()
+            said = size_of(round(size)) if name in ("fit", "keep_bytes") else f"{size}"
+            parts += [step.spec.name, f"{name.partition('_')[0]} {said}"]
         return " · ".join(parts)
 
     @property
@@ -139,6 +141,9 @@ class Prepared:
             "slice": target.slice,
             "speedup": target.speedup,
             "fit": target.fit,
+            # None, not a value: runs of older versions do not have the keys.
+            "keep_bytes": target.keep_bytes,
+            "bits": target.bits,
             "serving": to_json(target.load) if target.speedup or target.fit else None,
         }
         return {
@@ -148,6 +153,7 @@ class Prepared:
             "calibration data": self.identity.calibration_hash,
             "evaluation data": self.evaluation_hash,
             **(steps if self.former else only),
+            "dtype": self.start.form.dtype or None,
             "microbatch sequences": self.identity.batching.microbatch_sequences,
             "shards": self.identity.batching.shards,
             "calibration_dtype": self.identity.batching.dtype,

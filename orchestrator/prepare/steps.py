@@ -12,12 +12,12 @@ from planners.errors import PlanError
 from planners.families import family_of
 from planners.families import load as load_family
 from planners.method import Target
-from planners.model.cost import dense_model_form
+from planners.model.cost import dense_model_form, dense_start
 from planners.model.form import ModelForm, Start
 from planners.model.shape import ModelShape
 from planners.plan import RunPlan
 from planners.planning import Workload, make_plan
-from planners.steps import Step, is_identity, is_pure_rotation
+from planners.steps import Step, carries_cut, is_identity, is_pure_rotation
 
 if TYPE_CHECKING:
     from orchestrator.prepare.prepared import Prepared
@@ -41,11 +41,20 @@ class StepInput:
     def after(self, form: ModelForm) -> "StepInput":
         """Return the input of the step after one with this form."""
         config = result_config(self.config, self.shape, form)
-        if not form.native:
+        if not form.native or form.is_quantised:  # nothing starts from a quantised model
             return replace(self, config=config, start=replace(self.start, form=form))
         shape = family_of(self.shape.model_type).shape_of(config, self.shape.dtype)
-        start = replace(self.start, form=dense_model_form(shape))
+        own = replace(dense_model_form(shape), dtype=form.dtype)
+        start = replace(self.start, form=own)
         return StepInput(config=config, shape=shape, start=start)
+
+
+def started(shape: ModelShape, dtype: str) -> Start:
+    """Return the start of the first step of a run; ``dtype`` is that of a recipe."""
+    start = dense_start(shape)
+    if dtype in ("auto", shape.dtype):
+        return start
+    return replace(start, form=replace(start.form, dtype=dtype))
 
 
 def planned(
@@ -106,7 +115,8 @@ def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) ->
                 statistics_uri=first.statistics_uri if index == 0 else "",
             )
         )
-        source = source.after(found[-1].plan.form)
+        if index < len(steps) - 1:
+            source = source.after(found[-1].plan.form)
     shared = _with_shared_sums(found, checkpoint)
     return replace(shared[-1], former=tuple(shared[:-1]))
 
@@ -130,7 +140,7 @@ def _with_shared_sums(steps: "Sequence[Prepared]", checkpoint: Checkpoint) -> "l
     """Return the steps, each also summing the statistics that the next can carry over from it."""
     found = [steps[-1]]
     for step in reversed(steps[:-1]):
-        if _carries(step, checkpoint):
+        if _carries(step, found[0], checkpoint):
             more = step.extra_statistics | found[0].statistics
             work = replace(step.work, extra_statistics=more)
             source = StepInput(config=step.model_config, shape=step.plan.shape, start=step.start)
@@ -141,9 +151,11 @@ def _with_shared_sums(steps: "Sequence[Prepared]", checkpoint: Checkpoint) -> "l
     return found
 
 
-def _carries(step: "Prepared", checkpoint: Checkpoint) -> bool:
-    """Return whether the statistics after a step are sure to follow from its own by rotation."""
+def _carries(step: "Prepared", following: "Prepared", checkpoint: Checkpoint) -> bool:
+    """Return whether the statistics after a step are sure to follow from its own."""
     form, spec = step.plan.form, step.spec
+    if carries_cut(spec, following.spec):
+        return True
     if spec.measures(step.options):
         return False  # its widths are not final yet
     if is_identity(step.start.form, form, spec):

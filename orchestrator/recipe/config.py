@@ -16,6 +16,7 @@ from planners.model.serving_load import ServingLoad
 
 DEFAULT_METHOD = "modegpt"
 SLICED_METHOD = "slicegpt"  # the one whose paper says sizes as slices
+QUANTISER = "gptq"  # whose options alone may say a size
 DEFAULT_KEEP_FRACTION = 0.8
 DEFAULT_SEQUENCE_LENGTH = 2048
 SOURCES_WITH_SPLITS = ("embedded", "stdlib", "wikitext2")
@@ -162,7 +163,13 @@ class StepConfig(_Section):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if (self.keep_fraction is None) == (self.slice is None):
+        if self.method == QUANTISER:
+            if (self.keep_fraction, self.slice) != (None, None):
+                raise ValueError(
+                    f"keep_fraction, slice: {QUANTISER} removes no parameters; give options such "
+                    "as bits=4 and group=64 alone"
+                )
+        elif (self.keep_fraction is None) == (self.slice is None):
             raise ValueError(
                 "keep_fraction, slice: give one of them; it sets how much of the input "
                 "model is left after this step"
@@ -270,6 +277,34 @@ class RunConfig(_Section):
         pattern=r"^$|^[0-9]{1,12}(\.[0-9]{1,6})?[kMGT]B$",
         description="a size such as 24GB",
     )
+    keep_bytes: Annotated[
+        str,
+        Flag(
+            "--keep-bytes SIZE",
+            "Instead of --keep-fraction: bytes of the weights of the result as they are stored, "
+            "such as 4GB; widths, bits and groups are chosen together. [none]",
+        ),
+    ] = Field(
+        default="",
+        pattern=r"^$|^[0-9]{1,12}(\.[0-9]{1,6})?[kMGT]B$",
+        description="a size such as 4GB",
+    )
+    bits: Annotated[
+        float | None,
+        Flag(
+            "--bits B",
+            "Instead of --keep-fraction: bits of a weight, the mean over the linears, scales "
+            "included. [none]",
+        ),
+    ] = Field(default=None, gt=0, le=32, description="a number above 0 and up to 32, such as 3.5")
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Flag(
+            "--dtype DTYPE",
+            "Of what is not quantised in the result: float32, bfloat16 or float16. [that of the "
+            "input]",
+        ),
+    ] = Field(default="auto", description="auto, float32, bfloat16 or float16")
     serving: ServingConfig = ServingConfig()
     steps: Annotated[
         list[StepConfig],
@@ -412,6 +447,12 @@ class RunConfig(_Section):
             return Target(speedup=self.speedup, load=self.load)
         if self.fit:
             return Target(fit=bytes_of(self.fit), load=self.load)
+        if self.keep_bytes:
+            return Target(keep_bytes=bytes_of(self.keep_bytes))
+        if self.bits is not None:
+            return Target(bits=self.bits)
+        if self.method == QUANTISER and self.keep_fraction is None:
+            return Target()
         return Target(keep_fraction=self.keep_fraction or DEFAULT_KEEP_FRACTION)
 
     @property
@@ -457,7 +498,7 @@ class Facts:
 def out_of(config: RunConfig, model_name: str) -> str:
     """Return the run directory of a recipe whose model has this short name."""
     sizes = "-".join(
-        f"{step.method}-{_size(target)}"
+        f"{step.method}-{size_text(target, step.options)}"
         for step, target in zip(config.chain, config.targets, strict=True)
     )
     return config.out or f"runs/{model_name}-{sizes}"
@@ -561,11 +602,16 @@ def recipe_values(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in SINGLE}
 
 
-def _size(target: Target) -> str:
-    """Return ``keep0.80`` or ``slice0.25``: two digits, more if two would be ambiguous."""
+def size_text(target: Target, options: Mapping[str, Option]) -> str:
+    """Return ``keep0.80`` or ``slice0.25``: two digits, more if two would be ambiguous.
+
+    Where options alone say a size it is ``4bit-g128``.
+    """
+    if not target.asked:
+        return f"{options.get('bits', 4)}bit-g{options.get('group', 128)}"
     ((name, value),) = target.asked.items()
-    if name == "fit":
-        return f"fit{value / 1e9:g}GB"
+    if name in ("fit", "keep_bytes"):
+        return f"{name.removeprefix('keep_')}{size_of(round(value))}"
     name = name.removesuffix("_fraction")
     short = f"{value:.2f}"
     return name + (short if float(short) == value else str(value))
@@ -575,6 +621,12 @@ def bytes_of(size: str) -> int:
     """Return the bytes of a size such as ``24GB``, in vendors' powers of ten."""
     power = "kMGT".index(size[-2]) + 1
     return round(float(size[:-2]) * float(1000**power))
+
+
+def size_of(num_bytes: int) -> str:
+    """Return bytes as a size such as ``300kB``, all digits of it, in the largest unit below it."""
+    power = max((p for p in range(1, 5) if num_bytes >= 1000**p), default=1)
+    return f"{num_bytes / 1000**power:.12g}{'kMGT'[power - 1]}B"
 
 
 def _holds_tokens(source: str) -> bool:

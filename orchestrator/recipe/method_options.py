@@ -7,6 +7,7 @@ from actors import methods
 from orchestrator.recipe.config import RunConfig
 from orchestrator.recipe.wording import MAX_NUMBER, printable, short
 from planners.budget import candidates
+from planners.budget.schemes import SCHEMES, TIE, resolved_schemes
 from planners.errors import ConfigError
 from planners.method import MethodSpec, Option, OptionSpec
 from planners.spelling import did_you_mean, typed
@@ -34,6 +35,11 @@ def resolve_steps(config: RunConfig, specs: Sequence[HasOptions]) -> list[dict[s
     for index, (step, spec) in enumerate(zip(config.chain, specs, strict=True)):
         try:
             own = resolve_options(spec, step.options)
+            if {SCHEMES.name, TIE.name} <= {option.name for option in spec.options}:
+                asked = config.targets[index].asked.keys() & {"keep_bytes", "bits"}
+                own = resolved_schemes(own, budgets_bits=bool(asked))
+            if own.get("servable") == "auto" and SCHEMES.name in own:
+                own["servable"] = "remote"  # any widths
             if own.get("servable") == "auto" and len(config.chain) > 1:
                 # The next step is planned on widths that are known.
                 own["servable"] = "remote"

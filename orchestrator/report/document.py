@@ -33,6 +33,31 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One matrix of a layer of a quantised result.
+
+    Attributes:
+        name: of its linear, such as ``q_proj``, or of one of two factors.
+        rows: outputs.
+        width: inputs.
+        scheme: bits and group, such as ``4/32``; empty if it is not quantised.
+        bits: of a weight; 0 if it is not quantised.
+        error: relative error of its outputs on the calibration data; None if not measured.
+        nearest: the same if each weight is rounded to the nearest value.
+        factor: how the Gram matrix of its inputs was factored.
+    """
+
+    name: str
+    rows: int
+    width: int
+    scheme: str
+    bits: int
+    error: float | None
+    nearest: float | None
+    factor: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """One decoder block before and after.
 
@@ -40,6 +65,7 @@ class Layer:
         widths: kept width by module; ``widths_before`` the dense ones, if they are known.
         error: relative error of the layer's output on the probe; None if not measured.
         cuts: module -> (method, what it kept), if several methods compete.
+        matrices: of a quantised result.
     """
 
     index: int
@@ -49,6 +75,7 @@ class Layer:
     widths_before: Mapping[str, float]
     error: float | None
     cuts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    matrices: tuple[Matrix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +147,7 @@ def layers(report: Document) -> tuple[Layer, ...]:
                 for module, cut in section(row, "cuts").items()
                 if isinstance(cut, Mapping)
             },
+            matrices=_matrices(row),
         )
         for position, row in enumerate(rows(report, "layers"))
     ]
@@ -163,6 +191,22 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     cuts = [0, *(i for i in range(1, len(name)) if name[i].isdigit() != name[i - 1].isdigit())]
     parts = [name[start:stop] for start, stop in pairwise([*cuts, len(name)])]
     return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+
+
+def _matrices(row: Document) -> tuple[Matrix, ...]:
+    return tuple(
+        Matrix(
+            name=str(each.get("name", "")),
+            rows=int(each.get("rows", 0)),
+            width=int(each.get("width", 0)),
+            scheme=str(each.get("scheme", "")),
+            bits=int(each.get("bits", 0)),
+            error=number(each.get("error")),
+            nearest=number(each.get("nearest")),
+            factor=str(each.get("factor") or ""),
+        )
+        for each in rows(row, "matrices")
+    )
 
 
 def _known(where: object) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.report import expected, layers, numbers, spectra, summary, timeline
+from orchestrator.report import bits, expected, layers, numbers, spectra, summary, timeline
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import events as read_events
 from orchestrator.report.document import layers as read_layers
@@ -82,6 +82,9 @@ def _headline(report: Document) -> dict[str, Any]:
         "asked": summary.asked(report),
         "promise": summary.promise(report),
         "served": summary.served(report),
+        "bits_note": bits.bits_note(report),
+        "damped_note": bits.damped_note(report),
+        "kinds_of_bytes": bits.by_kind(report),
         "measured_on": summary.measured_on(report),
         "makers_note": summary.makers_note(report),
         "refit_note": summary.refit_note(report),
@@ -113,8 +116,13 @@ def _evidence(report: Document) -> dict[str, Any]:
         "site_plots": _drawn(
             spectra.energy(sites), spectra.depth_map(sites), spectra.panels(sites)
         ),
+        "matrices": bits.table(blocks),
         "layer_plots": _drawn(
-            layers.parameters(blocks), layers.widths(blocks), layers.errors(blocks)
+            bits.heat_map(report, blocks),
+            layers.parameters(blocks),
+            layers.widths(blocks),
+            layers.errors(blocks),
+            bits.errors(blocks),
         ),
         "time_plots": _drawn(timeline.workers(spans, events)),
     }

@@ -10,6 +10,9 @@ the same method costs when as much is removed. Two models represent the range of
 - below, SmolLM2-135M-Instruct on WikiText-2, measured with this program on 2026-11-26 (calibrated
   on 48 x 1024 tokens, evaluated on 20 x 1024). Small models lose more.
 
+A quantised result is compared with what GPTQ with one number of bits costs at as many bits for each
+weight of the input, scales included; that is known of the small model alone (groups of 64).
+
 Between the points the loss is interpolated linearly, from 0 where nothing is removed. Text,
 sequence length and model change such numbers, so up to `SLACK` times as much still counts as usual.
 A method that is not in the table is compared with the costliest one that is.
@@ -30,6 +33,7 @@ FINE = math.log(1.25)  # nats: MoDeGPT on Llama-2-7B at 0.8 costs less (1.20 tim
 BROKEN = math.log(10)  # nats: ten times the perplexity
 ENOUGH_TOKENS = 128 * 2048  # as used for calibration in the methods' papers
 _STEP = 0.05  # of proposed fractions
+_MANY_BITS = 6.0  # of a weight: more are not proposed
 
 # method -> (fraction removed, perplexity before, after)
 Points = Sequence[tuple[float, float, float]]
@@ -43,6 +47,9 @@ _OF_135M: Mapping[str, Points] = {
     "slicegpt": ((0.201, 26.30, 164.8),),
     "svdllm": ((0.201, 26.30, 92.07),),
 }
+_FULL_BITS = 16.0
+# Bits that are saved of 16 take the place of the fraction removed.
+_QUANTISED: Points = ((1 - 4.25 / _FULL_BITS, 26.30, 28.94), (1 - 3.25 / _FULL_BITS, 26.30, 42.23))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +77,13 @@ class Quality:
 
 
 def judged(
-    before: float, after: float, *, kept: float, parameters: float, names: Sequence[str]
+    before: float,
+    after: float,
+    *,
+    kept: float,
+    parameters: float,
+    names: Sequence[str],
+    bits: float | None = None,
 ) -> Quality:
     """Return the rating of a result.
 
@@ -80,11 +93,14 @@ def judged(
         kept: true fraction of the parameters that is left.
         parameters: of the dense model.
         names: of the methods.
+        bits: for each weight of the input's linears, if the result is quantised.
     """
-    is_large = parameters >= LARGE
+    is_large = parameters >= LARGE and bits is None
     table = _OF_7B if is_large else _OF_135M
     curves = [table[name] for name in names if name in table] or list(table.values())
     usual = max(_expected(curve, 1 - kept) for curve in curves)
+    if bits is not None:
+        usual = _expected(_QUANTISED, max(0.0, 1 - bits / _FULL_BITS))
     excess = math.log(after / before) if before > 0 and 0 < after < math.inf else math.inf
     if excess >= BROKEN:
         word, tone = "broken", "bad"
@@ -119,10 +135,17 @@ def quality(report: Document) -> Quality | None:
         kept=kept,
         parameters=number(parameters.get("before")) or 0.0,
         names=[str(step.get("name")) for step in steps],
+        bits=bits_of_input(report),
     )
     if found.tone == "good":
         return found
     return replace(found, advice=list(_advice(report, steps, kept)))
+
+
+def bits_of_input(report: Document) -> float | None:
+    """Return the bits of a quantised result for each weight of the input's linears, or None."""
+    found = section(report, "storage")
+    return number(section(found, "bits").get("of_input")) if found.get("quantised") else None
 
 
 def quality_text(found: Quality, names: Sequence[str]) -> str:
@@ -148,6 +171,10 @@ def _expected(curve: Points, removed: float) -> float:
 
 def _advice(report: Document, steps: Sequence[Document], kept: float) -> Iterator[str]:
     """Yield up to three things to try that this run has not done, the most helpful first."""
+    bits = bits_of_input(report)
+    if bits is not None:
+        yield from _advice_on_bits(report, steps, bits)
+        return
     more = min(0.95, max(_STEP, _STEP * math.floor((1 + kept) / 2 / _STEP + 1e-9)))
     larger = f"a larger size: --keep-fraction {more:g}" if more > kept else ""
     if len(steps) != 1:
@@ -157,6 +184,19 @@ def _advice(report: Document, steps: Sequence[Document], kept: float) -> Iterato
     yield from [text for text in advice if text][: 2 if larger else 3]
     if larger:
         yield larger
+
+
+def _advice_on_bits(report: Document, steps: Sequence[Document], bits: float) -> Iterator[str]:
+    """Yield what to try for a quantised result."""
+    options = section(steps[-1], "options") if steps else {}
+    if options.get("rounding") == "nearest":
+        yield "--option rounding=gptq: errors of rounding cancel"
+    if options.get("refit") is False:
+        yield "--option refit=true: layer after layer is rounded again, correcting those before it"
+    if text := _data_advice(report):
+        yield text
+    if bits < _MANY_BITS:
+        yield f"a larger size: --bits {math.ceil(2 * bits + _STEP) / 2:g}"
 
 
 def _method_advice(step: Document, kept: float) -> Iterator[str]:

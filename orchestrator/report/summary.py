@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.report import speed
+from orchestrator.report import bits, speed
 from orchestrator.report.document import Document, layers, rows, section
 from orchestrator.report.numbers import (
     bytes_text,
@@ -27,6 +27,7 @@ from planners.timing import EAGER
 _NOTICEABLE = 0.005
 _REMOTE = ", trust_remote_code=True"
 _TILES = ("Perplexity", "Parameters", "Checkpoint size")
+_QUANTISED_TILES = ("Perplexity", "Weights", "Bits a weight")
 _TONE_OF = {speed.FASTER: "good", speed.SLOWER: "cost", speed.NOISE: ""}
 
 
@@ -105,9 +106,12 @@ def sentence(report: Document) -> str:
     """Return the result in one sentence."""
     parameters, evaluation = section(report, "parameters"), section(report, "evaluation")
     text = " + ".join(method_names(report)) or "The compressed model"
-    text += f" keeps {percent(keep_fraction(report))} of the parameters"
-    if number(parameters.get("before")):
-        text += f" ({short_count(parameters['after'])} of {short_count(parameters['before'])})"
+    if bits.is_quantised(report):
+        text += _stores(report)
+    else:
+        text += f" keeps {percent(keep_fraction(report))} of the parameters"
+        if number(parameters.get("before")):
+            text += f" ({short_count(parameters['after'])} of {short_count(parameters['before'])})"
     dense = section(evaluation, "dense").get("perplexity")
     compressed = section(evaluation, "compressed").get("perplexity")
     ratio = quotient(compressed, dense)
@@ -116,6 +120,18 @@ def sentence(report: Document) -> str:
         text += f" ({change(ratio)})"
     speeds = speed.sentence(_main_speeds(report))
     return text + (f"; {speeds}" if speeds else "") + "."
+
+
+def _stores(report: Document) -> str:
+    """Return the bytes and bits of a quantised result, and what it keeps if it was cut, too."""
+    found = section(report, "storage")
+    before, after, kept = found["before"], found["after"], keep_fraction(report)
+    text = f" stores the weights in {bytes_text(after)} instead of {bytes_text(before)}"
+    text += f" ({percent(quotient(after, before))})"
+    text += f", {decimal(section(found, 'bits').get('after'))} bits a weight"
+    # More than all: a tied table that is quantised is stored twice.
+    is_cut = kept is not None and kept < 1
+    return text + (f", with {percent(kept)} of the parameters" if is_cut else "")
 
 
 def slower(report: Document) -> str:
@@ -138,8 +154,8 @@ def _timed(report: Document) -> tuple[Document, Document]:
 
 def comparisons(report: Document) -> tuple[Comparison, ...]:
     """Return the before/after table, without measures that neither side has."""
-    parameters = section(report, "parameters")
-    size = section(report, "bytes")
+    parameters, storage = section(report, "parameters"), section(report, "storage")
+    size, is_quantised = section(report, "bytes"), bits.is_quantised(report)
     evaluation = {side: section(report, "evaluation", side) for side in ("dense", "compressed")}
     timed = {side: section(report, "throughput", side) for side in ("dense", "compressed")}
 
@@ -148,12 +164,23 @@ def comparisons(report: Document) -> tuple[Comparison, ...]:
 
     found = [
         _compare("Perplexity", pair(evaluation, "perplexity"), decimal),
-        _compare("Parameters", (parameters.get("before"), parameters.get("after")), count),
+        *(_stored_rows(storage) if is_quantised else ()),
+        None
+        if is_quantised and (keep_fraction(report) or 1) >= 1
+        else _compare("Parameters", (parameters.get("before"), parameters.get("after")), count),
         _compare("Checkpoint size", (size.get("before"), size.get("after")), bytes_text),
         *(_speed_row(each) for each in speed.speeds(report)),
         _compare("Peak memory", pair(timed, "peak_bytes"), bytes_text),
     ]
     return tuple(row for row in found if row is not None)
+
+
+def _stored_rows(storage: Document) -> list[Comparison | None]:
+    a_weight = section(storage, "bits")
+    return [
+        _compare("Weights", (storage.get("before"), storage.get("after")), bytes_text),
+        _compare("Bits a weight", (a_weight.get("before"), a_weight.get("after")), decimal),
+    ]
 
 
 def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
@@ -169,6 +196,10 @@ def side_by_side(a: Document, b: Document) -> tuple[Comparison, ...]:
     found = [
         _compare("kept", pair(keep_fraction), percent),
         _compare("parameters", pair(lambda r: section(r, "parameters").get("after")), count),
+        _compare("weights", pair(lambda r: section(r, "storage").get("after")), bytes_text),
+        _compare(
+            "bits a weight", pair(lambda r: section(r, "storage", "bits").get("after")), decimal
+        ),
         _compare("checkpoint", pair(lambda r: section(r, "bytes").get("after")), bytes_text),
         _compare("perplexity", pair(lambda r: _perplexity(r, "compressed")), decimal),
         _compare("  of the dense model", pair(lambda r: _perplexity(r, "dense")), decimal),
@@ -196,7 +227,8 @@ def tiles(report: Document) -> tuple[Comparison, ...]:
         for each in _main_speeds(report)
         if each.part == "decode"
     ]
-    return (*(row for row in comparisons(report) if row.name in _TILES), *decode)
+    names = _QUANTISED_TILES if bits.is_quantised(report) else _TILES
+    return (*(row for row in comparisons(report) if row.name in names), *decode)
 
 
 def asked(report: Document) -> str:
@@ -207,10 +239,22 @@ def asked(report: Document) -> str:
         parts.append(f"requested {percent(target['keep_fraction'])} of the parameters")
     if number(target.get("slice")) is not None:
         parts.append(f"requested a nominal slice of {percent(target['slice'])} of the width")
+    if number(target.get("keep_bytes")) is not None:
+        stored = section(report, "storage").get("after")
+        parts.append(
+            f"requested at most {count(target['keep_bytes'])} bytes of weights; they take "
+            f"{count(stored)}"
+        )
+    if number(target.get("bits")) is not None:
+        mean = section(report, "storage", "bits").get("of_input")
+        parts.append(
+            f"requested {target['bits']:g} bits for each weight of the input's linears; they take "
+            f"{decimal(mean)}"
+        )
     actual = number(target.get("actual_keep_fraction"))
     if actual is None:
         actual = keep_fraction(report)
-    if actual is not None:
+    if actual is not None and not (actual >= 1 and bits.is_quantised(report)):
         parts.append(f"kept {percent(actual, digits=2)} of the true parameter count")
     if number(target.get("nominal")) is not None and number(target.get("slice")) is None:
         parts.append(f"a nominal slice of {percent(target['nominal'])}")
@@ -375,9 +419,16 @@ def loading_call(report: Document, path: str) -> str:
     return f"AutoModelForCausalLM.from_pretrained({path}{'' if native else _REMOTE})"
 
 
+def loads_with(report: Document) -> tuple[str, ...]:
+    """Return the packages that load a result, as they are called where they are installed."""
+    return ("transformers", *(("compressed-tensors",) if bits.is_quantised(report) else ()))
+
+
 def loading_code(report: Document) -> str:
     """Return the lines that load and try the compressed checkpoint."""
+    needs = "# pip install compressed-tensors\n" if bits.is_quantised(report) else ""
     return (
+        f"{needs}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"path = {checkpoint_path(report)!r}\n"
         f"model = {loading_call(report, 'path')}\n"

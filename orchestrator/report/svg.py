@@ -182,6 +182,16 @@ class Panel:
         if points:
             self._shapes.append(drawn)
 
+    def text(self, x: float, y: float, text: str) -> None:
+        """Write a short text around a point."""
+        style = f"font-size:{SMALL:g}px;text-anchor:middle;fill:{INK}"
+
+        def shape(at: Frame) -> str:
+            line = at.y(y) + SMALL / 3  # below the middle of its letters
+            return f'<text x="{_n(at.x(x))}" y="{_n(line)}" style="{style}">{escape(text)}</text>'
+
+        self._shapes.append(shape)
+
     def picture(self, values: NDArray[Any], x: Point, y: Point, colour: str) -> None:
         """Draw a heat map; ``values`` are opacities from 0 to 1, (rows, columns), lowest first."""
         data = base64.b64encode(_png(values[::-1], colour)).decode()
@@ -199,7 +209,7 @@ class Panel:
     @property
     def margins(self) -> tuple[float, float, float]:
         """What its labels need at the left, above and below, in points."""
-        labels = max((_width(text, SMALL) for _, text in self.y_ticks), default=0.0)
+        labels = max((text_width(text, SMALL) for _, text in self.y_ticks), default=0.0)
         left = _PAD + labels + (_LABEL_ROW if self.y_label else 0.0) + (_PAD if labels else 0.0)
         above = _TITLE_ROW if self.title or self.above else _TOP
         return left, above, _TICK_ROW + (_LABEL_ROW if self.x_label else 0.0)
@@ -381,7 +391,8 @@ def _text(
     return f'<text x="{_n(x)}" y="{_n(y)}" style="{style}"{more}>{escape(text)}</text>'
 
 
-def _width(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
+    """Return about how wide a text is, in points."""
     return _LETTER * size * len(text)
 
 

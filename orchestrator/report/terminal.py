@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.report import summary
+from orchestrator.report import bits, summary
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import rows as rows_of
 from orchestrator.report.numbers import NBSP
@@ -39,6 +39,8 @@ def render_terminal(report: Document) -> RenderableType:
     notes = (
         summary.asked,
         summary.promise,
+        bits.bits_note,
+        bits.damped_note,
         summary.served,
         summary.measured_on,
         summary.statistics_note,
@@ -73,8 +75,9 @@ def _places(report: Document) -> list[Text]:
     page = f"{path.removesuffix('/model')}/report.html"
     rows = [("checkpoint", path), ("report", page)]
     if summary.is_ready(report):
-        version = section(report, "environment").get("transformers")
-        tested = f"  # transformers {version}" if version else ""
+        versions = section(report, "environment")
+        needs = [f"{n} {versions[n]}" for n in summary.loads_with(report) if versions.get(n)]
+        tested = f"  # {', '.join(needs)}" if needs else ""
         rows.append(("load", summary.loading_call(report, repr(path)) + tested))
         served = takers(rows_of(report, "serving"))
         rows += [("served by", f"{served}; commands in {path}/README.md")] if served else []

@@ -5,6 +5,7 @@ from importlib import metadata
 from typing import Any
 
 LIBRARIES = ("ray", "torch", "transformers", "safetensors", "numpy", "pyarrow")
+OPTIONAL = ("compressed-tensors",)  # an extra, which reads quantised results
 
 
 def environment() -> dict[str, Any]:
@@ -13,4 +14,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: metadata.version(name) for name in LIBRARIES},
+        **{name: metadata.version(name) for name in OPTIONAL if _is_installed(name)},
     }
+
+
+def _is_installed(name: str) -> bool:
+    return any(True for _ in metadata.Distribution.discover(name=name))
