@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def with_factors(converter: Any, gguf: Any, torch: Any) -> Any:
+def with_factors(base: Any, gguf: Any, torch: Any) -> Any:
     """Return llama.cpp's converter of Llamas and Mistrals, with one more table."""
 
-    class WithFactors(converter):  # type: ignore[misc]
-        model_arch = converter.model_arch
+    class WithFactors(base):  # type: ignore[misc]
+        model_arch = base.model_arch
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
@@ -45,8 +45,8 @@ def with_factors(converter: Any, gguf: Any, torch: Any) -> Any:
     return WithFactors
 
 
-def main() -> None:
-    """Convert as the arguments say."""
+def converter() -> Any:
+    """Return the module of llama.cpp's converter, taught; its checkout is the first argument."""
     root = sys.argv.pop(1)
     sys.path[:0] = [root, f"{root}/gguf-py"]
 
@@ -57,8 +57,8 @@ def main() -> None:
 
     found = with_factors(LlamaModel, gguf, torch)
     convert_hf_to_gguf.ModelBase.register("LlamaForCausalLM", "MistralForCausalLM")(found)
-    convert_hf_to_gguf.main()
+    return convert_hf_to_gguf
 
 
 if __name__ == "__main__":
-    main()
+    converter().main()
