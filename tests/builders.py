@@ -20,6 +20,7 @@ from orchestrator.prepare.prepared import Prepared
 from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir.journal import Event, Listener
+from planners.method import SIZES as TARGETS
 
 VOCABULARY = 61  # odd, so that a table of it has no round size
 LENGTH = 24
@@ -97,7 +98,8 @@ def prepared_run(model: Path, out: Path | str, **recipe: Any) -> Prepared:
         "source": f"tokens:{model}/tokens/evaluation.safetensors",
         **recipe.pop("evaluation", {}),
     }
-    size = {} if {"keep_fraction", "steps"} & recipe.keys() else {"slice": 0.25}
+    sized = {*TARGETS, "steps"} & recipe.keys() or recipe.get("method") == "gptq"
+    size = {} if sized else {"slice": 0.25}
     source = str(recipe.pop("source", model))
     given = {"model": source, "out": str(out), "device": "cpu", **size, **recipe,
              "calibration": calibration, "evaluation": evaluation}  # fmt: skip

@@ -114,14 +114,18 @@ def test_the_weights_of_a_layer_live_as_long_as_whoever_took_it_out(tmp_path):
 class Held:
     """Tensors in memory, in place of a checkpoint."""
 
-    locations: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+    @property
+    def names(self):
+        return self.tensors.keys()
 
     def read(self, name):
-        return self.locations[name]
+        return self.tensors[name]
 
     def stream_prefix(self, prefix):
         return [
-            (n.removeprefix(prefix), t) for n, t in self.locations.items() if n.startswith(prefix)
+            (n.removeprefix(prefix), t) for n, t in self.tensors.items() if n.startswith(prefix)
         ]
 
 

@@ -67,7 +67,7 @@ CASES = {
         entry(compressed=True),
         "'a': must have exactly dtype, shape and",
     ),
-    "dtype unknown": (entry(dtype="F8_E4M3"), "dtype 'F8_E4M3' is not supported; supported: F64"),
+    "dtype unknown": (entry(dtype="F8_E5M2"), "dtype 'F8_E5M2' is not supported; supported: F64"),
     "dtype a number": (entry(dtype=4), "dtype 4 is not supported"),
     "dtype a list": (entry(dtype=["F32"]), "dtype ['F32'] is not supported"),
     "dtype an object": (entry(dtype={}), "dtype {} is not supported"),

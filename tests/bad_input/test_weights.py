@@ -54,7 +54,7 @@ def test_double_precision_is_refused(refused, weights):
 
 def test_float8_is_refused(refused, weights):
     weights(**{Q: torch.ones(32, 32).to(torch.float8_e4m3fn)})
-    refused(ModelError, f"{Q!r}: dtype 'F8_E4M3' is not supported", "use the original weights")
+    refused(ModelError, f"tensor {Q} is F8_E4M3; supported: ", "use the original weights")
 
 
 @pytest.mark.parametrize("asked", ["float16", None, ABSENT], ids=["another", "null", "none"])

@@ -141,7 +141,7 @@ def distance(model, dense):
     return float((logits_of(model, ids_of()) - logits).abs().max() / logits.abs().max())
 
 
-@pytest.mark.parametrize("name", methods.available())
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_full_width_changes_nothing(model_type, name):
     dense = Dense(model_type)
@@ -165,7 +165,7 @@ def test_a_head_shortcut_keeps_the_head_tied_and_the_logits_at_full_width(model_
     assert model_parameters(dense.shape, other) > stored
 
 
-@pytest.mark.parametrize("name", methods.available())
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_cut_keeps_what_it_counts_and_generates_as_it_computes(model_type, name):
     dense = Dense(model_type)

@@ -87,7 +87,7 @@ def test_a_module_without_a_group_is_left_by_default_and_refused_by_name():
     assert {layer.qk_head_dim for layer in plan.form.layers} == {16}
     with pytest.raises(PlanError, match="modules has qk: q and k are normalised") as caught:
         planned("qwen3", "modegpt", allocation="uniform", modules="mlp,qk")
-    assert caught.value.hint == "methods that do: slicegpt, svdllm"
+    assert caught.value.hint == "methods that do: gptq, slicegpt, svdllm"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from actors.storage.files import Directory
 from actors.storage.records import read_records
 from orchestrator.backend.local import LocalExecutor
-from orchestrator.experiments.sweep import points_of, sweep_on
+from orchestrator.experiments.sweep import Wanted, points_of, sweep_on
 from orchestrator.phases.open_run import open_run
 from orchestrator.prepare.prepare import prepare
 from orchestrator.recipe.reading import load_config
@@ -164,7 +164,14 @@ def test_damage_of_one_method_is_not_measured_again_when_another_competes(model,
     base = {**RECIPE, "keep_statistics": True, "options": own}
     compress_local(model, tmp_path / "one", **base)
     prepared = prepared_run(model, tmp_path / "one", **base)
-    points = points_of(prepared, ["modegpt"], [0.9, 0.8], {k: str(v) for k, v in BOTH.items()})
+    points = points_of(
+        prepared,
+        Wanted(
+            names=["modegpt"],
+            sizes=[("keep_fraction", 0.9), ("keep_fraction", 0.8)],
+            options={k: str(v) for k, v in BOTH.items()},
+        ),
+    )
     done = []
     sweep_on(
         prepared, points, LocalExecutor(), listener=lambda e: done.append((e["kind"], e["unit"]))

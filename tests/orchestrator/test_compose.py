@@ -17,7 +17,7 @@ from actors.storage.records import read_records
 from actors.storage.tensors import read_tensors
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.cli.status import status
-from orchestrator.experiments.sweep import points_of
+from orchestrator.experiments.sweep import Wanted, points_of
 from orchestrator.phases import earlier_steps
 from orchestrator.phases.open_run import open_run, require_same
 from orchestrator.prepare.prepare import prepare
@@ -429,7 +429,10 @@ def test_the_report_has_every_step_and_a_finished_run_is_left_alone(model, tmp_p
         require_same(prepared_run(model, tmp_path / "other", stats=str(tmp_path)))
     assert caught.value.hint.endswith("steps/1-modegpt")
     with pytest.raises(ConfigError, match="several steps"):
-        points_of(prepared_run(model, tmp_path, steps=steps), ["svdllm"], [0.8], {})
+        points_of(
+            prepared_run(model, tmp_path, steps=steps),
+            Wanted(names=["svdllm"], sizes=[("keep_fraction", 0.8)]),
+        )
 
 
 REFUSED = {

@@ -271,7 +271,8 @@ def test_a_resolved_recipe_leaves_nothing_open_but_the_size_not_chosen():
         resolved(RunConfig(), FACTS), FACTS, calibration=(96, 256), evaluation=(48, 256)
     )
     left = {key for key, value in config.model_dump().items() if value in (None, "", "auto")}
-    assert left == {"model_store", "slice", "stats", "multiple_of", "speedup", "fit"}
+    sizes = {"slice", "speedup", "fit", "keep_bytes", "bits"}
+    assert left == {"model_store", "stats", "multiple_of", "dtype", *sizes}
     assert None not in {*config.calibration.model_dump().values(), config.evaluation.sequences}
     assert config.options == DEFAULTS
 

@@ -17,6 +17,7 @@ from actors.storage.files import Directory
 from orchestrator.cli.main import cli
 from orchestrator.experiments.deci import write_deci
 from planners.errors import ConfigError
+from planners.serving import deci_widths
 from tests.builders import compress_local, run_local, save_model
 
 IDS = torch.arange(20)[None]
@@ -121,6 +122,33 @@ def test_a_model_that_the_form_cannot_express_is_refused(tmp_path, model_type, s
     with pytest.raises(ConfigError, match=why):
         write_deci(Checkpoint(str(model)), Directory(str(tmp_path / "deci")))
     assert not (tmp_path / "deci").exists()
+
+
+def test_what_is_quantised_is_exported_as_it_is(tmp_path):
+    model = save_model(tmp_path / "dense", intermediate_size=512)
+    step = {"method": "gptq", "options": {"bits": 3, "group": 32, "head": 8}}
+    compress_local(model, tmp_path / "run", steps=[step])
+    result, folder = Checkpoint(str(tmp_path / "run/model")), tmp_path / "deci"
+    found = write_deci(result, Directory(str(folder)))
+    assert found.parameters_added == 0
+    assert found.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model)
+                                   .parameters())  # fmt: skip
+    assert_hashes_hold(folder)
+    exported = Checkpoint(str(folder))
+    assert exported.schemes == result.schemes
+    assert "lm_head" in exported.schemes
+    for name in result.locations.keys() | exported.locations.keys():
+        assert torch.equal(exported.read_stored(name), result.read_stored(name)), name
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == result.total_bytes
+
+
+def test_what_is_quantised_and_would_need_padding_is_refused(tmp_path):
+    dense = Checkpoint(str(save_model(tmp_path / "dense")))
+    config = {**dense.config, "quantization_config": {}}
+    with pytest.raises(ConfigError, match="FFN of layer 0 has 56 units") as refused:
+        deci_widths(dense.shape, dense.form, config)
+    assert "--multiple-of 256" in refused.value.hint
 
 
 def test_a_result_with_narrower_heads_is_refused_with_the_options_of_one_that_fits(tmp_path):

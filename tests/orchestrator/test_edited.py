@@ -13,7 +13,7 @@ from actors.storage.contents import TAKEN_OVER
 from actors.storage.files import Directory
 from orchestrator.backend.local import LocalExecutor
 from orchestrator.experiments.batch_file import read_batch
-from orchestrator.experiments.sweep import points_of, sweep_on
+from orchestrator.experiments.sweep import Wanted, points_of, sweep_on
 from orchestrator.phases.open_run import check_run, write_plan
 from orchestrator.run import run, run_on
 from planners.errors import ConfigError, ModelError, StorageError
@@ -178,7 +178,12 @@ def test_a_basis_that_is_edited_between_two_drivers_is_refused(model, tmp_path):
 def test_a_sweep_and_its_points_are_of_the_model_as_it_was(model, finished):
     edited(model)
     base = prepared_run(model, finished, **UNIFORM)
-    points = points_of(base, ["modegpt"], [0.9], {"allocation": "uniform"})
+    points = points_of(
+        base,
+        Wanted(
+            names=["modegpt"], sizes=[("keep_fraction", 0.9)], options={"allocation": "uniform"}
+        ),
+    )
     with pytest.raises(
         ConfigError, match=f"holds a different run: tensor {UP} of the model changed"
     ):

@@ -24,6 +24,7 @@ from orchestrator.rundir.journal import Journal, read_events
 from planners.errors import ClusterError
 from planners.memory.generation import generation_load
 from tests.builders import compress_local, result_files, run_local, save_model
+from tests.orchestrator.test_quantised_runs import GPTQ, HULL
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -95,6 +96,24 @@ def test_workers_killed_in_calibration_and_compression_change_no_bit(model, undi
     assert result_files(tmp_path) == undisturbed
     lost = [e for e in read_events(Directory(str(tmp_path))) if e["kind"] == "worker crashed"]
     assert [event["worker"] for event in lost] == murderer.killed
+
+
+@pytest.mark.nightly  # by errors in this process: test_quantised_runs.py
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [(GPTQ, "layer"), (HULL, "damage"), (HULL, "refit_layer")]
+)
+def test_a_worker_killed_as_it_rounds_measures_or_corrects_changes_no_byte(tmp_path, recipe, kind):
+    model = save_model(tmp_path / "model", intermediate_size=64)
+    compress_local(model, tmp_path / "undisturbed", **recipe)
+    executor = WatchedExecutor()
+    # Of the corrected pass, which one worker does: the first one it takes.
+    worker = "worker-0" if kind == "refit_layer" else "worker-1"
+    murderer = Murderer(executor, (worker, kind, 2))
+    compress_local(
+        model, tmp_path / "run", executor=executor, listener=murderer, workers=2, **recipe
+    )
+    assert murderer.killed == [worker]
+    assert result_files(tmp_path / "run") == result_files(tmp_path / "undisturbed")
 
 
 @pytest.mark.nightly  # two below, and one to nine in one process: test_invariance.py

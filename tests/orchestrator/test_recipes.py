@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from actors.storage.sources import hub_place
@@ -10,7 +11,7 @@ from orchestrator.cli.main import cli
 from orchestrator.recipe import presets
 from orchestrator.recipe.reading import load_config
 from planners.errors import ConfigError
-from tests.builders import save_model
+from tests.builders import run_local, save_model
 
 
 @pytest.mark.parametrize("name", presets.available())
@@ -57,3 +58,34 @@ def test_a_name_that_is_none_is_refused_with_those_there_are(name):
     with pytest.raises(ConfigError, match="no recipe") as caught:
         presets.text(name)
     assert "best" in caught.value.hint
+
+
+@pytest.mark.parametrize(("model", "name"), [("llama-2-13b", "fit-24gb"), ("llama-2-7b", "small")])
+def test_recipes_of_bits_can_be_planned_for_large_models(model, name):
+    asked = ["plan", model, "-r", name, "--cluster", "8xA100-80GB"]
+    done = CliRunner().invoke(cli, asked, catch_exceptions=False)
+    assert done.exit_code == 0
+    said = " ".join(done.stdout.split())
+    assert "by measured damage, from 3/" in said
+    assert "weights" in said
+    assert "parameters" not in said
+
+
+@pytest.mark.slow
+def test_a_recipe_of_bits_makes_a_small_model_with_a_card_and_a_report_in_bytes(tmp_path):
+    model = save_model(tmp_path / "model", num_hidden_layers=1, intermediate_size=64)
+    recipe = yaml.safe_load(presets.text("small"))
+    report = run_local(model, tmp_path / "run", **recipe)
+    kinds, stored = report["storage"]["kinds"], report["storage"]
+    index = json.loads((tmp_path / "run/model/model.safetensors.index.json").read_text())
+    assert sum(kind["after"] for kind in kinds) == stored["after"]
+    assert index["metadata"]["total_size"] == stored["after"]
+    assert sum(kind["before"] for kind in kinds) == report["bytes"]["before"]
+    assert stored["bits"]["of_input"] <= 3.5
+    assert stored["dtype"] == {"before": "float32", "after": "bfloat16"}
+    (layer,) = report["layers"]
+    assert all(0 < m["error"] <= m["nearest"] for m in layer["matrices"] if m.get("scheme"))
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert f"{stored['bits']['after']:.3g}" in card
+    assert "`pip install compressed-tensors`" in card
+    assert "bits a weight, scales included; " in card or report["parameters"]["keep_fraction"] == 1

@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.report import numbers, render_page, render_terminal, spectra, summary, timeline
+from orchestrator.report import (
+    bits,
+    numbers,
+    render_page,
+    render_terminal,
+    spectra,
+    summary,
+    timeline,
+)
 from orchestrator.report.document import Span, sites
+from orchestrator.report.document import layers as read_layers
 from orchestrator.report.svg import ticks
 from planners.units.kinds import KINDS
 
@@ -531,3 +540,87 @@ def test_ticks_are_round_numbers_inside_the_range():
     assert ticks((0.91, 1.004), most=5) == pytest.approx([0.92, 0.94, 0.96, 0.98, 1.0])
     assert ticks((-0.6, 4.6), most=12, whole=True) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert ticks((-0.6, 0.6), most=8, whole=True) == [0.0]
+
+
+def quantised_report() -> dict[str, Any]:
+    """Return the sample report of a result whose layers have 3 and 4 bits."""
+    report = sample_report()
+    report["parameters"] |= {"after": report["parameters"]["before"], "keep_fraction": 1.0}
+    report["target"] |= {"slice": None, "keep_bytes": 900_000, "actual_keep_fraction": 1.0}
+    report["storage"] = {
+        "before": 4_956_160,
+        "after": 880_640,
+        "kinds": [
+            {"kind": "embedding", "before": 262_144, "after": 262_144},
+            {"kind": "MLP", "before": 4_694_016, "after": 618_496},
+        ],
+        "bits": {"before": 32.0, "after": 3.81, "of_input": 3.81},
+        "dtype": {"before": "float32", "after": "float32"},
+        "quantised": True,
+        "tables": {"head": {"scheme": "8/128", "bits": 8}},
+        "unquantised": ["embedding", "norms and the rest"],
+    }
+    for layer in report["layers"]:
+        bits = 4 if layer["layer"] == 4 else 3
+        layer["matrices"] = [
+            {"name": name, "rows": 64, "width": 128, "scheme": f"{bits}/32", "bits": bits,
+             "error": 0.01, "nearest": 0.02, "factor": "cholesky"}
+            for name in ("q_proj", "down_proj.first")
+        ]  # fmt: skip
+    report["layers"][2]["matrices"][0]["factor"] = "cholesky damped 1e-08"
+    report["layers"][1]["matrices"].append({"name": "o_proj", "rows": 128, "width": 64})
+    return report
+
+
+def test_a_quantised_result_is_headed_by_bytes_and_bits_not_by_parameters() -> None:
+    text = terminal_text(quantised_report(), width=400).replace("\N{NO-BREAK SPACE}", " ")
+    assert "stores the weights in 881 kB instead of 4.96 MB (17.8 %), 3.810 bits a weight" in text
+    assert "1,239,040" not in text
+    assert "of the parameters" not in text
+    assert "Requested at most 900,000 bytes of weights; they take 880,640" in text
+    assert "Not quantised, in float32: embedding, norms and the rest. --dtype bfloat16" in text
+    assert "cholesky damped 1e-08: layer 2 q_proj" in text
+    assert "pip install compressed-tensors" in render_page(quantised_report())
+
+
+def test_layers_that_are_alike_share_a_row_of_the_map_of_bits() -> None:
+    report = quantised_report()
+    for layer in report["layers"]:
+        layer["widths"]["intermediate"] = 352
+    blocks = read_layers(report)
+    plot = bits.heat_map(report, blocks)
+    assert plot is not None
+    rows = re.findall(r">(\d+(?:\u2013\d+)?|embed|head)</text>", plot.wide)
+    assert [row for row in rows if row not in ("128", "352")][:5] == [
+        "0",
+        "1",
+        "2\u20133",
+        "4",
+        "head",
+    ]
+    assert plot.wide.count(">3/32</text>") == 6
+    assert plot.wide.count(">4/32</text>") == 2
+    assert [name for name, *_ in plot.words.legend] == [
+        "3 bits",
+        "4 bits",
+        "8 bits",
+        "not quantised",
+    ]
+    assert bits.heat_map(sample_report(), read_layers(sample_report())) is None
+
+
+def test_a_page_shows_bytes_by_kind_and_the_errors_of_each_matrix() -> None:
+    page = render_page(quantised_report()).replace("\N{NO-BREAK SPACE}", " ")
+    assert re.search(r'<th scope="row">MLP</th><td class="num">4.69 MB</td>', page)
+    assert re.search(r'<th scope="row">all tensors</th><td class="num">4.96 MB</td>', page)
+    row = r"<td>q_proj</td>.*?3/32</td><td class=\"num\">1.000 %</td><td class=\"num\">2.000 %</td>"
+    assert re.search(row, page)
+    assert "rounding-wide-title" in page
+
+
+def test_a_quantised_result_is_held_against_uniform_bits_and_advised_in_bits() -> None:
+    report = quantised_report()
+    report["evaluation"]["compressed"]["perplexity"] = 9.0
+    found = summary.advice(report)
+    assert any("--bits 4" in each for each in found)
+    assert not any("--keep-fraction" in each for each in found)

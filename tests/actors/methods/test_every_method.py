@@ -1,4 +1,4 @@
-"""What every method of the registry promises, on small random layers; nothing here names a file."""
+"""What every method that cuts promises, on small random layers; nothing here names a file."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from actors import methods
 from actors.methods.modegpt import value_maps
-from actors.methods.svdllm import TAP_OF, low_rank
+from actors.methods.svdllm import low_rank
 from actors.modeling.outer_model import OuterModel
 from actors.modeling.travelling import COMPRESSED
 from actors.numerics.nystrom import nystrom
@@ -25,9 +25,10 @@ from planners.model.cost import dense_start, layer_parameters
 from planners.model.form import dense_form
 from planners.model.layer import ROLES
 from planners.model.shape import ModelShape
+from planners.model.taps import INPUT_OF
 from tests.shapes import dense_dims, full_widths, has_bias, llama_shape
 
-NAMES = methods.available()
+NAMES = [name for name in methods.available() if not methods.spec(name).quantises]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEQUENCES = 3
 few = settings(max_examples=20)
@@ -323,7 +324,7 @@ def test_the_error_of_a_low_rank_linear_is_that_on_its_tokens(case, share):
     form = cut_form("svdllm", case.shape, share, {})
     new, said = compressed("svdllm", case, form, own_options("svdllm"))
     for name in ROLES:
-        x = case.taps[TAP_OF[name]]
+        x = case.taps[INPUT_OF[name]]
         found = x @ new[f"{name}.first.weight"].T @ new[f"{name}.second.weight"].T
         expected = x @ case.weights[f"{name}.weight"].T
         assert said["errors"][name] == pytest.approx(relative(found, expected), abs=2e-5)
@@ -489,6 +490,38 @@ def test_units_are_ordered_by_leverage_however_small_the_ridge(seed, dim):
     expected = torch.linalg.inv(gram).diagonal().argsort()
     for ridge in (0.0, 1e-14):
         assert torch.equal(nystrom(gram, weights, ridge=ridge, where="").order, expected)
+
+
+# What is left of the Gram matrices behind a cut.
+
+
+@few
+@given(cases(), SHARES, st.booleans())
+def test_gram_matrices_behind_a_cut_are_those_of_the_inputs_of_the_cut_layer(case, share, both):
+    """Of its own inputs as they were: those of a cut before it are not known."""
+    cut = cut_form("modegpt", case.shape, share, own_options("modegpt"))
+    form = replace(dense_form(case.shape), vo_head_dim=cut.vo_head_dim)
+    if both:
+        form = replace(form, intermediate=cut.intermediate)
+    carried = {}
+    new, _ = methods.load("modegpt").compress(
+        case.weights, case.sums, shape=case.shape, form=form,
+        options=own_options("modegpt"), carried=carried,
+    )  # fmt: skip
+    values = linear(new, "v_proj", case.taps["attn_in"])
+    split = [case.taps["q_rope"], case.taps["k_rope"], values]
+    sequences = [x.unflatten(0, case.hidden.shape[:2]) for x in split]
+    gate, up = (linear(new, name, case.taps["mlp_in"]) for name in ("gate_proj", "up_proj"))
+    inputs = {
+        "o_in.gram": attended(case.shape, *sequences).flatten(0, 1),
+        "mlp_hidden.gram": silu(gate) * up,
+    }
+    whole = {"o_in.gram": form.vo_head_dim == case.shape.head_dim,
+             "mlp_hidden.gram": form.intermediate == case.shape.intermediate}  # fmt: skip
+    assert carried.keys() == {name for name in inputs if not whole[name]}
+    for name, gram in carried.items():
+        x = inputs[name]
+        assert torch.allclose(gram, x.T @ x, atol=1e-9 * float(x.square().sum())), name
 
 
 # Grams that do not behave.
