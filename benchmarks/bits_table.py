@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,6 +43,7 @@ UNIFORM = {"8/128": 2.549, "5/32": 0.0, "4/32": 2.60, "4/128": 0.0, "3/32": 2.79
 SHAPES = 16  # bytes of the stored shape of a matrix, which a nominal count leaves out
 SEQUENTIAL_GAIN = 0.005
 REAL_SEQUENCES = 32
+CSS = "../../orchestrator/report/page.css"  # of the figure's page, from `RESULTS`
 ONE = {"cpu": 1, "cuda": 1}  # speeds are of no interest here, and of one prompt only
 METHOD = """\
 A whole run of the orchestrator (calibrate, allocate, compress, second pass, stitch, evaluate,
@@ -295,14 +295,13 @@ def figure_of(case: Case, found: Mapping[str, Mapping[str, Any]]) -> str:
             "perplexity": one["perplexity"], "on_front": one["perplexity"] == least,
         })  # fmt: skip
     plot = front(points, dense=next(iter(found.values()))["dense"], over="bytes")
-    css = resources.files("orchestrator.report").joinpath("page.css").read_text(encoding="utf-8")
     legend = "".join(
         f'<li><span class="swatch {shape}" style="--swatch:{colour}"></span>{name}</li>'
         for name, colour, shape in plot.words.legend
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>Perplexity over bytes</title>"
-        f"<style>{css}</style><body><main><figure><h3>{plot.words.title}</h3>"
+        f"<link rel='stylesheet' href='{CSS}'><body><main><figure><h3>{plot.words.title}</h3>"
         f"<figcaption>{plot.words.caption}</figcaption><ul class='legend'>{legend}</ul>"
         f"<div class='plot'><div class='wide'>{plot.wide}</div></div></figure></main></body>\n"
     )

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from actors import methods
 from actors.layer_units.layer import cut
 from actors.layer_units.reads import Reads
 from actors.layer_units.streams import DENSE, HALVES, REFITTED, Streams
 from actors.messages import CompressionJob
 from actors.modeling.halves import HalvedLayer
+from actors.numerics.gram import accumulate
 from actors.numerics.least_squares import RestSums, empty_sums, least_squares_step
 from actors.numerics.packed import congruence
 from actors.numerics.packing import parts_of
@@ -30,6 +32,7 @@ from planners.refit import ROUNDING_RIDGES, STREAM_SHARE
 Build = Callable[[Mapping[str, Tensor]], HalvedLayer]
 READERS = {"o_proj": ("q_proj", "k_proj", "v_proj"), "down_proj": ("gate_proj", "up_proj")}
 Layers = dict[str, HalvedLayer]
+UNDAMPED = "cholesky"  # the rung of a factor that needed no more damping than usual
 Passes = Callable[[], Iterator[Streams]]
 
 
@@ -45,8 +48,9 @@ class Rounder:
         self._family = load_family(job.shape.family)
         self._form = job.form.layers[index]
         self._matrices = matrices(job.shape, self._form)
-        weights, sums = reads.weights(job, index), reads.statistics(job, index)
-        new, _, _ = cut(weights, sums, job, index, reads)
+        # A method that only rounds cuts nothing, so it needs no statistics here.
+        sums = {} if methods.spec(job.method).quantises else reads.statistics(job, index)
+        new, _, _ = cut(reads.weights(job, index), sums, job, index, reads)
         dtype = getattr(torch, job.form.dtype or job.shape.dtype)
         self._stored = scale_dtype(dtype)
         self.residual_scale = job.shape.kind(self._form).residual_scale
@@ -59,7 +63,7 @@ class Rounder:
             self.values[self._family.below_layer(name)] = tensor if whole else tensor.to(dtype)
 
     def of(self, roles: Sequence[str]) -> list[str]:
-        """Return the matrices of some linears, of which all or none are rounded."""
+        """Return the matrices of some linears, rounded or not."""
         return [name for name in self._matrices if name.partition(".")[0] in roles]
 
     def rounds(self, name: str) -> bool:
@@ -78,8 +82,8 @@ class Rounder:
         """Return a matrix as it is now, in float64."""
         return self.values[f"{self.module(name)}.weight"].to(torch.float64)
 
-    def take(self, weights: Mapping[str, Tensor], gram: Tensor) -> list[str]:
-        """Round matrices that read the same inputs; return rungs that needed extra damping."""
+    def take(self, weights: Mapping[str, Tensor], gram: Tensor) -> str:
+        """Round matrices that read the same inputs; return the rung of the factor of these."""
         factor = factor_of(gram, where=", ".join(weights))
         rows = [(weight, self._form.schemes[name]) for name, weight in weights.items()]
         rounded = round_columns(rows, factor, stored=self._stored)
@@ -88,7 +92,7 @@ class Rounder:
             self.values[f"{below}.weight"] = each.values()
             parts = parts_of(each, self._stored)
             self._parts |= {f"{below}.{part}": tensor for part, tensor in parts.items()}
-        return [] if factor.rung == "cholesky" else [factor.rung]
+        return factor.rung
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the layer as they are stored."""
@@ -109,17 +113,16 @@ def corrected_half(
         passes: returns the microbatches to fit to.
 
     Returns:
-        What a record says of it: the squared difference between the streams behind the half before
-        and after the last linear is rounded, and rungs that needed extra damping.
+        What a record says of it: rungs that needed extra damping; and, if the last linear is
+        rounded, the squared difference between the streams behind the half before and after that.
     """
     layers[REFITTED] = build(rounder.values)
     rungs = _round_readers(half, rounder, layers, passes())
     layers[REFITTED] = build(rounder.values)
-    found = _round_writer(half, rounder, layers, passes())
+    found, more = _round_writer(half, rounder, layers, passes())
     layers[REFITTED] = build(rounder.values)
-    before, after = found
-    return {"damping": ROUNDING_RIDGES[0], "rest_before": before, "rest_after": after,
-            "rungs": rungs}  # fmt: skip
+    rungs = [rung for rung in (*rungs, *more) if rung != UNDAMPED]
+    return {"damping": ROUNDING_RIDGES[0], "rungs": rungs, **found}
 
 
 def _round_readers(
@@ -143,33 +146,38 @@ def _round_readers(
     assert sums is not None  # there are microbatches
     weights = torch.cat([rounder.before(name) for name in firsts])
     own = RestSums(gram=sums.gram, cross=sums.cross @ weights.T, energy=sums.energy)
-    weights += _step(own, ROUNDING_RIDGES[0], ", ".join(firsts))
+    step, rung = _step(own, ROUNDING_RIDGES[0], ", ".join(firsts))
+    weights += step
     parts = torch.split(weights, [len(rounder.before(name)) for name in firsts])
     wanted = dict(zip(firsts, parts, strict=True))
-    rungs = rounder.take(wanted, sums.gram)
+    rungs = [rung, rounder.take(wanted, sums.gram)]
     for name in names:
         if name not in firsts:
             first = rounder.value(f"{name.removesuffix('second')}first")
-            rungs += rounder.take({name: rounder.before(name)}, congruence(first, sums.gram))
+            gram = congruence(first, sums.gram)
+            rungs.append(rounder.take({name: rounder.before(name)}, gram))
     return rungs
 
 
 def _round_writer(
     half: str, rounder: Rounder, layers: Layers, microbatches: Iterator[Streams]
-) -> tuple[float, float]:
-    names = rounder.of((half,))
-    last = names[-1]
+) -> tuple[dict[str, float], list[str]]:
+    *firsts, last = rounder.of((half,))
     if not rounder.rounds(last):
-        return 0.0, 0.0
+        return {}, []
     out_dim, dim = rounder.value(last).shape
     device = str(rounder.value(last).device)
-    less, lacks = empty_sums(dim, out_dim, device=device), empty_sums(0, 0, device=device)
+    less = empty_sums(dim, out_dim, device=device)
     stream_cross = torch.zeros_like(less.cross)
-    if len(names) > 1:  # its first factor, on what it reads
-        lacks = empty_sums(rounder.value(names[0]).shape[1], 0, device=device)
+    grams = {}  # of what the first of two factors reads
+    for name in firsts:
+        width = rounder.value(name).shape[1]
+        grams[name] = torch.zeros(width, width, dtype=torch.float64, device=device)
     add, shortcut = HALVES[half]
     energy = 0.0
-    with _inputs({name: (layers[REFITTED], rounder.module(name)) for name in names}) as seen:
+    with _inputs(
+        {name: (layers[REFITTED], rounder.module(name)) for name in (*firsts, last)}
+    ) as seen:
         for streams in microbatches:
             x, y = streams[DENSE], streams[REFITTED]
             added = add(layers[DENSE], x).float() - add(layers[REFITTED], y).float()
@@ -181,27 +189,27 @@ def _round_writer(
             less.add(z, added)
             stream_cross.add_(z.T @ stream)
             energy += float((added + stream).square().sum(dtype=torch.float64))
-            if len(names) > 1:
-                first_inputs = seen[names[0]].flatten(0, -2)
-                lacks.add(first_inputs, first_inputs[:, :0])
-    if len(names) > 1:
-        rounder.take({names[0]: rounder.before(names[0])}, lacks.gram)
+            for name, gram in grams.items():
+                accumulate(gram, seen[name].flatten(0, -2))
+    rungs = [rounder.take({name: rounder.before(name)}, gram) for name, gram in grams.items()]
     old = rounder.before(last)
     own = RestSums(gram=less.gram, cross=stream_cross, energy=less.energy)
-    wanted = old + _step(less, ROUNDING_RIDGES[0], last)
-    wanted += STREAM_SHARE * _step(own, ROUNDING_RIDGES[1], last)
-    rounder.take({last: wanted}, less.gram)
+    step, rung = _step(less, ROUNDING_RIDGES[0], last)
+    of_stream, other = _step(own, ROUNDING_RIDGES[1], last)
+    wanted = old + step + STREAM_SHARE * of_stream
+    rungs += [rung, other, rounder.take({last: wanted}, less.gram)]
     whole = RestSums(
         gram=less.gram,
         cross=less.cross + stream_cross,
         energy=torch.tensor([energy], dtype=torch.float64, device=less.gram.device),
     )
-    return energy, whole.left((rounder.value(last) - old).T)
+    after = whole.left((rounder.value(last) - old).T)
+    return {"rest_before": energy, "rest_after": after}, rungs
 
 
-def _step(sums: RestSums, damping: float, name: str) -> Tensor:
-    step, _ = least_squares_step(sums, damping=damping, where=f"correction of {name}")
-    return step.T
+def _step(sums: RestSums, damping: float, name: str) -> tuple[Tensor, str]:
+    step, rung = least_squares_step(sums, damping=damping, where=f"correction of {name}")
+    return step.T, rung
 
 
 @contextmanager

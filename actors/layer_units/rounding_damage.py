@@ -14,9 +14,9 @@ from torch import Tensor
 
 from actors import methods
 from actors.messages import CompressionJob
+from actors.methods.gptq import input_gram
 from actors.modeling.halves import HalvedLayer
 from actors.modeling.outer_model import OuterModel
-from actors.numerics.packed import Symmetric, congruence
 from actors.numerics.rounding import (
     Factor,
     factor_of,
@@ -25,7 +25,7 @@ from actors.numerics.rounding import (
     scale_dtype,
 )
 from actors.storage.checkpoint import Checkpoint
-from planners.budget.joint import EMBEDDING, HEAD, table_schemes
+from planners.budget.joint import table_schemes
 from planners.families import load as load_family
 from planners.memory.peaks import ROUNDED_AT_ONCE
 from planners.method import Ladder
@@ -33,7 +33,8 @@ from planners.model.cost import matrices
 from planners.model.form import LayerForm
 from planners.model.modules import LINEARS_OF
 from planners.model.scheme import Scheme
-from planners.model.taps import INPUT_OF
+from planners.model.stored_bytes import EMBEDDING, HEAD
+from planners.model.taps import input_of, of_one_input
 
 TABLE_TOKENS = 512  # on which the damage to logits is measured
 Weights = Mapping[str, Tensor]
@@ -94,7 +95,9 @@ class Rounding:
             sums: its statistics, carried behind the cut.
             form: of the layer, without schemes.
         """
-        together = _together(module, matrices(self._job.shape, form))
+        own_names = (name for name in matrices(self._job.shape, form)
+                     if name.partition(".")[0] in LINEARS_OF[module])  # fmt: skip
+        together = of_one_input(own_names)
         num_weights = sum(new[f"{name}.weight"].numel() for names in together for name in names)
         own: dict[str, Factor] = {}  # of the inputs that this cut leaves
         for ladders in _chunks(list(schemes), max(1, ROUNDED_AT_ONCE // num_weights)):
@@ -110,16 +113,11 @@ class Rounding:
             yield from found.items()
 
     def _factor(self, name: str, new: Weights, sums: Weights, own: dict[str, Factor]) -> Factor:
-        role, _, part = name.partition(".")
-        tap = INPUT_OF[role]
-        gram: Symmetric = sums[f"{tap}.gram"]
-        second = part == "second"
-        known = own if second or gram is not self._sums[f"{tap}.gram"] else self._factors
-        key = name if second else tap
+        key = input_of(name)
+        gram = f"{key}.gram"
+        known = self._factors if gram in sums and sums[gram] is self._sums[gram] else own
         if key not in known:
-            if second:
-                gram = congruence(new[f"{role}.first.weight"].to(torch.float64), gram)
-            known[key] = factor_of(gram, where=key)
+            known[key] = factor_of(input_gram(name, new, sums), where=key)
         return known[key]
 
 
@@ -180,16 +178,6 @@ def _centred(logits: Tensor) -> Tensor:
 def _nearest(rows: Tensor, scheme: Scheme) -> Tensor:
     every = torch.ones(rows.shape[1], device=rows.device)
     return round_to_nearest(rows, every, scheme, stored=scale_dtype(rows.dtype)).values()
-
-
-def _together(module: str, dims: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """Return the matrices of a module, those with the same inputs side by side."""
-    found: dict[str, list[str]] = {}
-    for name in dims:
-        role, _, part = name.partition(".")
-        if role in LINEARS_OF[module]:
-            found.setdefault(name if part == "second" else INPUT_OF[role], []).append(name)
-    return list(found.values())
 
 
 def _chunks(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -28,8 +28,6 @@ from actors.numerics.rounding import (
 )
 from planners.budget.budgets import budget_of
 from planners.budget.joint import (
-    EMBEDDING,
-    HEAD,
     WHOLE_BITS,
     by_bytes,
     provisional,
@@ -53,7 +51,8 @@ from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.layer import ROLES
 from planners.model.scheme import GRIDS, INT, MXFP4, NVFP4, WHOLE_ROW, Scheme, dividing_group
 from planners.model.shape import ModelShape
-from planners.model.taps import INPUT_OF, Statistic, gram_statistics
+from planners.model.stored_bytes import EMBEDDING, HEAD
+from planners.model.taps import INPUT_OF, Statistic, gram_statistics, of_one_input
 from planners.refit import OPTION as REFIT
 from planners.serving import divided_groups, no_kernel
 
@@ -104,7 +103,7 @@ class GPTQ:
         errors: dict[str, object] = {}
         nearest: dict[str, float] = {}
         rungs: dict[str, str] = {}
-        for names in together(form):
+        for names in of_one_input(form.schemes):
             gram = input_gram(names[0], weights, sums)
             rows = [(weights[f"{name}.weight"], form.schemes[name]) for name in names]
             found, rung = rounded(
@@ -118,16 +117,6 @@ class GPTQ:
                 rungs[name] = rung
             del found, each  # before the next matrices are rounded
         return new, {"errors": errors, "nearest": nearest, "rungs": rungs}
-
-
-def together(form: LayerForm) -> list[list[str]]:
-    """Return the quantised matrices of a layer, those with the same inputs side by side."""
-    found: dict[str, list[str]] = {}
-    for name in form.schemes:
-        role, _, part = name.partition(".")
-        key = name if part == "second" else INPUT_OF[role]
-        found.setdefault(key, []).append(name)
-    return list(found.values())
 
 
 def rounded(
@@ -336,7 +325,7 @@ SPEC = MethodSpec(
             name="symmetric",
             default=True,
             choices=(True, False),
-            help="false: each group stores a zero point, too",
+            help="false: each group stores a zero point, too; refused, as no loader reads it yet",
         ),
         OptionSpec(
             name="format",
@@ -369,7 +358,7 @@ SPEC = MethodSpec(
             name="probe_tokens",
             default=4096,
             minimum=1,
-            help="tokens on which the damage of each scheme is measured",
+            help="tokens kept to measure the damage of each scheme; at most 3,072 are used",
         ),
         OptionSpec(
             name="servable",

@@ -579,7 +579,8 @@ def _form(
         smallest = smallest_tables(shape, start, stock=False, budget=budget)
         every = [_ladders(shape, layer, options) for layer in start.form.layers]
         tied = options[TIE.name] == "fused"
-        return provisional(every, budget=budget, start=smallest, tied=tied)
+        found = provisional(every, budget=budget, start=smallest, tied=tied)
+        return replace(found, native=False)  # as what damage will choose is
     if servable in ("native", "narrow_heads", "vllm") and not start.form.native:
         raise PlanError(
             f"servable={servable}: needs a stock model, and that which the earlier steps produce "

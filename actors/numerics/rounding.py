@@ -65,7 +65,7 @@ class Rounded:
         return (self.codes - zero) * scale
 
     def rows(self, step: int) -> "Rounded":
-        """Return every so-manieth row."""
+        """Return one row of every ``step``."""
         scales = Scales(
             scale=self.scales.scale[::step], zero=self.scales.zero[::step],
             common=self.scales.common,

@@ -165,7 +165,7 @@ def step_of(text: str) -> dict[str, Any]:
     Raises:
         ConfigError: the text is not of that form.
     """
-    from orchestrator.recipe.config import QUANTISER
+    from planners.budget.schemes import QUANTISER
 
     method, *parts = text.split(":")
     pairs = dict(part.partition("=")[::2] if "=" in part else ("keep_fraction", part)

@@ -19,7 +19,7 @@ from orchestrator.phases.open_run import check_run, open_run, recipe_of
 from orchestrator.phases.stored import storage
 from orchestrator.prepare.prepare import prepare
 from orchestrator.prepare.prepared import Prepared, dense_subject
-from orchestrator.recipe.config import QUANTISER, RunConfig
+from orchestrator.recipe.config import RunConfig
 from orchestrator.recipe.reading import load_config
 from orchestrator.report import render_pareto
 from orchestrator.report.pareto import UNIFORM
@@ -28,7 +28,7 @@ from orchestrator.rundir import lease
 from orchestrator.rundir.journal import Journal, Listener
 from orchestrator.rundir.layout import READY
 from orchestrator.rundir.ledger import Ledger
-from planners.budget.schemes import SCHEMES, TIE, scheme_named
+from planners.budget.schemes import QUANTISER, SCHEMES, TIE, scheme_named
 from planners.errors import ConfigError
 from planners.memory.placement import shared_bytes
 from planners.method import SIZES

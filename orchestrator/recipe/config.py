@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from planners.budget.schemes import QUANTISER
 from planners.errors import ConfigError
 from planners.method import SIZES, Option, Target
 from planners.model.serving_load import ServingLoad
 
 DEFAULT_METHOD = "modegpt"
 SLICED_METHOD = "slicegpt"  # the one whose paper says sizes as slices
-QUANTISER = "gptq"  # whose options alone may say a size
 DEFAULT_KEEP_FRACTION = 0.8
 DEFAULT_SEQUENCE_LENGTH = 2048
 SOURCES_WITH_SPLITS = ("embedded", "stdlib", "wikitext2")
@@ -163,7 +163,7 @@ class StepConfig(_Section):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if self.method == QUANTISER:
+        if self.method == QUANTISER:  # its options alone say a size
             if (self.keep_fraction, self.slice) != (None, None):
                 raise ValueError(
                     f"keep_fraction, slice: {QUANTISER} removes no parameters; give options such "

@@ -128,7 +128,7 @@ def heat_map(report: Document, blocks: Sequence[Layer]) -> Plot | None:
         title="Bits and widths by layer",
         description="; ".join(_run_text(run) for run in runs) + ".",
         caption="Each cell has bits and group, the weights that share a scale: 4/32. Layers that "
-        "are alike share a row." + " At the right: widths of heads and of the FFN.",
+        "are alike share a row. At the right: widths of heads and of the FFN.",
         legend=tuple(legend),
     )
     cells = [_cells(run[0], names) for run in runs]

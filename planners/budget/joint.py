@@ -16,8 +16,8 @@ from planners.method import Allocation, Ladder
 from planners.model.form import ModelForm, Start
 from planners.model.scheme import Scheme
 from planners.model.shape import ModelShape
+from planners.model.stored_bytes import EMBEDDING, HEAD
 
-EMBEDDING, HEAD = "embedding", "head"
 # Bits of embedding and head that are tried; 16 stands for a table as it is.
 TABLE_BITS = ((16, 16), (16, 8), (8, 8), (8, 4), (4, 4))
 TABLE_GROUP = 128

@@ -19,8 +19,8 @@ from planners.model.scheme import WHOLE_ROW, Scheme, dividing_group
 from planners.model.shape import ModelShape
 
 QUANTISER = "gptq"  # the method that rounds what others cut
+# None has 2 bits: results lose much by them, so they are taken only if they are asked for.
 DEFAULT_SCHEMES = "3/32,3/128,4/32,4/128,5/128,6/128,8/128"
-FLOOR = 3  # bits: below it results lose much, so fewer are taken only if they are asked for
 ROUNDED_TOKENS = 3072  # of the probe, on which all levels are measured where there are schemes
 SMALLEST_GROUP = 16  # where no larger group divides a row, the row is one
 ATTENTION = "attention"  # q, k, v and o as one module, where they share a scheme

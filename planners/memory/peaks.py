@@ -32,7 +32,7 @@ from planners.model.cost import (
 from planners.model.form import LayerForm, ModelForm, dense_form
 from planners.model.packing import ROWS as BLOCK_ROWS
 from planners.model.shape import ModelShape
-from planners.model.taps import INPUT_OF, Statistic
+from planners.model.taps import Statistic, input_of
 
 DOUBLE, SINGLE = 8, 4
 LOGIT_TOKENS = 1024  # rows of logits in memory at one time
@@ -348,8 +348,7 @@ def rounding_peak(shape: ModelShape, form: LayerForm, copies: int = 1) -> int:
     rows: Counter[tuple[str, int]] = Counter()
     for name, (out_dim, in_dim) in matrices(shape, form).items():
         if name in form.schemes:
-            role, _, part = name.partition(".")
-            rows[name if part == "second" else INPUT_OF[role], in_dim] += copies * out_dim
+            rows[input_of(name), in_dim] += copies * out_dim
     return max((rounding_bytes(out, width) for (_, width), out in rows.items()), default=0)
 
 

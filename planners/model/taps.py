@@ -91,6 +91,24 @@ def last_tap(statistics: Iterable[Statistic]) -> str:
     return max((s.tap for s in statistics), key=TAPS.index, default=TAPS[0])
 
 
+def input_of(matrix: str) -> str:
+    """Return what a matrix reads, see `planners.model.cost.matrices`.
+
+    That is the tap of its linear; of the second of two factors, which alone reads the first, its
+    own name.
+    """
+    role, _, part = matrix.partition(".")
+    return matrix if part == "second" else INPUT_OF[role]
+
+
+def of_one_input(names: Iterable[str]) -> list[list[str]]:
+    """Return matrices of a layer in lists, each of those that read the same inputs."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(input_of(name), []).append(name)
+    return list(found.values())
+
+
 def gram_statistics(shape: ModelShape) -> set[Statistic]:
     """Return the Gram matrices of the inputs of all linears."""
     roles = {role for kind in shape.kinds for role in kind.roles}

@@ -26,7 +26,7 @@ from planners.model.form import LayerForm, dense_form
 from planners.model.layer import ATTENTION
 from planners.model.modules import of_modules
 from planners.model.shape import ModelShape
-from planners.model.taps import INPUT_OF, Statistic
+from planners.model.taps import Statistic, input_of
 
 EIGH = 9  # operations of a symmetric eigendecomposition with all vectors, times n^3
 LEVELS = 6  # cuts of each module at which damage is measured, as in the default grid
@@ -230,8 +230,7 @@ def rounding_work(shape: ModelShape, form: LayerForm, *, factors: bool = True) -
     total, inputs = Work(), set()
     for name, (out_dim, in_dim) in matrices(shape, form).items():
         if name in form.schemes:
-            role, _, part = name.partition(".")
-            inputs.add((name if part == "second" else INPUT_OF[role], in_dim))
+            inputs.add((input_of(name), in_dim))
             weights = out_dim * in_dim
             total += Work(matmul=weights * in_dim, touched=ROUNDED_BYTES * weights)
     cubes = sum(width**3 for _, width in inputs) / 3 if factors else 0

@@ -3,13 +3,17 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+from actors.layer_units import corrected_rounding
 from actors.messages import VerifyRequest
+from actors.numerics.least_squares import least_squares_step
+from actors.numerics.rounding import factor_of
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.quantised import KEY, schemes_in
@@ -207,6 +211,32 @@ def test_a_corrected_pass_that_is_resumed_gives_the_same_bytes(model, corrected,
     compress_local(model, corrected, **HULL)
     assert (corrected / "records" / f"{unit}.json").exists()
     assert result_files(corrected) == before
+
+
+def test_every_factor_of_the_corrected_pass_that_was_damped_is_in_its_record(
+    model, corrected, tmp_path, monkeypatch
+):
+    out = shutil.copytree(corrected, tmp_path / "run")
+    (out / "records" / "refit-layer-00001.json").unlink()
+    seen = []
+
+    def damped_step(sums, *, damping, where):
+        seen.append(f"damped for {where}")
+        return least_squares_step(sums, damping=damping, where=where)[0], seen[-1]
+
+    def damped_factor(gram, *, where):
+        seen.append(f"damped for {where}")
+        return replace(factor_of(gram, where=where), rung=seen[-1])
+
+    monkeypatch.setattr(corrected_rounding, "least_squares_step", damped_step)
+    monkeypatch.setattr(corrected_rounding, "factor_of", damped_factor)
+    compress_local(model, out, **HULL)
+    records = read_records(Directory(str(out)))
+    layers = [records[f"refit-layer-{layer:05d}"].values["linears"] for layer in range(3)]
+    halves = [half for linears in layers for half in linears.values()]
+    assert sorted(rung for half in halves for rung in half["rungs"]) == sorted(seen)
+    assert {"damped for o_proj", "damped for correction of down_proj"} < {*seen}
+    assert result_files(out) == result_files(corrected)
 
 
 def test_the_corrected_pass_rounds_every_linear_again_on_what_is_left_of_its_inputs(corrected):
