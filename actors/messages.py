@@ -18,6 +18,7 @@ from planners.model.scheme import Scheme
 from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
+from planners.recovery import Recovery
 from planners.timing import MOST_ROUNDS, RUN_SECONDS
 
 
@@ -192,6 +193,19 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the last stage draws the next tokens, at temperature 1.
+
+    Attributes:
+        seed: with the number of a sequence and a position it determines a random number.
+        sequences: the number of the first sequence, one past the last.
+    """
+
+    seed: int
+    sequences: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateDone:
     """What a stage says after tokens have passed that it keeps the keys and values of.
 
@@ -229,6 +243,9 @@ class CompressionJob:
         contents: of the checkpoint, as the worker must find them (`actors.storage.contents`).
         in_flight_bytes: what a worker may hold for the units before and after the one it computes:
             results that are being written, and inputs that are read ahead; 0 if it has no room.
+        folder: of the files that make a checkpoint, in the run directory.
+        recovery: how the compressed model is trained, where it is.
+        save_steps: steps between two checkpoints of a layer's training.
     """
 
     run_uri: str
@@ -250,6 +267,9 @@ class CompressionJob:
     contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""
     in_flight_bytes: int = 0
+    folder: str = "model/"
+    recovery: Recovery | None = None
+    save_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,4 +376,42 @@ class ThroughputRequest:
     max_rounds: int = MOST_ROUNDS
     seconds: float = RUN_SECONDS
     patience: float = math.inf
+    model_store: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """A compressed model that a group of workers trains against the model it was made from.
+
+    Attributes:
+        unit: its name; its checkpoints are named so.
+        fingerprint: of the unit; checkpoints of another one are ignored.
+        run_uri: the run directory.
+        student_uri: the compressed model, a checkpoint.
+        checkpoint_uri: the model it was made from, whose logits it learns.
+        recovery: how it is trained.
+        tokens: the file in the run directory that holds the training tokens, those that are held
+            out at the end.
+        dtype: of the products; weights, their moments and the loss are in float32.
+        threads: of each worker.
+        device: ``cpu`` or ``cuda``.
+        save_every: steps between two checkpoints.
+        stop: a file in the run directory; once it exists, the group saves a checkpoint and ends.
+        contents: of the dense model, as workers must find them (`actors.storage.contents`).
+        model_store: a directory that its links may lead into, or empty.
+    """
+
+    unit: str
+    fingerprint: str
+    run_uri: str
+    student_uri: str
+    checkpoint_uri: str
+    recovery: Recovery
+    tokens: str
+    dtype: str
+    threads: int
+    device: str
+    save_every: int
+    stop: str
+    contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""

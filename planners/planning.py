@@ -26,6 +26,7 @@ from planners.model.form import ModelForm, Start, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, last_tap, layer_statistics
 from planners.plan import RunPlan
+from planners.recovery import Recovery
 from planners.units.kinds import unit_bytes
 from planners.units.shards import chain_stages
 
@@ -43,6 +44,7 @@ class Workload:
         extra_statistics: summed too, for other methods.
         mapped: units read the sums as mapped pages of local files, without memory of their own.
         on_host: workers compute in the memory in which they read and write files.
+        recovery: how the result is trained, where it is.
     """
 
     batching: TokenBatching
@@ -53,6 +55,7 @@ class Workload:
     extra_statistics: frozenset[Statistic] = frozenset()
     mapped: bool = False
     on_host: bool = True
+    recovery: Recovery | None = None
 
 
 def make_plan(  # noqa: PLR0913 the inputs of a plan
@@ -230,6 +233,7 @@ def _load(
         dtype=batching.dtype,
         start=start.form,
         mapped=work.mapped,
+        recovery=work.recovery,
     )
     unit = unit_bytes(step)
     more = in_flight(step) if work.on_host else 0

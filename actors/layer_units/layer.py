@@ -48,7 +48,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
     named = named_below(new, job, task.index)
     name = f"draft/layer-{task.index:05d}.safetensors"
     if task.kind != "draft":
-        name = f"model/{weight_files(job.form)[task.unit]}"
+        name = f"{job.folder}{weight_files(job.form)[task.unit]}"
 
     def write() -> Done:
         entry, tensors = write_weights(run, name, named)
@@ -165,7 +165,7 @@ def choose_refit(task: UnitTask, job: CompressionJob, run: Directory, reads: Rea
     if losses["used"]:
         folder, tensors = "refit", refitted["tensors"]
     named = read_tensors(run, f"{folder}/layer-{task.index:05d}.safetensors")
-    name = f"model/{weight_files(job.form)[task.unit]}"
+    name = f"{job.folder}{weight_files(job.form)[task.unit]}"
     entry = write_tensors(run, name, named, metadata=CHECKPOINT_METADATA)
     refit = {"used": losses["used"], "linears": refitted["linears"]}
     return (entry,), {**draft, "tensors": tensors, "refit": refit}

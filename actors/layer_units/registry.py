@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from actors.layer_units import refit, sequential_slicing
+from actors.layer_units import recovery, refit, sequential_slicing
 from actors.layer_units.basis import basis, basis_sequential
 from actors.layer_units.carried_statistics import carry_statistics
 from actors.layer_units.damage import damage
@@ -65,4 +65,12 @@ FUNCTIONS: dict[str, Callable[[UnitTask, CompressionJob, Directory, Reads], Done
     "stream": sequential_slicing.stream,
     "embedding": embedding,
     "head": head,
+    "inputs": recovery.inputs,
+    "recover_layer": recovery.layer,
+    "export_layer": recovery.export,
+    "export_embedding": recovery.export,
+    "export_head": recovery.export,
+    "kept_layer": recovery.keep,
+    "kept_embedding": recovery.keep,
+    "kept_head": recovery.keep,
 }

@@ -140,7 +140,7 @@ def _with(
     files, values = done
     dtype = getattr(torch, job.form.dtype or job.shape.dtype)
     kept = {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()}
-    name = f"model/{weight_files(job.form)[part]}"
+    name = f"{job.folder}{weight_files(job.form)[part]}"
     for tensor in kept.values():
         require_finite(tensor)
     file, facts = write_weights(run, name, kept)
@@ -169,7 +169,7 @@ def _write_table(
     }[role]
     dtype = getattr(torch, form.dtype or job.shape.dtype)
     rows = prefetched(checkpoint.read_blocks(source, rows=ROWS))
-    name = f"model/{weight_files(job.form)[role]}"
+    name = f"{job.folder}{weight_files(job.form)[role]}"
     shape = (job.shape.vocab_size, width)
     if (scheme := form.tables.get(role)) is not None:
         parts = _quantised((rotate(block) for block in rows), scheme, shape, dtype)

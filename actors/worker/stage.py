@@ -21,6 +21,7 @@ from actors.messages import (
     Packed,
     PartialSums,
     ResumeSums,
+    Sampling,
     SaveDone,
     StepDone,
     UnitDone,
@@ -31,6 +32,7 @@ from actors.messages import (
     unpack,
 )
 from actors.modeling.outer_model import OuterModel
+from actors.numerics.sampling import drawn
 from actors.statistics.observe import ForwardDoneError, LayerStatistics
 from actors.statistics.sums import write_sums
 from actors.storage.checkpoint import Checkpoint
@@ -197,15 +199,21 @@ class Stage:
         return done, pack(hidden) if microbatch.hand_over else None
 
     @torch.inference_mode()
-    def generate(self, packed: Packed, start: int) -> tuple[GenerateDone, Packed]:
+    def generate(
+        self, packed: Packed, start: int, sampling: Sampling | None = None
+    ) -> tuple[GenerateDone, Packed]:
         """Pass the next tokens of some sequences, whose keys and values so far are cached here.
 
         Args:
             packed: output of the previous stage; token ids, (batch, tokens), for the first stage.
             start: position of the first token; 0 begins new sequences.
+            sampling: how the next ids are drawn; the most likely ones are taken if it is not given.
 
         Returns:
-            The input of the next stage; from the last stage the most likely next ids, (batch, 1).
+            The input of the next stage; from the last stage the next ids, (batch, 1).
+
+        Raises:
+            NumericsError: ids are to be drawn from logits that are not finite.
         """
         outer = self._loaded
         if start == 0:
@@ -221,7 +229,9 @@ class Stage:
         for index, layer in self._layers.items():
             hidden = layer(hidden, **arguments[index])
         if self._assignment.head:
-            hidden = outer.logits(hidden[:, -1:]).argmax(-1)
+            position = start + hidden.shape[1]
+            logits = outer.logits(hidden[:, -1:])
+            hidden = logits.argmax(-1) if sampling is None else _draw(logits, sampling, position)
         handed_on = pack(hidden)
         return GenerateDone(held_bytes=generated.weight_bytes + generated.peak.bytes()), handed_on
 
@@ -377,3 +387,9 @@ class Stage:
                 self._next[index] += 1
             hidden = hidden if after is None else after
         return hidden
+
+
+def _draw(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
+    """Return the ids at a position, (batch, 1), given the logits of one token a sequence."""
+    numbers = range(*sampling.sequences)
+    return drawn(logits[:, 0], seed=sampling.seed, sequences=numbers, position=position)[:, None]

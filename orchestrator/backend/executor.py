@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from actors.messages import TrainRequest
+
 
 class FailureClass(StrEnum):
     """The classes of failures of a call, as named in events, records and reports."""
@@ -110,6 +112,31 @@ class ActorLocation:
     stack_file: str = ""
 
 
+class Training(Protocol):
+    """A group of workers that trains a model; the group restarts by itself after a loss."""
+
+    def done(self) -> bool:
+        """Return whether it has ended; this does not wait."""
+        ...
+
+    def result(self) -> None:
+        """Wait until it has ended, and release what it held.
+
+        It has ended well if all is trained, or if a stop was asked for in the run directory: what
+        is trained stands in the run directory.
+
+        Raises:
+            WorkerLost: its workers were lost too often.
+            WorkerFailed: the training raised an unexpected error.
+            CompressionError: what the training itself raised, on any worker.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """End the group at once, with all steps since its last checkpoint, and release it."""
+        ...
+
+
 class Executor(Protocol):
     """Spawns actors, starts calls on them, and returns their answers."""
 
@@ -140,6 +167,28 @@ class Executor(Protocol):
             InputLost: an argument was lost.
             WorkerFailed: the call raised an unexpected error.
             CompressionError: what the call itself raised.
+        """
+        ...
+
+    def train(
+        self,
+        request: TrainRequest,
+        *,
+        num_workers: tuple[int, int],
+        resources: Resources,
+        name: str,
+    ) -> Training:
+        """Start to train a model, on as many workers as there is room for.
+
+        Args:
+            request: what is trained, and where it stands.
+            num_workers: at least, and at most.
+            resources: of one worker.
+            name: shown in Ray's dashboard.
+
+        Raises:
+            ConfigError: a package is missing.
+            WorkerLost: the process that starts the workers was lost.
         """
         ...
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.backend.executor import ActorLocation, Resources
+from actors.messages import TrainRequest
+from orchestrator.backend.executor import ActorLocation, Resources, Training
 
 
 class LocalExecutor:
@@ -43,6 +44,25 @@ class LocalExecutor:
             raise ticket.error
         return ticket.value
 
+    def train(
+        self,
+        request: TrainRequest,
+        *,
+        num_workers: tuple[int, int],
+        resources: Resources,
+        name: str,
+    ) -> Training:
+        """Train the model now, and return the finished training."""
+        del num_workers, resources, name
+        from actors.training.group import Alone  # most runs train nothing
+        from actors.training.loop import train
+
+        try:
+            train(request, Alone())
+        except Exception as error:  # noqa: BLE001 as on Ray: raised by `Training.result`
+            return _Trained(error)
+        return _Trained()
+
     def kill(self, handle: Any) -> None:
         """Do nothing: the object is in this process."""
 
@@ -71,3 +91,20 @@ class _Answer:
 
     def __init__(self, value: Any, error: Exception | None = None) -> None:
         self.value, self.error = value, error
+
+
+class _Trained:
+    """A training that has ended."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Do nothing: it has ended."""

@@ -89,6 +89,13 @@ class Meters:
             "compress_money_spent",
             description="Workers times hours times the price of one; 0 without a price.",
         )
+        self._trained = metrics.Gauge(
+            "compress_training_tokens",
+            description="Tokens that a training of the whole model has seen, trials included.",
+        )
+        self._loss = metrics.Gauge(
+            "compress_training_loss", description="Loss of the last step of such a training."
+        )
         self._counts: Counter[str] = Counter()
         self._phase, self._left = "", 0
         for reason in LOSSES:  # so that a panel shows 0 before the first
@@ -96,6 +103,7 @@ class Meters:
         for reason in self._reasons:
             self._retries.set(0, tags={"reason": reason})
         self._layers.set(0)
+        self._trained.set(0)
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Count one event."""
@@ -107,6 +115,8 @@ class Meters:
             self._retries.set(self._counts[kind], tags={"reason": kind})
             if kind in LOSSES:
                 self._lost.set(self._counts[kind], tags={"reason": kind})
+        elif kind == "training":  # its tokens are those since the start, not of one unit
+            self._count_training(event)
         elif event["worker"] and event["start"]:
             self._count_unit(kind, event)
         if self._phase:
@@ -115,6 +125,11 @@ class Meters:
             self._phase = ""
         hours = (time.monotonic() - self._begun) / 3600
         self._money.set(hours * len(self._workers) * self._price)
+
+    def _count_training(self, event: Mapping[str, Any]) -> None:
+        self._trained.set(event["tokens"])
+        if event["loss"] is not None:
+            self._loss.set(event["loss"])
 
     def _count_unit(self, kind: str, event: Mapping[str, Any]) -> None:
         self._seconds.observe(event["seconds"], tags={"kind": kind})

@@ -17,40 +17,22 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.messages import TrainRequest
 from actors.storage import hub
 from actors.worker.host import Host
 from orchestrator.backend import preemption, ray_cluster
 from orchestrator.backend.executor import (
     ActorLocation,
     EarlyActor,
-    FailureClass,
-    InputLost,
     Resources,
-    WorkerFailed,
+    Training,
     WorkerLost,
 )
-from planners.errors import CompressionError
+from orchestrator.backend.ray_failures import SYSTEM_ERRORS, first_line, of_a_call, reason_of
 
-SYSTEM_ERRORS = (
-    RayActorError,
-    ObjectLostError,
-    WorkerCrashedError,
-    NodeDiedError,
-    OutOfMemoryError,
-)
 STACK_SIGNAL = signal.SIGUSR2
 STACK_SECONDS = 5.0  # within which a worker's node returns its stack trace
 STACK_FILE = "compress-cluster-stack-"  # followed by the process id
@@ -106,9 +88,22 @@ class RayExecutor:
         try:
             return ray.get(ticket)
         except RayTaskError as error:
-            raise _of_a_call(error) from error
+            raise of_a_call(error) from error
         except SYSTEM_ERRORS as error:
-            raise WorkerLost(_reason(error), _first_line(error)) from error
+            raise WorkerLost(reason_of(error), first_line(error)) from error
+
+    def train(
+        self,
+        request: TrainRequest,
+        *,
+        num_workers: tuple[int, int],
+        resources: Resources,
+        name: str,
+    ) -> Training:
+        """Start a group of Ray Train; nothing here waits for it."""
+        from orchestrator.backend.ray_training import start  # needs pandas, and a second or two
+
+        return start(request, num_workers=num_workers, resources=resources, name=name)
 
     def kill(self, handle: Any) -> None:
         """End the actor's process; Ray raises nothing if it has ended already."""
@@ -131,7 +126,7 @@ class RayExecutor:
         except GetTimeoutError:
             return f"its node did not answer within {STACK_SECONDS:g} s"
         except RayError as error:
-            return f"its node cannot be reached: {_first_line(error)}"
+            return f"its node cannot be reached: {first_line(error)}"
         return found
 
     def draining(self) -> Mapping[str, float]:
@@ -242,43 +237,3 @@ def _shown_stack(where: ActorLocation) -> str:
             if text:
                 return text
     return "its process does not react to signals: it is stopped, or waiting for a device"
-
-
-def _of_a_call(error: RayTaskError) -> Exception:
-    """Return what a call raised as one of the errors of `Executor.result`."""
-    cause: Any = error
-    while isinstance(cause, RayTaskError) and cause.cause is not None and cause.cause is not cause:
-        cause = cause.cause
-    # The actor that answers is healthy: an argument was lost, or the actor that made it.
-    if isinstance(error, SYSTEM_ERRORS) or isinstance(cause, SYSTEM_ERRORS):
-        return InputLost(_first_line(error))
-    if isinstance(cause, CompressionError):
-        cause.add_note(str(error))  # with the traceback in the worker
-        return cause
-    if _out_of_memory(cause):
-        return WorkerLost(FailureClass.OUT_OF_MEMORY, _first_line(cause))
-    return WorkerFailed(str(error))
-
-
-def _out_of_memory(cause: Exception) -> bool:
-    """Return whether a host or device was out of memory, without importing torch."""
-    named = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(cause)
-
-
-def _reason(error: Exception) -> FailureClass:
-    """Return the class of a loss: of the node, or of the process only."""
-    if isinstance(error, OutOfMemoryError):
-        return FailureClass.OUT_OF_MEMORY
-    if getattr(error, "preempted", False):
-        return FailureClass.PREEMPTED
-    if isinstance(error, NodeDiedError) or "node has died" in str(error):
-        return FailureClass.NODE_LOST
-    if isinstance(error, ActorUnavailableError) and not ray_cluster.node_reachable(error.actor_id):
-        return FailureClass.NODE_LOST  # before Ray itself notices
-    return FailureClass.WORKER_CRASHED
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,10 +16,13 @@ from rich.progress import (
 from rich.text import Text
 
 from orchestrator.engine.failure_policy import RECOVERY_TEXT
+from orchestrator.report.sparkline import sparkline
 from orchestrator.rundir.journal import Event
+from orchestrator.rundir.training_state import TRAINING, training_state
 from planners.units.kinds import PHASES, kinds_of, layer_of
 
 LOG_SECONDS = 5.0  # between two lines of a phase where there is no terminal
+CURVE = 8  # letters of a curve of losses
 
 
 class ProgressScreen:
@@ -31,6 +34,8 @@ class ProgressScreen:
         self._phase, self._name = "", ""
         self._total, self._done, self._tokens = 0, 0, 0
         self._layers: set[int] = set()
+        self._trainings: list[Event] = []
+        self._before = 0  # steps that were done when the clock was set
         self._begun, self._last_line = time.monotonic(), 0.0
         self._task: TaskID | None = None
         self._progress = Progress(
@@ -66,6 +71,8 @@ class ProgressScreen:
             self._end(event)
         elif kind in kinds_of(self._phase):
             self._advance(event)
+        elif kind == TRAINING and self._phase:
+            self._train(event)
         elif kind == "statistics missing":
             self._console.print(f"calibrating missing statistics: {event['detail']}")
         elif kind == "step":
@@ -81,6 +88,7 @@ class ProgressScreen:
         self._phase = self._name = event["unit"]
         self._total = event["tokens"]
         self._done, self._tokens, self._layers, self._begun = 0, 0, set(), time.monotonic()
+        self._trainings, self._before = [], 0
         words = PHASES[self._phase].first_words if self._phase in PHASES else ""
         self._task = self._progress.add_task(self._phase, total=self._total, rate=words)
 
@@ -97,12 +105,33 @@ class ProgressScreen:
             self._progress.update(
                 self._task, completed=self._done, description=self._name, rate=rate
             )
-        late = time.monotonic() - self._last_line > LOG_SECONDS
-        if not self._console.is_terminal and late and self._done < self._total:
-            self._last_line = time.monotonic()
-            left = seconds / self._done * (self._total - self._done)
+        if self._done < self._total:
+            left = seconds / (self._done - self._before) * (self._total - self._done)
             done = f"{self._done} of {self._total} steps"
-            self._console.print(f"{self._name}: {done}, {rate}, about {left:.0f} s left")
+            self._log(f"{done}, {rate}, about {left:.0f} s left")
+
+    def _train(self, event: Event) -> None:
+        """Show how far the training of the whole model is; the bar counts its steps meanwhile."""
+        self._trainings.append(event)
+        state = training_state(self._trainings)
+        if state is None:
+            return
+        done, total = state.step, state.steps
+        said = f"{state.text} {sparkline(state.losses, width=CURVE)}"
+        if state.is_done:
+            self._done += 1
+            self._before, self._begun = self._done, time.monotonic()
+            done, total = self._done, self._total
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, rate=said)
+        left = "" if state.seconds_left is None else f", about {state.seconds_left:.0f} s left"
+        self._log(f"step {state.step} of {state.steps}, {said}{left}")
+
+    def _log(self, said: str) -> None:
+        """Print a line about the running phase where there is no terminal, but not too often."""
+        if not self._console.is_terminal and time.monotonic() - self._last_line > LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"{self._name}: {said}")
 
     def _rate(self, seconds: float) -> str:
         """Return the rate, the number of layers and the number of workers."""

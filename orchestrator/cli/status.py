@@ -148,8 +148,9 @@ def _steps_done(run_: Directory) -> list[dict[str, Any]]:
 
 def _without_number(unit: str) -> str:
     """Return the name of a unit without its number: ``evaluation-dense``, ``basis``."""
-    words = list(takewhile(lambda word: not word.isdigit(), unit.split("-")))
-    return "-".join(words[:-1] or words)
+    every = unit.split("-")
+    words = list(takewhile(lambda word: not word.isdigit(), every))
+    return "-".join(words[:-1] or words) if words != every else unit  # ``export-head``: no number
 
 
 def print_report(found: dict[str, Any], *, json_: bool) -> None:

@@ -1,7 +1,8 @@
 """The workers of a run: slots that are refilled when a process is lost."""
 
+import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -166,6 +167,18 @@ class Pool:
     def record_peaks(self, answers: Sequence[Any]) -> None:
         """Record the highest memory peak that workers report."""
         self.peak_bytes = max([self.peak_bytes, *(a.peak_bytes for a in answers)])
+
+    @contextlib.contextmanager
+    def vacated(self) -> Iterator[None]:
+        """End all workers for a block, which can use what they held; then start others.
+
+        No call may be running. After a block that raises the pool stays empty: the run ends.
+        """
+        num_workers = len(self._slots)
+        self.close()
+        yield
+        self._draining.clear()
+        self._slots = [self._filled(slot) for slot in range(num_workers)]
 
     def close(self) -> None:
         """End all workers, and withdraw the resource request from the cluster."""

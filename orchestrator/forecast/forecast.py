@@ -21,6 +21,7 @@ from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import workload_of
 from orchestrator.prepare.prepare import longest_sequence
 from orchestrator.prepare.prepared import Prepared, with_workspace
+from orchestrator.prepare.recovery import recovery_of
 from orchestrator.prepare.steps import StepInput, planned, started
 from orchestrator.recipe.config import DEFAULT_SEQUENCE_LENGTH, RunConfig
 from orchestrator.recipe.method_options import chosen_methods, resolve_options, resolve_steps
@@ -200,6 +201,7 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
         shards=config.calibration.shards,
     )
     recipes = workload_of(config, batching, device=device.lower())
+    recovery = recovery_of(config, sequences, length)
     work = replace(recipes, num_workers=workers, worker_bytes=memory)
     evaluated = (config.evaluation.sequences or SEQUENCES) * length
     source = StepInput(config=found, shape=shape, start=started(shape, config.dtype))
@@ -211,7 +213,9 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
         path = f"steps[{index}]" if config.steps else ""
         others = [] if config.steps else other_methods(step[0])
         target = with_workspace(config.targets[index], source.shape, source.start)
-        plan = planned(step, target, source, work, path=path, others=others)
+        last = index == len(steps) - 1
+        own = replace(work, recovery=recovery if last else None)
+        plan = planned(step, target, source, own, path=path, others=others)
         jobs.append(
             Job(
                 plan=plan,
@@ -222,9 +226,10 @@ def forecast(config: RunConfig, devices: Devices | None, terms: Pricing) -> Fore
                 start=source.start.form,
                 former=tuple(jobs),
                 from_hub=from_hub and not jobs,
+                recovery=own.recovery,
             )
         )
-        if index < len(steps) - 1:
+        if not last:
             source = source.after(plan.form)
     targets = config.targets
     of_device = "cpu" if device.upper() == "CPU" else "cuda"
@@ -263,6 +268,7 @@ def forecast_of(prepared: Prepared, terms: Pricing, *, calibrated: bool = False)
                 from_hub=not jobs and step.model_uri.startswith(SCHEME),
                 carried=bool(step.former) and step.former[-1].carries,
                 reused=reused if step is prepared.origin else frozenset(),
+                recovery=step.recovery,
             )
         )
     targets = [step.config.target for step in chain]

@@ -252,6 +252,7 @@ def _extras() -> Iterator[Check]:
     """Yield optional packages and whether they are installed."""
     for module, why in (
         ("boto3", "cluster.yaml on AWS"),
+        ("pandas", "training of a whole model, by Ray Train,"),
         ("sentencepiece", "text for a model that has only a tokenizer.model"),
     ):
         there = importlib.util.find_spec(module) is not None

@@ -11,19 +11,22 @@ from orchestrator.engine.dispatch import run_units
 from orchestrator.engine.fresh_process import EvaluatorProcess
 from orchestrator.engine.work_context import WorkContext
 from orchestrator.engine.worker_pool import Pool
-from orchestrator.prepare.prepared import Prepared
+from orchestrator.prepare.prepared import Prepared, teacher_of
 from orchestrator.rundir.journal import Journal
-from orchestrator.rundir.layout import CALIBRATION_TOKENS
+from orchestrator.rundir.layout import CALIBRATION_TOKENS, RESULT
 from planners.canonical_json import fingerprint, to_json
 from planners.model.cost import model_parameters
 from planners.model.form import ModelForm
 from planners.model.serving_load import LayerTimes
+from planners.recovery import SHRUNK
 from planners.steps import is_identity
-from planners.units.kinds import KINDS
+from planners.units.kinds import KINDS, MODEL
 from planners.units.units import (
+    RecoveryUnits,
     Unit,
     carried_units,
     compression_units,
+    recovery_units,
     refit_units,
     statistics_units,
 )
@@ -97,10 +100,32 @@ class RunContext(WorkContext):
         return tuple(chain), tuple(chosen)
 
     @cached_property
-    def units(self) -> tuple[Unit, ...]:
-        """All units whose files or bases are in the result."""
+    def shrunk(self) -> tuple[Unit, ...]:
+        """All units whose files or bases are in the model that the method made."""
         made = [unit for unit in self.made if unit.lasting and unit.kind != "draft"]
         return (*self.refitting[1], *made)
+
+    @cached_property
+    def recovering(self) -> RecoveryUnits | None:
+        """The units that train that model; None where the recipe does not ask for it."""
+        prepared = self.prepared
+        if prepared.recovery is None:
+            return None
+        return recovery_units(
+            [unit for unit in self.shrunk if KINDS[unit.kind].leaves == MODEL],
+            prepared.recovery,
+            tokens_hash=prepared.recovery_hash,
+            teacher=teacher_of(prepared).identity,
+            identity=prepared.identity,
+        )
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All units whose files or bases are in the result."""
+        if self.recovering is None:
+            return self.shrunk
+        bases = [unit for unit in self.shrunk if KINDS[unit.kind].leaves != MODEL]
+        return (*self.recovering.kept, *bases)
 
     @property
     def is_idle(self) -> bool:
@@ -159,6 +184,9 @@ class RunContext(WorkContext):
             statistics_dtype=prepared.identity.statistics_dtype,
             contents=prepared.contents,
             in_flight_bytes=prepared.plan.in_flight_bytes,
+            folder=SHRUNK if prepared.recovery is not None else RESULT,
+            recovery=prepared.recovery,
+            save_steps=prepared.config.recover.save_steps,
         )
 
 

@@ -15,7 +15,6 @@ from orchestrator.prepare.evaluation_plan import (
     own_dtype,
 )
 from orchestrator.prepare.prepared import Prepared
-from orchestrator.rundir.layout import EVALUATION_TOKENS
 from planners.batching import TokenBatching
 from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint
@@ -112,9 +111,18 @@ def evaluate(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Lo
         return _loss(context, plan, subject, parts)
 
 
+def loss_of(context: WorkContext, plan: EvaluationPlan, subject: Subject) -> Loss:
+    """Return what `evaluate` does, within a phase that is going on.
+
+    Raises:
+        NumericsError: the loss of a part is not finite.
+    """
+    return _loss(context, plan, subject, _parts(plan, subject))
+
+
 def _parts(plan: EvaluationPlan, subject: Subject) -> list[tuple[Unit, tuple[int, int]]]:
     """Return the units of an evaluation, each with its rows of the tokens."""
-    rows = plan.batching.microbatches
+    rows = [(a + plan.first, b + plan.first) for a, b in plan.batching.microbatches]
     return [(_part(plan, subject, index, ab), ab) for index, ab in enumerate(rows)]
 
 
@@ -195,7 +203,7 @@ def _evaluation_pass(
         microbatches=[
             Microbatch(
                 index=number - start,
-                tokens=EVALUATION_TOKENS,
+                tokens=plan.tokens,
                 rows=left[number][1],
                 loss=last,
                 read_boundary=boundary_name(stream, into, number) if into else "",

@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.engine.failure_policy import POLICIES
 from orchestrator.phases.context import RunContext
 from orchestrator.phases.evaluate import Loss
+from orchestrator.phases.recovery_outcome import recovery_outcome
 from orchestrator.phases.refit import refit_losses
 from orchestrator.phases.stored import layer_matrices, storage
 from orchestrator.phases.times import promised
@@ -117,6 +118,7 @@ def outcome(
         "sites": [*_former(context, "sites"), *_sites(context)],
         "layers": _layers(context),
         "refit": _refit(context),
+        "recovery": recovery_outcome(context),
         "timeline": _timeline(events, begun),
         "events": [
             {"at": event["at"] - begun, "what": event["kind"], "detail": event["detail"]}

@@ -69,8 +69,8 @@ def corrupt_files(context: RunContext) -> list[str]:
 def _known_widths(context: RunContext) -> RunContext | None:
     """Return the context with the widths that an earlier driver chose, if its records exist."""
     prepared, ledger = context.prepared, context.ledger
-    if prepared.options.get("refit"):
-        return None  # its units pass on activations that are not among the files of any unit
+    if prepared.options.get("refit") or prepared.recovery is not None:
+        return None  # their units pass on activations that are not among the files of any unit
     if not all(ledger.is_known(unit) for unit in context.sums if unit.taps):
         return None
     if not all(ledger.done(unit) for unit in measuring(context)):

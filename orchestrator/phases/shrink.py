@@ -6,6 +6,7 @@ from orchestrator.phases.allocate import allocate
 from orchestrator.phases.calibrate import calibrate
 from orchestrator.phases.compress import compress
 from orchestrator.phases.context import RunContext
+from orchestrator.phases.recover import recover
 from orchestrator.phases.refit import refit
 from orchestrator.phases.stitch import stitch
 
@@ -27,5 +28,6 @@ def shrink(
     if not context.is_idle:
         compress(context)
         refit(context)
+        recover(context)
         stitch(context)
     return context

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -20,11 +20,13 @@ from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.prepare.model_config import least_transformers, result_config, stored
 from orchestrator.report.numbers import NBSP, bytes_text
 from orchestrator.report.serving import serving, serving_lines
+from orchestrator.rundir.layout import RESULT
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.errors import ModelError
 from planners.families import load as load_family
 from planners.model.shape import ModelShape
 from planners.model.weight_files import weight_files
+from planners.units.kinds import KINDS
 from planners.units.units import Unit
 
 
@@ -47,12 +49,17 @@ def stitch(context: RunContext) -> None:
         return
     with context.phase("stitch", total=1):
         started, begun = time.time(), time.monotonic()
-        files = _write_model(context)
+        files = _write_model(context, RESULT, context.units)
         done = UnitDone(unit=unit.name, worker="driver", incarnation="", device="", files=files,
                         started=started, seconds=time.monotonic() - begun)  # fmt: skip
         context.ledger.commit(unit, done, attempt=1)
         context.journal.emit("stitch", unit=unit.name, worker="driver", start=started,
                              seconds=done.seconds)  # fmt: skip
+
+
+def stitch_in(context: RunContext, folder: str, units: Sequence[Unit]) -> None:
+    """Write index, config, code and tokenizer beside files of units in another folder."""
+    _write_model(context, folder, units)
 
 
 def stitched(context: RunContext) -> Subject:
@@ -61,7 +68,7 @@ def stitched(context: RunContext) -> Subject:
     return Subject(name="compressed", uri=context.run.below("model"), identity=identity)
 
 
-def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
+def _write_model(context: RunContext, folder: str, units: Sequence[Unit]) -> tuple[FileEntry, ...]:
     run, prepared = context.run, context.prepared
     plan, form, source = prepared.plan, context.form, Directory(prepared.model_uri)
     chain = [*prepared.former, prepared]
@@ -86,14 +93,14 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
     if prepared.former:
         compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
         del compression["options"]
-    files = [run.write(f"model/{INDEX}", _json(_index(context)))]
+    files = [run.write(f"{folder}{INDEX}", _json(_index(context, units)))]
     new_config = stored({
         **result_config(prepared.model_config, plan.shape, form),
         "compression": compression,
     })  # fmt: skip
-    files.append(run.write("model/config.json", _json(new_config)))
+    files.append(run.write(f"{folder}config.json", _json(new_config)))
     if not form.native:
-        files.append(run.write(f"model/{CODE}", code_of(plan.shape.model_type)))
+        files.append(run.write(f"{folder}{CODE}", code_of(plan.shape.model_type)))
     if tokenizer_hash(source) != prepared.tokenizer_hash:
         raise ModelError(
             f"{source.uri}: the tokenizer or generation_config.json has changed since this run "
@@ -102,8 +109,8 @@ def _write_model(context: RunContext) -> tuple[FileEntry, ...]:
             "another --out",
         )
     present = [name for name in TAKEN_OVER if source.size(name) is not None]
-    files += [run.write(f"model/{name}", source.read(name)) for name in present]
-    files.append(run.write("model/README.md", _card(compression, new_config).encode()))
+    files += [run.write(f"{folder}{name}", source.read(name)) for name in present]
+    files.append(run.write(f"{folder}README.md", _card(compression, new_config).encode()))
     return tuple(files)
 
 
@@ -112,7 +119,7 @@ def code_hash(shape: ModelShape) -> str:
     return hashlib.sha256(code_of(shape.model_type)).hexdigest()
 
 
-def _index(context: RunContext) -> dict[str, Any]:
+def _index(context: RunContext, units: Sequence[Unit]) -> dict[str, Any]:
     """Return the index: the file of each tensor, and the bytes of all tensors without headers."""
     weight_map: dict[str, str] = {}
     total = 0
@@ -122,13 +129,21 @@ def _index(context: RunContext) -> dict[str, Any]:
         (family.final_norm, family.norm_bias, family.head_shortcut, family.head_bias), "norm"
     )
     own[family.positions] = "positions"
-    for unit in context.units:
+    for unit in units:
         tensors = context.ledger.record(unit).values.get("tensors", {})
         assert isinstance(tensors, dict)  # written by our own units
         for name, tensor in tensors.items():
-            weight_map[name] = names[own.get(name, unit.name)]
+            weight_map[name] = names[own.get(name, part_of(unit))]
             total += math.prod(tensor["shape"]) * TORCH_DTYPE[tensor["dtype"]].itemsize
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def part_of(unit: Unit) -> str:
+    """Return the part of the weights that a unit writes (see `weight_files`)."""
+    kind = KINDS[unit.kind]
+    if kind.of == "layer":
+        return f"layer-{unit.index:05d}"
+    return kind.stem.rpartition("-")[2]
 
 
 def _card(compression: Mapping[str, Any], config: Mapping[str, Any]) -> str:

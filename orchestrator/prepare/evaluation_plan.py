@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.rundir.layout import EVALUATION_TOKENS
 from planners.batching import TokenBatching
 from planners.plan import StagePlan
 
@@ -57,6 +58,8 @@ class EvaluationPlan:
         device: class of device.
         own_dtype: of the model, in which losses are measured if that makes no difference to them;
             empty if that is not a question.
+        tokens: the file in the run directory that holds the tokens.
+        first: sequence of that file with which they begin.
     """
 
     family: str
@@ -67,6 +70,8 @@ class EvaluationPlan:
     device: str
     chains: int = 1
     own_dtype: str = ""
+    tokens: str = EVALUATION_TOKENS
+    first: int = 0
 
     @property
     def num_workers(self) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,12 @@ from actors.storage.tokens import prepare_tokens, tokens_hash
 from orchestrator.prepare.evaluation_plan import exact_dtype
 from orchestrator.prepare.machine import chosen_device, usable_gib, workload_of
 from orchestrator.prepare.prepared import Prepared, with_workspace
+from orchestrator.prepare.recovery import (
+    checked,
+    other_teacher,
+    recovery_of,
+    recovery_text,
+)
 from orchestrator.prepare.steps import StepInput, chained, planned, started
 from orchestrator.recipe.config import Facts, RunConfig, resolved, with_tokens
 from orchestrator.recipe.method_options import chosen_methods, resolve_layer_options, resolve_steps
@@ -82,7 +89,9 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         dtype=config.calibration_dtype,
         shards=config.calibration.shards,
     )
-    work = workload_of(config, batching, device=device)
+    text = recovery_text(config, calibration, source.uri, shape.vocab_size)
+    recovery = recovery_of(config, *text.shape)
+    work = replace(workload_of(config, batching, device=device), recovery=recovery)
     start = started(shape, config.dtype)
     steps = list(zip(specs, options, strict=True))
     dense = StepInput(config=checkpoint.config, shape=shape, start=start)
@@ -115,8 +124,12 @@ def prepare(given: RunConfig, *, only_plan: bool = False) -> Prepared:
         statistics_uri=config.stats,
         start=start,
         work=work,
+        recovery=recovery,
+        recovery_tokens=text.tokens if recovery else None,
+        recovery_hash=text.key if recovery else "",
+        teacher=other_teacher(config, shape.vocab_size),
     )
-    return chained(first, steps, checkpoint)
+    return checked(chained(first, steps, checkpoint))
 
 
 def _require_loader() -> None:

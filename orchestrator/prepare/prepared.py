@@ -18,6 +18,7 @@ from planners.model.shape import ModelShape
 from planners.model.taps import Statistic
 from planners.plan import RunPlan
 from planners.planning import Workload
+from planners.recovery import REVISION, Recovery
 from planners.units.units import Identity
 
 
@@ -47,6 +48,11 @@ class Prepared:
         work: how much data passes through the model.
         former: the steps before this one, where several methods are applied in turn. What depends
             on their results, such as the content hash of this one's input, is not known yet.
+        recovery: how the result of the last step is trained, where the recipe asks for it.
+        recovery_tokens: on what, (sequences, tokens), int64, those that are held out at the end;
+            None where there is no recovery, and where the input model writes them.
+        recovery_hash: of what determines these tokens; empty without recovery.
+        teacher: whose logits are learnt, where it is not the input model.
         carries: the next step's statistics are rotated from this one's, not measured again.
         expected: the forecast of the run, for the report to compare with.
         begun: when the command that does it began, in seconds since the epoch; 0 if only the
@@ -73,6 +79,10 @@ class Prepared:
     statistics_uri: str = ""
     extra_statistics: frozenset[Statistic] = frozenset()
     former: tuple["Prepared", ...] = ()
+    recovery: Recovery | None = None
+    recovery_tokens: np.ndarray | None = None
+    recovery_hash: str = ""
+    teacher: Subject | None = None
     carries: bool = False
     expected: Mapping[str, Any] = field(default_factory=dict)
     begun: float = 0.0
@@ -154,6 +164,11 @@ class Prepared:
             "evaluation data": self.evaluation_hash,
             **(steps if self.former else only),
             "dtype": self.start.form.dtype or None,
+            # None, not a value: runs of older versions do not have the keys.
+            "recover": self.recovery and to_json(self.recovery),
+            "recovery revision": self.recovery and REVISION,
+            "recovery data": self.recovery_hash or None,
+            "recovery teacher": self.teacher.identity if self.teacher else None,
             "microbatch sequences": self.identity.batching.microbatch_sequences,
             "shards": self.identity.batching.shards,
             "calibration_dtype": self.identity.batching.dtype,
@@ -173,6 +188,11 @@ def with_workspace(target: Target, shape: ModelShape, start: Start) -> Target:
 def revisions(spec: MethodSpec) -> dict[str, int]:
     """Return method -> revision of those that compete; empty for a single method."""
     return {each.spec.name: each.spec.revision for each in spec.candidates}
+
+
+def teacher_of(prepared: Prepared) -> Subject:
+    """Return the model whose logits a result learns."""
+    return prepared.teacher or dense_subject(prepared)
 
 
 def dense_subject(prepared: Prepared) -> Subject:

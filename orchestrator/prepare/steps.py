@@ -102,6 +102,9 @@ def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) ->
     found: list[Prepared] = []
     for index, step in enumerate(steps):
         target = config.targets[index]
+        # The result of the last step is what is trained.
+        own = first.recovery if index == len(steps) - 1 else None
+        work = replace(first.work, recovery=own)
         found.append(
             replace(
                 first,
@@ -109,7 +112,9 @@ def chained(first: "Prepared", steps: Sequence[Step], checkpoint: Checkpoint) ->
                 model_config=source.config,
                 spec=step[0],
                 options=step[1],
-                plan=planned(step, target, source, first.work, path=f"steps[{index}]"),
+                plan=planned(step, target, source, work, path=f"steps[{index}]"),
+                work=work,
+                recovery=own,
                 start=source.start,
                 former=tuple(found),
                 statistics_uri=first.statistics_uri if index == 0 else "",

@@ -140,6 +140,84 @@ class ServingConfig(_Section):
     ] = Field(default=None, ge=1, le=MAX_COUNT, description="a whole number from 1")
 
 
+class RecoverConfig(_Section):
+    """Training of the compressed model on text, once it is made; all but the last key fix bytes.
+
+    Attributes:
+        data: ``calibration`` is the calibration data, ``self`` what the input model writes behind
+            the first tokens of each of its sequences; or a source of text.
+        tokens: to train on, counted as often as they are seen. One epoch of the data if None.
+        parts: of a batch, whose gradients are summed in order: the most workers that can share a
+            step.
+        learning_rates: of several, each is tried for a quarter of the steps.
+        relative: the rates are relative to the root mean square of each tensor.
+        held_out: sequences at the end of the data that are not trained on; a sixteenth if None.
+        seed: of the order of sequences; that of the recipe if None.
+    """
+
+    mode: Annotated[
+        Literal["none", "local", "global"],
+        Flag(
+            "--recover MODE",
+            "Train the compressed model on text: local, each layer alone to the output of the "
+            "layer it was made from, or global, the whole model to the input model's logits. "
+            "[none]",
+        ),
+    ] = Field(default="none", description="none, local or global")
+    data: Annotated[
+        str,
+        Flag(
+            "--recover-data SRC",
+            "Text to train on: calibration, self (written by the input model), or a source as "
+            "for --calibration. [calibration]",
+        ),
+    ] = Field(default="calibration", min_length=1, description="calibration, self, or a source")
+    tokens: Annotated[
+        int | None,
+        Flag(
+            "--recover-tokens N", "Tokens to train on, repeats counted. [those of the data, once]"
+        ),
+    ] = Field(default=None, ge=1, description="a whole number from 1")
+    teacher: Annotated[
+        str,
+        Flag(
+            "--recover-teacher MODEL",
+            "The model whose logits are learnt, with the same vocabulary. [the input model]",
+        ),
+    ] = Field(default="", description="a directory, a URI, a Hub id, or an alias")
+    prompt_tokens: int = Field(default=16, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    batch: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    parts: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    trains: Annotated[
+        Literal["made", "all", "lora"],
+        Flag(
+            "--recover-trains WHAT",
+            "made, the tensors that the cut made; all tensors of the layers; or lora, low-rank "
+            "changes of their linears.",
+        ),
+    ] = Field(default="made", description="made, all or lora")
+    loss: Literal["kl", "labels"] = Field(default="kl", description="kl or labels")
+    learning_rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[0.01, 0.003], min_length=1, max_length=8,
+        description="a list of numbers above 0 and up to 1",
+    )  # fmt: skip
+    relative: bool = Field(default=True, description="true or false")
+    schedule: Literal["cosine", "linear"] = Field(default="cosine", description="cosine or linear")
+    warmup: int = Field(default=8, ge=0, le=MAX_COUNT, description="a whole number from 0")
+    weight_decay: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 and below 1")
+    clip: float = Field(default=0.0, ge=0, description="a number from 0")
+    rank: int = Field(default=8, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    alpha: float = Field(default=16.0, gt=0, description="a number above 0")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 and below 1")
+    held_out: int | None = Field(
+        default=None, ge=1, le=MAX_COUNT, description="a whole number from 1"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1"
+    )
+    save_steps: int = Field(default=64, ge=1, le=MAX_COUNT, description="a whole number from 1")
+
+
 class StepConfig(_Section):
     """One of several methods, applied one after the other.
 
@@ -322,6 +400,7 @@ class RunConfig(_Section):
     )
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    recover: RecoverConfig = RecoverConfig()
     seed: Annotated[int, Flag("--seed S", "Seed of the choice of sequences.")] = Field(
         default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1"
     )
@@ -471,6 +550,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
     "serving": ServingConfig,
+    "recover": RecoverConfig,
 }
 
 

@@ -25,7 +25,10 @@ def nearest_key(path: str, known: Sequence[str]) -> str:
     """Return the known keys whose last part is nearest to that of an unknown one, as a question."""
     section, _, name = path.rpartition(".")
     leaves = {key: key.rpartition(".")[2] for key in known}
-    meant = nearest(name, leaves.values())
-    found = [key for key, leaf in leaves.items() if leaf == meant]
-    here = [key for key in found if key.rpartition(".")[0] == section]
-    return f"; did you mean {' or '.join(here or found)}?" if found else ""
+    here = {key: leaf for key, leaf in leaves.items() if key.rpartition(".")[0] == section}
+    for some in (here, leaves):
+        meant = nearest(name, some.values())
+        if meant:
+            found = [key for key, leaf in some.items() if leaf == meant]
+            return f"; did you mean {' or '.join(found)}?"
+    return ""

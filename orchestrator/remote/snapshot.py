@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from orchestrator.rundir import lease
 from orchestrator.rundir.finished import finished_report
 from orchestrator.rundir.journal import Event
 from orchestrator.rundir.layout import READY
+from orchestrator.rundir.training_state import TRAINING, TrainingState, training_state
 from planners.errors import StorageError
 from planners.simulation.simulate import Quantiles
 from planners.units.kinds import STATES, WAITING, kind_of, kinds_of, layer_of
@@ -61,6 +62,7 @@ class Snapshot:
         verdict: ``READY``, ``running``, ``stopped``, or ``not begun``.
         layers: state of each.
         phase: where it is; None between phases.
+        training: how far that of the whole model is; None where none has begun.
         phases: name -> seconds, of those that ended.
         workers: by name.
         troubles: kind -> how many workers went so.
@@ -81,6 +83,7 @@ class Snapshot:
     verdict: str
     layers: Sequence[str]
     phase: Phase | None
+    training: TrainingState | None
     phases: Mapping[str, float]
     workers: Sequence[Worker]
     troubles: Mapping[str, int]
@@ -132,6 +135,7 @@ class Watcher:
             verdict=verdict,
             layers=_layers(self.run, int(shape.get("num_layers", 0))),
             phase=phase,
+            training=training_state(events),
             phases=ended,
             workers=workers,
             troubles=Counter(e["kind"] for e in events if e["kind"] in TROUBLE),
@@ -205,7 +209,7 @@ def _phase(
     steps = [e for e in after if e["kind"] in kinds_of(name)]
     seconds = max(now - begin["at"], 1e-6)
     done, total = len(steps), begin["tokens"]
-    return Phase(
+    phase = Phase(
         name=name,
         done=done,
         total=total,
@@ -214,6 +218,27 @@ def _phase(
         tokens_per_second=sum(e["tokens"] for e in steps) / seconds,
         seconds_left=seconds / done * max(0, total - done) if done else None,
     )
+    return _of_training(phase, after, now)
+
+
+def _of_training(phase: Phase, events: Sequence[Event], now: float) -> Phase:
+    """Return a phase by the steps of the training in it, then by the units that follow."""
+    state = training_state(events)
+    if state is None:
+        return phase
+    ended = next(e["at"] for e in reversed(events) if e["kind"] == TRAINING)
+    if not state.is_done:
+        left = None if state.seconds_left is None else max(0.0, state.seconds_left - now + ended)
+        return replace(
+            phase,
+            done=state.step,
+            total=state.steps,
+            tokens_per_second=state.tokens_per_second,
+            seconds_left=left,
+        )
+    units = phase.done  # those behind the training, which is itself one of the phase
+    left = (now - ended) / units * max(0, phase.total - units - 1) if units else None
+    return replace(phase, done=units + 1, tokens_per_second=0.0, seconds_left=left)
 
 
 def _ended(events: Sequence[Event]) -> dict[str, float]:

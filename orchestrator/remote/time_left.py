@@ -14,8 +14,8 @@ class Phase:
 
     Attributes:
         name: such as ``calibrate``.
-        done: units of it.
-        total: units of it.
+        done: units of it; of a training of the whole model, while it goes on, steps.
+        total: likewise.
         begun: seconds since the epoch.
         planned: seconds that it was expected to take; 0 where nothing was.
         tokens_per_second: that pass the first stage; 0 where none do.

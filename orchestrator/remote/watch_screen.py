@@ -14,9 +14,10 @@ from orchestrator.remote.snapshot import Snapshot
 from orchestrator.remote.time_left import Phase
 from orchestrator.report.numbers import bytes_text, seconds_text
 from orchestrator.report.over_plan import over_plan
+from orchestrator.report.sparkline import sparkline
 from orchestrator.report.terminal import TONES
 from orchestrator.rundir.journal import Event
-from planners.units.kinds import DONE, MEASURED, PHASES, STATES, SUMMED, WAITING
+from planners.units.kinds import DONE, KINDS, MEASURED, PHASES, STATES, SUMMED, WAITING
 
 CELLS = {  # a letter too: some people cannot tell the colours apart
     WAITING: ("·", "bright_black"),
@@ -27,6 +28,8 @@ CELLS = {  # a letter too: some people cannot tell the colours apart
 VERDICTS = {"READY": "bold green", "running": "bold cyan", "stopped": "bold red"}
 ROW = 40  # layers in a row of the grid, at most
 MAX_WORKERS = 12
+CURVE = 32  # letters of a curve of losses, at most
+_TRAINED_IN = KINDS["recover_model"].phase
 
 
 def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> RenderableType:
@@ -36,7 +39,7 @@ def screen(snapshot: Snapshot, *, price: float, now: float, width: int) -> Rende
     """
     parts: list[RenderableType] = [_head(snapshot, price or snapshot.price_per_hour), Text()]
     if snapshot.phase is not None:
-        parts += [_progress(snapshot.phase, now, width), Text()]
+        parts += [_progress(snapshot.phase, now, width), *_training(snapshot, width), Text()]
     if snapshot.layers:
         parts += [_grid(snapshot, width), Text()]
     if snapshot.workers:
@@ -54,7 +57,7 @@ def lines(before: Snapshot | None, now: Snapshot) -> Iterator[str]:
     known = [] if before is None else [line.partition(" ")[0] for line in _over_plan(before)]
     yield from (line for line in _over_plan(now) if line.partition(" ")[0] not in known)
     if now.phase is not None and (before is None or before.phase != now.phase):
-        yield _phase_words(now.phase)
+        yield " \u00b7 ".join([_phase_words(now.phase), *_losses(now)])
     if before is None or before.verdict != now.verdict:
         yield f"{now.verdict} {now.uri}" + (f" ({now.holder})" if now.holder else "")
 
@@ -104,6 +107,26 @@ def _progress(phase: Phase, now: float, width: int) -> RenderableType:
     table.add_row(Text(phase.name, style="bold"), bar, Text(text))
     words = "" if phase.done or phase.name not in PHASES else PHASES[phase.name].first_words
     return Group(table, Text(words, style="dim")) if words else table
+
+
+def _losses(snapshot: Snapshot) -> list[str]:
+    """Return the losses of the training and the tokens that it saw, in the phase that trains."""
+    state = snapshot.training
+    if state is None or snapshot.phase is None or snapshot.phase.name != _TRAINED_IN:
+        return []
+    return [state.text, f"{state.tokens:,} tokens"]
+
+
+def _training(snapshot: Snapshot, width: int) -> list[RenderableType]:
+    """Return the line of a training with the curve of its losses; none in other phases."""
+    said, state = " \u00b7 ".join(_losses(snapshot)), snapshot.training
+    if not said or state is None:
+        return []
+    line = Text.assemble(("training ", "dim"), said, no_wrap=True, overflow="ellipsis")
+    room = min(CURVE, width - line.cell_len - 2)
+    if room > 0:
+        line.append(f"  {sparkline(state.losses, width=room)}", "cyan")
+    return [line]
 
 
 def _phase_rest(phase: Phase) -> str:

@@ -9,7 +9,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.report import bits, expected, layers, numbers, spectra, summary, timeline
+from orchestrator.report import (
+    bits,
+    expected,
+    layers,
+    numbers,
+    spectra,
+    summary,
+    timeline,
+    training,
+)
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import events as read_events
 from orchestrator.report.document import layers as read_layers
@@ -88,6 +97,7 @@ def _headline(report: Document) -> dict[str, Any]:
         "measured_on": summary.measured_on(report),
         "makers_note": summary.makers_note(report),
         "refit_note": summary.refit_note(report),
+        "recovery_note": training.recovery_note(report),
         "memory_note": summary.memory_note(report),
         "statistics_note": summary.statistics_note(report),
         "throughput_note": summary.throughput_note(report),
@@ -124,6 +134,8 @@ def _evidence(report: Document) -> dict[str, Any]:
             layers.errors(blocks),
             bits.errors(blocks),
         ),
+        "training_plots": _drawn(training.curve(report), training.errors(report)),
+        "training_tables": training.tables(report),
         "time_plots": _drawn(timeline.workers(spans, events)),
     }
 

@@ -1,6 +1,5 @@
 """A sweep as a self-contained HTML page: perplexity by size and method, with the Pareto front."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +20,13 @@ from orchestrator.report.svg import (
     Words,
     draw,
     label,
+    span_axis,
     ticks,
+    widened,
 )
 
 UNIFORM = "uniform"  # the line of points with one scheme for all linears
 _SHAPES = ("dot", "square", "diamond")
-_WIDE_RANGE = 3.0  # of perplexities: from here on the scale is logarithmic
 _POINT, _RING = 5.0, 11.0
 
 
@@ -133,7 +133,7 @@ def _xy(points: Sequence[dict[str, Any]], over: str) -> list[tuple[float, float]
 
 def _scale(panel: Panel, points: Sequence[dict[str, Any]], dense: float, over: str) -> None:
     places, values = zip(*_xy(points, over), strict=True)
-    panel.x_limits = _widened(min(places), max(places), 0.06)
+    panel.x_limits = widened(min(places), max(places), 0.06)
     if over == "bytes":
         panel.x_ticks = [(x, numbers.bytes_text(x)) for x in ticks(panel.x_limits, most=5)]
         panel.x_label = "weights as stored"
@@ -141,22 +141,4 @@ def _scale(panel: Panel, points: Sequence[dict[str, Any]], dense: float, over: s
         panel.x_ticks = [(x, f"{100 * x:.6g}") for x in ticks(panel.x_limits, most=8)]
         panel.x_label = "parameters kept, %"
     panel.y_label = "perplexity"
-    low, high = min(dense, *values), max(dense, *values)
-    panel.log = low > 0 and high / low > _WIDE_RANGE
-    if panel.log:
-        margin = (high / low) ** 0.08
-        panel.y_limits = (low / margin, high * margin)
-        steps = (1, 2, 3, 5) if high / low < 100 else (1,)  # noqa: PLR2004 two decades
-        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-        found = [step * 10.0**power for power in powers for step in steps]
-        found = [y for y in found if panel.y_limits[0] <= y <= panel.y_limits[1]]
-    else:
-        panel.y_limits = _widened(low, high, 0.08)
-        found = ticks(panel.y_limits, most=6)
-    panel.y_ticks = [(y, f"{y:,.4g}") for y in found]
-
-
-def _widened(low: float, high: float, share: float) -> tuple[float, float]:
-    """Return a range with a margin on both sides, also where it is a single value."""
-    margin = (high - low) * share or max(abs(high) * share, share)
-    return low - margin, high + margin
+    span_axis(panel, [dense, *values])

@@ -170,18 +170,21 @@ def _expected(curve: Points, removed: float) -> float:
 
 
 def _advice(report: Document, steps: Sequence[Document], kept: float) -> Iterator[str]:
-    """Yield up to three things to try that this run has not done, the most helpful first."""
+    """Yield up to four things to try that this run has not done, the most helpful first."""
     bits = bits_of_input(report)
     if bits is not None:
         yield from _advice_on_bits(report, steps, bits)
         return
     more = min(0.95, max(_STEP, _STEP * math.floor((1 + kept) / 2 / _STEP + 1e-9)))
     larger = f"a larger size: --keep-fraction {more:g}" if more > kept else ""
+    training = _training_advice(report)
     if len(steps) != 1:
+        yield from ([training] if training else [])
         yield "larger fractions in --step, starting with the last step"
         return
-    advice = [*_method_advice(steps[0], kept), _data_advice(report)]
-    yield from [text for text in advice if text][: 2 if larger else 3]
+    first, *others = [*_method_advice(steps[0], kept), ""]
+    advice = [first, training, *others, _data_advice(report)]
+    yield from [text for text in advice if text][: 3 if larger else 4]
     if larger:
         yield larger
 
@@ -210,6 +213,17 @@ def _method_advice(step: Document, kept: float) -> Iterator[str]:
         yield "--option candidates=modegpt,svdllm: the better of two methods for each module"
     if options.get("refit") is False:
         yield "--option refit=true: a second pass, used where it helps on held-out text"
+
+
+def _training_advice(report: Document) -> str:
+    """Return that the result can be trained; empty if it was."""
+    if section(report, "recovery"):
+        return ""
+    parameters = number(section(report, "parameters").get("before")) or 0.0
+    used = "used where it helps on held-out text"
+    if parameters < LARGE:
+        return f"--recover global: trains the result on the logits of the dense model, {used}"
+    return f"--recover local: trains each layer on the output of the dense one, {used}"
 
 
 def _data_advice(report: Document) -> str:

@@ -37,6 +37,7 @@ _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _DASHES = "stroke-dasharray:3 2"
 _FIRST_FOREIGN = 0x250
 _CLOSE = 1e-9  # relative to a step: rounding of the sums of steps
+_WIDE_RANGE = 3.0  # of perplexities and losses: from here on the scale is logarithmic
 
 Point = tuple[float, float]
 Tick = tuple[float, str]
@@ -354,6 +355,34 @@ def value_axis(
     """Set up the y axis for bars: from 0 to a little over the largest."""
     panel.y_limits = (0.0, 1.05 * largest if largest > 0 else 1.0)
     panel.y_ticks = [(y, text(y)) for y in ticks(panel.y_limits, most=4, whole=whole)]
+
+
+def span_axis(panel: Panel, values: Sequence[float]) -> None:
+    """Set up the y axis for a curve: around its values, logarithmic where their range is wide."""
+    low, high = min(values), max(values)
+    panel.log = is_wide(values)
+    if panel.log:
+        margin = (high / low) ** 0.08
+        panel.y_limits = (low / margin, high * margin)
+        steps = (1, 2, 3, 5) if high / low < 100 else (1,)  # noqa: PLR2004 two decades
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in powers for step in steps]
+        found = [y for y in found if panel.y_limits[0] <= y <= panel.y_limits[1]]
+    else:
+        panel.y_limits = widened(low, high, 0.08)
+        found = ticks(panel.y_limits, most=6)
+    panel.y_ticks = [(y, f"{y:,.4g}") for y in found]
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Return whether a curve of these values is drawn on a logarithmic scale."""
+    return min(values) > 0 and max(values) / min(values) > _WIDE_RANGE
+
+
+def widened(low: float, high: float, share: float) -> Point:
+    """Return a range with a margin on both sides, also where it is a single value."""
+    margin = (high - low) * share or max(abs(high) * share, share)
+    return low - margin, high + margin
 
 
 def _drawing(words: Words, paint: Callable[[Sheet], None], *, narrow: bool, height: float) -> str:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.report import bits, summary
+from orchestrator.report import bits, summary, training
 from orchestrator.report.document import Document, section
 from orchestrator.report.document import rows as rows_of
 from orchestrator.report.numbers import NBSP
@@ -46,6 +46,7 @@ def render_terminal(report: Document) -> RenderableType:
         summary.statistics_note,
         summary.makers_note,
         summary.refit_note,
+        training.recovery_note,
         summary.memory_note,
         summary.throughput_note,
         summary.kernels_note,

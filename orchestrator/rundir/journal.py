@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("peak_bytes", pa.int64()),
         ("written_bytes", pa.int64()),
+        ("loss", pa.float64()),
     ]
 )
 FLUSH_SECONDS = 20.0  # so that `watch` and `status` see recent events
@@ -43,11 +44,12 @@ class Journal:
         """Record one event and pass it to the listener.
 
         Fields: ``unit``, ``worker``, ``start``, ``seconds``, ``tokens``, ``detail``,
-        ``peak_bytes`` of the worker's memory so far, ``written_bytes`` of the unit's files.
+        ``peak_bytes`` of the worker's memory so far, ``written_bytes`` of the unit's files,
+        ``loss`` of a training, None elsewhere.
         """
         row = {"at": time.time(), "unit": "", "worker": "", "start": 0.0, "seconds": 0.0,
-               "tokens": 0, "detail": "", "peak_bytes": 0, "written_bytes": 0, "kind": kind,
-               **fields}  # fmt: skip
+               "tokens": 0, "detail": "", "peak_bytes": 0, "written_bytes": 0, "loss": None,
+               "kind": kind, **fields}  # fmt: skip
         self._rows.append({name: row[name] for name in SCHEMA.names})
         self.events.append(row)
         self._listener(row)
@@ -68,7 +70,7 @@ class Journal:
 
 
 def read_events(run: Directory) -> list[Event]:
-    """Return all events of a run in the order they happened."""
+    """Return all events of a run in the order they happened; columns that a file lacks are None."""
     rows: list[Event] = []
     for name in run.names("events"):
         try:

@@ -43,6 +43,9 @@ FOLDERS = tuple(
         ("boundary", "activations between waves, halves of layers and sites", GOES, GOES),
         ("draft", "layers that are to be refitted", GOES, GOES),
         ("refit", "layers that were", GOES, GOES),
+        ("unrecovered", "the result before it is trained, a checkpoint", GOES, GOES),
+        ("recovered", "the trained one", GOES, GOES),
+        ("training", "checkpoints of the training", GOES, GOES),
     )
 )
 
@@ -52,6 +55,7 @@ HALF_WRITTEN = ".tmp"  # how the name of a file ends that a killed worker was wr
 
 CALIBRATION_TOKENS = "tokens/calibration.parquet"
 EVALUATION_TOKENS = "tokens/evaluation.parquet"
+RECOVERY_TOKENS = "tokens/recovery.parquet"  # those that are held out come last
 
 READY = "READY"
 REPORT = "report.json"

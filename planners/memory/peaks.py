@@ -33,6 +33,7 @@ from planners.model.form import LayerForm, ModelForm, dense_form
 from planners.model.packing import ROWS as BLOCK_ROWS
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, input_of
+from planners.recovery import Recovery
 
 DOUBLE, SINGLE = 8, 4
 LOGIT_TOKENS = 1024  # rows of logits in memory at one time
@@ -129,6 +130,7 @@ class Shrinking:
         dtype: of the pass.
         start: widths of the input model; the uncompressed ones if None.
         mapped: the sums are mapped pages of files, without memory of their own.
+        recovery: how the result is trained, where it is.
     """
 
     shape: ModelShape
@@ -140,6 +142,7 @@ class Shrinking:
     dtype: str
     start: ModelForm | None = None
     mapped: bool = False
+    recovery: Recovery | None = None
 
     @property
     def statistics(self) -> frozenset[Statistic]:

@@ -14,7 +14,7 @@ from planners.simulation.download import FROM_HUB, stage_bytes, unit_bytes
 from planners.simulation.simulate import PassPhase, Phase, SoloPhase, UnitsPhase
 from planners.timing import BATCHES, FEWEST_ROUNDS, NEW_TOKENS, PATIENCE_SECONDS, PROMPT_TOKENS
 from planners.units import work
-from planners.units.job import Job
+from planners.units.job import Job, recovering_model
 from planners.units.kinds import KINDS
 from planners.units.shards import rounds
 from planners.units.units import (
@@ -23,6 +23,7 @@ from planners.units.units import (
     compression_units,
     damage_units,
     losses_units,
+    recovery_units,
     refit_units,
     statistics_units,
 )
@@ -178,7 +179,29 @@ def _shrinking(job: Job, clock: CostModel) -> list[Phase]:
     if drafts:
         chain, chosen = refit_units(drafts)
         phases.append(_units([*chain, *chosen], job, clock))
+    phases += _recovering(made, job, clock)
     phases.append(SoloPhase(name="stitch", seconds=clock.seconds("stitch", work.CALL)))
+    return phases
+
+
+def _recovering(made: Sequence[Unit], job: Job, clock: CostModel) -> list[Phase]:
+    """Return the phases of the training of a result, made by these units."""
+    how = job.recovery
+    if how is None:
+        return []
+    cut = [unit for unit in made if KINDS[unit.kind].phase == "compress" and unit.lasting]
+    cut = [unit for unit in cut if KINDS[unit.kind].of in ("layer", "model")]
+    units = recovery_units(cut, how, tokens_hash="", teacher="", identity=_identity(job))
+    phases: list[Phase] = []
+    if units.training is None:
+        phases.append(_units(units.by_layer, job, clock))
+    else:
+        workers = min(job.plan.num_workers, how.parts)
+        task = unit_work(job, units.training).times(1 / workers)
+        seconds = clock.start_seconds + clock.seconds("recover_model", task)
+        phases.append(SoloPhase(name="recover", seconds=seconds))
+        phases.append(_units(units.trained, job, clock))
+    phases.append(_units(units.kept, job, clock))
     return phases
 
 
@@ -233,6 +256,8 @@ def phase_work(job: Job) -> dict[str, Work]:
             if isinstance(phase, UnitsPhase):
                 tasks = [unit_work(each, unit) for unit in phase.units]
                 found[phase.name] = found.get(phase.name, Work()) + sum(tasks, Work())
+    if job.recovery is not None and job.recovery.mode == "global":
+        found["recover"] += recovering_model(job, -1)
     return found
 
 
@@ -332,10 +357,13 @@ def _timing_work(job: Job, batch: int) -> Work:
 
 
 def _sums(job: Job) -> list[Unit]:
-    identity = Identity(
+    return statistics_units(_identity(job), job.statistics, job.shape)
+
+
+def _identity(job: Job) -> Identity:
+    return Identity(
         model_revision="", calibration_hash="", batching=job.data, threads=1, device="",
     )  # fmt: skip
-    return statistics_units(identity, job.statistics, job.shape)
 
 
 def _carried(job: Job) -> list[Unit]:

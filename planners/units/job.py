@@ -12,7 +12,8 @@ from planners.model.form import ModelForm, site_dims
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
 from planners.plan import RunPlan
-from planners.units import work
+from planners.recovery import SHARDS, Recovery
+from planners.units import recovery_work, work
 from planners.units.work import Work
 
 
@@ -32,6 +33,7 @@ class Job:
         carried: its statistics are rotated from those of the step before.
         reused: statistics taken from another run.
         from_hub: its input is read from the Hub, by each worker that needs a part of it.
+        recovery: how the result is trained, where it is.
     """
 
     plan: RunPlan
@@ -45,6 +47,7 @@ class Job:
     carried: bool = False
     reused: frozenset[Statistic] = frozenset()
     from_hub: bool = False
+    recovery: Recovery | None = None
 
     @property
     def origin(self) -> "Job":
@@ -208,3 +211,25 @@ def refit_losses(job: Job, _: int) -> Work:
 def choosing(job: Job, index: int) -> Work:
     """Return the work of copying one layer into the result."""
     return work.chosen_work(job.shape, job.form.layers[index])
+
+
+def passing_dense(job: Job, index: int) -> Work:
+    """Return the work of passing a shard of the recovery's text through a layer of the input."""
+    how, layer = _recovery(job), max(index // SHARDS - 1, 0)
+    form = job.input.layers[layer]
+    return recovery_work.passing(job.shape, form, job.data, tokens=how.data_tokens // SHARDS)
+
+
+def recovering_layer(job: Job, index: int) -> Work:
+    """Return the work of training one layer."""
+    return recovery_work.layer_training(job.shape, job.form.layers[index], job.data, _recovery(job))
+
+
+def recovering_model(job: Job, _: int) -> Work:
+    """Return the work of training the whole model, all workers together."""
+    return recovery_work.model_training(job.shape, job.form, job.dense, job.data, _recovery(job))
+
+
+def _recovery(job: Job) -> Recovery:
+    assert job.recovery is not None  # else it has no such units
+    return job.recovery

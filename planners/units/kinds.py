@@ -8,7 +8,7 @@ name.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from planners.memory import peaks
+from planners.memory import peaks, training
 from planners.memory.peaks import Shrinking
 from planners.units import job as works
 from planners.units.job import Job
@@ -46,6 +46,7 @@ PHASES = {
         Phase(name="allocate"),
         Phase(name="compress"),
         Phase(name="refit"),
+        Phase(name="recover", first_words="loading both models"),
         Phase(name="stitch", by_workers=False),
         Phase(name="evaluate", times=2),  # the input model, and the result
         Phase(
@@ -198,6 +199,52 @@ KINDS = {
         UnitKind(
             name="chosen", stem="layer", phase="refit", state=DONE, leaves=MODEL, colour=3,
             work=works.choosing,
+        ),
+        UnitKind(
+            name="inputs", stem="inputs-layer-shard", phase="recover", of="site", reads="layer",
+            colour=2, work=works.passing_dense, peak_bytes=training.inputs_unit,
+        ),
+        UnitKind(
+            name="recover_layer", stem="recover-layer", phase="recover", state=MEASURED,
+            reads="layer", colour=3, work=works.recovering_layer,
+            peak_bytes=training.layer_unit,
+        ),
+        UnitKind(
+            name="recover_model", stem="recover-model", phase="recover", of="model",
+            by_worker=False, colour=3, work=works.recovering_model,
+        ),
+        UnitKind(
+            name="export_layer", stem="export-layer", phase="recover", state=MEASURED, colour=5,
+            work=works.choosing,
+        ),
+        UnitKind(
+            name="export_embedding", stem="export-embedding", phase="recover", of="model",
+            counts=False, colour=5, work=works.embedding,
+        ),
+        UnitKind(
+            name="export_head", stem="export-head", phase="recover", of="model", counts=False,
+            colour=5, work=works.head,
+        ),
+        UnitKind(
+            name="recover_choice", stem="recover-choice", phase="recover", of="model",
+            by_worker=False, counts=False, colour=7,
+        ),
+        UnitKind(
+            name="kept_layer", stem="kept-layer", phase="recover", state=DONE, leaves=MODEL,
+            colour=5, work=works.choosing,
+        ),
+        UnitKind(
+            name="kept_embedding", stem="kept-embedding", phase="recover", of="model",
+            counts=False, leaves=MODEL, colour=5, work=works.embedding,
+        ),
+        UnitKind(
+            name="kept_head", stem="kept-head", phase="recover", of="model", counts=False,
+            leaves=MODEL, colour=5, work=works.head,
+        ),
+        # The input model writes the text that the result is trained on.
+        UnitKind(
+            name="self_text", stem="self-text-part", phase="recover", of="microbatch",
+            by_worker=False, colour=8,
         ),
         UnitKind(
             name="stitch", stem="stitch", phase="stitch", of="model", by_worker=False, leaves=MODEL,

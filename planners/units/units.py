@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planners import refit
+from planners import recovery, refit
 from planners.batching import TokenBatching
 from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
@@ -13,6 +13,7 @@ from planners.model.form import ModelForm, site_dims
 from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
+from planners.recovery import Recovery
 from planners.units.kinds import KINDS
 
 
@@ -287,6 +288,123 @@ def refit_units(drafts: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
         for u, refitted in zip(drafts, chain[1:-1], strict=True)
     ]
     return chain, chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryUnits:
+    """The units that recover a compressed model.
+
+    Attributes:
+        inputs: of the layers of the dense model, chains of activations; of ``local`` alone.
+        training: of the whole model by a group of workers; of ``global`` alone.
+        trained: the files of the recovered model: layers, embedding, head.
+        choice: whether that one is the result, or the model before it.
+        kept: the files of the result, copies of the better ones.
+    """
+
+    inputs: tuple[Unit, ...]
+    training: Unit | None
+    trained: tuple[Unit, ...]
+    choice: Unit
+    kept: tuple[Unit, ...]
+
+    @property
+    def by_layer(self) -> tuple[Unit, ...]:
+        """The activations and the files of the trained model, layer by layer."""
+        found, left = list(self.inputs[: recovery.SHARDS]), list(self.inputs[recovery.SHARDS :])
+        for unit in self.trained:
+            found += [*left[: recovery.SHARDS], unit]
+            del left[: recovery.SHARDS]
+        return tuple(found)
+
+    @property
+    def all(self) -> tuple[Unit, ...]:
+        """All of them, each after its inputs."""
+        group = () if self.training is None else (self.training,)
+        return (*group, *self.by_layer, self.choice, *self.kept)
+
+
+def recovery_units(
+    cut: Sequence[Unit],
+    how: Recovery,
+    *,
+    tokens_hash: str,
+    teacher: str,
+    identity: Identity,
+) -> RecoveryUnits:
+    """Return the units that train a compressed model and keep the better of the two.
+
+    Args:
+        cut: the units that wrote its layers, embedding and head.
+        how: it is trained.
+        tokens_hash: of the tokens, those that are held out at the end.
+        teacher: content hash of the model whose logits are learnt.
+        identity: of the run; the tokens of the calibration do not matter.
+    """
+    key: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "revision": recovery.REVISION,
+        "recovery": to_json(how),
+        "tokens": tokens_hash,
+        "model_revision": identity.model_revision,
+        "teacher": teacher,
+        "dtype": identity.batching.dtype,
+        "threads": identity.threads,
+        "device": identity.device,
+    }
+    layers = [unit for unit in cut if KINDS[unit.kind].of == "layer"]
+    tables = [unit for unit in cut if unit not in layers]
+    inputs: list[Unit] = []
+    training: Unit | None = None
+    if how.mode == "local":
+        inputs = _inputs_units(len(layers), key)
+        trained = [
+            _unit("recover_layer", u.index, (u, *_around(inputs, u.index)), key) for u in layers
+        ]
+        trained = [
+            replace(unit, inputs=(*unit.inputs, *layer.inputs))
+            for unit, layer in zip(trained, layers, strict=True)
+        ]
+        trained += [_unit(f"export_{u.kind}", -1, (u,), key) for u in tables]
+    else:
+        training = _unit("recover_model", -1, cut, key)
+        trained = [
+            _unit(
+                "export_layer" if u in layers else f"export_{u.kind}", u.index, (u, training), key
+            )
+            for u in (*layers, *tables)
+        ]
+    choice = _unit("recover_choice", -1, (*cut, *trained), key)
+    kept = [
+        _unit("kept_layer" if u in layers else f"kept_{u.kind}", u.index, (u, new, choice), key)
+        for u, new in zip((*layers, *tables), trained, strict=True)
+    ]
+    return RecoveryUnits(
+        inputs=tuple(inputs),
+        training=training,
+        trained=tuple(trained),
+        choice=choice,
+        kept=tuple(kept),
+    )
+
+
+def _inputs_units(num_layers: int, key: Mapping[str, Any]) -> list[Unit]:
+    """Return the activations before each layer, and behind the last, in shards of the tokens."""
+    units: list[Unit] = []
+    for layer in range(num_layers + 1):
+        before = units[-recovery.SHARDS :]
+        for shard in range(recovery.SHARDS):
+            own = {**key, "shard": shard, "of": layer}
+            index = layer * recovery.SHARDS + shard
+            unit = _unit("inputs", index, before[shard : shard + 1], own)
+            name = f"inputs-layer-{layer:05d}-shard-{shard:05d}"
+            units.append(replace(unit, name=name, lasting=False))
+    return units
+
+
+def _around(inputs: Sequence[Unit], layer: int) -> Sequence[Unit]:
+    """Return the activations before and behind a layer."""
+    return inputs[layer * recovery.SHARDS : (layer + 2) * recovery.SHARDS]
 
 
 def _basis_units(

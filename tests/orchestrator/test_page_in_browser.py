@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from orchestrator.report import render_page
+from tests.orchestrator.test_recovery_report import trained_globally, trained_locally
 from tests.orchestrator.test_report import sample_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -72,6 +74,16 @@ def test_every_plot_is_drawn_and_nothing_leaves_the_window(tmp_path, width):
     assert found["plots"] >= 5
     assert found["drawn"] == found["plots"]
     assert not found["small"]
+
+
+@pytest.mark.parametrize("report", [trained_globally(), trained_locally()], ids=["global", "local"])
+def test_what_a_recovery_brought_fits_a_phone(tmp_path, report):
+    page = render_page(report).replace("<details>", "<details open>")
+    found, complaints = look(tmp_path, width=390, page=page)
+    assert not complaints
+    assert found["width"] <= 390
+    assert not found["wide"]
+    assert found["drawn"] == found["plots"] == 1
 
 
 def test_dark_windows_get_a_dark_page(tmp_path):

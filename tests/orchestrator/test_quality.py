@@ -75,13 +75,14 @@ def bad_report(method="slicegpt", **options):
 @pytest.mark.parametrize(
     ("report", "advice"),
     [
-        (bad_report(), ["--method modegpt --keep-fraction 0.85", "32.8", "--keep-fraction 0.9"]),
+        (bad_report(), ["--method modegpt --keep-fraction 0.85", "--recover global", "32.8",
+                       "--keep-fraction 0.9"]),
         (bad_report("modegpt", allocation="uniform", refit=False),
-         ["allocation=marginal", "refit=true", "--keep-fraction 0.9"]),
+         ["allocation=marginal", "--recover global", "refit=true", "--keep-fraction 0.9"]),
         (bad_report("modegpt", allocation="marginal", refit=True),
-         ["candidates=modegpt,svdllm", "32.8", "--keep-fraction 0.9"]),
+         ["candidates=modegpt,svdllm", "--recover global", "32.8", "--keep-fraction 0.9"]),
         (bad_report("modegpt", allocation="marginal", servable="native", refit=True),
-         ["32.8", "--keep-fraction 0.9"]),
+         ["--recover global", "32.8", "--keep-fraction 0.9"]),
     ],
 )  # fmt: skip
 def test_what_to_try_is_what_this_run_has_not_done(report, advice):

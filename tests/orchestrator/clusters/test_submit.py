@@ -96,6 +96,7 @@ def test_every_name_of_the_grafana_dashboard_is_on_the_metrics_page_of_a_run(
     panels = json.loads((ROOT / "docs" / "grafana.json").read_text())["panels"]
     text = " ".join(target["expr"] for panel in panels for target in panel["targets"])
     names = set(re.findall(r"ray_compress_\w+", text))
+    names -= {"ray_compress_training_loss"}  # this run trains nothing
     assert len(names) > 4
     given = options_of(model, tmp_path / "run", at_home)
     main(["submit", *given])

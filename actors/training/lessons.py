@@ -1,0 +1,138 @@
+"""The gradients of steps and the held-out losses, whoever computes their parts.
+
+A batch is cut into parts whose number the recipe sets; each worker computes as many, one after the
+other. Whatever is summed over parts is summed in their order, so no bit depends on the workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.training.group import Group
+from planners.errors import ConfigError
+from planners.recovery import Recovery
+
+Rows = Sequence[int]  # sequences, by their number in the data
+
+
+class Source(Protocol):
+    """What is to be learnt from sequences.
+
+    Attributes:
+        terms: that the loss sums for a sequence, one for each token it predicts.
+    """
+
+    terms: int
+
+    def backward(self, rows: Rows, scale: float) -> Tensor:
+        """Return the summed loss of sequences; add its gradient times ``scale`` to the weights'."""
+        ...
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Return the summed loss of sequences, a scalar in float64."""
+        ...
+
+
+class Trained(Protocol):
+    """What is trained: tensors, or adapters of linears."""
+
+    parameters: dict[str, nn.Parameter]
+    units: dict[str, float]
+
+    def begin_part(self, step: int, part: int) -> None:
+        """Prepare for a part of a step."""
+        ...
+
+    def end_part(self) -> None:
+        """Prepare for anything but a part of a step."""
+        ...
+
+    def results(self) -> dict[str, Tensor]:
+        """Return name -> value of all tensors of the model that were trained."""
+        ...
+
+
+class Lessons:
+    """The steps of a training, by number, for the workers of a group."""
+
+    def __init__(
+        self,
+        source: Source,
+        trained: Trained,
+        recovery: Recovery,
+        group: Group,
+        *,
+        num_sequences: int,
+    ) -> None:
+        """Divide the work.
+
+        Raises:
+            ConfigError: the parts of a batch cannot be divided by the workers.
+        """
+        self._source, self._trained = source, trained
+        self.terms = source.terms
+        self._recovery, self._group = recovery, group
+        self._last = num_sequences - recovery.held_out  # one past those that are trained on
+        self._held = range(self._last, num_sequences)
+        self._size = recovery.batch // recovery.parts  # sequences of a part
+        if recovery.parts % group.size:
+            raise ConfigError(
+                f"the {recovery.parts} parts of a batch cannot be divided by {group.size} workers",
+                hint="use a number of workers that divides the parts",
+            )
+
+    def gradient(self, step: int) -> tuple[list[Tensor], float]:
+        """Return the gradient of each tensor at a step, and the mean loss before it."""
+        recovery, group = self._recovery, self._group
+        rows = samples(step, batch=recovery.batch, num_sequences=self._last, seed=recovery.seed)
+        count = recovery.parts // group.size
+        own = range(group.rank * count, (group.rank + 1) * count)
+        parts = (self._part(rows, step, number) for number in own)
+        *gradients, total = group.summed(parts)
+        return gradients, float(total) / self._terms(recovery.batch)
+
+    def held_out_loss(self) -> float:
+        """Return the mean loss of the held-out sequences."""
+        size, group = self._size, self._group
+        parts = [self._held[at : at + size] for at in range(0, len(self._held), size)]
+        count = -(-len(parts) // group.size)  # the last workers may have none for some of theirs
+        own = parts[group.rank * count : (group.rank + 1) * count]
+        losses = [self._source.loss(rows) for rows in own]
+        device = next(iter(self._trained.parameters.values())).device
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        losses += [none] * (count - len(own))
+        (total,) = group.summed([[loss] for loss in losses])
+        return float(total) / self._terms(len(self._held))
+
+    def _part(self, rows: Rows, step: int, number: int) -> list[Tensor]:
+        """Return the gradients of a part, and its share of the loss behind them."""
+        own = rows[number * self._size : (number + 1) * self._size]
+        self._trained.begin_part(step, number)
+        loss = self._source.backward(own, 1 / self._terms(self._recovery.batch))
+        self._trained.end_part()
+        return [*self._gradients(), loss]
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for parameter in self._trained.parameters.values():
+            found = parameter.grad
+            yield torch.zeros_like(parameter) if found is None else found
+            parameter.grad = None
+
+    def _terms(self, num_sequences: int) -> int:
+        return num_sequences * self._source.terms
+
+
+def samples(step: int, *, batch: int, num_sequences: int, seed: int) -> list[int]:
+    """Return the sequences of a step; each epoch has all, in an order drawn from its number.
+
+    A batch may begin in one epoch and end in the next.
+    """
+    first, last = step * batch, (step + 1) * batch
+    epochs = range(first // num_sequences, -(-last // num_sequences))
+    orders = [np.random.default_rng([seed, each]).permutation(num_sequences) for each in epochs]
+    start = first - epochs[0] * num_sequences
+    found: list[int] = np.concatenate(orders)[start : start + batch].tolist()
+    return found

@@ -1,0 +1,85 @@
+"""Which tensors of a compressed model are trained, and what their rates are relative to."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from planners.recovery import Recovery
+
+
+def made(layer: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors of a layer that a cut made, and its norms if there are any.
+
+    A tensor was made if the dense layer has none of its name, or one of another shape or of other
+    values.
+
+    Args:
+        layer: of the compressed model.
+        dense: the tensors of the layer that it was made from, by their names below the layer.
+    """
+
+    def is_made(name: str, parameter: Tensor) -> bool:
+        other = dense.get(name)
+        return (
+            other is None
+            or other.shape != parameter.shape
+            or not torch.equal(other.to(parameter), parameter)
+        )
+
+    found = {name for name, each in layer.named_parameters() if is_made(name, each)}
+    return sorted(found | set(_norms(layer))) if found else []
+
+
+def _norms(layer: nn.Module) -> list[str]:
+    """Return the tensors of whatever is no linear."""
+    linears = {name for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
+    names = (name for name, _ in layer.named_parameters())
+    return [name for name in names if name.rpartition(".")[0] not in linears]
+
+
+def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Return name -> linear of a layer; of a linear in two factors each of them."""
+    found = layer.named_modules()
+    return {name: module for name, module in found if isinstance(module, nn.Linear)}
+
+
+def rms(tensor: Tensor) -> float:
+    """Return the root mean square of a tensor, computed in float64."""
+    return float(tensor.detach().to(torch.float64).square().mean().sqrt())
+
+
+class Tensors:
+    """Tensors of a model that are trained as they are.
+
+    Attributes:
+        parameters: name -> tensor.
+        units: name -> what a relative rate is relative to: the root mean square of the tensor
+            before it was trained.
+    """
+
+    def __init__(self, module: nn.Module, names: list[str], recovery: Recovery) -> None:
+        """Let some tensors of a module have gradients."""
+        self.parameters = {name: module.get_parameter(name) for name in sorted(names)}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        relative = recovery.relative
+        self.units = {n: _unit(module, n) if relative else 1.0 for n in self.parameters}
+
+    def begin_part(self, step: int, part: int) -> None:
+        """Prepare for a part of a step."""
+
+    def end_part(self) -> None:
+        """Prepare for anything but a part of a step."""
+
+    def results(self) -> dict[str, Tensor]:
+        """Return name -> value of all tensors of the model that were trained."""
+        return {name: each.detach() for name, each in self.parameters.items()}
+
+
+def _unit(module: nn.Module, name: str) -> float:
+    """Return the root mean square of a tensor; of one of zeros, as a new bias, its weight's."""
+    owner, _, _ = name.rpartition(".")
+    own = rms(module.get_parameter(name))
+    beside = max((rms(p) for p in module.get_submodule(owner).parameters()), default=0.0)
+    return own or beside or 1.0

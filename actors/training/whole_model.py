@@ -1,0 +1,101 @@
+"""A whole model, dense or compressed, whose logits can be computed for some tokens at a time."""
+
+import contextlib
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from actors.devices.transfer import to_device
+from actors.modeling.outer_model import empty_model
+from actors.storage.checkpoint import Checkpoint
+from planners.families import load as load_family
+
+
+class WholeModel:
+    """Transformers' class with all weights, in two steps: tokens to hidden states to logits.
+
+    Attributes:
+        module: the model with its head, without dropout; no weight has a gradient unless the caller
+            asks for it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        products: torch.dtype | None = None,
+    ) -> None:
+        """Read all tensors.
+
+        Args:
+            checkpoint: the model.
+            dtype: of the weights; each is converted as it is read.
+            device: of the weights.
+            products: dtype in which matrices are multiplied, if another one.
+
+        Raises:
+            ModelError: a tensor is missing or not finite.
+        """
+        self._family = load_family(checkpoint.shape.family)
+        self._device, self._products = device, products or dtype
+        self._dtype = dtype
+        self.module: Any = empty_model(checkpoint.config)
+        tensors = {
+            name: to_device(tensor, device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in checkpoint.stream_prefix("")
+        }
+        head = self._family.head_among(checkpoint.names)
+        tensors.setdefault(self._family.head, tensors[head])
+        self.module.load_state_dict(tensors, strict=True, assign=True)
+        if head != self._family.head:
+            self.module.get_output_embeddings().weight = self.module.get_input_embeddings().weight
+        self.module.to(device)  # what is computed and not stored, such as the frequencies of rope
+        self.module.requires_grad_(requires_grad=False)
+        above = self._family.layer.removesuffix(".{i}").rpartition(".")[0]
+        self._body = self.module.get_submodule(above)
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Prefix of the names of a layer's tensors -> the layer."""
+        names = self._family.layer.removesuffix(".{i}")
+        found = self.module.get_submodule(names)
+        return {f"{names}.{index}.": layer for index, layer in enumerate(found)}
+
+    @property
+    def final_norm(self) -> tuple[str, nn.Module]:
+        """Prefix of the names of its tensors, and the norm before the head."""
+        name = self._family.final_norm.rpartition(".")[0]
+        return f"{name}.", self.module.get_submodule(name)
+
+    def hidden(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
+        """Return what the head reads, behind the final norm."""
+        with self._multiplying():
+            found: Tensor = self._body(
+                input_ids=ids.to(self._device), use_cache=False
+            ).last_hidden_state
+        return found
+
+    def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        """Return the logits of any tokens, given what the head reads.
+
+        The model itself makes them, so whatever it does to logits behind its head is done: only
+        what is before its head is replaced, by a function that returns the hidden states.
+        """
+        given = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        self._body.forward = lambda *_, **__: given
+        try:
+            with self._multiplying():
+                found: Tensor = self.module(inputs_embeds=given.last_hidden_state).logits
+        finally:
+            del self._body.forward
+        return found[0]
+
+    def _multiplying(self) -> contextlib.AbstractContextManager[object]:
+        if self._products == self._dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device, dtype=self._products)

@@ -1,0 +1,216 @@
+"""What a recipe asks of recovery, checked against the model and the data."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.contents import revision_of
+from actors.storage.sources import resolve_model
+from actors.storage.tokens import prepare_tokens, tokens_hash
+from orchestrator.backend.ray_training import require_train
+from orchestrator.prepare.evaluation_plan import Subject
+from orchestrator.prepare.prepared import Prepared, dense_subject
+from orchestrator.prepare.self_text_plan import self_text_plan, text_identity
+from orchestrator.recipe.config import RunConfig
+from planners import recovery
+from planners.budget.schemes import SCHEMES
+from planners.errors import ConfigError, ModelError
+from planners.recovery import Recovery
+from planners.units.units import Unit
+
+BATCH_TOKENS = 2048  # of a step, where the recipe does not say how many sequences
+MOST_PARTS = 2  # of a batch, likewise
+CALIBRATION, SELF = "calibration", "self"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """What a model is trained on.
+
+    Attributes:
+        tokens: (sequences, tokens), int64; None where the input model will write them.
+        shape: of them.
+        key: hash of what determines them.
+    """
+
+    tokens: np.ndarray | None
+    shape: tuple[int, int]
+    key: str
+
+
+def recovery_text(
+    config: RunConfig, calibration: np.ndarray, tokenizer_uri: str, vocab_size: int
+) -> Text:
+    """Return the text that a recipe trains on.
+
+    Raises:
+        ConfigError: the prompts are as long as the sequences.
+        DataError: there is too little text, or it cannot be read.
+    """
+    how, length = config.recover, calibration.shape[1]
+    if how.data == CALIBRATION:
+        return Text(tokens=calibration, shape=calibration.shape, key=tokens_hash(calibration))
+    if how.data == SELF:
+        if how.prompt_tokens >= length:
+            raise ConfigError(
+                f"recover.prompt_tokens: is {how.prompt_tokens}; sequences have {length} tokens",
+                hint="use fewer",
+            )
+        return Text(tokens=None, shape=calibration.shape, key="")  # see `checked`
+    tokens = prepare_tokens(
+        how.data,
+        split="calibration",
+        tokenizer_uri=tokenizer_uri,
+        vocab_size=vocab_size,
+        sequence_length=length,
+        num_sequences=_wanted(config, length),
+        bos=config.calibration.bos,
+        seed=config.seed,
+    )
+    return Text(tokens=tokens, shape=tokens.shape, key=tokens_hash(tokens))
+
+
+def seed_of(config: RunConfig) -> int:
+    """Return the seed of a recovery."""
+    return config.seed if config.recover.seed is None else config.recover.seed
+
+
+def other_teacher(config: RunConfig, vocab_size: int) -> Subject | None:
+    """Return the model that a recipe names as the teacher; None where it is the input model.
+
+    Raises:
+        ConfigError: layers alone learn from no other model.
+        ModelError: it is missing or broken, or has another vocabulary.
+    """
+    how = config.recover
+    if not how.teacher or how.mode == "none":
+        return None
+    if how.mode == "local":
+        raise ConfigError(
+            "recover.teacher: layers that are trained alone learn the outputs of the layers they "
+            "were made from",
+            hint="use --recover global, or remove it",
+        )
+    source = resolve_model(how.teacher, copy=config.address == "local")
+    checkpoint = Checkpoint(source.uri, model_store=config.model_store)
+    if checkpoint.shape.vocab_size != vocab_size:
+        raise ModelError(
+            f"recover.teacher: {how.teacher} has a vocabulary of "
+            f"{checkpoint.shape.vocab_size:,} tokens, the input model one of {vocab_size:,}",
+            hint="use a model with the same tokenizer",
+        )
+    contents = checkpoint.contents
+    return Subject(
+        name="teacher",
+        uri=source.uri,
+        identity=revision_of(contents),
+        contents=contents,
+        model_store=config.model_store,
+    )
+
+
+def checked(prepared: Prepared) -> Prepared:
+    """Return a run whose result can be trained, with what determines the text that it writes.
+
+    Raises:
+        ConfigError: the result is quantised, or a package is missing.
+        PlanError: the input model is to write the text, and is too large for that.
+    """
+    if prepared.recovery is None:
+        return prepared
+    if prepared.plan.form.is_quantised or SCHEMES.name in prepared.options:
+        raise ConfigError(
+            f"recover: {prepared.spec.name} rounds weights, and rounded weights cannot be trained",
+            hint="recover the model before it is rounded: a run of the cut with --recover, then "
+            "gptq on its result, RUN/model",
+        )
+    if prepared.recovery.mode == "global":
+        require_train()
+    if prepared.config.recover.data != SELF:
+        return prepared
+    units = text_units(prepared)
+    return replace(prepared, recovery_hash=text_identity(units))
+
+
+def text_units(prepared: Prepared) -> list[Unit]:
+    """Return the units in which the input model writes the text to train on.
+
+    Raises:
+        PlanError: it is too large for that.
+    """
+    plan = self_text_plan(
+        prepared,
+        prompt_tokens=prepared.config.recover.prompt_tokens,
+        length=prepared.calibration.shape[1],
+        seed=seed_of(prepared.config),
+    )
+    return plan.units(dense_subject(prepared), prompts_of(prepared))
+
+
+def prompts_of(prepared: Prepared) -> np.ndarray:
+    """Return the tokens that the input model continues, (sequences, tokens)."""
+    return prepared.calibration[:, : prepared.config.recover.prompt_tokens]
+
+
+def _wanted(config: RunConfig, length: int) -> int | None:
+    """Return how many sequences of other text are read; None for all of a token file, else 128."""
+    how = config.recover
+    if how.tokens is None:
+        return None
+    needed = -(-how.tokens // length)
+    held = how.held_out or recovery.held_out(needed)
+    return needed + held
+
+
+def recovery_of(config: RunConfig, num_sequences: int, length: int) -> Recovery | None:
+    """Return how a recipe trains on so many sequences of a length; None if it does not.
+
+    Raises:
+        ConfigError: there are too few tokens for one step.
+    """
+    how = config.recover
+    if how.mode == "none":
+        return None
+    held = how.held_out or recovery.held_out(num_sequences)
+    batch = how.batch or max(1, BATCH_TOKENS // length)
+    if num_sequences - held < batch:
+        raise ConfigError(
+            f"recover: a step needs {batch} sequences of {length} tokens, but of {num_sequences} "
+            f"{held} are held out, which leaves {max(num_sequences - held, 0)}",
+            hint="use more --calibration-sequences, or a smaller recover.batch",
+        )
+    parts = how.parts or next(p for p in range(min(MOST_PARTS, batch), 0, -1) if batch % p == 0)
+    if batch % parts:
+        raise ConfigError(
+            f"recover.parts: is {parts}, which does not divide the {batch} sequences of a batch",
+            hint="use a divisor, or another recover.batch",
+        )
+    tokens = how.tokens or num_sequences * length
+    steps = tokens // (batch * length)
+    if steps < 1:
+        raise ConfigError(
+            f"recover.tokens: is {tokens:,}, less than the {batch * length:,} of one step",
+            hint="use more --recover-tokens, or a smaller recover.batch",
+        )
+    return Recovery(
+        mode=how.mode,
+        loss=how.loss,
+        trains=how.trains,
+        steps=steps,
+        batch=batch,
+        parts=parts,
+        rates=tuple(how.learning_rates),
+        relative=how.relative,
+        schedule=how.schedule,
+        warmup=how.warmup,
+        weight_decay=how.weight_decay,
+        clip=how.clip,
+        rank=how.rank,
+        alpha=how.alpha,
+        dropout=how.dropout,
+        seed=seed_of(config),
+        held_out=held,
+        sequences=num_sequences,
+        length=length,
+    )

@@ -1,0 +1,124 @@
+"""Peak memory of training a compressed model, buffer by buffer.
+
+Weights, gradients, moments and losses are in float32; what is kept of a forward pass for the
+backward pass is counted by the inputs of linears, norms and attention.
+"""
+
+from planners.memory.peaks import DOUBLE, LOGIT_TOKENS, SINGLE, Shrinking
+from planners.model.cost import (
+    BYTES_OF,
+    dense_model_form,
+    layer_parameters,
+    matrices,
+    model_parameters,
+)
+from planners.model.form import LayerForm, ModelForm
+from planners.model.layer import ATTENTION
+from planners.model.shape import ModelShape
+from planners.recovery import SHARDS, Recovery
+
+MOMENTS_AND_BEST = 3  # copies of what is trained beside itself
+OF_A_STEP = 4  # copies of the largest tensor, while the optimiser changes it
+LOGITS = {"kl": 5, "labels": 3}  # student, teacher, their logarithms, the gradient
+RESIDUALS = 5.5  # of a layer: what its norms and linears read
+NARROW = 0.71  # what is kept of a pass in 16 bits, to that in 32: norms and losses stay in 32
+
+
+def inputs_unit(step: Shrinking) -> int:
+    """Return the peak of passing a shard of the recovery's text through a layer of the input."""
+    how = step.recovery
+    if how is None or how.mode != "local":
+        return 0
+    shard = -(-how.data_tokens // SHARDS) * step.shape.hidden * BYTES_OF[step.dtype]
+    # What was computed of it so far, and then all of it in one piece.
+    return 2 * shard + max(step.cells(b) + step.passing(b) for b, _ in step.layers)
+
+
+def layer_unit(step: Shrinking) -> int:
+    """Return the peak of training one layer to the outputs of another."""
+    how = step.recovery
+    if how is None or how.mode != "local":
+        return 0
+    return max(
+        _layer(step.shape, before, after, how, dtype=step.dtype) for before, after in step.layers
+    )
+
+
+def model_bytes(
+    shape: ModelShape, form: ModelForm, dense: ModelShape, how: Recovery, *, dtype: str
+) -> int:
+    """Return the peak of one worker that trains a whole model.
+
+    Args:
+        shape: of the compressed model.
+        form: its widths.
+        dense: of the model whose logits it learns.
+        how: it is trained.
+        dtype: of the products, and of the dense model.
+    """
+    count, narrow = model_parameters(shape, form), BYTES_OF[dtype] < SINGLE
+    trained = sum(trained_elements(shape, layer, how) for layer in form.layers)
+    largest = max(_largest(shape, layer, how) for layer in form.layers)
+    weights = count * SINGLE + (count * BYTES_OF[dtype] if narrow else 0)
+    teacher = 0
+    if how.loss == "kl":
+        teacher = model_parameters(dense, dense_model_form(dense)) * BYTES_OF[dtype]
+    tokens = part_tokens(how)
+    logits = LOGITS[how.loss] * min(tokens, LOGIT_TOKENS) * shape.vocab_size * SINGLE
+    streams = tokens * max(form.head_dim, dense.hidden) * (3 * SINGLE + BYTES_OF[dtype])
+    known = how.held_out * how.length * dense.hidden * BYTES_OF[dtype] if teacher else 0
+    kept = sum(kept_elements(shape, layer) for layer in form.layers) * tokens * SINGLE
+    passing = int(kept * (NARROW if narrow else 1)) + logits + streams
+    return weights + teacher + known + _of_steps(trained, largest, passing)
+
+
+def trained_elements(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
+    """Return the elements of a layer that are trained, at most."""
+    if how.trains != "lora":
+        return layer_parameters(shape, form)
+    return how.rank * sum(out + inner for out, inner in matrices(shape, form).values())
+
+
+def kept_elements(shape: ModelShape, form: LayerForm) -> int:
+    """Return what a layer keeps of each token for the backward pass."""
+    mlp = len(shape.kind(form).roles) - len(ATTENTION)
+    wide = max(form.qk_head_dim, form.vo_head_dim)
+    heads = shape.num_heads * (2 * wide + form.vo_head_dim) + shape.num_kv_heads * 2 * wide
+    stream = int(RESIDUALS * max(form.residual_in, form.residual_out))
+    return stream + heads + (mlp + 1) * form.intermediate + sum(form.ranks.values())
+
+
+def part_tokens(how: Recovery) -> int:
+    """Return the tokens that pass a model at one time."""
+    return how.batch // how.parts * how.length
+
+
+def _of_steps(trained: int, largest: int, passing: int) -> int:
+    """Return what training needs beside weights: state, and the larger of a pass and a step."""
+    gradient = trained * SINGLE
+    state = MOMENTS_AND_BEST * gradient
+    # The gradients of the parts before, while those of another one replace what a pass has kept.
+    return state + gradient + max(passing, gradient, OF_A_STEP * largest * SINGLE)
+
+
+def _layer(
+    shape: ModelShape, before: LayerForm, after: LayerForm, how: Recovery, *, dtype: str
+) -> int:
+    tokens = part_tokens(how)
+    weights = layer_parameters(shape, after) * SINGLE
+    dense = layer_parameters(shape, before) * BYTES_OF[shape.dtype]
+    stored = layer_parameters(shape, after) * BYTES_OF[shape.dtype]
+    # A batch of inputs and targets, as they are read and in the basis of the layer.
+    streams = tokens * shape.hidden * (BYTES_OF[dtype] + 3 * SINGLE)
+    bases = 0
+    if after.residual_in < shape.hidden or after.shortcuts:
+        bases = shape.hidden * (after.residual_in + after.residual_out) * (DOUBLE + SINGLE)
+    trained, largest = trained_elements(shape, after, how), _largest(shape, after, how)
+    passing = kept_elements(shape, after) * tokens * SINGLE + 2 * streams
+    return weights + dense + stored + bases + _of_steps(trained, largest, passing)
+
+
+def _largest(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
+    if how.trains == "lora":
+        return how.rank * max(max(dims) for dims in matrices(shape, form).values())
+    return max(out * inner for out, inner in matrices(shape, form).values())
