@@ -50,6 +50,8 @@ class RunPlan:
         chains: copies of the stages of a wave, each with shards of its own.
         in_flight_bytes: of those of a worker, what it may hold for the units before and after the
             one that it computes; 0 if it has no room for them.
+        training_bytes: planned peak of a worker that trains the whole result, by kind; empty where
+            none does.
     """
 
     shape: ModelShape
@@ -65,6 +67,7 @@ class RunPlan:
     disk_bytes: int
     chains: int = 1
     in_flight_bytes: int = 0
+    training_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_workers(self) -> int:

@@ -8,6 +8,7 @@ from planners.batching import TokenBatching
 from planners.budget.budgets import budget_of
 from planners.budget.schemes import SCHEMES
 from planners.errors import PlanError
+from planners.memory import training
 from planners.memory.fitting import Attempt, ways_to_fit
 from planners.memory.peaks import HOST_IN_FLIGHT, LIBRARIES, Shrinking, in_flight
 from planners.memory.placement import Load, load_of, place
@@ -29,6 +30,8 @@ from planners.plan import RunPlan
 from planners.recovery import Recovery
 from planners.units.kinds import unit_bytes
 from planners.units.shards import chain_stages
+
+CHECKPOINTS = 16  # of a training: two, of four float32 tensors for each one of 16 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
     bases = 0
     if spec.residual:
         bases = sum(site_dims(form).values()) * shape.hidden * 8
+    trained = _training(shape, form, work)
     return RunPlan(
         shape=shape,
         form=form,
@@ -151,10 +155,49 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         )
         + gram_flops(shape, statistics, tokens=tokens, form=start.form),
         worker_bytes=max(sum(stage.bytes.values()) for wave in waves for stage in wave),
-        disk_bytes=written + sums + boundaries + bases + drafts,
+        disk_bytes=written + sums + boundaries + bases + drafts + _on_disk(shape, work, written),
         in_flight_bytes=load.in_flight if work.on_host else HOST_IN_FLIGHT,
         chains=min(batching.shards, work.num_workers // max(map(len, waves))),
+        training_bytes=trained,
     )
+
+
+def _training(shape: ModelShape, form: ModelForm, work: Workload) -> dict[str, int]:
+    """Return the peak of a worker that trains the whole result, by kind; empty where none does.
+
+    Raises:
+        PlanError: it does not fit a worker.
+    """
+    how = work.recovery
+    if how is None or how.mode != "global":
+        return {}
+    found = training.model_parts(shape, form, shape, how, dtype=work.batching.dtype)
+    missing = sum(found.values()) + LIBRARIES - work.worker_bytes
+    if missing > 0:
+        smaller = training.model_parts(
+            shape, form, shape, replace(how, trains="lora"), dtype=work.batching.dtype
+        )
+        fits = sum(smaller.values()) + LIBRARIES <= work.worker_bytes
+        raise PlanError(
+            f"recover: a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small to "
+            "train the whole model: each worker holds all of it, with gradients and moments",
+            hint="use --recover local, which trains one layer at a time"
+            + ("; or --recover-trains lora" if fits and how.trains != "lora" else ""),
+        )
+    return found
+
+
+def _on_disk(shape: ModelShape, work: Workload, written: int) -> int:
+    """Return the bytes of a recovery on disk at its peak, beside the result.
+
+    The model before and after it; and checkpoints, or the activations between all layers.
+    """
+    how = work.recovery
+    if how is None:
+        return 0
+    stream = how.data_tokens * shape.hidden * BYTES_OF[work.batching.dtype]
+    own = CHECKPOINTS * written if how.mode == "global" else (shape.num_layers + 1) * stream
+    return 2 * written + own
 
 
 def _require_possible(

@@ -58,6 +58,7 @@ def _facts(forecast: Forecast, out: str) -> Table:
         "result": _served(forecast),
         "calibration": f"{plan.calibration_tokens:,} tokens in microbatches of "
         f"{forecast.job.data.microbatch_tokens:,}, {forecast.job.data.dtype}",
+        **_recovery(forecast),
         "transfers": f"{bytes_text(transfer_bytes(forecast.job))} between stages",
         **_download(forecast.job),
         "disk": bytes_text(forecast.disk_bytes),
@@ -69,6 +70,26 @@ def _facts(forecast: Forecast, out: str) -> Table:
     for what, how_much in rows.items():
         table.add_row(what, how_much)
     return table
+
+
+def _recovery(forecast: Forecast) -> dict[str, str]:
+    """Return how the result is trained, and what a worker holds for that; empty if it is not."""
+    how, plan = forecast.job.recovery, forecast.plan
+    if how is None:
+        return {}
+    what = {"made": "what the cut made", "all": "all tensors of the layers"}
+    trained = what.get(how.trains, f"LoRA of rank {how.rank}")
+    said = f"{how.mode}: {trained}, on {how.tokens:,} tokens in {how.steps} steps"
+    if how.trial_steps:
+        rates = ", ".join(f"{rate:g}" for rate in how.rates)
+        said += f", after {how.trial_steps} steps with each of the rates {rates}"
+    found = {"recovery": said}
+    if plan.training_bytes:
+        peak = bytes_text(sum(plan.training_bytes.values()))
+        parts = ", ".join(f"{k} {bytes_text(v)}" for k, v in plan.training_bytes.items() if v)
+        most = min(forecast.num_workers, how.parts)
+        found["training"] = f"{peak} a worker, on up to {most}: {parts}"
+    return found
 
 
 def _sizes(forecast: Forecast) -> dict[str, str]:

@@ -44,7 +44,7 @@ def train_together(context: WorkContext, request: TrainRequest, *, most: int) ->
                 _follow(context, request, most=most)
                 break
             except FAILURES as error:
-                call = Call(name=request.unit, place=Place.ANY_WORKER)
+                call = Call(name=request.unit, place=Place.NOWHERE_ELSE)
                 pool.supervisor.handle(call, error)  # raises where it is not to be tried again
     met = pool.supervisor.finish(request.unit)
     last = _newest(context, request)

@@ -20,7 +20,8 @@ from planners.recovery import Recovery
 from planners.units.units import Unit
 
 BATCH_TOKENS = 2048  # of a step, where the recipe does not say how many sequences
-MOST_PARTS = 2  # of a batch, likewise
+FEWEST = 2  # of them
+PARTS = 2  # of a batch, if that can be divided so
 CALIBRATION, SELF = "calibration", "self"
 
 
@@ -173,14 +174,14 @@ def recovery_of(config: RunConfig, num_sequences: int, length: int) -> Recovery 
     if how.mode == "none":
         return None
     held = how.held_out or recovery.held_out(num_sequences)
-    batch = how.batch or max(1, BATCH_TOKENS // length)
+    batch = how.batch or max(FEWEST, BATCH_TOKENS // length)
     if num_sequences - held < batch:
         raise ConfigError(
             f"recover: a step needs {batch} sequences of {length} tokens, but of {num_sequences} "
             f"{held} are held out, which leaves {max(num_sequences - held, 0)}",
             hint="use more --calibration-sequences, or a smaller recover.batch",
         )
-    parts = how.parts or next(p for p in range(min(MOST_PARTS, batch), 0, -1) if batch % p == 0)
+    parts = how.parts or next(p for p in range(min(PARTS, batch), 0, -1) if batch % p == 0)
     if batch % parts:
         raise ConfigError(
             f"recover.parts: is {parts}, which does not divide the {batch} sequences of a batch",

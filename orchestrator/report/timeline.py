@@ -115,7 +115,8 @@ def busy_fraction(spans: Sequence[Span]) -> float:
 
 
 def slot_of(kind: str) -> int:
-    """Return which colour a kind of work has."""
+    """Return which colour a kind of work has; parts of a training have that of the whole."""
+    kind = "recover_model" if kind == "training" else kind
     return KINDS[kind].colour if kind in KINDS else _OTHER
 
 
@@ -132,7 +133,13 @@ def _slots(spans: Sequence[Span]) -> list[tuple[int, str]]:
 
 
 def _slot_name(slot: int, kinds: set[str]) -> str:
-    return ", ".join(sorted(kind for kind in kinds if slot_of(kind) == slot))
+    return ", ".join(sorted({_short(kind) for kind in kinds if slot_of(kind) == slot}))
+
+
+def _short(kind: str) -> str:
+    """Return what a kind of copies is called, whichever part of the weights they are of."""
+    verb, _, part = kind.partition("_")
+    return verb if verb in ("export", "kept") and part else kind
 
 
 def _place(bar: Span) -> tuple[int, str]:

@@ -44,10 +44,10 @@ def layer_unit(step: Shrinking) -> int:
     )
 
 
-def model_bytes(
+def model_parts(
     shape: ModelShape, form: ModelForm, dense: ModelShape, how: Recovery, *, dtype: str
-) -> int:
-    """Return the peak of one worker that trains a whole model.
+) -> dict[str, int]:
+    """Return what is in the peak of one worker that trains a whole model, in bytes by kind.
 
     Args:
         shape: of the compressed model.
@@ -57,19 +57,34 @@ def model_bytes(
         dtype: of the products, and of the dense model.
     """
     count, narrow = model_parameters(shape, form), BYTES_OF[dtype] < SINGLE
-    trained = sum(trained_elements(shape, layer, how) for layer in form.layers)
-    largest = max(_largest(shape, layer, how) for layer in form.layers)
-    weights = count * SINGLE + (count * BYTES_OF[dtype] if narrow else 0)
+    gradient = SINGLE * sum(trained_elements(shape, layer, how) for layer in form.layers)
+    largest = SINGLE * max(_largest(shape, layer, how) for layer in form.layers)
+    tokens = part_tokens(how)
+    kept = sum(kept_elements(shape, layer) for layer in form.layers) * tokens * SINGLE
+    streams = tokens * max(form.head_dim, dense.hidden) * (3 * SINGLE + BYTES_OF[dtype])
+    logits = LOGITS[how.loss] * min(tokens, LOGIT_TOKENS) * shape.vocab_size * SINGLE
+    activations = int(kept * (NARROW if narrow else 1)) + streams
     teacher = 0
     if how.loss == "kl":
         teacher = model_parameters(dense, dense_model_form(dense)) * BYTES_OF[dtype]
-    tokens = part_tokens(how)
-    logits = LOGITS[how.loss] * min(tokens, LOGIT_TOKENS) * shape.vocab_size * SINGLE
-    streams = tokens * max(form.head_dim, dense.hidden) * (3 * SINGLE + BYTES_OF[dtype])
-    known = how.held_out * how.length * dense.hidden * BYTES_OF[dtype] if teacher else 0
-    kept = sum(kept_elements(shape, layer) for layer in form.layers) * tokens * SINGLE
-    passing = int(kept * (NARROW if narrow else 1)) + logits + streams
-    return weights + teacher + known + _of_steps(trained, largest, passing)
+        teacher += how.held_out * how.length * dense.hidden * BYTES_OF[dtype]
+    # The gradients of another part replace what its pass has kept, and a step comes after both.
+    later = max(gradient, OF_A_STEP * largest) - logits - activations
+    return {
+        "weights": count * SINGLE + (count * BYTES_OF[dtype] if narrow else 0),
+        "gradients": gradient + max(later, 0),
+        "moments": MOMENTS_AND_BEST * gradient,
+        "logits": logits,
+        "activations": activations,
+        "teacher": teacher,
+    }
+
+
+def model_bytes(
+    shape: ModelShape, form: ModelForm, dense: ModelShape, how: Recovery, *, dtype: str
+) -> int:
+    """Return the peak of one worker that trains a whole model (see `model_parts`)."""
+    return sum(model_parts(shape, form, dense, how, dtype=dtype).values())
 
 
 def trained_elements(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
