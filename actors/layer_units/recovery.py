@@ -7,6 +7,7 @@ residual stream, both are taken into the bases of the compressed layer.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -175,11 +176,17 @@ class _Compressed:
         files = (read_tensors(run, file.path) for file in record.files)
         tensors = {name.removeprefix(self.prefix): t for each in files for name, t in each.items()}
         self.module, self._index = self._outer.layer(index, tensors), index
+        # Weights stay in float32; matrices are multiplied in the dtype of the pass.
+        products = getattr(torch, job.batching.dtype)
+        self._multiplying = partial(
+            torch.autocast, device, dtype=products, enabled=products != torch.float32
+        )
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the output of the layer, (sequences, tokens, width)."""
         arguments = self._outer.layer_arguments(hidden)[self._index]
-        output: Tensor = self.module(hidden, **arguments)
+        with self._multiplying():
+            output: Tensor = self.module(hidden, **arguments)
         return output
 
 

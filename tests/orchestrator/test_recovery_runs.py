@@ -64,10 +64,16 @@ def choice_of(out):
     return values["nats"]["unrecovered"], values["nats"]["recovered"], values["used"]
 
 
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("mode", ["local", "global"])
+SAMPLE = (("local", "slicegpt"), ("local", "one basis"), ("global", "svdllm"))
+OTHERS = [(m, cut) for m in ("local", "global") for cut in CUTS if (m, cut) not in SAMPLE]
+
+
+@pytest.mark.parametrize(
+    ("mode", "cut"),
+    [*SAMPLE, *(pytest.param(*each, marks=pytest.mark.nightly) for each in OTHERS)],
+)
 def test_the_held_out_loss_falls(model, tmp_path, mode, cut):
-    recovered(model, tmp_path / "run", mode=mode, cut=cut)
+    recovered(model, tmp_path / "run", mode=mode, cut=CUTS[cut])
     before, after, used = choice_of(tmp_path / "run")
     assert after < before
     assert used
@@ -127,7 +133,7 @@ def undisturbed(model, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_more_workers_give_the_same_bytes(model, tmp_path, undisturbed, workers):
     recovered(model, tmp_path / "run", workers=workers)
     assert weights(tmp_path / "run") == undisturbed["local"]
@@ -185,6 +191,7 @@ class Mortal(LocalExecutor):
         return ticket
 
 
+@pytest.mark.nightly
 def test_what_trains_is_asked_for(model, tmp_path):
     shrunk, found = shrunk_tensors(model, tmp_path), {}
     for name in ("made", "all", "lora"):
@@ -265,6 +272,7 @@ def test_what_is_rounded_is_not_trained(model, tmp_path):
     assert "gptq on" in refused.value.hint
 
 
+@pytest.mark.nightly
 def test_a_teacher_of_its_own_is_learnt_from(model, tmp_path):
     other = save_model(tmp_path / "a model", vocab_size=512, num_hidden_layers=2)
     curves = []
