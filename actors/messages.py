@@ -388,7 +388,7 @@ class TrainRequest:
         fingerprint: of the unit; checkpoints of another one are ignored.
         run_uri: the run directory.
         student_uri: the compressed model, a checkpoint.
-        checkpoint_uri: the model it was made from, whose logits it learns.
+        checkpoint_uri: the teacher, whose logits it learns.
         recovery: how it is trained.
         tokens: the file in the run directory that holds the training tokens, those that are held
             out at the end.
@@ -397,8 +397,9 @@ class TrainRequest:
         device: ``cpu`` or ``cuda``.
         save_every: steps between two checkpoints.
         stop: a file in the run directory; once it exists, the group saves a checkpoint and ends.
-        contents: of the dense model, as workers must find them (`actors.storage.contents`).
+        contents: of the teacher, as workers must find them (`actors.storage.contents`).
         model_store: a directory that its links may lead into, or empty.
+        input_uri: the model that was compressed, if that is not the teacher.
     """
 
     unit: str
@@ -415,3 +416,4 @@ class TrainRequest:
     stop: str
     contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""
+    input_uri: str = ""

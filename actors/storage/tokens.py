@@ -94,6 +94,7 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
     num_sequences: int | None,
     bos: bool,
     seed: int,
+    fewer: bool = False,
 ) -> Tokens:
     """Return the token ids of a source, shape (sequences, tokens), without padding.
 
@@ -116,6 +117,7 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
             to 128, but all of the evaluation split of ``wikitext2``, as published results use.
         bos: text sequences begin with BOS.
         seed: of the choice.
+        fewer: as many as there are will do, if they are fewer than ``num_sequences``.
 
     Raises:
         DataError: the source or the tokenizer is missing or broken, has too few tokens, or does
@@ -127,7 +129,8 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
         )
     if source.startswith("tokens:"):
         path = Path(os.path.expanduser(source.removeprefix("tokens:")))  # noqa: PTH111 unlike Path's, never raises
-        tokens = _read_tokens(path, num_sequences=num_sequences)
+        tokens = _read_tokens(path, num_sequences=None if fewer else num_sequences)
+        tokens = tokens[:num_sequences]
     elif source == "embedded":
         with local_tokenizer(tokenizer_uri) as folder:
             _check_embedded_fits(folder)
@@ -148,6 +151,8 @@ def prepare_tokens(  # noqa: PLR0913 -- all of it decides the bytes
         stream = _tokenise(texts, _guarded(tokenizer, tokenizer_uri), enough=enough)
         if num_sequences is None and not use_all:
             num_sequences = min(max(len(stream) // piece, 1), MAX_DEFAULT_SEQUENCES)
+        if fewer and num_sequences is not None:
+            num_sequences = min(max(len(stream) // piece, 1), num_sequences)
         tokens = pack(
             stream,
             sequence_length=sequence_length,

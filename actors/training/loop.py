@@ -60,7 +60,10 @@ def _lessons(request: TrainRequest, group: Group, run: Directory) -> tuple[Lesso
     compressed = Checkpoint(request.student_uri, model_store=store, device=device)
     student = WholeModel(compressed, dtype=torch.float32, device=device, products=products)
     dense = Checkpoint.of(request, device=device)
-    trained = _trained(student, dense, recovery)
+    before = dense
+    if request.input_uri:
+        before = Checkpoint(request.input_uri, model_store=store, device=device)
+    trained = _trained(student, before, recovery)
     teacher = None
     if recovery.loss == "kl":
         teacher = WholeModel(dense, dtype=products, device=device)

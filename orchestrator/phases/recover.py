@@ -12,10 +12,11 @@ from orchestrator.phases.evaluate import Loss, evaluation_plan, loss_of
 from orchestrator.phases.recovery_text import write_text
 from orchestrator.phases.stitch import stitch_in
 from orchestrator.prepare.evaluation_plan import EvaluationPlan, Subject
-from orchestrator.prepare.prepared import teacher_of
+from orchestrator.prepare.prepared import dense_subject, teacher_of
 from orchestrator.prepare.recovery import text_units
 from orchestrator.rundir.layout import RECOVERY_TOKENS
 from planners.canonical_json import fingerprint
+from planners.errors import NumericsError
 from planners.recovery import SHRUNK, STOP, TRAINED
 from planners.units.kinds import KINDS
 from planners.units.units import RecoveryUnits, Unit, needed
@@ -37,17 +38,24 @@ def recover(context: RunContext) -> None:
     steps = [u for u in needed(units.all, done=context.ledger.done) if KINDS[u.kind].counts]
     if context.prepared.recovery_tokens is None:
         steps += [u for u in text_units(context.prepared) if not context.ledger.done(u)]
-    with context.phase("recover", total=len(steps)):
-        shrunk = _subject(context, SHRUNK, context.shrunk)
-        write_text(context)
-        if units.training is None:
-            left = needed(units.by_layer, done=context.ledger.done)
-            context.do(left, tokens=RECOVERY_TOKENS)
-        else:
-            _train(context, units.training, shrunk)
-            context.do(units.trained)
-        _choose(context, units, shrunk)
-        context.do(units.kept)
+    try:
+        with context.phase("recover", total=len(steps)):
+            _recover(context, units)
+    except NumericsError as error:
+        where = f"the model as it was before is in {context.run.below(SHRUNK.rstrip('/'))}"
+        raise NumericsError(str(error), hint=f"{error.hint}; {where}".lstrip("; ")) from error
+
+
+def _recover(context: RunContext, units: RecoveryUnits) -> None:
+    shrunk = _subject(context, SHRUNK, context.shrunk)
+    write_text(context)
+    if units.training is None:
+        context.do(needed(units.by_layer, done=context.ledger.done), tokens=RECOVERY_TOKENS)
+    else:
+        _train(context, units.training, shrunk)
+        context.do(units.trained)
+    _choose(context, units, shrunk)
+    context.do(units.kept)
 
 
 def recovery_losses(context: RunContext) -> tuple[dict[str, Loss], bool]:
@@ -57,7 +65,8 @@ def recovery_losses(context: RunContext) -> tuple[dict[str, Loss], bool]:
     nats, num_tokens, used = values["nats"], values["num_tokens"], values["used"]
     assert isinstance(nats, dict)  # written by `_choose`
     assert isinstance(num_tokens, int)
-    return {n: Loss(nats=each, num_tokens=num_tokens) for n, each in nats.items()}, bool(used)
+    known = {n: math.inf if each is None else each for n, each in nats.items()}
+    return {n: Loss(nats=each, num_tokens=num_tokens) for n, each in known.items()}, bool(used)
 
 
 def _subject(context: RunContext, folder: str, units: tuple[Unit, ...]) -> Subject:
@@ -90,6 +99,7 @@ def _train(context: RunContext, unit: Unit, shrunk: Subject) -> None:
         stop=STOP,
         contents=teacher.contents,
         model_store=teacher.model_store,
+        input_uri=dense_subject(prepared).uri if prepared.teacher else "",
     )
     most = min(prepared.config.workers, recovery.parts)
     done = train_together(context, request, most=most)
@@ -106,12 +116,15 @@ def _choose(context: RunContext, units: RecoveryUnits, shrunk: Subject) -> None:
     started, begun = time.time(), time.monotonic()
     trained = _subject(context, TRAINED, units.trained)
     plan = _held_out_plan(context)
-    losses = {each.name: loss_of(context, plan, each) for each in (shrunk, trained)}
-    before, after = (losses[each.name] for each in (shrunk, trained))
+    before = loss_of(context, plan, shrunk)
+    try:
+        after = loss_of(context, plan, trained).nats
+    except NumericsError:  # it is no number in the dtype in which the model is stored
+        after = None
     values = {
-        "nats": {name: loss.nats for name, loss in losses.items()},
+        "nats": {shrunk.name: before.nats, trained.name: after},
         "num_tokens": before.num_tokens,
-        "used": math.isfinite(after.nats) and after.nats < before.nats,
+        "used": after is not None and after < before.nats,
     }
     done = UnitDone(unit=unit.name, worker="driver", incarnation="", device="", files=(),
                     values=values, started=started, seconds=time.monotonic() - begun)  # fmt: skip

@@ -93,6 +93,8 @@ def _write_model(context: RunContext, folder: str, units: Sequence[Unit]) -> tup
     if prepared.former:
         compression["steps"] = [{**step.asked(), "options": dict(step.options)} for step in chain]
         del compression["options"]
+    if folder == RESULT and (trained := _trained(context)):
+        compression["recovery"] = trained
     files = [run.write(f"{folder}{INDEX}", _json(_index(context, units)))]
     new_config = stored({
         **result_config(prepared.model_config, plan.shape, form),
@@ -138,6 +140,20 @@ def _index(context: RunContext, units: Sequence[Unit]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
+def _trained(context: RunContext) -> dict[str, Any] | None:
+    """Return how the result was trained; None where it was not, or is as it was before."""
+    how, units = context.prepared.recovery, context.recovering
+    if how is None or units is None or not context.ledger.record(units.choice).values["used"]:
+        return None
+    return {
+        "mode": how.mode,
+        "loss": how.loss,
+        "trains": how.trains,
+        "data": context.prepared.config.recover.data,
+        "tokens": how.tokens,
+    }
+
+
 def part_of(unit: Unit) -> str:
     """Return the part of the weights that a unit writes (see `weight_files`)."""
     kind = KINDS[unit.kind]
@@ -151,6 +167,7 @@ def _card(compression: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     code = "" if compression["native"] else ", trust_remote_code=True"
     needs = "".join(f"\n{text}\n" for text in _needs(compression))
     tags = ", ".join(compression["method"].split(" + "))
+    how = _options(compression) + _recovered(compression)
     return f"""---
 library_name: transformers
 tags: [compressed, {tags}]
@@ -158,7 +175,7 @@ tags: [compressed, {tags}]
 # {compression["model"]}, compressed with {compression["method"]}
 
 {_size(compression)}, made with compress-cluster {compression["version"]}.
-{_options(compression)} Revision of the original weights: `{compression["revision"]}`.
+{how} Revision of the original weights: `{compression["revision"]}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,6 +189,19 @@ Engines that serve it, with `.` for this directory:
 
 The licence of the original model applies to these weights.
 """
+
+
+def _recovered(compression: Mapping[str, Any]) -> str:
+    if "recovery" not in compression:
+        return ""
+    how = compression["recovery"]
+    text = {"calibration": "the calibration data", "self": "text of the original model"}
+    ways = {"local": "layer by layer to the outputs of the original layers"}
+    way = ways.get(how["mode"], "as a whole to the logits of the original model")
+    way = "on the text itself" if how["loss"] == "labels" else way
+    return (
+        f" Then trained {way}, on {how['tokens']:,} tokens of {text.get(how['data'], how['data'])}."
+    )
 
 
 def _size(compression: Mapping[str, Any]) -> str:

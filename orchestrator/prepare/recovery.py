@@ -12,7 +12,7 @@ from orchestrator.backend.ray_training import require_train
 from orchestrator.prepare.evaluation_plan import Subject
 from orchestrator.prepare.prepared import Prepared, dense_subject
 from orchestrator.prepare.self_text_plan import self_text_plan, text_identity
-from orchestrator.recipe.config import RunConfig
+from orchestrator.recipe.config import RecoverConfig, RunConfig
 from planners import recovery
 from planners.budget.schemes import SCHEMES
 from planners.errors import ConfigError, ModelError
@@ -50,7 +50,9 @@ def recovery_text(
         DataError: there is too little text, or it cannot be read.
     """
     how, length = config.recover, calibration.shape[1]
-    if how.data == CALIBRATION:
+    if how.mode == "none":
+        _require_mode(how)
+    if how.data == CALIBRATION or how.mode == "none":
         return Text(tokens=calibration, shape=calibration.shape, key=tokens_hash(calibration))
     if how.data == SELF:
         if how.prompt_tokens >= length:
@@ -68,8 +70,23 @@ def recovery_text(
         num_sequences=_wanted(config, length),
         bos=config.calibration.bos,
         seed=config.seed,
+        fewer=True,  # they are repeated
     )
     return Text(tokens=tokens, shape=tokens.shape, key=tokens_hash(tokens))
+
+
+def _require_mode(how: RecoverConfig) -> None:
+    """Refuse settings of a recovery that is not asked for.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    other = [key for key, value in RecoverConfig() if getattr(how, key) != value]
+    if other:
+        raise ConfigError(
+            f"recover.{other[0]}: is given, but nothing is trained",
+            hint="add --recover local or --recover global, or remove it",
+        )
 
 
 def seed_of(config: RunConfig) -> int:
@@ -123,8 +140,8 @@ def checked(prepared: Prepared) -> Prepared:
     if prepared.plan.form.is_quantised or SCHEMES.name in prepared.options:
         raise ConfigError(
             f"recover: {prepared.spec.name} rounds weights, and rounded weights cannot be trained",
-            hint="recover the model before it is rounded: a run of the cut with --recover, then "
-            "gptq on its result, RUN/model",
+            hint="recover the model before it is rounded: cut it with --recover to a plain "
+            "checkpoint (--option servable=native), then run gptq on RUN/model",
         )
     if prepared.recovery.mode == "global":
         require_train()
@@ -173,6 +190,11 @@ def recovery_of(config: RunConfig, num_sequences: int, length: int) -> Recovery 
     how = config.recover
     if how.mode == "none":
         return None
+    if how.mode == "local" and how.loss == "labels":
+        raise ConfigError(
+            "recover.loss: layers that are trained alone have no labels",
+            hint="use --recover global, or remove it",
+        )
     held = how.held_out or recovery.held_out(num_sequences)
     batch = how.batch or max(FEWEST, BATCH_TOKENS // length)
     if num_sequences - held < batch:

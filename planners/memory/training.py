@@ -57,7 +57,9 @@ def model_parts(
         dtype: of the products, and of the dense model.
     """
     count, narrow = model_parameters(shape, form), BYTES_OF[dtype] < SINGLE
-    gradient = SINGLE * sum(trained_elements(shape, layer, how) for layer in form.layers)
+    trained = SINGLE * sum(trained_elements(shape, layer, how) for layer in form.layers)
+    # A worker of several holds those of all its parts; one alone adds each to their sum.
+    gradient = trained * max(1, how.parts // 2)
     largest = SINGLE * max(_largest(shape, layer, how) for layer in form.layers)
     tokens = part_tokens(how)
     kept = sum(kept_elements(shape, layer) for layer in form.layers) * tokens * SINGLE
@@ -73,7 +75,7 @@ def model_parts(
     return {
         "weights": count * SINGLE + (count * BYTES_OF[dtype] if narrow else 0),
         "gradients": gradient + max(later, 0),
-        "moments": MOMENTS_AND_BEST * gradient,
+        "moments": MOMENTS_AND_BEST * trained,
         "logits": logits,
         "activations": activations,
         "teacher": teacher,

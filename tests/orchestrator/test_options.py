@@ -9,10 +9,15 @@ from click.testing import CliRunner
 from actors.methods import available, declared, declared_options, spec
 from orchestrator.cli.main import cli
 from orchestrator.cli.options import config_of, recipe_options
-from orchestrator.recipe.config import SECTIONS, RunConfig
+from orchestrator.recipe.config import SECTIONS, RecoverConfig, RunConfig
 from planners.errors import ConfigError
 
 HAND_WRITTEN = {"model", "layer_options", "place_seconds", "calibration.bos"}  # in a file only
+HAND_WRITTEN |= {
+    f"recover.{key}"
+    for key in RecoverConfig.model_fields
+    if key not in ("mode", "data", "tokens", "trains", "teacher")
+}
 
 
 def test_help_shows_the_options_that_each_method_has():
