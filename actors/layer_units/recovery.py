@@ -81,7 +81,8 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
         compressed = _Compressed(record, job, run, reads.device, index=task.index)
         data = _data(others, job, run, reads, layer=compressed, index=task.index)
         dense = reads.checkpoint(job).read_prefix(compressed.prefix)
-        key = [read_record(run, name).fingerprint for name in (shrunk, *others)]
+        # What the layer was made of, its bases or statistics, is in the fingerprint of it.
+        key = [read_record(run, name).fingerprint for name in (shrunk, *others[: 2 * SHARDS])]
         key_of_all = fingerprint({"inputs": key, "recovery": to_json(job.recovery)})
         checkpoints = Checkpoints(run, task.unit, key_of_all)
         course, trained = train_layer(

@@ -1,6 +1,8 @@
 """Complete a training from its newest checkpoint, and write more of them on the way."""
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +13,9 @@ from actors.training.lessons import Lessons, Trained
 from actors.training.steps import Steps
 from planners.errors import NumericsError
 from planners.recovery import Recovery
+
+SAVE_SECONDS = 60.0  # between two checkpoints, where steps are slow
+SAVE_SHARE = 0.05  # of the time, at most, is spent on those
 
 
 def _never() -> bool:
@@ -23,13 +28,36 @@ class Durability:
 
     Attributes:
         checkpoints: of its unit.
-        save_every: steps between two of them; 0 writes none but where it is to stop.
+        save_every: steps between two of them, fewer where they are slow; 0 writes none but where
+            it is to stop.
         stops: asked after each step, if it is to save a checkpoint and end.
     """
 
     checkpoints: Checkpoints
     save_every: int
     stops: Callable[[], bool] = _never
+
+
+class _Clock:
+    """When to save: each so many steps, and of slow steps once a minute, if that costs little."""
+
+    def __init__(self, save_every: int) -> None:
+        self._every, self._pause = save_every, SAVE_SECONDS
+        self._saved = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to save after a step."""
+        if not self._every:
+            return False
+        return step % self._every == 0 or time.monotonic() - self._saved > self._pause
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Time what saves."""
+        begun = time.monotonic()
+        yield
+        self._saved = time.monotonic()
+        self._pause = max(SAVE_SECONDS, (self._saved - begun) / SAVE_SHARE)
 
 
 def found_for(checkpoints: Checkpoints, agreed: Callable[[float], float]) -> Manifest | None:
@@ -62,7 +90,7 @@ def complete(
     Raises:
         NumericsError: the loss is no number, or far above that at the start.
     """
-    checkpoints, save_every = durability.checkpoints, durability.save_every
+    checkpoints, clock = durability.checkpoints, _Clock(durability.save_every)
     steps = Steps(trained.parameters, trained.units, recovery)
     course = Course()
     if found:
@@ -71,8 +99,9 @@ def complete(
 
     def pauses() -> bool:
         stops = durability.stops()
-        if stops or (save_every and course.step % save_every == 0):
-            checkpoints.save(course, steps.tensors())
+        if stops or clock.is_due(course.step):
+            with clock.saving():
+                checkpoints.save(course, steps.tensors())
         return stops
 
     try:

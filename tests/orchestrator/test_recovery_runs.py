@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -300,6 +301,12 @@ def test_a_layer_of_which_little_was_lost_keeps_what_it_has(model, tmp_path, mon
     plain = {"learning_rates": [0.01]}
     recovered(model, tmp_path / "run", **plain)
     assert not choice_of(tmp_path / "run")[2]
+
+
+def test_statistics_of_another_run_are_reused(model, tmp_path, undisturbed):
+    compress_local(model, tmp_path / "before", **EASY, keep_statistics=True)
+    recovered(model, tmp_path / "run", how=partial(compress_local, stats=str(tmp_path / "before")))
+    assert weights(tmp_path / "run") == undisturbed["local"]
 
 
 def test_settings_without_a_mode_are_refused(model, tmp_path):
