@@ -70,8 +70,9 @@ def model_parts(
     if how.loss == "kl":
         teacher = model_parameters(dense, dense_model_form(dense)) * BYTES_OF[dtype]
         teacher += how.held_out * how.length * dense.hidden * BYTES_OF[dtype]
+    merged = sum(_merged(shape, layer, how) for layer in form.layers)
     # The gradients of another part replace what its pass has kept, and a step comes after both.
-    later = max(gradient, OF_A_STEP * largest) - logits - activations
+    later = max(gradient, OF_A_STEP * largest, merged) - logits - activations
     return {
         "weights": count * SINGLE + (count * BYTES_OF[dtype] if narrow else 0),
         "gradients": gradient + max(later, 0),
@@ -132,7 +133,13 @@ def _layer(
         bases = shape.hidden * (after.residual_in + after.residual_out) * (DOUBLE + SINGLE)
     trained, largest = trained_elements(shape, after, how), _largest(shape, after, how)
     passing = kept_elements(shape, after) * tokens * SINGLE + 2 * streams
+    passing = max(passing, _merged(shape, after, how))
     return weights + dense + stored + bases + _of_steps(trained, largest, passing)
+
+
+def _merged(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
+    """Return the bytes of weights with the adapters added, at the end; 0 without adapters."""
+    return layer_parameters(shape, form) * SINGLE if how.trains == "lora" else 0
 
 
 def _largest(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
