@@ -11,6 +11,7 @@ from tests.builders import run_local, save_model
 NAMES = {folder.name for folder in FOLDERS}
 SUMMED = {"stats", "basis"}
 PASSING = {"shards", "partial", "boundary", "draft", "refit"}
+PASSING |= {"unrecovered", "recovered", "training"}
 WRITTEN = {"events", "records", "failures", "steps"}
 
 

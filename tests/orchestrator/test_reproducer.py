@@ -26,6 +26,7 @@ from planners.batching import TokenBatching
 from planners.errors import CompressionError, StorageError
 from planners.model.serving_load import ServingLoad
 from planners.model.taps import Statistic
+from planners.recovery import Recovery
 from tests.builders import compress_local, layer_file, save_model
 from tests.strategies import model_forms, shapes
 
@@ -50,6 +51,13 @@ CONTENTS = st.dictionaries(TEXTS, TEXTS, max_size=2)
 ENTRIES = st.tuples(TEXTS, every(FileEntry)).map(lambda pair: (pair,))
 SUMS = st.dictionaries(COUNTS, ENTRIES, max_size=2)
 
+NUMBERS = st.floats(allow_nan=False)
+RECOVERIES = every(
+    Recovery,
+    rates=st.lists(NUMBERS, max_size=3).map(tuple),
+    **dict.fromkeys(("weight_decay", "clip", "alpha", "dropout"), NUMBERS),
+)
+
 
 @st.composite
 def jobs(draw, depth=1):
@@ -69,6 +77,7 @@ def jobs(draw, depth=1):
         candidates=st.dictionaries(TEXTS, OPTIONS, max_size=2),
         pair_order=st.lists(COUNTS, max_size=3).map(tuple),
         load=st.none() | every(ServingLoad),
+        recovery=st.none() | RECOVERIES,
     )
     return draw(job)
 

@@ -90,7 +90,13 @@ def test_a_loss_that_is_no_number_ends_a_training_with_advice():
 
 def test_a_loss_far_above_the_start_ends_a_training():
     with pytest.raises(NumericsError, match=f"for {RISING_STEPS} steps"):
-        Fit(recovery(steps=40), spoil=lambda _: 1e6).follow()
+        Fit(recovery(steps=40, mode="global"), spoil=lambda _: 1e6).follow()
+
+
+def test_a_layer_whose_loss_is_far_above_the_start_keeps_what_it_has():
+    course, finished = Fit(recovery(steps=40, mode="local"), spoil=lambda _: 1e6).follow()
+    assert finished
+    assert len(course.history) == RISING_STEPS
 
 
 def test_a_trial_without_a_loss_only_loses():
