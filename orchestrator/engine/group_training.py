@@ -17,6 +17,7 @@ from orchestrator.backend.executor import Resources, Training
 from orchestrator.engine.failure_policy import FAILURES, RESUME_HINT, Place
 from orchestrator.engine.supervisor import Call
 from orchestrator.engine.work_context import WorkContext
+from orchestrator.rundir.training_state import TRAINING, detail
 from planners.errors import ClusterError
 
 POLL_SECONDS = 0.5
@@ -120,14 +121,10 @@ def _report(context: WorkContext, request: TrainRequest, seen: _Seen) -> None:
     course, since = newest.course, seen.at
     last, total = course.history[-1], request.recovery.all_steps
     tokens = int(sum(each["tokens"] or 0 for each in course.history))
-    said = f"step {course.step} of {total}, loss {_text(last['loss'])}"
-    measured = course.held_out[-1]["loss"]
+    held_out = course.held_out[-1]["loss"]
     now = time.time()
-    context.journal.emit("training", unit=request.unit, worker="group", loss=last["loss"],
+    context.journal.emit(TRAINING, unit=request.unit, worker="group", loss=last["loss"],
                          start=since, seconds=now - since, tokens=tokens,
-                         detail=f"{said}, held out {_text(measured)}")  # fmt: skip
+                         detail=detail(course.step, total, loss=last["loss"], held_out=held_out),
+                         )  # fmt: skip
     seen.step, seen.at = course.step, now
-
-
-def _text(loss: float | None) -> str:
-    return "not a number" if loss is None else f"{loss:.4g}"

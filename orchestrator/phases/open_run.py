@@ -66,7 +66,7 @@ def write_run(prepared: Prepared, *, known: bool) -> None:
         (CALIBRATION_TOKENS, prepared.calibration, prepared.config.calibration.source),
         (EVALUATION_TOKENS, prepared.evaluation, prepared.config.evaluation.source),
     ):
-        if not known or not _holds_tokens(run, name, tokens):
+        if not known or not holds_tokens(run, name, tokens):
             run.write(name, tokens_to_parquet(tokens, {"source": source}))
     run.write("run.yaml", to_yaml(prepared.config, prepared.given).encode())
     run.write("environment.json", json_bytes(environment()))
@@ -146,7 +146,8 @@ def _is_this_run(prepared: Prepared) -> bool:
     return True
 
 
-def _holds_tokens(run: Directory, name: str, tokens: np.ndarray) -> bool:
+def holds_tokens(run: Directory, name: str, tokens: np.ndarray) -> bool:
+    """Return whether a file of the run holds these tokens, all of them."""
     if run.size(name) is None:
         return False
     try:

@@ -1,14 +1,12 @@
 """The text that a compressed model is trained on: read before the run, or written by its input."""
 
-import numpy as np
-
-from actors.storage.tokens import tokens_from_parquet, tokens_to_parquet
+from actors.storage.tokens import tokens_to_parquet
 from orchestrator.phases.context import RunContext
+from orchestrator.phases.open_run import holds_tokens
 from orchestrator.phases.self_text import self_text
 from orchestrator.prepare.prepared import dense_subject
 from orchestrator.prepare.recovery import prompts_of
 from orchestrator.rundir.layout import RECOVERY_TOKENS
-from planners.errors import DataError
 
 
 def write_text(context: RunContext) -> None:
@@ -29,10 +27,6 @@ def write_text(context: RunContext) -> None:
             length=prepared.calibration.shape[1],
             seed=prepared.recovery.seed,
         )
-    if run.size(RECOVERY_TOKENS) is not None:
-        try:
-            if np.array_equal(tokens_from_parquet(run.read(RECOVERY_TOKENS)), tokens):
-                return
-        except DataError:
-            pass  # half a file
+    if holds_tokens(run, RECOVERY_TOKENS, tokens):
+        return
     run.write(RECOVERY_TOKENS, tokens_to_parquet(tokens, {"source": prepared.config.recover.data}))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchestrator.rundir.journal import Event
 
 TRAINING = "training"  # the kind of these events
-# What `orchestrator.engine.group_training` writes; a held-out loss may be no number.
+# What `detail` writes; a loss may be no number.
 _DETAIL = re.compile(r"step (\d+) of (\d+)(?:.*held out (\d\S*))?")
 
 
@@ -47,6 +47,15 @@ class TrainingState:
         if self.held_out is not None:
             said.append(f"held out {self.held_out:.4g}")
         return " \u00b7 ".join(said)
+
+
+def detail(step: int, steps: int, *, loss: float | None, held_out: float | None) -> str:
+    """Return what such an event says, in words that `training_state` reads."""
+    return f"step {step} of {steps}, loss {_number(loss)}, held out {_number(held_out)}"
+
+
+def _number(loss: float | None) -> str:
+    return "not a number" if loss is None else f"{loss:.4g}"
 
 
 def training_state(events: Sequence[Event]) -> TrainingState | None:

@@ -12,7 +12,7 @@ from actors.storage.files import Directory
 from orchestrator.backend.metrics import Meters
 from orchestrator.cli.progress import ProgressScreen
 from orchestrator.rundir.journal import SCHEMA, Journal, read_events
-from orchestrator.rundir.training_state import training_state
+from orchestrator.rundir.training_state import TRAINING, detail, training_state
 from tests.orchestrator.test_new_kind import event
 
 
@@ -110,3 +110,11 @@ def test_a_local_recovery_is_counted_by_its_units():
     _, (done, total, rate) = progress([begin, *units])
     assert (done, total) == (2, 4)
     assert "1 layer \u00b7 2 workers" in rate
+
+
+@pytest.mark.parametrize("held_out", [0.3001, None])
+def test_what_an_event_says_is_read_again(held_out):
+    said = detail(16, 48, loss=0.25, held_out=held_out)
+    event = {"kind": TRAINING, "detail": said, "at": 0.0, "tokens": 1, "loss": 0.25}
+    found = training_state([event])
+    assert (found.step, found.steps, found.held_out) == (16, 48, held_out)
