@@ -150,6 +150,8 @@ class MethodSpec:
         cuts_widths: its ladders are widths of modules, whose times can be measured one by one.
         quantises: it changes how matrices are stored, and no width: it may follow any other
             method, and nothing can follow it.
+        shares: layers may take tensors from earlier ones, so ``compress`` is given the layers
+            with which one shares.
         only_shrinks: every change shows in widths and ranks: a model that keeps all of them keeps
             all values. False for a method that can change values or dtypes alone.
         statistics: (shape, options) -> the sums it needs of every layer.
@@ -192,6 +194,7 @@ class MethodSpec:
     joins: Callable[[Sequence[str]], Mapping[str, Option]] | None = None
     cuts_widths: bool = False
     quantises: bool = False
+    shares: bool = False
     only_shrinks: bool = False
     candidates: tuple[Candidate, ...] = ()
 

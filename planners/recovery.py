@@ -1,9 +1,11 @@
 """Recovery: what of a compressed model is trained, on how many tokens, and at which rates."""
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-REVISION = 1  # raised when the same input would give different bytes
+REVISION = 2  # raised when the same input would give different bytes
 HELD_OUT = 16  # one sequence in sixteen, at the end, is held out: it decides
 MEASURES = 8  # times that the held-out loss is measured, beside before and after
 TRIAL = 4  # of several rates, each is tried for a quarter of the steps
@@ -15,6 +17,7 @@ FLOOR = 0.05  # of the rate, at the end of a cosine
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 RISING = 3.0  # a loss above so many times that at the start ends a training
 RISING_STEPS = 20  # where it stays there for so many steps
+REPLACED_FIRST, REPLACED_CONSTANT = 0.3, 0.5  # of the layers, with `linear` and `constant`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,8 @@ class Recovery:
         batch: sequences in a step.
         parts: into which a batch is cut; their gradients are summed in order, so the bits do not
             depend on how many workers there are. It divides ``batch``.
-        rates: learning rates; of several, each is tried for a quarter of the steps.
+        rates: learning rates, the highest first; several are tried, each for a quarter of the
+            steps, until one is worse than the one before.
         relative: the rates are relative to the root mean square of each tensor.
         schedule: after the warm-up: ``cosine`` to a twentieth, or ``linear`` to 0.
         warmup: steps in which the rate rises linearly.
@@ -57,7 +61,11 @@ class Recovery:
         rank: of the factors of ``lora``.
         alpha: their product is scaled by ``alpha / rank``.
         dropout: probability that an input of the factors is dropped.
-        seed: of the order of the sequences, of the factors and of dropout.
+        replace: in steps of the first half, each layer that the cut changed is the compressed one
+            with a probability that is ``constant`` or rises, ``linear``; else the dense model's
+            layer is in its place. With ``none`` it always is the compressed one.
+        seed: of the order of the sequences, of the factors, of dropout and of which layers are
+            replaced.
         held_out: sequences that are not trained on, at the end of the data.
         sequences: of the data, those included.
         length: tokens of a sequence.
@@ -78,6 +86,7 @@ class Recovery:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    replace: str = "none"
     seed: int = 0
     held_out: int
     sequences: int = 0
@@ -100,7 +109,7 @@ class Recovery:
 
     @property
     def all_steps(self) -> int:
-        """Steps with those of the trials."""
+        """Steps with those of the trials, if all rates are tried."""
         return self.steps + len(self.rates) * self.trial_steps
 
     def place(self, step: int) -> Place:
@@ -124,6 +133,30 @@ class Recovery:
         if self.schedule == "linear":
             return 1 - done
         return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def compressed_share(self, step: int, steps: int) -> float:
+        """Return the probability that a layer is the compressed one at one of ``steps`` steps."""
+        half = steps // 2
+        if self.replace == "none" or step >= half:
+            return 1.0
+        if self.replace == "constant":
+            return REPLACED_CONSTANT
+        return REPLACED_FIRST + (1 - REPLACED_FIRST) * step / half
+
+    def compressed_layers(self, place: Place, layers: Sequence[int]) -> list[int]:
+        """Return which of the layers that the cut changed are the compressed ones in a step.
+
+        Drawn from seed, step and layer alone; if none is drawn, it is the one that was closest.
+        """
+        share = self.compressed_share(place.step, place.steps)
+        coins = {layer: _coin(f"{self.seed} step {place.step} layer {layer}") for layer in layers}
+        drawn = [layer for layer in layers if coins[layer] < share]
+        return drawn or sorted(layers, key=coins.__getitem__)[:1]
+
+
+def _coin(name: str) -> float:
+    """Return a number from 0 and below 1, drawn from a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def held_out(num_sequences: int) -> int:

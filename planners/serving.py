@@ -286,6 +286,7 @@ def _fits_deci(config: Config) -> bool:
         config.get("compressed_from") in ("llama", "mistral", "qwen2")
         and not _not_one_width(config)
         and all(each["norm_weights"] and not each["ranks"] for each in layers)
+        and not any(each.get("links") for each in layers)
         and not (QUANTISED in config and any(w % DECI_MULTIPLE for w in _ffn_widths(config)))
     )
 
@@ -373,8 +374,8 @@ def _cut(form: ModelForm, shape: ModelShape) -> str:
         whole = dense_form(shape, layer.kind)
         if (layer.qk_head_dim, layer.vo_head_dim) != (whole.qk_head_dim, whole.vo_head_dim):
             return f"attention of layer {index} has narrower heads"
-        if layer.ranks:
-            return f"layer {index} has linears of two factors"
+        if not layer.is_plain:
+            return f"layer {index} has linears of several factors"
         same = ("residual_in", "residual_mid", "residual_out", "shortcuts", "norm_weights")
         if any(getattr(layer, key) != getattr(whole, key) for key in same):
             return f"layer {index} has a narrower residual stream, or no norms of its own"

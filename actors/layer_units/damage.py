@@ -25,7 +25,9 @@ from actors.layer_units.rounding_damage import (
     quantised_levels,
     table_damages,
 )
+from actors.layer_units.sharing import SharingLayers, sources_of
 from actors.messages import CompressionJob, Done, UnitTask
+from actors.methods._neighbours import Neighbours
 from actors.modeling.halves import HalvedLayer
 from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
@@ -51,6 +53,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
     index: int,
     device: str,
     losses: Losses | None = None,
+    neighbours: Neighbours | None = None,
 ) -> Curves:
     """Return module -> [[size, damage], ...] for one layer, the largest size first.
 
@@ -66,6 +69,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
         device: where to compute.
         losses: outputs of the layer -> the model's loss with each, whose rise is the damage. None:
             damage is the relative error of the layer's output.
+        neighbours: the layers with which it may share tensors, for a method that does so.
 
     Raises:
         NumericsError: a cut gives no finite output.
@@ -78,7 +82,7 @@ def damage_curves(  # noqa: PLR0913 a layer, and where it stands
         name: [] if ladder.scheme else [[ladder.whole, 0.0]] for name, ladder in ladders.items()
     }
     cuts: list[tuple[str, int, Tensor]] = []
-    for name, size, after in _outputs(weights, sums, uncut, ladders, job):
+    for name, size, after in _outputs(weights, sums, uncut, ladders, job, neighbours):
         if losses is not None:
             cuts.append((name, size, after))  # they pass the later layers together
         else:
@@ -127,8 +131,10 @@ def _outputs(
     uncut: _Uncut,
     ladders: Mapping[str, Ladder],
     job: CompressionJob,
+    neighbours: Neighbours | None,
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Yield the name of a ladder, a size of it, and the layer's output with that cut alone."""
+    shared = {"neighbours": neighbours} if methods.spec(job.method).shares else {}
     start, factors = uncut.start, dict[str, dict[str, Any]]()  # what serves all sizes of a module
     for module, ladder in ladders.items():
         for size in ladder.levels if ladder.scheme is None else ():
@@ -139,8 +145,16 @@ def _outputs(
                 given = {**sums, PAIR_SCALES: scales}
             factored = factors.setdefault(module, {})
             new, _ = methods.load(job.method).compress(
-                weights, given, shape=job.shape, form=form, options=job.options, factored=factored
+                weights,
+                given,
+                shape=job.shape,
+                form=form,
+                options=job.options,
+                factored=factored,
+                **shared,
             )
+            if neighbours is not None:
+                new |= sources_of(form, neighbours)
             yield module, size, uncut.through(uncut.built(new, form), module)
     rounding = Rounding(weights, sums, job, start)
     for module, size, own in quantised_levels(ladders):
@@ -205,7 +219,14 @@ def damage(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) ->
         ids = torch.from_numpy(tokens).to(device)
         losses = partial(downstream_losses, checkpoint, task.index, ids=ids, device=device)
     curves = damage_curves(
-        weights, sums, checkpoint, job=job, index=task.index, device=device, losses=losses
+        weights,
+        sums,
+        checkpoint,
+        job=job,
+        index=task.index,
+        device=device,
+        losses=losses,
+        neighbours=SharingLayers(task.index, job, run, reads),
     )
     found: dict[str, object] = {"curves": curves}
     if SCHEMES.name in job.options:

@@ -10,7 +10,9 @@ from actors.devices.transfer import to_host
 from actors.layer_units import mixed_methods
 from actors.layer_units.damage import halved_layer
 from actors.layer_units.reads import Reads
+from actors.layer_units.sharing import SharingLayers
 from actors.messages import CompressionJob, Done, UnitTask, Unwritten
+from actors.methods._neighbours import Neighbours
 from actors.storage.files import Directory
 from actors.storage.records import read_record
 from actors.storage.tensors import (
@@ -43,7 +45,8 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
         values: dict[str, object] = {}
     else:
         sums = reads.statistics(job, task.index)
-        new, sums, values = cut(weights, sums, job, task.index, reads)
+        neighbours = SharingLayers(task.index, job, run, reads, inputs=task.inputs)
+        new, sums, values = cut(weights, sums, job, task.index, reads, neighbours=neighbours)
     new, values = quantise(new, sums, values, job=job, form=form)
     named = named_below(new, job, task.index)
     name = f"draft/layer-{task.index:05d}.safetensors"
@@ -57,7 +60,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
     return Unwritten(held=sum(tensor.nbytes for tensor in named.values()), write=write)
 
 
-def cut(
+def cut(  # noqa: PLR0913 a layer, before and after
     weights: Tensors,
     sums: Tensors,
     job: CompressionJob,
@@ -65,6 +68,7 @@ def cut(
     reads: Reads,
     *,
     carry: bool = False,
+    neighbours: Neighbours | None = None,
 ) -> tuple[Tensors, Tensors, dict[str, object]]:
     """Return a layer with the widths and ranks of the result, nothing of it quantised.
 
@@ -75,6 +79,7 @@ def cut(
         index: of the layer.
         reads: of this worker.
         carry: the Gram matrices behind the cut are wanted, though nothing is quantised.
+        neighbours: the layers with which it shares tensors, for a method that does so.
 
     Returns:
         Its tensors by role, the sums of it that can be carried behind the cut, and the values of
@@ -99,7 +104,9 @@ def cut(
         )
     else:
         # A method that leaves rounding to others need not know of it.
-        more = {} if carried is None else {"carried": carried}
+        more: dict[str, object] = {} if carried is None else {"carried": carried}
+        if spec.shares:
+            more["neighbours"] = neighbours
         new, values = methods.load(job.method).compress(
             weights, sums, shape=job.shape, form=form, options=job.options, **more
         )

@@ -91,6 +91,7 @@ def layer(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> 
             data,
             job.recovery,
             Durability(checkpoints=checkpoints, save_every=job.save_steps),
+            frozen=compressed.shared,
         )
     named = {compressed.prefix + name: tensor for name, tensor in trained.items()}
     files, values = _exported(record, named, run)
@@ -165,6 +166,7 @@ class _Compressed:
     Attributes:
         module: itself.
         prefix: of the names of its tensors.
+        shared: names, below the layer, of those that it takes from another or another from it.
     """
 
     def __init__(
@@ -172,16 +174,27 @@ class _Compressed:
     ) -> None:
         family = load_family(job.shape.family)
         self.prefix = family.layer.format(i=index) + "."
-        config = Checkpoint(run.below(SHRUNK.rstrip("/"))).config
+        shrunk = Checkpoint(run.below(SHRUNK.rstrip("/")))
+        config = shrunk.config
         self._outer = OuterModel(config, family, dtype=torch.float32, device=device)
         files = (read_tensors(run, file.path) for file in record.files)
         tensors = {name.removeprefix(self.prefix): t for each in files for name, t in each.items()}
+        taken = {name: stored for name, stored in shrunk.shared.items() if self._has(name)}
+        tensors |= {self._below(name): shrunk.read(stored) for name, stored in taken.items()}
+        given = [stored for stored in shrunk.shared.values() if self._has(stored)]
+        self.shared = frozenset(map(self._below, [*taken, *given]))
         self.module, self._index = self._outer.layer(index, tensors), index
         # Weights stay in float32; matrices are multiplied in the dtype of the pass.
         products = getattr(torch, job.batching.dtype)
         self._multiplying = partial(
             torch.autocast, device, dtype=products, enabled=products != torch.float32
         )
+
+    def _has(self, name: str) -> bool:
+        return name.startswith(self.prefix)
+
+    def _below(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the output of the layer, (sequences, tokens, width)."""

@@ -6,7 +6,8 @@ with ``trust_remote_code=True``. It needs torch and transformers, nothing else.
 The stock model is built from its own config, and then every layer is given the widths of its entry
 of ``config.layer_forms``: those of the residual stream before, between and after its two blocks
 (with *shortcut* matrices on the residual where they differ in basis), the inner width of the MLP,
-head widths of q/k and of v/o, and ranks of the linears that are stored as two factors.
+head widths of q/k and of v/o, ranks of the linears that are stored as two factors, and what a
+linear takes from the same linear of an earlier layer, where it is stored once.
 ``config.layout`` has the names of the modules. Three things stay those of the original model
 whatever was cut: the norm's denominator, the rotary tables and the softmax scale.
 
@@ -109,6 +110,7 @@ def _divides_over_devices(config: CompressedConfig) -> bool:
     return not config.head_shortcut and all(
         not form["shortcuts"]
         and not form["ranks"]
+        and not form.get("links")
         and (form["qk_head_dim"], form["vo_head_dim"]) == (layout["head_dim"], layout["head_dim"])
         for form in layers
     )
@@ -132,17 +134,43 @@ class ScaledNorm(nn.Module):
         return self.shortcut(normed if self.weight is None else self.weight * normed)
 
 
-class LowRankLinear(nn.Module):
-    """Two factors in place of one matrix: ``x -> second(first(x))``."""
+class FactoredLinear(nn.Module):
+    """Factors in place of one matrix, some of which may be those of another layer.
 
-    def __init__(self, in_dim: int, out_dim: int, rank: int, *, bias: bool) -> None:
+    ``x -> second(core(first(x)))``, where the core is a matrix, a diagonal one or none; or
+    ``x -> number * source(x) + second(first(x))``, where the source is the matrix of another layer,
+    the number may be missing, which is 1, and so may the factors, which are 0.
+    """
+
+    def __init__(
+        self, dims: tuple[int, int], *, rank: int, rows: int | None, bias: bool, link: Any
+    ) -> None:
         super().__init__()
-        self.first = nn.Linear(in_dim, rank, bias=False)
-        self.second = nn.Linear(rank, out_dim, bias=bias)
+        out_dim, in_dim = dims
+        has_source = link is not None and "source" in link["parts"]
+        self.source = nn.Linear(in_dim, out_dim, bias=bias) if has_source else None
+        self.number = nn.Parameter(torch.ones(1)) if has_source and link["fitted"] else None
+        self.first = nn.Linear(in_dim, rank, bias=False) if rank else None
+        self.core = nn.Linear(rank, rows, bias=False) if rows else None
+        self.diagonal = nn.Parameter(torch.ones(rank)) if rows == 0 else None
+        own_bias = bias and not has_source
+        self.second = nn.Linear(rows or rank, out_dim, bias=own_bias) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product with both factors."""
-        return self.second(self.first(x))
+        """Return the product with all factors."""
+        changed: Any = None
+        if self.first is not None and self.second is not None:
+            inner = self.first(x)
+            inner = inner if self.core is None else self.core(inner)
+            inner = inner if self.diagonal is None else inner * self.diagonal
+            changed = self.second(inner)
+        if self.source is None:
+            return changed
+        found: Any = self.source
+        whole = nn.functional.linear(x, found.weight)
+        whole = whole if self.number is None else whole * self.number
+        whole = whole if found.bias is None else whole + found.bias
+        return whole if changed is None else whole + changed
 
 
 class CompressedAttention(StockAttention):
@@ -358,15 +386,11 @@ def _put(parent: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent.get_submodule(above), last, module)
 
 
-def _resize_linear(
-    parent: nn.Module, name: str, dims: tuple[int, int], *, bias: bool, rank: int | None = None
-) -> None:
-    """Replace a linear by one of (out, in) or by two factors, unless it is as it should be."""
+def _resize_linear(parent: nn.Module, name: str, dims: tuple[int, int], *, bias: bool) -> None:
+    """Replace a linear by one of (out, in), unless it is as it should be."""
     linear: Any = parent.get_submodule(name)
     out_dim, in_dim = dims
-    if rank is not None:
-        _put(parent, name, LowRankLinear(in_dim, out_dim, rank, bias=bias))
-    elif (*linear.weight.shape, linear.bias is not None) != (out_dim, in_dim, bias):
+    if (*linear.weight.shape, linear.bias is not None) != (out_dim, in_dim, bias):
         _put(parent, name, nn.Linear(in_dim, out_dim, bias=bias))
 
 
@@ -398,14 +422,15 @@ def _resize_layer(layer: Any, form: dict[str, Any], layout: dict[str, Any]) -> N
         "v": layout["kv_heads"] * form["vo_head_dim"],
         "o": layout["heads"] * form["vo_head_dim"],
     }
+    ranks, cores, links = (form.get(key, {}) for key in ("ranks", "cores", "links"))
     for role, (reads, writes) in kind["linears"].items():
-        _resize_linear(
-            layer,
-            layout["linears"][role],
-            (widths[writes], widths[reads]),
-            bias=role in form["biases"],
-            rank=form["ranks"].get(role),
-        )
+        name, dims = layout["linears"][role], (widths[writes], widths[reads])
+        bias, rank, link = role in form["biases"], ranks.get(role, 0), links.get(role)
+        if rank or link is not None:
+            rows = cores.get(role)
+            _put(layer, name, FactoredLinear(dims, rank=rank, rows=rows, bias=bias, link=link))
+        else:
+            _resize_linear(layer, name, dims, bias=bias)
     for role, over in kind["norms"].items():
         if over in widths:  # not those of single heads
             dims = (widths[over], layout["hidden"])
@@ -439,6 +464,28 @@ def _resize(body: nn.Module, config: Any) -> None:
         norm.shortcut = nn.Linear(config.head_input_dim, config.embedding_dim, bias=False)
 
 
+def shared_tensors(model: Any) -> dict[str, str]:
+    """Return the name of each tensor that a layer takes from another -> the name it is stored by.
+
+    Names are those of the model with its head. None before its layers have been resized.
+    """
+    config, found = model.config, dict[str, str]()
+    if not getattr(model, "is_resized", False):
+        return found
+    layout = config.layout
+    for index, form in enumerate(config.layer_forms):
+        for role, link in form.get("links", {}).items():
+            if not 0 <= link["layer"] < index:
+                continue  # a layer alone, with tensors of its own
+            for part in link["parts"]:
+                name = layout["linears"][role]
+                stored = f"{layout['layers']}.{link['layer']}.{name}"
+                stored += "" if part == "source" else f".{part}"
+                taken = f"{layout['layers']}.{index}.{name}.{part}"
+                found[f"{taken}.weight"] = f"{stored}.weight"
+    return found
+
+
 class CompressedModel(StockModel):
     """The stock base model, resized."""
 
@@ -448,7 +495,15 @@ class CompressedModel(StockModel):
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
         _resize(self, config)
+        self.is_resized = True
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Return what transformers ties, and what layers take from one another."""
+        found = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        base = StockForCausalLM.base_model_prefix + "."
+        shared = shared_tensors(self).items()
+        return found | {a.removeprefix(base): b.removeprefix(base) for a, b in shared}
 
 
 class CompressedForCausalLM(StockForCausalLM):
@@ -466,4 +521,10 @@ class CompressedForCausalLM(StockForCausalLM):
         reads = config.embedding_dim if config.head_shortcut else config.head_input_dim
         dims = (config.vocab_size, reads)
         _resize_linear(self, head, dims, bias=config.head_bias)
+        self.is_resized = True
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Return what transformers ties, and what layers take from one another."""
+        found = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        return found | shared_tensors(self)

@@ -179,10 +179,22 @@ class Checkpoint:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """The tensors that can be read: for a quantised matrix its weight, not what is stored."""
-        return frozenset(self.locations.keys() - self._parts.keys()) | {
-            f"{module}.weight" for module in self.schemes
-        }
+        """The tensors that can be read: for a quantised matrix its weight, not what is stored.
+
+        Where layers share tensors, these have a name in each of the layers.
+        """
+        stored = frozenset(self.locations.keys() - self._parts.keys())
+        return stored | {f"{module}.weight" for module in self.schemes} | self.shared.keys()
+
+    @functools.cached_property
+    def shared(self) -> dict[str, str]:
+        """The name of each tensor that a layer takes from another -> that under which it is stored.
+
+        No other model than a compressed one has any.
+        """
+        if self.config.get("model_type") != COMPRESSED:
+            return {}
+        return load_family(self.shape.family).shared_tensors(self.form)
 
     @functools.cached_property
     def _parts(self) -> dict[str, str]:
@@ -289,6 +301,7 @@ class Checkpoint:
         Raises:
             ModelError: there is no such tensor, it has NaN or infinite entries, or it changed.
         """
+        name = self.shared.get(name, name)
         module = name.removesuffix(".weight")
         if module in self.schemes and name.endswith(".weight"):
             return self._read_quantised(module)
@@ -400,9 +413,14 @@ class Checkpoint:
         """Return the tensors whose names begin with a prefix, keyed by the rest of their names."""
         return dict(self.stream_prefix(prefix))
 
-    def stream_prefix(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same tensors one after the other, so that each can be converted first."""
-        return self._stream((name[len(prefix) :], name) for name in self._names(prefix))
+    def stream_prefix(self, prefix: str, *, shared: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same tensors one after the other, so that each can be converted first.
+
+        Those that layers take from others are left out unless they are ``shared``.
+        """
+        names = self._names(prefix)
+        left_out = {} if shared else self.shared
+        return self._stream((name[len(prefix) :], name) for name in names if name not in left_out)
 
     def stream_prefixes(
         self, prefixes: Iterable[str]

@@ -1,8 +1,9 @@
 """How a training goes: trials of rates, then the training, its measurements and its end.
 
-The same for whole models and for single layers; what differs is in their `Lessons`. If several
-rates are given, each trains for a quarter of the steps by a schedule of that length; the one with
-the lowest held-out loss then trains from the start.
+The same for whole models and for single layers; what differs is in their `Lessons`. Several rates
+are tried from the first, the highest: each trains for a quarter of the steps by a schedule of that
+length, until one ends with a higher held-out loss than the one before. The best then trains from
+the start.
 """
 
 import math
@@ -89,7 +90,7 @@ def _advance(course: Course, steps: Steps, lessons: Lessons, recovery: Recovery)
     place = recovery.place(course.step)
     tried = recovery.rates[place.trial] if course.chosen is None else course.chosen
     rate = tried * recovery.factor(place.step, place.steps)
-    gradients, loss = lessons.gradient(place.step)
+    gradients, loss = lessons.gradient(place)
     tokens = recovery.batch * lessons.terms
     course.history.append(
         {"step": course.step, "rate": rate, "loss": _number(loss), "tokens": tokens}
@@ -127,8 +128,12 @@ def _end_trial(
     course.trials.append({"rate": rate, "loss": _number(loss)})
     course.rising = 0
     steps.return_to_best()  # no weights have been kept yet but those at the start
-    if len(course.trials) < len(recovery.rates):
+    left = len(recovery.rates) - len(course.trials)
+    losses = [_loss(trial) for trial in course.trials]
+    past_best = len(losses) > 1 and losses[-1] > losses[-2]
+    if left and not past_best:
         return
+    course.step += left * recovery.trial_steps  # lower rates are left out
     best = min(course.trials, key=_loss)
     if best["loss"] is None:
         raise NumericsError(

@@ -4,7 +4,8 @@ A batch is cut into parts whose number the recipe sets; each worker computes as 
 other. Whatever is summed over parts is summed in their order, so no bit depends on the workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 
 from actors.training.group import Group
 from planners.errors import ConfigError
-from planners.recovery import Recovery
+from planners.recovery import Place, Recovery
 
 Rows = Sequence[int]  # sequences, by their number in the data
+# Where a step stands -> a context for it, and prefixes of the tensors that take no part in it.
+Replaces = Callable[[Place], AbstractContextManager[tuple[str, ...]]]
+
+
+def nothing(place: Place) -> AbstractContextManager[tuple[str, ...]]:
+    """Let all tensors take part."""
+    del place
+    return nullcontext(())
 
 
 class Source(Protocol):
@@ -66,15 +75,18 @@ class Lessons:
         group: Group,
         *,
         num_sequences: int,
+        replaces: Replaces = nothing,
     ) -> None:
         """Divide the work.
+
+        ``replaces`` is of the steps alone: held-out losses are of all that is trained.
 
         Raises:
             ConfigError: the parts of a batch cannot be divided by the workers.
         """
         self._source, self._trained = source, trained
         self.terms = source.terms
-        self._recovery, self._group = recovery, group
+        self._recovery, self._group, self._replaces = recovery, group, replaces
         self._last = num_sequences - recovery.held_out  # one past those that are trained on
         self._held = range(self._last, num_sequences)
         self._size = recovery.batch // recovery.parts  # sequences of a part
@@ -84,15 +96,25 @@ class Lessons:
                 hint="use a number of workers that divides the parts",
             )
 
-    def gradient(self, step: int) -> tuple[list[Tensor], float]:
-        """Return the gradient of each tensor at a step, and the mean loss before it."""
+    def gradient(self, place: Place) -> tuple[list[Tensor | None], float]:
+        """Return the gradient of each tensor at a step, and the mean loss before it.
+
+        None for a tensor that takes no part in the step.
+        """
         recovery, group = self._recovery, self._group
+        step = place.step
         rows = samples(step, batch=recovery.batch, num_sequences=self._last, seed=recovery.seed)
         count = recovery.parts // group.size
         own = range(group.rank * count, (group.rank + 1) * count)
-        parts = (self._part(rows, step, number) for number in own)
-        *gradients, total = group.summed(parts)
-        return gradients, float(total) / self._terms(recovery.batch)
+        with self._replaces(place) as absent:
+            parts = (self._part(rows, step, number) for number in own)
+            *gradients, total = group.summed(parts)
+        names = self._trained.parameters
+        found = [
+            None if name.startswith(absent) else gradient
+            for name, gradient in zip(names, gradients, strict=True)
+        ]
+        return found, float(total) / self._terms(recovery.batch)
 
     def held_out_loss(self) -> float:
         """Return the mean loss of the held-out sequences."""

@@ -1,6 +1,6 @@
 """Train a single layer to the outputs of the layer that it was made from, on that one's inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,8 @@ def train_layer(
     data: LayerData,
     recovery: Recovery,
     durability: Durability,
+    *,
+    frozen: Container[str] = (),
 ) -> tuple[Course, dict[str, Tensor]]:
     """Train a layer; it is resumed from its newest checkpoint if there is one.
 
@@ -50,6 +52,8 @@ def train_layer(
         data: inputs and targets.
         recovery: how it is trained.
         durability: when it is saved; the finished layer is left to the caller.
+        frozen: names below the layer of the tensors that it shares with others, which must not
+            change while those are trained.
 
     Returns:
         How it went; name below the layer -> value of the tensors that were trained: the best that
@@ -58,7 +62,7 @@ def train_layer(
     Raises:
         NumericsError: the loss is no number, or far above that at the start.
     """
-    trained = trained_of(module, dense, recovery)
+    trained = trained_of(module, dense, recovery, frozen=frozen)
     if not trained.parameters:
         return Course(), {}
     group = Alone()
@@ -67,13 +71,20 @@ def train_layer(
     return complete(found, lessons, trained, recovery, durability)
 
 
-def trained_of(module: nn.Module, dense: Mapping[str, Tensor], recovery: Recovery) -> Trained:
+def trained_of(
+    module: nn.Module,
+    dense: Mapping[str, Tensor],
+    recovery: Recovery,
+    *,
+    frozen: Container[str] = (),
+) -> Trained:
     """Return what of a layer is trained."""
     if recovery.trains == "lora":
-        return Adapters(linears_of(module), recovery)
+        return Adapters(linears_of(module, frozen=frozen), recovery)
     if recovery.trains == "made":
-        return Tensors(module, made(module, dense), recovery)
-    return Tensors(module, [name for name, _ in module.named_parameters()], recovery)
+        return Tensors(module, made(module, dense, frozen=frozen), recovery)
+    names = [name for name, _ in module.named_parameters() if name not in frozen]
+    return Tensors(module, names, recovery)
 
 
 class _Outputs:

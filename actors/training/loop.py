@@ -1,6 +1,7 @@
 """Train a whole compressed model to the model that it was made from, in a group of workers."""
 
 import time
+from collections.abc import Container, Mapping
 
 import torch
 
@@ -13,7 +14,8 @@ from actors.training.adapters import Adapters
 from actors.training.checkpoints import Checkpoints
 from actors.training.distillation import Distillation
 from actors.training.group import Group
-from actors.training.lessons import Lessons, Trained
+from actors.training.lessons import Lessons, Replaces, Trained, nothing
+from actors.training.replacement import Replacement
 from actors.training.resume import Durability, complete, found_for
 from actors.training.trained import Tensors, linears_of, made
 from actors.training.whole_model import WholeModel
@@ -63,25 +65,60 @@ def _lessons(request: TrainRequest, group: Group, run: Directory) -> tuple[Lesso
     before = dense
     if request.input_uri:
         before = Checkpoint(request.input_uri, model_store=store, device=device)
-    trained = _trained(student, before, recovery)
+    shared = compressed.shared
+    cut = _made(student, before, recovery, taken=shared)
+    trained = _trained(student, cut, recovery, shared=shared)
     teacher = None
     if recovery.loss == "kl":
         teacher = WholeModel(dense, dtype=products, device=device)
     ids = torch.from_numpy(tokens_from_parquet(run.read(request.tokens)))
     source = Distillation(student, teacher, ids)
-    return Lessons(source, trained, recovery, group, num_sequences=len(ids)), trained
+    replaces: Replaces = nothing
+    if teacher is not None and recovery.replace != "none":
+        replaces = Replacement(student, teacher, list(cut), recovery).standing
+    lessons = Lessons(source, trained, recovery, group, num_sequences=len(ids), replaces=replaces)
+    return lessons, trained
 
 
-def _trained(student: WholeModel, dense: Checkpoint, recovery: Recovery) -> Trained:
-    """Return what of a model is trained: never the embedding, positions or the head."""
+def _made(
+    student: WholeModel, dense: Checkpoint, recovery: Recovery, *, taken: Container[str]
+) -> dict[str, list[str]]:
+    """Return prefix -> tensors that were made, of each changed layer; empty where none asks.
+
+    A tensor that layers share belongs to the one that stores it.
+    """
+    if recovery.trains != "made" and recovery.replace == "none":
+        return {}
+    found = {}
+    for prefix, layer in student.layers.items():
+        names = [name for name, _ in layer.named_parameters() if prefix + name in taken]
+        found[prefix] = made(layer, dense.read_prefix(prefix), frozen=names)
+    return {prefix: names for prefix, names in found.items() if names}
+
+
+def _trained(
+    student: WholeModel,
+    cut: Mapping[str, list[str]],
+    recovery: Recovery,
+    *,
+    shared: Mapping[str, str],
+) -> Trained:
+    """Return what of a model is trained: never the embedding, positions or the head.
+
+    Adapters leave out what layers share: merged into one, they would change the other.
+    """
     layers = student.layers
     if recovery.trains == "lora":
+        frozen = {*shared, *shared.values()}
         named = {
-            p + n: each for p, layer in layers.items() for n, each in linears_of(layer).items()
+            p + n: each
+            for p, layer in layers.items()
+            for n, each in linears_of(layer).items()
+            if f"{p}{n}.weight" not in frozen
         }
         return Adapters(named, recovery)
     if recovery.trains == "made":
-        names = [p + n for p, layer in layers.items() for n in made(layer, dense.read_prefix(p))]
+        names = [prefix + name for prefix, own in cut.items() for name in own]
         if not names:
             raise ConfigError(
                 "recovery: there is nothing to train: the layers are those of the input model",
@@ -90,6 +127,7 @@ def _trained(student: WholeModel, dense: Checkpoint, recovery: Recovery) -> Trai
     else:
         parts = [*layers.items(), student.final_norm]
         names = [p + n for p, module in parts for n, _ in module.named_parameters()]
+        names = [name for name in names if name not in shared]
     return Tensors(student.module, names, recovery)
 
 

@@ -95,7 +95,7 @@ def complete(
     course = Course()
     if found:
         course = found.course
-        steps.restore(checkpoints.tensors(found), taken=recovery.place(course.step).step)
+        steps.restore(checkpoints.tensors(found))
 
     def pauses() -> bool:
         stops = durability.stops()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from planners.recovery import BETAS, EPSILON, Recovery
 
 WEIGHT, BEST = "weight/", "best/"  # before the name of a tensor
-MOMENTS = {"exp_avg/": "exp_avg", "exp_avg_sq/": "exp_avg_sq"}  # likewise -> torch's name
+# Likewise -> torch's name. A tensor has taken fewer steps where its layer was replaced in some.
+MOMENTS = {"exp_avg/": "exp_avg", "exp_avg_sq/": "exp_avg_sq", "taken/": "step"}
 
 
 class Steps:
@@ -35,9 +36,12 @@ class Steps:
         self._best = {name: each.detach().clone() for name, each in parameters.items()}
         self._adam = self._new_adam()
 
-    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """Change the tensors, given their gradients in the order of their names."""
-        self._clip(gradients)
+    def step(self, gradients: Sequence[Tensor | None], rate: float) -> None:
+        """Change the tensors, given their gradients in the order of their names.
+
+        A tensor without a gradient keeps its value and its moments.
+        """
+        self._clip([gradient for gradient in gradients if gradient is not None])
         for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         for group in self._adam.param_groups:
@@ -66,18 +70,18 @@ class Steps:
             found |= {key + name: state[kind] for key, kind in MOMENTS.items() if kind in state}
         return found
 
-    def restore(self, tensors: Mapping[str, Tensor], *, taken: int) -> None:
-        """Go on bit for bit from what `tensors` returned after so many steps of the optimiser."""
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on bit for bit from what `tensors` returned."""
         self._adam = self._new_adam()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[WEIGHT + name])
                 self._best[name].copy_(tensors[BEST + name])
-                if taken:
-                    moments = {kind: tensors[key + name].to(parameter.device)
-                               for key, kind in MOMENTS.items()}  # fmt: skip
-                    step = torch.tensor(float(taken))
-                    self._adam.state[parameter] = {"step": step, **moments}
+                kept = {kind: tensors[key + name] for key, kind in MOMENTS.items()
+                        if key + name in tensors}  # fmt: skip
+                if kept:
+                    moments = {kind: each.to(parameter.device) for kind, each in kept.items()}
+                    self._adam.state[parameter] = {**moments, "step": kept["step"]}
 
     def _new_adam(self) -> torch.optim.AdamW:
         groups = [

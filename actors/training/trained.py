@@ -1,6 +1,6 @@
 """Which tensors of a compressed model are trained, and what their rates are relative to."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from planners.recovery import Recovery
 
 
-def made(layer: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
+def made(
+    layer: nn.Module, dense: Mapping[str, Tensor], *, frozen: Container[str] = ()
+) -> list[str]:
     """Return the tensors of a layer that a cut made, and its norms if there are any.
 
     A tensor was made if the dense layer has none of its name, or one of another shape or of other
@@ -17,6 +19,7 @@ def made(layer: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
     Args:
         layer: of the compressed model.
         dense: the tensors of the layer that it was made from, by their names below the layer.
+        frozen: names of tensors that are not trained here.
     """
 
     def is_made(name: str, parameter: Tensor) -> bool:
@@ -27,7 +30,8 @@ def made(layer: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
             or not torch.equal(other.to(parameter), parameter)
         )
 
-    found = {name for name, each in layer.named_parameters() if is_made(name, each)}
+    own = [(name, each) for name, each in layer.named_parameters() if name not in frozen]
+    found = {name for name, each in own if is_made(name, each)}
     return sorted(found | set(_norms(layer))) if found else []
 
 
@@ -38,10 +42,16 @@ def _norms(layer: nn.Module) -> list[str]:
     return [name for name in names if name.rpartition(".")[0] not in linears]
 
 
-def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Return name -> linear of a layer; of a linear in two factors each of them."""
-    found = layer.named_modules()
-    return {name: module for name, module in found if isinstance(module, nn.Linear)}
+def linears_of(layer: nn.Module, *, frozen: Container[str] = ()) -> dict[str, nn.Linear]:
+    """Return name -> linear of a layer; of a linear in two factors each of them.
+
+    Those whose weight is ``frozen`` are left out.
+    """
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in frozen
+    }
 
 
 def rms(tensor: Tensor) -> float:

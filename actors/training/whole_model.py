@@ -47,11 +47,15 @@ class WholeModel:
         self.module: Any = empty_model(checkpoint.config)
         tensors = {
             name: to_device(tensor, device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in checkpoint.stream_prefix("")
+            for name, tensor in checkpoint.stream_prefix("", shared=False)
         }
         head = self._family.head_among(checkpoint.names)
         tensors.setdefault(self._family.head, tensors[head])
+        tensors |= {name: tensors[stored] for name, stored in checkpoint.shared.items()}
         self.module.load_state_dict(tensors, strict=True, assign=True)
+        for name, stored in checkpoint.shared.items():
+            module, _, last = name.rpartition(".")
+            setattr(self.module.get_submodule(module), last, self.module.get_parameter(stored))
         if head != self._family.head:
             self.module.get_output_embeddings().weight = self.module.get_input_embeddings().weight
         self.module.to(device)  # what is computed and not stored, such as the frequencies of rope

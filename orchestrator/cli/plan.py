@@ -82,7 +82,7 @@ def _recovery(forecast: Forecast) -> dict[str, str]:
     said = f"{how.mode}: {trained}, on {how.tokens:,} tokens in {how.steps} steps"
     if how.trial_steps:
         rates = ", ".join(f"{rate:g}" for rate in how.rates)
-        said += f", after {how.trial_steps} steps with each of the rates {rates}"
+        said += f", after {how.trial_steps} with each rate of {rates}, until one is worse"
     found = {"recovery": said}
     if plan.training_bytes:
         peak = bytes_text(sum(plan.training_bytes.values()))

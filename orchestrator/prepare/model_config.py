@@ -19,6 +19,7 @@ AUTO_MAP = {
 }
 
 UNREAD = ("pairs", "schemes")  # of a layer: the code of a result does not need them
+RARE = ("cores", "links")  # written where a layer has any
 # Read by the KV cache of transformers, also where the layers of a model do not read them.
 OF_A_CACHE = ("sliding_window", "layer_types", "attention_chunk_size", "kv_sharing_modes")
 
@@ -81,7 +82,11 @@ def _remote(config: Mapping[str, Any], shape: ModelShape, form: ModelForm) -> di
         "head_bias": form.head_bias,
         "head_shortcut": form.head_shortcut,
         "layer_forms": [
-            {key: value for key, value in to_json(layer).items() if key not in UNREAD}
+            {
+                key: value
+                for key, value in to_json(layer).items()
+                if key not in UNREAD and (value or key not in RARE)
+            }
             for layer in form.layers
         ],
     }

@@ -132,7 +132,8 @@ def checked(prepared: Prepared) -> Prepared:
     """Return a run whose result can be trained, with what determines the text that it writes.
 
     Raises:
-        ConfigError: the result is quantised, or a package is missing.
+        ConfigError: the result is quantised, a package is missing, or layers of the teacher cannot
+            stand in the place of its own.
         PlanError: the input model is to write the text, and is too large for that.
     """
     if prepared.recovery is None:
@@ -143,12 +144,39 @@ def checked(prepared: Prepared) -> Prepared:
             hint="recover the model before it is rounded: cut it with --recover to a plain "
             "checkpoint (--option servable=native), then run gptq on RUN/model",
         )
+    if prepared.recovery.replace != "none":
+        _require_same_stream(prepared)
     if prepared.recovery.mode == "global":
         require_train()
     if prepared.config.recover.data != SELF:
         return prepared
     units = text_units(prepared)
     return replace(prepared, recovery_hash=text_identity(units))
+
+
+def _require_same_stream(prepared: Prepared) -> None:
+    """Refuse to put layers of the teacher in the place of layers that read another stream.
+
+    Raises:
+        ConfigError: the bases, widths, family or number of layers differ.
+    """
+    rotates = next((s.spec.name for s in (*prepared.former, prepared) if s.spec.residual), "")
+    if rotates:
+        raise ConfigError(
+            f"recover.replace: {rotates} rotates the residual stream, so layers of the input model "
+            "cannot stand in the place of its own",
+            hint="use another method, or remove it",
+        )
+    own, other = prepared.origin.plan.shape, prepared.origin.plan.shape
+    if teacher := prepared.teacher:
+        other = Checkpoint(teacher.uri, model_store=teacher.model_store).shape
+    layers = len(prepared.plan.form.layers)
+    if (own.model_type, layers, own.hidden) != (other.model_type, other.num_layers, other.hidden):
+        raise ConfigError(
+            f"recover.replace: the teacher is {other.model_type} with {other.num_layers} layers of "
+            f"width {other.hidden}, the result {own.model_type} with {layers} of {own.hidden}",
+            hint="learn from the input model, or remove it",
+        )
 
 
 def text_units(prepared: Prepared) -> list[Unit]:
@@ -195,6 +223,7 @@ def recovery_of(config: RunConfig, num_sequences: int, length: int) -> Recovery 
             "recover.loss: layers that are trained alone have no labels",
             hint="use --recover global, or remove it",
         )
+    _require_replaceable(how)
     held = how.held_out or recovery.held_out(num_sequences)
     batch = how.batch or max(FEWEST, BATCH_TOKENS // length)
     if num_sequences - held < batch:
@@ -223,7 +252,7 @@ def recovery_of(config: RunConfig, num_sequences: int, length: int) -> Recovery 
         steps=steps,
         batch=batch,
         parts=parts,
-        rates=tuple(how.learning_rates),
+        rates=tuple(sorted(set(how.learning_rates), reverse=True)),
         relative=how.relative,
         schedule=how.schedule,
         warmup=how.warmup,
@@ -232,8 +261,30 @@ def recovery_of(config: RunConfig, num_sequences: int, length: int) -> Recovery 
         rank=how.rank,
         alpha=how.alpha,
         dropout=how.dropout,
+        replace=how.replace,
         seed=seed_of(config),
         held_out=held,
         sequences=num_sequences,
         length=length,
     )
+
+
+def _require_replaceable(how: RecoverConfig) -> None:
+    """Refuse to put layers of the teacher in a place where there are none.
+
+    Raises:
+        ConfigError: layers are trained alone, or there is no teacher.
+    """
+    if how.replace == "none":
+        return
+    if how.mode == "local":
+        raise ConfigError(
+            "recover.replace: layers that are trained alone have no others beside them",
+            hint="use --recover global, or remove it",
+        )
+    if how.loss == "labels":
+        raise ConfigError(
+            "recover.replace: with the loss labels there is no input model whose layers could "
+            "stand in the place of others",
+            hint="use the loss kl, or remove it",
+        )

@@ -149,7 +149,7 @@ class RecoverConfig(_Section):
         tokens: to train on, counted as often as they are seen. One epoch of the data if None.
         parts: of a batch, whose gradients are summed in order: the most workers that can share a
             step.
-        learning_rates: of several, each is tried for a quarter of the steps.
+        learning_rates: several are tried, from the highest until one is worse than the one before.
         relative: the rates are relative to the root mean square of each tensor.
         held_out: sequences at the end of the data that are not trained on; a sixteenth if None.
         seed: of the order of sequences; that of the recipe if None.
@@ -196,9 +196,17 @@ class RecoverConfig(_Section):
             "changes of their linears.",
         ),
     ] = Field(default="made", description="made, all or lora")
+    replace: Annotated[
+        Literal["none", "linear", "constant"],
+        Flag(
+            "--recover-replace HOW",
+            "Put layers of the input model in the place of changed ones in the first half of the "
+            "steps of global: fewer and fewer, linear, or half of them, constant. [none]",
+        ),
+    ] = Field(default="none", description="none, linear or constant")
     loss: Literal["kl", "labels"] = Field(default="kl", description="kl or labels")
     learning_rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        default=[0.01, 0.003], min_length=1, max_length=8,
+        default=[0.01, 0.003, 0.001, 0.0003], min_length=1, max_length=8,
         description="a list of numbers above 0 and up to 1",
     )  # fmt: skip
     relative: bool = Field(default=True, description="true or false")

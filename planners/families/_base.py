@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planners.model.cost import linear_dims, width_at
-from planners.model.form import dense_form
+from planners.model.form import SOURCE, ModelForm, dense_form
 from planners.model.layer import Norm
 from planners.model.shape import ModelShape
 
@@ -82,6 +82,22 @@ class Family:
                 dims = (width_at(shape, form, norm.over),)
                 tensors[f"{norm.role}.{part}"] = (f"{name}.{part}", dims)
         return tensors
+
+    def shared_tensors(self, form: ModelForm) -> dict[str, str]:
+        """Return the name of each tensor that a layer takes from another -> that it is stored by.
+
+        Both are full names; a matrix that is taken stands below its linear as ``source``.
+        """
+        found = {}
+        for index, layer in enumerate(form.layers):
+            for role, link in layer.links.items():
+                name = self.linears[role]
+                stored = f"{self.layer.format(i=link.layer)}.{name}"
+                for part in link.parts:
+                    below = "" if part == SOURCE else f".{part}"
+                    taken = f"{self.layer.format(i=index)}.{name}.{part}.weight"
+                    found[taken] = f"{stored}{below}.weight"
+        return found
 
     @property
     def norm_bias(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from planners.errors import PlanError
 from planners.memory.peaks import LIBRARIES, SINGLE, forward_bytes, load_bytes, table_bytes
 from planners.memory.placement import Load, place
-from planners.model.cost import BYTES_OF, layer_parameters, widest_layer
+from planners.model.cost import BYTES_OF, held_parameters, widest_layer
 from planners.model.form import ModelForm
 from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
@@ -22,7 +22,7 @@ def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: i
         tokens: of each, including the prompt.
     """
     width, dtype = BYTES_OF[shape.dtype], shape.dtype
-    largest = max(form.layers, key=lambda layer: layer_parameters(shape, layer))
+    largest = max(form.layers, key=lambda layer: held_parameters(shape, layer))
     widest = widest_layer(form)
     cached = batch * tokens * shape.num_kv_heads * (widest.qk_head_dim + widest.vo_head_dim) * width
     passing = max(
@@ -39,7 +39,7 @@ def generation_load(shape: ModelShape, form: ModelForm, *, batch: int, tokens: i
     logits = batch * shape.vocab_size * (width + SINGLE)
     loading = load_bytes(shape, dtype=dtype, form=largest)
     return Load(
-        layer=layer_parameters(shape, largest) * width,
+        layer=held_parameters(shape, largest) * width,
         statistics=cached,
         microbatch=batch * tokens * shape.hidden * width,
         # A layer's keys and values are copied when they grow.

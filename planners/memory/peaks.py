@@ -22,6 +22,7 @@ from planners.method import Candidate, MethodSpec, Option
 from planners.model.cost import (
     BYTES_OF,
     dense_model_form,
+    held_parameters,
     layer_bytes,
     layer_parameters,
     linear_dims,
@@ -29,7 +30,7 @@ from planners.model.cost import (
     statistic_elements,
     tap_dim,
 )
-from planners.model.form import LayerForm, ModelForm, dense_form
+from planners.model.form import SOURCE, LayerForm, ModelForm, dense_form
 from planners.model.packing import ROWS as BLOCK_ROWS
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, input_of
@@ -113,7 +114,7 @@ def load_bytes(shape: ModelShape, *, dtype: str, form: LayerForm | None = None) 
     if stored == BYTES_OF[dtype]:
         dims = (linear_dims(shape, layer, role) for role in shape.kind(layer).roles)
         return max(out * inner for out, inner in dims) * stored
-    return layer_parameters(shape, layer) * stored
+    return held_parameters(shape, layer) * stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class Shrinking:
 
     def cells(self, layer: LayerForm) -> int:
         """Return the bytes of a layer in the dtype of the pass."""
-        return layer_parameters(self.shape, layer) * BYTES_OF[self.dtype]
+        return held_parameters(self.shape, layer) * BYTES_OF[self.dtype]
 
     def passing(self, *layers: LayerForm) -> int:
         """Return the bytes that the forward pass of the widest of these layers needs."""
@@ -327,6 +328,8 @@ def _shrunk_layer(
     stored = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
     before = layer_parameters(shape, start) * stored
+    if form.links:  # a layer with which it shares, as that one is in the input model
+        before += before + sums * any(SOURCE not in link.parts for link in form.links.values())
     factoring = _factorisation(shape, start, form)
     if not form.schemes:
         return int(before + layer_parameters(shape, form) * stored + sums + factoring)

@@ -10,7 +10,7 @@ from planners.memory.peaks import LIBRARIES, forward_bytes, load_bytes, loss_byt
 from planners.model.cost import (
     BYTES_OF,
     dense_model_form,
-    layer_parameters,
+    held_parameters,
     statistic_elements,
     widest_layer,
 )
@@ -118,10 +118,10 @@ def load_of(  # noqa: PLR0913 what a worker does
     passing = max(passed(widest, statistics), *(passed(form, frozenset()) for form in forms))
     losing = loss_bytes(shape, tokens=tokens, dtype=dtype)
     # Shortcuts of an earlier step may make a layer larger than the dense one.
-    largest = max((*dense, *start.layers), key=lambda f: layer_parameters(shape, f))
+    largest = max((*dense, *start.layers), key=lambda f: held_parameters(shape, f))
     loading = load_bytes(shape, dtype=dtype, form=largest)
     return Load(
-        layer=layer_parameters(shape, largest) * width,
+        layer=held_parameters(shape, largest) * width,
         statistics=sums * 8,
         microbatch=tokens * shape.hidden * width,
         workspace=max(passing, losing, loading),

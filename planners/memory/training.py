@@ -8,6 +8,7 @@ from planners.memory.peaks import DOUBLE, LOGIT_TOKENS, SINGLE, Shrinking
 from planners.model.cost import (
     BYTES_OF,
     dense_model_form,
+    held_parameters,
     layer_parameters,
     matrices,
     model_parameters,
@@ -63,6 +64,9 @@ def model_parts(
     largest = SINGLE * max(_largest(shape, layer, how) for layer in form.layers)
     tokens = part_tokens(how)
     kept = sum(kept_elements(shape, layer) for layer in form.layers) * tokens * SINGLE
+    if how.replace != "none":  # in some steps most layers may be the teacher's
+        whole = dense_model_form(dense).layers
+        kept = max(kept, sum(kept_elements(dense, layer) for layer in whole) * tokens * SINGLE)
     streams = tokens * max(form.head_dim, dense.hidden) * (3 * SINGLE + BYTES_OF[dtype])
     logits = LOGITS[how.loss] * min(tokens, LOGIT_TOKENS) * shape.vocab_size * SINGLE
     activations = int(kept * (NARROW if narrow else 1)) + streams
@@ -123,7 +127,7 @@ def _layer(
     shape: ModelShape, before: LayerForm, after: LayerForm, how: Recovery, *, dtype: str
 ) -> int:
     tokens = part_tokens(how)
-    weights = layer_parameters(shape, after) * SINGLE
+    weights = held_parameters(shape, after) * SINGLE
     dense = layer_parameters(shape, before) * BYTES_OF[shape.dtype]
     stored = layer_parameters(shape, after) * BYTES_OF[shape.dtype]
     # A batch of inputs and targets, as they are read and in the basis of the layer.

@@ -1,9 +1,9 @@
 """Parameters, bytes and floating point operations, from integers alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from planners.model.form import LayerForm, ModelForm, Start, dense_form
+from planners.model.form import SOURCE, LayerForm, ModelForm, Start, dense_form
 from planners.model.packing import packed_elements
 from planners.model.scheme import Scheme, nominal_bits, stored_bits
 from planners.model.shape import ModelShape
@@ -34,27 +34,72 @@ def linear_dims(shape: ModelShape, form: LayerForm, role: str) -> tuple[int, int
     return width_at(shape, form, linear.writes), width_at(shape, form, linear.reads)
 
 
+def factors(shape: ModelShape, form: LayerForm, role: str) -> dict[str, tuple[int, int]]:
+    """Return part -> (out, in) of all matrices that a linear multiplies by, its own or another's.
+
+    A linear that is stored whole has one, without a name; others have ``first`` and ``second``,
+    with a ``core`` between them or beside a ``source``.
+    """
+    out_dim, in_dim = linear_dims(shape, form, role)
+    rank, link = form.ranks.get(role), form.links.get(role)
+    found = {}
+    if link is not None and SOURCE in link.parts:
+        found[SOURCE] = (out_dim, in_dim)
+    elif rank is None:
+        return {"": (out_dim, in_dim)}
+    if rank:
+        rows = form.cores.get(role) or rank
+        found |= {"first": (rank, in_dim), "second": (out_dim, rows)}
+        if form.cores.get(role):
+            found["core"] = (rows, rank)
+    return found
+
+
+def extra_numbers(form: LayerForm, role: str) -> int:
+    """Return the elements that a linear stores beside matrices and bias: factors of matrices."""
+    link = form.links.get(role)
+    diagonal = form.ranks[role] if form.cores.get(role) == 0 else 0
+    return diagonal + (link is not None and link.fitted)
+
+
+def linear_products(shape: ModelShape, form: LayerForm, name: str) -> int:
+    """Return the multiply-adds of one linear for a token."""
+    dims = factors(shape, form, name).values()
+    return sum(rows * columns for rows, columns in dims) + extra_numbers(form, name)
+
+
+def taken_weights(shape: ModelShape, form: LayerForm) -> int:
+    """Return the elements that a layer takes from others, which a worker holds beside its own."""
+    total = 0
+    for role, link in form.links.items():
+        found = factors(shape, form, role)
+        total += sum(rows * columns for rows, columns in (found[part] for part in link.parts))
+    return total
+
+
 def linear_weights(shape: ModelShape, form: LayerForm, name: str) -> int:
-    """Return the elements of one linear's matrix, or of both its factors."""
-    out_dim, in_dim = linear_dims(shape, form, name)
-    rank = form.ranks.get(name)
-    return out_dim * in_dim if rank is None else rank * (out_dim + in_dim)
+    """Return the elements stored for one linear, without its bias."""
+    own = _own(form, name, factors(shape, form, name))
+    return sum(rows * columns for rows, columns in own.values()) + extra_numbers(form, name)
 
 
 def matrices(shape: ModelShape, form: LayerForm) -> dict[str, tuple[int, int]]:
-    """Return the matrices of a layer, (out, in): of each linear, or of both of its factors.
+    """Return the matrices that a layer stores, (out, in): of each linear, or of its factors.
 
     A matrix is called like its linear, or ``q_proj.first`` and ``q_proj.second``.
     """
-    found = {}
-    for role in shape.kind(form).roles:
-        out_dim, in_dim = linear_dims(shape, form, role)
-        rank = form.ranks.get(role)
-        if rank is None:
-            found[role] = (out_dim, in_dim)
-        else:
-            found |= {f"{role}.first": (rank, in_dim), f"{role}.second": (out_dim, rank)}
-    return found
+    return {
+        f"{role}.{part}".removesuffix("."): dims
+        for role in shape.kind(form).roles
+        for part, dims in _own(form, role, factors(shape, form, role)).items()
+    }
+
+
+def _own(
+    form: LayerForm, role: str, found: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    taken = form.links[role].parts if role in form.links else ()
+    return {part: dims for part, dims in found.items() if part not in taken}
 
 
 def matrix_bytes(dims: tuple[int, int], scheme: Scheme | None, width: int) -> int:
@@ -114,6 +159,11 @@ def linear_parameters(shape: ModelShape, form: LayerForm, name: str) -> int:
     out_dim, _ = linear_dims(shape, form, name)
     bias = out_dim if name in form.biases else 0
     return linear_weights(shape, form, name) + bias
+
+
+def held_parameters(shape: ModelShape, form: LayerForm) -> int:
+    """Return the elements that a worker holds for one layer: its own, and those it takes."""
+    return layer_parameters(shape, form) + taken_weights(shape, form)
 
 
 def layer_parameters(shape: ModelShape, form: LayerForm) -> int:
@@ -233,7 +283,7 @@ def forward_flops(
     layers = (form or dense_model_form(shape)).layers
     for index, layer in enumerate(layers):
         names = last if last is not None and index == len(layers) - 1 else shape.kind(layer).roles
-        weights = sum(linear_weights(shape, layer, name) for name in names)
+        weights = sum(linear_products(shape, layer, name) for name in names)
         heads = shape.num_heads * (layer.qk_head_dim + layer.vo_head_dim)
         total += weights + shortcut_parameters(layer) + heads * (sequence_length // 2)
     return 2 * tokens * total

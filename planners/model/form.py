@@ -8,6 +8,24 @@ from planners.model.layer import ROLES
 from planners.model.scheme import Scheme, scheme_from_json
 from planners.model.shape import ModelShape
 
+SOURCE = "source"  # the matrix of another layer to which a linear adds its own two factors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What a linear takes from the same linear of another layer, where it is stored.
+
+    Attributes:
+        layer: that stores it, an earlier one.
+        parts: ``source``, the matrix of a linear that is stored whole, or one or both of the
+            factors ``first`` and ``second``.
+        fitted: the source is multiplied by a number that is stored.
+    """
+
+    layer: int
+    parts: tuple[str, ...]
+    fitted: bool = False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerForm:
@@ -28,7 +46,11 @@ class LayerForm:
         biases: roles of the linears that store a bias: those of the input model, and others where
             the v bias or that of a norm has moved.
         kind: of the layer, as an index into the kinds of the model.
-        ranks: linear -> rank, for those stored as two factors.
+        ranks: linear -> rank, for those stored as two factors; of a linear with a source, of the
+            change that is added to it.
+        cores: linear -> rows of the matrix between its two factors, of which the second has so
+            many columns; 0 where that matrix is diagonal.
+        links: linear -> what it takes from another layer.
         pairs: the rope pairs that all heads keep, ascending; empty where each KV head has its own,
             or all.
         schemes: matrix (see `planners.model.cost.matrices`) -> how it is quantised.
@@ -45,8 +67,15 @@ class LayerForm:
     biases: tuple[str, ...] = ()
     kind: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
+    cores: Mapping[str, int] = field(default_factory=dict)
+    links: Mapping[str, Link] = field(default_factory=dict)
     pairs: tuple[int, ...] = ()
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each linear is one matrix of its own."""
+        return not (self.ranks or self.links)
 
     @property
     def has_stock_heads(self) -> bool:
@@ -106,6 +135,11 @@ class ModelForm:
     dtype: str = ""
 
     @property
+    def shares(self) -> bool:
+        """Whether layers take matrices from one another."""
+        return any(layer.links for layer in self.layers)
+
+    @property
     def is_quantised(self) -> bool:
         """Whether any matrix is."""
         return bool(self.tables) or any(layer.schemes for layer in self.layers)
@@ -114,6 +148,16 @@ class ModelForm:
     def head_reads(self) -> int:
         """Columns of the head's matrix."""
         return self.embedding_dim if self.head_shortcut else self.head_dim
+
+
+def factor_owners(form: ModelForm) -> set[tuple[int, int]]:
+    """Return (layer, layer that stores factors which it takes) of a model."""
+    return {
+        (index, link.layer)
+        for index, layer in enumerate(form.layers)
+        for link in layer.links.values()
+        if SOURCE not in link.parts
+    }
 
 
 def site_dims(form: ModelForm) -> dict[int, int]:
@@ -141,7 +185,12 @@ class Start:
 def layer_form_from_json(data: Mapping[str, Any]) -> LayerForm:
     """Return the layer form that `to_json` wrote."""
     lists = {key: tuple(data[key]) for key in ("biases", "pairs") if key in data}
-    return LayerForm(**{**data, **lists, "schemes": _schemes(data.get("schemes", {}))})
+    links = {
+        role: Link(**{**link, "parts": tuple(link["parts"])})
+        for role, link in data.get("links", {}).items()
+    }
+    schemes = _schemes(data.get("schemes", {}))
+    return LayerForm(**{**data, **lists, "links": links, "schemes": schemes})
 
 
 def model_form_from_json(data: Mapping[str, Any]) -> ModelForm:

@@ -23,11 +23,19 @@ FIELDS_OF: Mapping[str, tuple[str, ...]] = {
 
 def kept_of(start: LayerForm, form: LayerForm, module: str) -> str:
     """Describe what is left of a module: its width, or the ranks of its linears."""
-    linears = [name for name in LINEARS_OF[module] if form.ranks.get(name) != start.ranks.get(name)]
-    if linears:
-        return "ranks " + ", ".join(f"{name} {form.ranks[name]}" for name in linears)
+    changed = [name for name in LINEARS_OF[module] if form.ranks.get(name) != start.ranks.get(name)]
+    links = {name: form.links[name] for name in LINEARS_OF[module] if name in form.links}
+    if changed or links:
+        said = [_shared(form, name) for name in LINEARS_OF[module] if name in {*changed, *links}]
+        return "ranks " + ", ".join(said)
     width = FIELDS_OF[module][0]
     return f"width {getattr(form, width)} of {getattr(start, width)}"
+
+
+def _shared(form: LayerForm, name: str) -> str:
+    link = form.links.get(name)
+    beside = f" beside layer {link.layer}" if link is not None else ""
+    return f"{name} {form.ranks.get(name, 0)}{beside}"
 
 
 def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> LayerForm:

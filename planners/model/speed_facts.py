@@ -32,7 +32,7 @@ def speed_facts(shape: ModelShape, form: ModelForm) -> dict[str, Any]:
             {"what": what, "width": width, "layers": layers}
             for (what, width), layers in uneven.items()
         ],
-        "low_rank": sum(len(layer.ranks) for layer in form.layers),
+        "low_rank": sum(len(layer.ranks.keys() | layer.links.keys()) for layer in form.layers),
         "shortcuts": sum(layer.shortcuts for layer in form.layers),
     }
 

@@ -9,7 +9,7 @@ from planners.batching import TokenBatching
 from planners.calibration import shard_cuts
 from planners.canonical_json import SCHEMA_VERSION, fingerprint, to_json
 from planners.method import MethodSpec, Option
-from planners.model.form import ModelForm, site_dims
+from planners.model.form import ModelForm, factor_owners, site_dims
 from planners.model.serving_load import ServingLoad
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, layer_statistics
@@ -183,14 +183,17 @@ def compression_units(
     cast = {"dtype": form.dtype} if form.dtype else {}
     refitted = bool(options.get("refit"))
     kind = "draft" if refitted else "layer"
+    made: list[Unit] = []
     for layer in range(num_layers):
         inputs = {u.name: u for s in range(2 * layer, 2 * layer + 3) for u in basis(s)}
-        parts = tuple(inputs.values()) or (sums[layer],)
+        shared = _shared_units(layer, form, sums, made)
+        parts = tuple(inputs.values()) or (sums[layer], *shared)
         key = {**common, **cast, "layer": layer, "form": to_json(form.layers[layer])}
         if makers:
             key["makers"] = dict(makers[layer])
             key["revisions"] = {c.spec.name: c.spec.revision for c in spec.candidates}
-        units.append(_unit(kind, layer, parts, key))
+        made.append(_unit(kind, layer, parts, key))
+    units += made
     last = basis(2 * num_layers)
     ends = basis(0) + last if form.head_shortcut else last
     edges = {"embedding": (form.embedding_dim, basis(0)), "head": (form.head_dim, ends)}
@@ -201,6 +204,19 @@ def compression_units(
             key["scheme"] = to_json(form.tables[kind])
         units.append(_unit(kind, -1, parts, key))
     return units
+
+
+def _shared_units(
+    layer: int, form: ModelForm, sums: Sequence[Unit], made: Sequence[Unit]
+) -> list[Unit]:
+    """Return what a layer needs of others: the factors that it takes, or the sums of its takers.
+
+    A source is a layer that stays as it is in the input model, so nothing has to be waited for.
+    """
+    factors = factor_owners(form)
+    owners = sorted({owner for taker, owner in factors if taker == layer})
+    takers = sorted({taker for taker, owner in factors if owner == layer})
+    return [made[owner] for owner in owners] + [sums[taker] for taker in takers]
 
 
 # Options that do not affect damage: the cuts of a method are the same whoever competes with it.

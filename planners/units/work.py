@@ -12,9 +12,10 @@ from planners import refit
 from planners.batching import TokenBatching
 from planners.model.cost import (
     BYTES_OF,
+    held_parameters,
     layer_parameters,
     linear_dims,
-    linear_parameters,
+    linear_products,
     matrices,
     shortcut_parameters,
     statistic_elements,
@@ -85,7 +86,7 @@ def half_forward(
 ) -> Work:
     """Return the work of these linears in a forward pass; attention counts with ``q_proj``."""
     names = tuple(linears)
-    weights = sum(linear_parameters(shape, form, name) for name in names)
+    weights = sum(linear_products(shape, form, name) for name in names)
     width = BYTES_OF[data.dtype]
     inner = sum(linear_dims(shape, form, name)[0] for name in names)
     touched = tokens * (inner + 3 * form.residual_in) * 2 * width
@@ -135,7 +136,7 @@ def loss_work(shape: ModelShape, width: int, *, tokens: int) -> Work:
 
 def load_work(shape: ModelShape, form: LayerForm) -> Work:
     """Return the work of reading one layer and converting its dtype."""
-    count = layer_parameters(shape, form)
+    count = held_parameters(shape, form)
     return CALL + Work(read=count * BYTES_OF[shape.dtype], touched=count * 8)
 
 

@@ -16,9 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from actors.devices import memory
 from actors.devices.memory import PeakMemory, anonymous_bytes, release_freed_memory
-from actors.methods.svdllm import METHOD, low_rank
+from actors.methods.svdllm import METHOD
 from actors.numerics.gram import accumulate
 from actors.numerics.linalg import eigh_descending
+from actors.numerics.low_rank import low_rank
 from actors.numerics.nystrom import nystrom
 from actors.numerics.packed import packed, zeros
 from actors.storage.files import Directory

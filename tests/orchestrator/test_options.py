@@ -16,7 +16,7 @@ HAND_WRITTEN = {"model", "layer_options", "place_seconds", "calibration.bos"}  #
 HAND_WRITTEN |= {
     f"recover.{key}"
     for key in RecoverConfig.model_fields
-    if key not in ("mode", "data", "tokens", "trains", "teacher")
+    if key not in ("mode", "data", "tokens", "trains", "teacher", "replace")
 }
 
 

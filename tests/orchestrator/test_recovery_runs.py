@@ -245,6 +245,16 @@ BAD = {
     "too few for a step": ({"tokens": 100}, ConfigError, "less than the 256 of one step"),
     "parts": ({"parts": 3}, ConfigError, "does not divide the 4 sequences"),
     "a prompt of all": ({"data": "self", "prompt_tokens": 64}, ConfigError, "sequences have 64"),
+    "layers alone in others": (
+        {"mode": "local", "replace": "linear"},
+        ConfigError,
+        "trained alone have no others",
+    ),
+    "no layers to put in": (
+        {"loss": "labels", "replace": "linear"},
+        ConfigError,
+        "there is no input model",
+    ),
     "a teacher of layers": ({"mode": "local", "teacher": "{model}"}, ConfigError, "alone"),
 }
 
@@ -271,6 +281,35 @@ def test_what_is_rounded_is_not_trained(model, tmp_path):
         prepared_run(model, tmp_path / "run", method="gptq", options={"bits": 4, "group": 16},
                      recover={"mode": "local", **HOW})  # fmt: skip
     assert "run gptq on" in refused.value.hint
+
+
+def replacing(model, out, *, cut=EASY, **keys):
+    how = {"mode": "global", **HOW, "replace": "linear", **keys}
+    return prepared_run(model, out, **cut, recover=how)
+
+
+@pytest.mark.parametrize("cut", ["slicegpt", "as a step"])
+def test_layers_are_not_replaced_across_a_rotation(model, tmp_path, cut):
+    mlp = {"method": "modegpt", "keep_fraction": 0.6, "options": {"modules": "mlp"}}
+    steps = [CUTS["slicegpt"], mlp]
+    given = {"steps": steps} if cut == "as a step" else CUTS[cut]
+    with pytest.raises(ConfigError, match="slicegpt rotates the residual stream") as refused:
+        replacing(model, tmp_path / "run", cut=given)
+    assert "\n" not in str(refused.value)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 2}, {"hidden_size": 48}])
+def test_layers_are_not_replaced_by_those_of_a_teacher_of_other_sizes(model, tmp_path, sizes):
+    shape = replacing(model, tmp_path / "run").plan.shape
+    own = {"num_hidden_layers": shape.num_layers, "hidden_size": shape.hidden,
+           "vocab_size": shape.vocab_size}  # fmt: skip
+    same = save_model(tmp_path / "same", **own)
+    assert replacing(model, tmp_path / "run", teacher=str(same)).recovery.replace == "linear"
+    other = save_model(tmp_path / "other", **{**own, **sizes})
+    with pytest.raises(ConfigError, match="replace: the teacher is llama with") as refused:
+        replacing(model, tmp_path / "run", teacher=str(other))
+    assert "input model" in refused.value.hint
 
 
 @pytest.mark.nightly

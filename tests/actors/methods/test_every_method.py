@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,19 +11,21 @@ from hypothesis import strategies as st
 from torch.nn.functional import silu
 
 from actors import methods
+from actors.layer_units.sharing import sources_of
 from actors.methods.modegpt import value_maps
-from actors.methods.svdllm import low_rank
 from actors.modeling.outer_model import OuterModel
 from actors.modeling.travelling import COMPRESSED
+from actors.numerics.low_rank import low_rank
 from actors.numerics.nystrom import nystrom
 from orchestrator.recipe.method_options import resolve_options
+from planners.budget.sharing import PREVIOUS
 from planners.budget.widths import form_of
 from planners.canonical_json import to_json
 from planners.errors import NumericsError
 from planners.families import load as load_family
 from planners.method import Target
 from planners.model.cost import dense_start, layer_parameters
-from planners.model.form import dense_form
+from planners.model.form import SOURCE, Link, dense_form
 from planners.model.layer import ROLES
 from planners.model.shape import ModelShape
 from planners.model.taps import INPUT_OF
@@ -196,6 +199,26 @@ def run(shape, form, tensors, hidden):
 # Each method, from its own spec to the tensors of a layer.
 
 
+class Before:
+    """Another layer before the one of a case, which nothing is taken from but whole matrices."""
+
+    takers: ClassVar = {}
+
+    def __init__(self, case):
+        dtype = next(iter(case.weights.values())).dtype
+        self.own = random_weights(case.shape, 4321, dtype)
+
+    def weights(self, layer):
+        assert layer == PREVIOUS
+        return self.own
+
+    def sums(self, layer):
+        raise NotImplementedError(layer)
+
+    def stored(self, layer):
+        raise NotImplementedError(layer)
+
+
 def options_of(name, **given):
     return resolve_options(methods.spec(name), given)
 
@@ -204,8 +227,9 @@ def compressed(name, case, form, options):
     """Return the tensors of the layer with the widths of ``form``, and what the method says."""
     method = methods.load(name)
     if not methods.spec(name).residual:
+        more = {"neighbours": Before(case)} if methods.spec(name).shares else {}
         return method.compress(
-            case.weights, case.sums, shape=case.shape, form=form, options=options
+            case.weights, case.sums, shape=case.shape, form=form, options=options, **more
         )
     dims = (form.residual_in, form.residual_mid, form.residual_out)
     wanted = {s.tap for s in methods.spec(name).statistics(case.shape, options)}
@@ -227,13 +251,15 @@ def cut_form(name, shape, share, options):
             .form(shape, dense_start(shape), Target(slice=1 - share), options)
             .layers[0]
         )
-    if name == "svdllm":
+    if name in ("svdllm", "basis_sharing", "deltallm"):
         ranks = {
             linear_: max(1, int(share * o * i / (o + i)))
             for linear_ in ROLES
             for o, i in (dense_dims(shape, linear_),)
         }
-        return replace(dense_form(shape), ranks=ranks)
+        link = Link(layer=PREVIOUS, parts=(SOURCE,), fitted=True)
+        links = dict.fromkeys(ROLES, link) if name == "deltallm" else {}
+        return replace(dense_form(shape), ranks=ranks, links=links)
     widths = {
         module: max(2, 2 * round(share * full / 2)) for module, full in full_widths(shape).items()
     }
@@ -278,7 +304,9 @@ def test_the_tensors_hold_the_parameters_that_the_planners_count(name, case, sha
     new, _ = compressed(name, case, form, options)
     stored = sum(t.numel() for t in new.values() if t.is_floating_point())
     assert stored == layer_parameters(case.shape, form)
-    out = run(case.shape, form, new, torch.randn(1, 4, form.residual_in, dtype=torch.float64))
+    taken = sources_of(form, Before(case))
+    x = torch.randn(1, 4, form.residual_in, dtype=torch.float64)
+    out = run(case.shape, form, new | taken, x)
     assert out.shape[-1] == form.residual_out
     assert torch.isfinite(out).all()
 

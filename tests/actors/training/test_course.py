@@ -81,6 +81,17 @@ def test_the_rate_of_the_best_trial_trains_from_the_start():
     assert torch.equal(two.linear.weight, one.linear.weight)
 
 
+def test_rates_below_one_that_is_worse_are_not_tried():
+    three, two = Fit(recovery(rates=(3.0, 0.03, 1e-5, 1e-6))), Fit(recovery(rates=(3.0, 0.03)))
+    course, finished = three.follow()
+    two.follow()
+    assert finished
+    assert [each["rate"] for each in course.trials] == [3.0, 0.03, 1e-5]
+    assert course.chosen == 0.03
+    assert len(course.history) == 3 * 4 + 16
+    assert torch.equal(three.linear.weight, two.linear.weight)
+
+
 def test_a_loss_that_is_no_number_ends_a_training_with_advice():
     losses = iter([1.0] * 4 + [math.nan] * 2)  # of the two parts of each step
     with pytest.raises(NumericsError, match=r"the loss is nan at step 3 of 16, rate 0\.03") as got:

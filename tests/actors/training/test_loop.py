@@ -143,6 +143,24 @@ def test_resumed_adapters_have_the_same_bytes(models, tmp_path, monkeypatch):
     assert resumed.file.sha256 == found(tmp_path / "whole").file.sha256
 
 
+@pytest.mark.parametrize(
+    "how", [{"replace": "linear"}, {"replace": "constant", "trains": "lora", "dropout": 0.2}]
+)
+def test_a_training_that_replaces_layers_resumes_to_the_same_bytes(
+    models, tmp_path, monkeypatch, how
+):
+    how = {"steps": 6, "rates": (0.01,), "weight_decay": 0.1, "seed": 1, **how}
+    train(request(models, tmp_path / "plain", **{**how, "replace": "none"}), Alone())
+    train(request(models, tmp_path / "whole", **how), Alone())
+    resumed = stopped_and_resumed(models, tmp_path / "cut", monkeypatch, after=3, **how)
+    whole, plain = found(tmp_path / "whole"), found(tmp_path / "plain")
+    assert resumed.file.sha256 == whole.file.sha256 != plain.file.sha256
+    assert resumed.course == whole.course
+    assert whole.course.held_out[0] == plain.course.held_out[0]
+    assert whole.course.history[0]["loss"] != plain.course.history[0]["loss"]
+    assert whole.course.best["step"] > 3  # else nothing was compared above
+
+
 def test_a_damaged_checkpoint_is_passed_over(models, trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopping(3, patch)
@@ -224,13 +242,17 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("replace", ["none", "linear"])
 def test_two_workers_have_the_bytes_of_one_also_when_they_resume_it(
-    models, trained, tmp_path, monkeypatch
+    models, tmp_path, monkeypatch, replace
 ):
+    how = {"replace": replace, "steps": 6}
+    train(request(models, tmp_path / "one", **how), Alone())
+    out = tmp_path / "two"
     with monkeypatch.context() as patch:
-        stopping(2, patch)
-        train(request(models, tmp_path), Alone())
-    asked, meeting = request(models, tmp_path), str(tmp_path / "meeting")
+        stopping(3, patch)
+        train(request(models, out, **how), Alone())
+    asked, meeting = request(models, out, **how), str(tmp_path / "meeting")
     second = [sys.executable, "-c", SECOND, meeting, pickle.dumps(asked).hex()]
     with subprocess.Popen(second) as other:
         distributed.init_process_group(
@@ -239,5 +261,5 @@ def test_two_workers_have_the_bytes_of_one_also_when_they_resume_it(
         train(asked, Processes())
         distributed.destroy_process_group()
     assert other.returncode == 0
-    assert found(tmp_path).file.sha256 == found(trained).file.sha256
-    assert found(tmp_path).course == found(trained).course
+    assert found(out).file.sha256 == found(tmp_path / "one").file.sha256
+    assert found(out).course == found(tmp_path / "one").course

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from actors.training.steps import Steps
+from actors.training.steps import MOMENTS, Steps
 from actors.training.trained import Tensors
 from planners.recovery import MEASURES, Recovery
 
@@ -90,12 +90,35 @@ def test_a_restored_state_goes_on_bit_for_bit(taken):
         steps.step(gradients(trained, seed), 0.01)
     steps.keep()
     stored = {name: each.clone() for name, each in steps.tensors().items()}
-    other.restore(stored, taken=taken)
+    other.restore(stored)
     for seed in range(10, 14):
         steps.step(gradients(trained, seed), 0.02)
         other.step(gradients(again, seed), 0.02)
     for each, state in ((trained, steps), (again, other)):
         assert not torch.equal(values(each)["0.weight"], state.tensors()["best/0.weight"])
+    assert all(torch.equal(each, other.tensors()[n]) for n, each in steps.tensors().items())
+
+
+def test_a_tensor_without_a_gradient_stays_with_its_moments_and_resumes_bit_for_bit():
+    steps, trained = steps_of(network(), weight_decay=0.1, clip=1.0)
+    other, again = steps_of(network(), weight_decay=0.1, clip=1.0)
+
+    def some(seed, *absent):
+        pairs = zip(trained.parameters, gradients(trained, seed), strict=True)
+        return [None if name in absent else each for name, each in pairs]
+
+    steps.step(some(1, "1.bias"), 0.01)
+    before = {name: each.clone() for name, each in steps.tensors().items()}
+    assert "exp_avg/1.bias" not in before
+    other.restore({name: each.clone() for name, each in before.items()})
+    steps.step(some(2, "1.bias", "0.weight"), 0.01)
+    after = steps.tensors()
+    for name in ("weight/1.bias", *(f"{kind}0.weight" for kind in ("weight/", *MOMENTS))):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["weight/0.bias"], before["weight/0.bias"])
+    other.step(some(2, "1.bias", "0.weight"), 0.01)
+    for each, state in ((trained, steps), (again, other)):
+        state.step(gradients(each, 3), 0.01)
     assert all(torch.equal(each, other.tensors()[n]) for n, each in steps.tensors().items())
 
 
