@@ -122,8 +122,10 @@ def _sglang(config: Config) -> dict[str, str]:
 
 
 def _not_one_width(config: Config) -> str:
-    """Return why an engine that puts its own attention and embedding into our code cannot."""
+    """Return why an engine that fills our code and puts its own attention into it cannot."""
     layers, dim, hidden = config["layer_forms"], _head_dim(config), config["hidden_size"]
+    if any(each.get("links") for each in layers):
+        return "it fills every tensor from the files, and layers of this result share some"
     if any({each["qk_head_dim"], each["vo_head_dim"]} != {dim} for each in layers):
         return "its attention has the head width of the original model, and this result others"
     # A layer whose blocks both read its input has no stream between them.

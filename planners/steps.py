@@ -16,9 +16,19 @@ Step = tuple[MethodSpec, Mapping[str, Option]]
 def require_disjoint(steps: Sequence[Step]) -> None:
     """Check that no two steps shrink the same linear, and that nothing follows quantisation.
 
+    A method that shares tensors among layers goes with no other.
+
     Raises:
         ConfigError: two do; the message names both.
     """
+    sharing = [index for index, (spec, _) in enumerate(steps) if spec.shares]
+    if sharing and len(steps) > 1:
+        index = sharing[0]
+        raise ConfigError(
+            f"steps[{index}]: {steps[index][0].name} shares tensors among layers, and nothing can "
+            "cut or round them before or behind it",
+            hint="use it alone, without other steps",
+        )
     for index, (spec, options) in enumerate(steps[:-1]):
         if spec.quantises or SCHEMES.name in options:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""DeltaLLM (arXiv:2501.18596): a linear as that of an earlier layer plus two thin factors.
+"""DeltaLLM (arXiv:2501.18596): write linears as those of an earlier layer plus thin factors.
 
 A linear of layer d is stored as ``c W_s + B A``: W_s the matrix of an earlier layer, stored once, c
 a number and B A of low rank. The paper takes c = 1 and the truncated SVD of ``W_d - W_s``. Trained

@@ -486,6 +486,14 @@ def shared_tensors(model: Any) -> dict[str, str]:
     return found
 
 
+def _share(model: Any) -> None:
+    """Let transformers know which tensors layers take from others, so that they are saved once."""
+    model.is_resized = True
+    shared, known = shared_tensors(model), model._tied_weights_keys or {}
+    if shared:
+        model._tied_weights_keys = {**known, **shared}
+
+
 class CompressedModel(StockModel):
     """The stock base model, resized."""
 
@@ -495,7 +503,7 @@ class CompressedModel(StockModel):
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
         _resize(self, config)
-        self.is_resized = True
+        _share(self)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -521,7 +529,7 @@ class CompressedForCausalLM(StockForCausalLM):
         reads = config.embedding_dim if config.head_shortcut else config.head_input_dim
         dims = (config.vocab_size, reads)
         _resize_linear(self, head, dims, bias=config.head_bias)
-        self.is_resized = True
+        _share(self)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:

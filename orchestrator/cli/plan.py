@@ -325,6 +325,10 @@ def _widths(plan: Any) -> str:
              for name in ROLES if any(name in x.ranks for x in layers)]  # fmt: skip
     if ranks:
         said.append(f"ranks: {', '.join(ranks)}")
+    takers = {i: sorted({link.layer for link in x.links.values()}) for i, x in enumerate(layers)}
+    if any(takers.values()):
+        pairs = [f"{i} of {', '.join(map(str, own))}" for i, own in takers.items() if own]
+        said.append(_cut(f"layers that take tensors of others: {'; '.join(pairs)}", 120))
     return "; ".join(said) or "unchanged"
 
 

@@ -141,6 +141,12 @@ def reasons(found: Sequence[Speed], before: Document, after: Document) -> list[s
     if facts.get("low_rank") and min(batches) <= _SMALL_BATCH:
         linears = counted(int(facts["low_rank"]), "linear")
         known.append(f"{linears} of low rank: two products each, which costs at small batches")
+    if facts.get("changed"):
+        linears = counted(int(facts["changed"]), "linear")
+        known.append(
+            f"{linears} multiply by the matrix of another layer, which is stored once, and by "
+            "their own factors: that saves bytes, not time"
+        )
     if facts.get("shortcuts"):
         layers = counted(int(facts["shortcuts"]), "layer")
         known.append(f"shortcuts: {layers} multiply the residual stream by matrices")

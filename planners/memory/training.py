@@ -148,5 +148,5 @@ def _merged(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
 
 def _largest(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
     if how.trains == "lora":
-        return how.rank * max(max(dims) for dims in matrices(shape, form).values())
-    return max(out * inner for out, inner in matrices(shape, form).values())
+        return how.rank * max((max(dims) for dims in matrices(shape, form).values()), default=0)
+    return max((out * inner for out, inner in matrices(shape, form).values()), default=0)

@@ -44,11 +44,11 @@ def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> L
     fields: dict[str, Any] = {
         name: getattr(form, name) for module in modules for name in FIELDS_OF[module]
     }
-    ranks = {
-        name: (form if name in linears else start).ranks[name]
-        for name in ROLES
-        if name in (form if name in linears else start).ranks
-    }
+    made_by = {name: form if name in linears else start for name in ROLES}
+    ranks, cores, links = (
+        {name: getattr(by, key)[name] for name, by in made_by.items() if name in getattr(by, key)}
+        for key in ("ranks", "cores", "links")
+    )
     schemes = {
         name: scheme
         for source, own in ((start, False), (form, True))
@@ -57,4 +57,5 @@ def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> L
     }
     biases = {role for role in start.biases if role not in linears}
     biases |= {role for role in form.biases if role in linears}
-    return with_biases(replace(start, **fields, ranks=ranks, schemes=schemes), biases)
+    fields |= {"ranks": ranks, "cores": cores, "links": links, "schemes": schemes}
+    return with_biases(replace(start, **fields), biases)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from planners.model.cost import layer_parameters, model_parameters
-from planners.model.form import LayerForm, ModelForm
+from planners.model.form import SOURCE, LayerForm, ModelForm
 from planners.model.shape import ModelShape
 
 FAST_STEP = 8  # widths that are no multiple of it keep a GPU's fast kernels from 16-bit products
@@ -16,7 +16,8 @@ def speed_facts(shape: ModelShape, form: ModelForm) -> dict[str, Any]:
 
     ``heads`` has the widths of q/k and v/o of every layer, ``uneven`` what is no multiple of
     `FAST_STEP` with the layers that have it, ``low_rank`` the number of linears that are two
-    factors, ``shortcuts`` the number of layers that multiply the residual stream by matrices.
+    factors, ``shortcuts`` the number of layers that multiply the residual stream by matrices,
+    ``changed`` the number of linears that are changes of another layer's.
     """
     uneven: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index, layer in enumerate(form.layers):
@@ -34,6 +35,9 @@ def speed_facts(shape: ModelShape, form: ModelForm) -> dict[str, Any]:
         ],
         "low_rank": sum(len(layer.ranks.keys() | layer.links.keys()) for layer in form.layers),
         "shortcuts": sum(layer.shortcuts for layer in form.layers),
+        "changed": sum(
+            SOURCE in link.parts for layer in form.layers for link in layer.links.values()
+        ),
     }
 
 

@@ -24,7 +24,10 @@ print(json.dumps([said, sorted({"torch", "ray", "transformers", "pydantic"} & se
 LINES = {
     "run lla": ["dir,", "plain,llama-2-7b", "plain,llama-2-13b", "plain,llama-2-70b",
                 "plain,llama-3-8b", "plain,llama-3-70b"],
-    "run --method ": ["plain,gptq", "plain,modegpt", "plain,slicegpt", "plain,svdllm"],
+    "run --method ": [
+        "plain,basis_sharing", "plain,deltallm", "plain,gptq", "plain,modegpt", "plain,slicegpt",
+        "plain,svdllm",
+    ],
     "run --option al": [f"plain,allocation={v}" for v in ("uniform", "influence", "marginal")],
     # bash makes three words of KEY=VALUE, and puts what comes in the place of the last one
     "run --option allocation =": ["plain,uniform", "plain,influence", "plain,marginal"],

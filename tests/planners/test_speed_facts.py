@@ -35,4 +35,4 @@ def test_widths_that_are_no_multiples_of_8_are_listed_with_their_layers():
         ("rank", 60): [0],
         ("residual", 250): [2],
     }
-    assert (facts["low_rank"], facts["shortcuts"]) == (2, 1)
+    assert (facts["low_rank"], facts["shortcuts"], facts["changed"]) == (2, 1, 0)
