@@ -66,10 +66,11 @@ process for each row, one thread, float32, everything at its default but what th
 0.01, 0.003, 0.001 and 0.0003 relative to the root mean square of each tensor, each tried for 8
 steps until one is worse than the one before, then 32 steps of 8 x 256 tokens, trained is what the
 cut made, 16 of the 256 calibration sequences are held out. *Low rank*: SVD-LLM with rank {RANK} for
-all seven linears of layers 1 and 4, set by hand, as the program chooses ranks by a share. *rft*: the recover settings of the preset `slicegpt-rft` but
-for its data, batch and tokens. Perplexities are of the evaluation file, by the checkpoint that a
-user loads; held-out ones are of the 16 sequences. Seconds are of the phase, trials included, of one
-process beside another one on two cores. *Lost*: of two workers one is lost, in the middle of a
+all seven linears of layers 1 and 4, set by hand, as the program chooses ranks by a share. *rft*:
+the recover settings of the preset `slicegpt-rft` but for its data, batch and tokens. Perplexities
+are of the evaluation file, by the checkpoint that a user loads; held-out ones are of the 16
+sequences. Seconds are of the phase, trials included, of one process beside another one on two
+cores. *Lost*: of two workers one is lost, in the middle of a
 layer {SAVE_STEPS} steps behind a checkpoint or less, or in the middle of a part of the text."""
 
 

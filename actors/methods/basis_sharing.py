@@ -1,4 +1,4 @@
-"""Basis Sharing (arXiv:2410.03765), Tucker and CP: store factors of linears once for several layers.
+"""Basis Sharing (arXiv:2410.03765), Tucker and CP: store factors once for groups of layers.
 
 The linears of one role in a group of neighbouring layers are factored together:
 
