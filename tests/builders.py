@@ -20,6 +20,7 @@ from orchestrator.prepare.prepared import Prepared
 from orchestrator.recipe.reading import load_config
 from orchestrator.run import run_on
 from orchestrator.rundir.journal import Event, Listener
+from orchestrator.rundir.layout import HALF_WRITTEN
 from planners.method import SIZES as TARGETS
 
 VOCABULARY = 61  # odd, so that a table of it has no round size
@@ -197,9 +198,13 @@ def _parts(out: Path | str, name: str) -> list[Any]:
 
 
 def result_files(out: Path) -> dict[str, bytes]:
-    """Return name -> bytes of all files of a run's result."""
+    """Return name -> bytes of all files of a run's result.
+
+    Without what killed workers were writing: that goes at the end of a run, and some end before.
+    """
     model = out / "model"
-    return {str(p.relative_to(model)): p.read_bytes() for p in model.rglob("*") if p.is_file()}
+    files = (p for p in model.rglob("*") if p.is_file() and p.suffix != HALF_WRITTEN)
+    return {str(p.relative_to(model)): p.read_bytes() for p in files}
 
 
 def layer_file(folder: Path, layer: int) -> Path:

@@ -13,10 +13,13 @@ from planners import refit
 from planners.budget.schemes import ROUNDED_TOKENS
 from planners.memory.workspace import (
     PANEL,
+    aligned_bytes,
+    change_bytes,
     eigh_bytes,
     low_rank_bytes,
     nystrom_bytes,
     rounding_bytes,
+    stack_bytes,
 )
 from planners.method import Candidate, MethodSpec, Option
 from planners.model.cost import (
@@ -31,6 +34,7 @@ from planners.model.cost import (
     tap_dim,
 )
 from planners.model.form import SOURCE, LayerForm, ModelForm, dense_form
+from planners.model.layer import ATTENTION
 from planners.model.packing import ROWS as BLOCK_ROWS
 from planners.model.shape import ModelShape
 from planners.model.taps import Statistic, input_of
@@ -224,7 +228,8 @@ def layer_unit(step: Shrinking) -> int:
     if step.spec.residual:
         shared = step.options.get("rotation") == "shared"
         return max(_rotated_layer(step.shape, *pair, shared=shared) for pair in step.layers)
-    return max(_shrunk_layer(step.shape, *pair, step.held) for pair in step.layers)
+    group = int(step.options.get("group", 2))
+    return max(_shrunk_layer(step.shape, *pair, step.held, group=group) for pair in step.layers)
 
 
 def in_flight(step: Shrinking) -> int:
@@ -322,15 +327,24 @@ def _rotated_layer(shape: ModelShape, start: LayerForm, form: LayerForm, *, shar
 
 
 def _shrunk_layer(
-    shape: ModelShape, start: LayerForm, form: LayerForm, statistics: frozenset[Statistic]
+    shape: ModelShape,
+    start: LayerForm,
+    form: LayerForm,
+    statistics: frozenset[Statistic],
+    *,
+    group: int,
 ) -> int:
-    """Return the bytes of a layer, its sums, the result, and the largest factorisation."""
+    """Return the bytes of a layer, its sums, the result, and the largest factorisation.
+
+    ``group`` layers are read and factored together where they share factors.
+    """
     stored = BYTES_OF[shape.dtype]
     sums = sum(statistic_elements(shape, s, start) for s in statistics) * DOUBLE
     before = layer_parameters(shape, start) * stored
     if form.links:  # a layer with which it shares, as that one is in the input model
-        before += before + sums * any(SOURCE not in link.parts for link in form.links.values())
-    factoring = _factorisation(shape, start, form)
+        together = any(SOURCE not in link.parts for link in form.links.values())
+        before += (before + sums * together) * (group - 1 if together else 1)
+    factoring = _factorisation(shape, start, form, group)
     if not form.schemes:
         return int(before + layer_parameters(shape, form) * stored + sums + factoring)
     cut = 0 if replace(form, schemes={}) == start else layer_parameters(shape, form) * stored
@@ -358,8 +372,11 @@ def rounding_peak(shape: ModelShape, form: LayerForm, copies: int = 1) -> int:
     return max((rounding_bytes(out, width) for (_, width), out in rows.items()), default=0)
 
 
-def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
+def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm, group: int = 1) -> int:
     peaks = [0]
+    sources = {name for name, link in form.links.items() if SOURCE in link.parts}
+    if sources.difference(ATTENTION):
+        peaks.append(aligned_bytes(start.intermediate, start.residual_in))
     if form.intermediate < start.intermediate:
         peaks.append(nystrom_bytes(start.intermediate, start.residual_out))
     if form.vo_head_dim < start.vo_head_dim:
@@ -367,7 +384,12 @@ def _factorisation(shape: ModelShape, start: LayerForm, form: LayerForm) -> int:
         peaks.append(3 * shape.num_heads * start.vo_head_dim * written * DOUBLE)
     for name in form.ranks.keys() - start.ranks.keys():
         out_dim, in_dim = linear_dims(shape, start, name)
-        peaks.append(low_rank_bytes(out_dim, in_dim, form.ranks[name]))
+        if name in sources:
+            peaks.append(change_bytes(out_dim, in_dim, form.ranks[name]))
+        elif name in form.links:
+            peaks.append(stack_bytes(out_dim, in_dim, group))
+        else:
+            peaks.append(low_rank_bytes(out_dim, in_dim, form.ranks[name]))
     return max(peaks)
 
 

@@ -37,6 +37,26 @@ def low_rank_bytes(out_dim: int, in_dim: int, rank: int) -> int:
     return DOUBLE * max(moments)
 
 
+def change_bytes(out_dim: int, in_dim: int, rank: int) -> int:
+    """Return the bytes of a change of another matrix: both and their difference beside a Gram."""
+    return low_rank_bytes(out_dim, in_dim, rank) + DOUBLE * (in_dim * in_dim + 4 * out_dim * in_dim)
+
+
+def aligned_bytes(units: int, hidden: int) -> int:
+    """Return the bytes of matching the units of two MLPs: all gains, and both in float64."""
+    return DOUBLE * (units * units + 6 * units * hidden)
+
+
+def stack_bytes(out_dim: int, in_dim: int, layers: int) -> int:
+    """Return the bytes of factoring matrices of several layers together.
+
+    They are held as they are whitened and beside it as they are combined, with their approximation;
+    the Gram matrix and its factor; then an eigendecomposition of the wider side.
+    """
+    stack = layers * out_dim * in_dim
+    return DOUBLE * (4 * stack + 2 * in_dim * in_dim) + eigh_bytes(max(out_dim, in_dim))
+
+
 def eigh_bytes(dim: int) -> int:
     """Return the bytes of the matrix, its vectors, and LAPACK's workspace of twice its size."""
     return DOUBLE * 4 * dim * dim

@@ -5,7 +5,7 @@ sites, a smaller FFN is a Nystrom refit, a narrower value head and a pair of fac
 factorisation. For a method with other maths the estimate is wrong until it is timed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 
 from planners import refit
@@ -23,7 +23,7 @@ from planners.model.cost import (
     tap_dims,
     width_at,
 )
-from planners.model.form import LayerForm, dense_form
+from planners.model.form import SOURCE, LayerForm, dense_form
 from planners.model.layer import ATTENTION
 from planners.model.modules import of_modules
 from planners.model.shape import ModelShape
@@ -79,6 +79,8 @@ class Work:
 
 KINDS = tuple(field.name for field in fields(Work))
 CALL = Work(calls=1)
+CP_SWEEPS, TUCKER_SWEEPS = 50, 5  # of alternating least squares, as they were seen to need
+ASSIGNED = 0.3  # operations of matching n units, in n^3: 21 s where their products take 149 s
 
 
 def half_forward(
@@ -219,8 +221,35 @@ def shrink_work(
     if "v_proj" in names and form.vo_head_dim < first.vo_head_dim:
         total += _value_heads(shape, form.vo_head_dim)
     for name in names & (form.ranks.keys() - first.ranks.keys()):
-        total += _low_rank(*linear_dims(shape, first, name), rank=form.ranks[name])
-    return total + rounding_work(shape, form)
+        total += _factored(form, name, *linear_dims(shape, first, name))
+    sources = {name for name in names if SOURCE in _taken(form, name)}
+    return total + _aligning(shape, first, sources) + rounding_work(shape, form)
+
+
+def _taken(form: LayerForm, name: str) -> tuple[str, ...]:
+    link = form.links.get(name)
+    return () if link is None else link.parts
+
+
+def _factored(form: LayerForm, name: str, out_dim: int, in_dim: int) -> Work:
+    """Return the work of factoring one linear, with what it shares with other layers."""
+    rank, taken, seen = form.ranks[name], _taken(form, name), 4 * out_dim * in_dim * in_dim
+    if taken and SOURCE not in taken:
+        return Work(float64=seen)
+    if name in form.cores:  # sweeps over a pair of matrices
+        sweeps = CP_SWEEPS if form.cores[name] == 0 else TUCKER_SWEEPS
+        eigh = 0 if form.cores[name] == 0 else sweeps * EIGH * (out_dim**3 + in_dim**3)
+        return Work(float64=seen + sweeps * 12 * out_dim * in_dim * rank, eigh=eigh)
+    found = _low_rank(out_dim, in_dim, rank=rank)
+    return found + Work(float64=seen) if taken else found
+
+
+def _aligning(shape: ModelShape, form: LayerForm, names: Collection[str]) -> Work:
+    """Return the work of ordering and turning heads and units like those of another layer."""
+    heads = shape.num_heads * form.qk_head_dim if {*names} & {*ATTENTION} else 0
+    units = form.intermediate if {*names} - {*ATTENTION} else 0
+    products = 2 * form.residual_in * (3 * units**2 + 4 * heads**2)
+    return Work(float64=products + ASSIGNED * units**3)
 
 
 def rounding_work(shape: ModelShape, form: LayerForm, *, factors: bool = True) -> Work:
