@@ -62,7 +62,7 @@ class Reads:
             assert found is not None  # a unit of this run
             if found.leaves == STATISTICS and (layer := layer_of(name)) is not None:
                 self._read_ahead(_sums(layer), functools.partial(read_statistics, job, layer))
-            elif found.phase == "compress":
+            elif found.phase == "compress" and found.of != "layer":
                 run = Directory(job.run_uri)
                 self._read_ahead(name, functools.partial(_read_basis, name, run))
 

@@ -40,6 +40,7 @@ class SharingLayers:
     ) -> None:
         """Know which layer, and the units that it reads."""
         self._index, self._job, self._run, self._reads = index, job, run, reads
+        self._read: dict[int, Mapping[str, Tensor]] = {}
         self._made = {
             layer_of(name): name
             for name in inputs
@@ -60,7 +61,9 @@ class SharingLayers:
         before, is measured for nothing.
         """
         known = max(self._index - 1, 0) if layer == PREVIOUS else layer
-        return self._reads.weights(self._job, known)
+        if known not in self._read:
+            self._read[known] = self._reads.weights(self._job, known)
+        return self._read[known]
 
     def sums(self, layer: int) -> Mapping[str, Tensor]:
         """Return the statistics of a taker."""

@@ -11,8 +11,9 @@ A result stores fewer bytes. It is not faster: both W_s and B A are multiplied.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,12 +50,22 @@ Sums = Mapping[str, Tensor]
 BY_BUDGET = -1  # of the option rank
 
 
-class Kept(TypedDict):
-    """What serves all ranks of a linear."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """What serves all ranks of a linear.
+
+    Attributes:
+        axes: of what is left of it beside its source.
+        number: of the source.
+        share: the size of that rest on the calibration tokens, relative to the linear's.
+    """
 
     axes: Axes
     number: float
     share: float
+
+
+ALIGNED = "aligned"  # in what serves all ranks: the layer and its sums, beside differences
 
 
 class DeltaLLM:
@@ -69,7 +80,7 @@ class DeltaLLM:
         form: LayerForm,
         options: Mapping[str, Option],
         neighbours: Neighbours,
-        factored: dict[str, Kept] | None = None,
+        factored: dict[str, Any] | None = None,
         carried: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the tensors of one layer as changes of others, and the error of each linear.
@@ -81,7 +92,8 @@ class DeltaLLM:
             form: sources and ranks.
             options: of the method.
             neighbours: the sources, as they are in the step's input model and in the result.
-            factored: cache of what serves all ranks, shared between calls.
+            factored: cache of what serves all ranks, shared between calls: the `Difference` of
+                each linear, and under `ALIGNED` tensors and sums of the layer.
             carried: unused: nothing rounds what is shared.
 
         Raises:
@@ -95,9 +107,11 @@ class DeltaLLM:
         if not form.links:
             return new, {"errors": errors, "rungs": rungs}
         source = _sources(form, neighbours)
-        if options["align"]:
-            new, sums = _aligned(new, source, sums, shape=shape, form=form)
         known = {} if factored is None else factored
+        if options["align"]:
+            alike = known.get(ALIGNED) or _aligned(new, source, sums, shape=shape, form=form)
+            known[ALIGNED] = alike
+            new, sums = dict(alike[0]), alike[1]
         for name, link in form.links.items():
             weight, other = new.pop(f"{name}.weight"), source[f"{name}.weight"]
             if name not in known:
@@ -105,15 +119,14 @@ class DeltaLLM:
                 how = {"fitted": link.fitted, "weighted": bool(options["weighted"])}
                 known[name] = _difference(weight, other, gram, where=name, **how)
             kept, rank = known[name], form.ranks.get(name, 0)
-            changed = weight.to(torch.float64) - kept["number"] * other.to(torch.float64)
-            first, second, lost, rungs[name] = truncated(changed, kept["axes"], rank=rank)
-            errors[name] = lost * kept["share"]
+            changed = weight.to(torch.float64) - kept.number * other.to(torch.float64)
+            first, second, lost, rungs[name] = truncated(changed, kept.axes, rank=rank)
+            errors[name] = lost * kept.share
+            own = {"first.weight": first, "second.weight": second} if rank else {}
             if link.fitted:
-                numbers[name] = kept["number"]
-                new[f"{name}.number"] = weight.new_full((1,), kept["number"])
-            if rank:
-                new[f"{name}.first.weight"] = first.to(weight.dtype).contiguous()
-                new[f"{name}.second.weight"] = second.to(weight.dtype).contiguous()
+                numbers[name] = kept.number
+                own["number"] = torch.tensor([kept.number], dtype=torch.float64)
+            new |= {f"{name}.{part}": t.to(weight).contiguous() for part, t in own.items()}
             if f"{name}.bias" in new:
                 new[f"{name}.source.bias"] = new.pop(f"{name}.bias")
         return new, {"errors": errors, "rungs": rungs, "numbers": numbers}
@@ -167,7 +180,7 @@ def _difference(
     fitted: bool,
     weighted: bool,
     where: str,
-) -> Kept:
+) -> Difference:
     """Return the number of a source, and the axes of what is left of a linear behind it.
 
     The number is one that the dtype of the weights holds.
@@ -185,11 +198,8 @@ def _difference(
     changed = own - number * other
     axes = output_axes(changed, gram, where=f"{where}, tap {INPUT_OF[where]}")
     before = float(((own @ whole) * own).sum())
-    return {
-        "axes": axes,
-        "number": number,
-        "share": (float(axes.energy.sum()) / max(before, 1e-300)) ** 0.5,
-    }
+    share = (float(axes.energy.sum()) / max(before, 1e-300)) ** 0.5
+    return Difference(axes=axes, number=number, share=share)
 
 
 def _linears(options: Mapping[str, Option]) -> tuple[str, ...]:

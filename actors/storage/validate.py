@@ -153,7 +153,8 @@ def _compressed_shapes(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[in
     state = model.state_dict()
     head = load_family(checkpoint.shape.family).head
     tied = checkpoint.shape.tied and head not in checkpoint.names
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name != head or not tied}
+    left_out = {*checkpoint.shared, *([head] if tied else [])}
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in left_out}
 
 
 def _check_tied(checkpoint: Checkpoint, embedding: str, head: str) -> None:

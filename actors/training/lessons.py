@@ -17,14 +17,14 @@ from planners.errors import ConfigError
 from planners.recovery import Place, Recovery
 
 Rows = Sequence[int]  # sequences, by their number in the data
-# Where a step stands -> a context for it, and prefixes of the tensors that take no part in it.
-Replaces = Callable[[Place], AbstractContextManager[tuple[str, ...]]]
+# Where a step stands -> a context for it, and whether a tensor takes no part in it.
+Replaces = Callable[[Place], AbstractContextManager[Callable[[str], bool]]]
 
 
-def nothing(place: Place) -> AbstractContextManager[tuple[str, ...]]:
+def nothing(place: Place) -> AbstractContextManager[Callable[[str], bool]]:
     """Let all tensors take part."""
     del place
-    return nullcontext(())
+    return nullcontext(lambda _: False)
 
 
 class Source(Protocol):
@@ -106,12 +106,12 @@ class Lessons:
         rows = samples(step, batch=recovery.batch, num_sequences=self._last, seed=recovery.seed)
         count = recovery.parts // group.size
         own = range(group.rank * count, (group.rank + 1) * count)
-        with self._replaces(place) as absent:
+        with self._replaces(place) as is_absent:
             parts = (self._part(rows, step, number) for number in own)
             *gradients, total = group.summed(parts)
         names = self._trained.parameters
         found = [
-            None if name.startswith(absent) else gradient
+            None if is_absent(name) else gradient
             for name, gradient in zip(names, gradients, strict=True)
         ]
         return found, float(total) / self._terms(recovery.batch)

@@ -75,7 +75,7 @@ def _lessons(request: TrainRequest, group: Group, run: Directory) -> tuple[Lesso
     source = Distillation(student, teacher, ids)
     replaces: Replaces = nothing
     if teacher is not None and recovery.replace != "none":
-        replaces = Replacement(student, teacher, list(cut), recovery).standing
+        replaces = Replacement(student, teacher, list(cut), recovery, shared=shared).standing
     lessons = Lessons(source, trained, recovery, group, num_sequences=len(ids), replaces=replaces)
     return lessons, trained
 

@@ -4,7 +4,7 @@ After BERT-of-Theseus (arXiv:2002.02925) and DeltaLLM (arXiv:2501.18596). Gradie
 teacher's layers, which learn nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,10 +19,22 @@ class Replacement:
     """Two models whose layers read and write the same residual stream, and who stands when."""
 
     def __init__(
-        self, student: WholeModel, teacher: WholeModel, changed: Sequence[str], recovery: Recovery
+        self,
+        student: WholeModel,
+        teacher: WholeModel,
+        changed: Sequence[str],
+        recovery: Recovery,
+        *,
+        shared: Mapping[str, str],
     ) -> None:
-        """Name the layers that the cut changed, by the prefixes of their tensors."""
+        """Name the layers that the cut changed, by the prefixes of their tensors.
+
+        ``shared``: the name of a tensor that a layer takes from another -> that it is stored by.
+        """
         self._recovery = recovery
+        self._names: dict[str, list[str]] = {}  # of a stored tensor, in other layers
+        for name, stored in shared.items():
+            self._names.setdefault(stored, []).append(name)
         pairs = zip(student.layers.items(), teacher.layers.values(), strict=True)
         self._pairs: dict[int, tuple[str, Any, nn.Module]] = {
             index: (prefix, own, other)
@@ -36,14 +48,19 @@ class Replacement:
             other.register_forward_pre_hook(self._note, with_kwargs=True)
 
     @contextmanager
-    def standing(self, place: Place) -> Iterator[tuple[str, ...]]:
-        """Put layers of the teacher in their place for a step; yield the prefixes of those."""
+    def standing(self, place: Place) -> Iterator[Callable[[str], bool]]:
+        """Put layers of the teacher in their place for a step.
+
+        Yields:
+            Whether a tensor takes no part: all layers that use it are replaced.
+        """
         left = self._recovery.compressed_layers(place, list(self._pairs))
         out = [pair for index, pair in self._pairs.items() if index not in left]
         for _, own, other in out:
             own.forward = partial(self._instead, other)
         try:
-            yield tuple(prefix for prefix, _, _ in out)
+            absent = tuple(prefix for prefix, _, _ in out)
+            yield lambda name: all(n.startswith(absent) for n in [name, *self._names.get(name, [])])
         finally:
             for _, own, _ in out:
                 del own.forward

@@ -140,6 +140,12 @@ def _of_modules(ladders: Mapping[str, Ladder]) -> dict[str, Ladder]:
 
 def _joined(spec: MethodSpec, options: Mapping[str, Option], other: MethodSpec) -> Candidate:
     modules = spec.shrinks(options)
+    if other.shares:
+        raise ConfigError(
+            f"options.{NAME}: {other.name} shares tensors among layers, so it cannot compete with "
+            f"{spec.name} for modules of one",
+            hint="make a run of its own with it, and compare",
+        )
     if other.joins is None:
         why = "rotates the residual stream" if other.residual else "cannot shrink a module alone"
         raise ConfigError(

@@ -11,7 +11,7 @@ from planners.errors import PlanError
 from planners.method import Ladder
 from planners.model.cost import linear_dims
 from planners.model.form import SOURCE, LayerForm, Link, ModelForm, Start
-from planners.model.layer import ROLES
+from planners.model.layer import ATTENTION, ROLES
 from planners.model.shape import ModelShape
 
 PREVIOUS = -1  # the layer before, in measurements of a layer alone
@@ -216,8 +216,9 @@ def deltas_by_damage(
 ) -> tuple[ModelForm, float]:
     """Return the ranks within the budget by measured damage, and the predicted damage.
 
-    Damage was measured with the layer before as the source. Where that one is chosen too, the
-    source is the nearest earlier layer whose matrix stays whole; the first layer always does.
+    Damage was measured with the layer before as the source. Where attention or the MLP of that one
+    is changed too, the source is the nearest earlier layer where it stays whole: what is aligned
+    moves all of it. The first layer always does.
 
     Args:
         findings: of each layer, ``curves``: module -> [[size, damage], ...].
@@ -235,10 +236,16 @@ def deltas_by_damage(
         links = {}
         for name, link in layer.links.items():
             before = range(index - 1, -1, -1)
-            whole = next(i for i in before if name not in found.form.layers[i].links)
+            whole = next(i for i in before if _is_whole(found.form.layers[i], name))
             links[name] = replace(link, layer=whole)
         layers.append(replace(layer, links=links))
     return replace(found.form, layers=tuple(layers)), found.damage
+
+
+def _is_whole(layer: LayerForm, name: str) -> bool:
+    """Return whether nothing of the block of a linear, attention or MLP, is a change."""
+    heads = name in ATTENTION
+    return all((other in ATTENTION) != heads for other in layer.links)
 
 
 def require_deltas(
@@ -377,7 +384,7 @@ def shared_within(  # noqa: PLR0913 a model, what is shared, and how
                 if name not in shape.kind(layers[first]).roles:
                     continue
                 dims = linear_dims(shape, layers[first], name)
-                sizes = _stepped(sizes_of(dims, len(members), share), step(dims))
+                sizes = _stepped(sizes_of(dims, len(members), share), dims, len(members), step)
                 if sizes is None or share >= 1:
                     continue
                 for member in members:
@@ -388,12 +395,23 @@ def shared_within(  # noqa: PLR0913 a model, what is shared, and how
     return largest_share(at, budget)
 
 
-def _stepped(sizes: Sizes | None, by: int) -> Sizes | None:
-    """Return ranks rounded down to a step, at least one."""
-    if sizes is None or by == 1:
-        return sizes
+def _stepped(sizes: Sizes | None, dims: tuple[int, int], layers: int, step: StepOf) -> Sizes | None:
+    """Return ranks rounded down to a step, at least one; None where they store no fewer than all.
+
+    No factor has more rows than there are, but of components, which may be more.
+    """
+    if sizes is None:
+        return None
+    (out_dim, in_dim), by = dims, step(dims)
     first, core = (max(by, rank // by * by) if rank else rank for rank in (sizes.first, sizes.core))
     assert first is not None  # only the core may be
+    rows = core or first
+    seconds = 1 if "second" in sizes.parts else layers
+    between = 0 if core is None else layers * first * (core or 1)
+    stored = first * in_dim + seconds * rows * out_dim + between
+    too_many = core != 0 and (first > in_dim or rows > out_dim * seconds)
+    if too_many or stored >= layers * out_dim * in_dim:
+        return None
     return replace(sizes, first=first, core=core)
 
 

@@ -313,6 +313,8 @@ def widest_layer(form: ModelForm) -> LayerForm:
     shared = [name for name in first.ranks if all(name in layer.ranks for layer in layers)]
     return replace(
         first,
+        cores={name: rows for name, rows in first.cores.items() if name in shared},
+        links={},
         residual_in=max(layer.residual_in for layer in layers),
         residual_mid=max(layer.residual_mid for layer in layers),
         residual_out=max(layer.residual_out for layer in layers),

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from planners.model.form import LayerForm, with_biases
+from planners.model.form import SOURCE, LayerForm, with_biases
 from planners.model.layer import ROLES
 
 # The linears of the modules, and of those that are one linear each.
@@ -34,8 +34,11 @@ def kept_of(start: LayerForm, form: LayerForm, module: str) -> str:
 
 def _shared(form: LayerForm, name: str) -> str:
     link = form.links.get(name)
-    beside = f" beside layer {link.layer}" if link is not None else ""
-    return f"{name} {form.ranks.get(name, 0)}{beside}"
+    rows = form.cores.get(name) or 0
+    size = f"{form.ranks.get(name, 0)}" + f" x {rows}" * (rows > 0)
+    if link is None:
+        return f"{name} {size}"
+    return f"{name} {size} {'beside' if SOURCE in link.parts else 'with'} layer {link.layer}"
 
 
 def of_modules(start: LayerForm, form: LayerForm, modules: Collection[str]) -> LayerForm:

@@ -8,6 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.storage.checkpoint import Checkpoint
+from actors.storage.files import Directory
+from actors.storage.records import read_record
+from actors.storage.validate import check_classes
 from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.backend.local import LocalExecutor
 from planners.errors import ConfigError, PlanError
@@ -89,6 +93,7 @@ def test_shared_tensors_are_stored_and_counted_once_and_load(model, tmp_path, cu
     assert report["parameters"]["after"] == floats
     kept = CUTS[cut]["keep_fraction"]
     assert report["parameters"]["keep_fraction"] <= kept
+    check_classes(Checkpoint(str(folder)))  # as a command does that is given such a model
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert sum(p.numel() for p in loaded.parameters()) == floats
     config = json.loads((folder / "config.json").read_text())
@@ -174,6 +179,30 @@ def test_a_source_is_as_it_was_and_its_taker_has_no_copy(model, undisturbed, tmp
     prefix = "model.layers.4.self_attn.q_proj"
     parts = ("first.weight", "second.weight", "number", "source.bias")
     assert names == {f"{prefix}.{part}" for part in parts}
+
+
+def test_sources_that_damage_chose_are_as_they_were_and_outputs_are_near(model, tmp_path):
+    how = {"method": "deltallm", "keep_fraction": 0.72, "options": {"grid": "0.6,0.3"}}
+    compress_local(model, tmp_path / "run", **how)
+    stored = Checkpoint(str(tmp_path / "run" / "model"))
+    dense = Checkpoint(str(model))
+    names = stored.shared
+    assert len({name.split(".")[2] for name in names}) > 2  # several layers, of several sources
+    for name in names.values():
+        assert torch.equal(stored.read(name), dense.read(name))
+    for index, form in enumerate(stored.form.layers):
+        tensors = stored.read_layer(index)
+        errors = read_record(Directory(str(tmp_path / "run")), f"layer-{index:05d}").values[
+            "errors"
+        ]
+        for role in form.links:
+            change = tensors[f"{role}.second.weight"] @ tensors[f"{role}.first.weight"]
+            source = tensors[f"{role}.source.weight"]
+            whole = tensors[f"{role}.number"] * source + change
+            # Alignment keeps the size of a matrix, so what is stored is near that of the input.
+            before = dense.read_layer(index)[f"{role}.weight"]
+            assert whole.norm() <= 1.2 * before.norm()
+            assert errors[role] < 1
 
 
 RECOVER = {"batch": 4, "parts": 2, "tokens": 8 * 4 * 24, "warmup": 2, "held_out": 4,

@@ -1,23 +1,28 @@
 """Which layers share, how large what they share is, and that it is counted once."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planners.budget.budgets import budget_of
 from planners.budget.sharing import (
     alternating,
     basis_sizes,
     cp_sizes,
     groups_of,
     sequential,
+    shared_within,
     tucker_sizes,
 )
 from planners.canonical_json import to_json
 from planners.families import load as load_family
+from planners.method import Target
 from planners.model.cost import (
     dense_model_form,
+    dense_start,
     forward_flops,
     held_parameters,
     layer_parameters,
@@ -25,6 +30,7 @@ from planners.model.cost import (
     model_parameters,
 )
 from planners.model.form import SOURCE, Link, factor_owners, model_form_from_json
+from planners.model.layer import ROLES
 from planners.model.modules import kept_of, of_modules
 from tests.shapes import llama_shape
 
@@ -122,6 +128,27 @@ def test_a_larger_share_never_has_smaller_factors(form, dims, layers, shares):
     if small is not None and large is not None:
         assert small.first <= large.first
         assert (small.core or 0) <= (large.core or 0)
+
+
+@pytest.mark.parametrize("form", SIZED)
+@given(share=st.floats(0.05, 0.99), group=st.integers(1, 4), by=st.sampled_from([1, 8, 16, 256]))
+def test_no_factor_is_wider_than_its_matrix_and_none_is_stored_that_saves_nothing(
+    form, share, group, by
+):
+    dense = dense_start(SHAPE)
+    budget = budget_of(SHAPE, dense, Target(keep_fraction=1.0))
+    sized = dict.fromkeys(ROLES, lambda dims, layers, _: SIZED[form](dims, layers, share))
+    with patch("planners.budget.sharing.largest_share", lambda at, _: at(share)):
+        found = shared_within(SHAPE, dense, sized, alone=(), group=group, budget=budget,
+                              step=lambda _: by)  # fmt: skip
+    assert model_parameters(SHAPE, found) <= model_parameters(SHAPE, dense.form)
+    for layer in found.layers:
+        for name in layer.ranks:
+            out_dim, in_dim = linear_dims(SHAPE, layer, name)
+            if layer.cores.get(name) != 0:
+                assert layer.ranks[name] <= in_dim
+            if layer.cores.get(name):
+                assert layer.cores[name] <= out_dim
 
 
 def test_layers_of_one_kind_are_grouped_in_order():

@@ -67,7 +67,7 @@ def hidden(student, teacher, replacement, place=ALL):
 def test_with_all_layers_of_the_teacher_the_student_is_the_teacher(tmp_path, model_type):
     folder = save_model(tmp_path, model_type=model_type)
     student, teacher = changed(loaded(folder)), loaded(folder)
-    replacement = Replacement(student, teacher, list(student.layers), NoneCompressed())
+    replacement = Replacement(student, teacher, list(student.layers), NoneCompressed(), shared={})
     wanted, replaced, after = hidden(student, teacher, replacement)
     assert torch.equal(replaced, wanted)
     assert not torch.allclose(after, wanted, atol=1e-2)
@@ -78,7 +78,7 @@ def test_a_teacher_in_16_bits_stands_in_a_stream_of_32(tmp_path, model_type):
     folder = save_model(tmp_path, model_type=model_type)
     student = changed(loaded(folder, products=torch.bfloat16))
     teacher = loaded(folder, torch.bfloat16)
-    replacement = Replacement(student, teacher, list(student.layers), NoneCompressed())
+    replacement = Replacement(student, teacher, list(student.layers), NoneCompressed(), shared={})
     wanted, replaced, after = hidden(student, teacher, replacement)
     assert replaced.dtype == after.dtype
     near, far = ((each.float() - wanted.float()).square().mean() for each in (replaced, after))
@@ -92,10 +92,26 @@ def test_layers_with_wider_heads_than_the_students_have_their_own_positions(
     options = {"modules": "mlp,qk,vo", **options}
     compress_local(llama, tmp_path / "run", method="modegpt", keep_fraction=0.6, options=options)
     student, teacher = loaded(tmp_path / "run" / "model"), loaded(llama)
-    replacement = Replacement(student, teacher, LAYERS, NoneCompressed())
+    replacement = Replacement(student, teacher, LAYERS, NoneCompressed(), shared={})
     wanted, replaced, after = hidden(student, teacher, replacement)
     assert torch.equal(replaced, wanted)
     assert not torch.allclose(after, wanted, atol=1e-2)
+
+
+def test_a_shared_tensor_takes_part_as_long_as_one_layer_that_uses_it_does(llama):
+    student, teacher = loaded(llama), loaded(llama)
+    q = "model.layers.{}.self_attn.q_proj.first.weight".format
+    how = recovery(steps=32)
+    replacement = Replacement(student, teacher, LAYERS, how, shared={q(1): q(0)})
+    seen = set()
+    for step in range(16):
+        place = Place(trial=-1, step=step, steps=32)
+        drawn = how.compressed_layers(place, [0, 1, 2])
+        with replacement.standing(place) as is_absent:
+            assert is_absent(q(0)) == (not {0, 1} & {*drawn})
+            assert is_absent(q(2)) == (2 not in drawn)
+            seen.add((is_absent(q(0)), 0 in drawn))
+    assert seen == {(True, False), (False, False), (False, True)}
 
 
 def lessons_of(folder, how):
@@ -108,7 +124,7 @@ def lessons_of(folder, how):
         names = [name for name, _ in student.module.named_parameters() if "layers" in name]
         trained = Tensors(student.module, names, how)
     source = Distillation(student, teacher, ids())
-    replaces = Replacement(student, teacher, LAYERS, how).standing
+    replaces = Replacement(student, teacher, LAYERS, how, shared={}).standing
     lessons = Lessons(source, trained, how, Alone(), num_sequences=10, replaces=replaces)
     return lessons, list(trained.parameters)
 
