@@ -405,6 +405,8 @@ def _damage(step: Shrinking, start: LayerForm, form: LayerForm, *, outputs: int)
     if form.schemes:
         probe = min(probe, ROUNDED_TOKENS)
     held = cells * (BYTES_OF[shape.dtype] + 2 * width) + 3 * probe * shape.hidden * width
+    if form.links:  # the source, the layer made like it, and its copy beside the cut one
+        held += cells * (2 * BYTES_OF[shape.dtype] + width)
     sums = sum(statistic_elements(shape, s, start) for s in step.held) * DOUBLE
     probe_bytes = max(
         forward_bytes(

@@ -207,6 +207,8 @@ def layer_work(
     if residual:
         return total + _rotation(shape, form)
     sums = Work(read=_gram_bytes(shape, statistics, first))
+    if form.links:  # the layer with which it shares is read, too
+        total += Work(read=before * width)
     return total + sums + shrink_work(shape, form, shape.kind(form).roles, first)
 
 
@@ -269,7 +271,7 @@ def rounding_work(shape: ModelShape, form: LayerForm, *, factors: bool = True) -
 
 def damage_work(
     shape: ModelShape,
-    forms: Iterable[LayerForm],
+    forms: Collection[LayerForm],
     data: TokenBatching,
     start: LayerForm | None = None,
     *,
@@ -289,7 +291,7 @@ def damage_work(
     # The reference output; its first half runs twice, once for the activations between the halves.
     total = CALL + forward + half_forward(shape, dense, ATTENTION, tokens=tokens, data=data)
     weights = layer_parameters(shape, dense) * BYTES_OF[shape.dtype]
-    total += Work(read=weights)
+    total += Work(read=weights * (2 if any(form.links for form in forms) else 1))
     seen: set[frozenset[str]] = set()  # matrices of which some scheme was counted
     for form in forms:
         only_mlp = of_modules(dense, form, ("qk", "vo")) == dense
