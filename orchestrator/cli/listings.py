@@ -54,7 +54,7 @@ def families(json_: bool) -> None:
     def show() -> None:
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("model type", "family", *rows[0]["methods"]):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         reasons: list[str] = []
         for row in rows:
             cells = [_answer(found, reasons) for found in row["methods"].values()]

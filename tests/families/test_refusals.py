@@ -87,7 +87,7 @@ def test_a_module_without_a_group_is_left_by_default_and_refused_by_name():
     assert {layer.qk_head_dim for layer in plan.form.layers} == {16}
     with pytest.raises(PlanError, match="modules has qk: q and k are normalised") as caught:
         planned("qwen3", "modegpt", allocation="uniform", modules="mlp,qk")
-    assert caught.value.hint == "methods that do: gptq, slicegpt, svdllm"
+    assert caught.value.hint == "methods that do: basis_sharing, deltallm, gptq, slicegpt, svdllm"
 
 
 @pytest.mark.parametrize(
@@ -116,4 +116,4 @@ def test_the_table_of_families_has_every_type_and_the_reasons():
     assert qwen3["methods"]["modegpt"]["modules"] == ["mlp", "vo"]
     assert list(qwen3["methods"]["modegpt"]["left"]) == ["qk"]
     shown = CliRunner().invoke(cli, ["families"], catch_exceptions=False).stdout
-    assert "(1) q and k are normalised over the channels that would be removed" in shown
+    assert ") q and k are normalised over the channels that would be removed" in shown
