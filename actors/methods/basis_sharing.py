@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from actors.methods import _linears
 from actors.methods._neighbours import Neighbours
 from actors.numerics import stacks
 from planners.budget.budgets import budget_of
@@ -34,8 +35,7 @@ from planners.method import MethodSpec, Option, OptionSpec, Target
 from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.layer import ROLES
 from planners.model.shape import ModelShape
-from planners.model.taps import INPUT_OF, Statistic
-from planners.spelling import did_you_mean
+from planners.model.taps import INPUT_OF
 
 Tensors = Mapping[str, Tensor]
 ALONE = ("o_proj", "down_proj")  # without a shared basis, as in the paper
@@ -147,21 +147,10 @@ def _product(parts: Tensors) -> Tensor:
     return parts["second"].to(torch.float64) @ first
 
 
-def _linears(options: Mapping[str, Option]) -> tuple[str, ...]:
-    named = [name.strip() for name in str(options["modules"]).split(",")]
-    known = [name for name in ROLES if name in named]
-    return tuple(known + [name for name in named if name not in ROLES])
-
-
 def _sizes(shape: ModelShape, options: Mapping[str, Option]) -> dict[str, SizesOf]:
     """Return how the factors of each linear are sized."""
-    found = {role for kind in shape.kinds for role in kind.roles}
     sizes_of = {"basis": basis_sizes, "tucker": tucker_sizes, "cp": cp_sizes}[str(options["form"])]
-    return {name: sizes_of for name in _linears(options) if name in found}
-
-
-def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
-    return frozenset(Statistic(INPUT_OF[name], "gram") for name in _sizes(shape, options))
+    return dict.fromkeys(_linears.of_model(shape, options), sizes_of)
 
 
 def _form(
@@ -179,11 +168,7 @@ def _form(
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    unknown = [name for name in _linears(options) if name not in ROLES]
-    if unknown:
-        message = f"modules has {', '.join(unknown)}; known: {', '.join(ROLES)}"
-        return message + did_you_mean(unknown[0], ROLES)
-    return refuses_division(shape, options)
+    return _linears.refuses(options) or refuses_division(shape, options)
 
 
 SPEC = MethodSpec(
@@ -211,9 +196,9 @@ SPEC = MethodSpec(
         MULTIPLE_OF,
         TENSOR_PARALLEL,
     ),
-    statistics=_statistics,
+    statistics=_linears.grams,
     refuses=_refuses,
     form=_form,
-    cuts=_linears,
+    cuts=_linears.named,
 )
 METHOD = BasisSharing()

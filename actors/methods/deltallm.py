@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actors.methods import _linears
 from actors.methods._alignment import aligned
 from actors.methods._neighbours import Neighbours
 from actors.numerics.low_rank import Axes, output_axes, truncated
@@ -44,7 +45,6 @@ from planners.model.layer import ATTENTION, ROLES
 from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
 from planners.model.taps import INPUT_OF, Statistic
-from planners.spelling import did_you_mean
 
 Sums = Mapping[str, Tensor]
 BY_BUDGET = -1  # of the option rank
@@ -202,22 +202,11 @@ def _difference(
     return Difference(axes=axes, number=number, share=share)
 
 
-def _linears(options: Mapping[str, Option]) -> tuple[str, ...]:
-    named = [name.strip() for name in str(options["modules"]).split(",")]
-    known = [name for name in ROLES if name in named]
-    return tuple(known + [name for name in named if name not in ROLES])
-
-
-def _of_model(shape: ModelShape, options: Mapping[str, Option]) -> tuple[str, ...]:
-    found = {role for kind in shape.kinds for role in kind.roles}
-    return tuple(name for name in _linears(options) if name in found)
-
-
 def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
-    wanted = {Statistic(INPUT_OF[name], "gram") for name in _of_model(shape, options)}
-    if _measures(options):
-        wanted.add(Statistic("resid_attn", f"probe{options['probe_tokens']}"))
-    return frozenset(wanted)
+    wanted = _linears.grams(shape, options)
+    if not _measures(options):
+        return wanted
+    return wanted | {Statistic("resid_attn", f"probe{options['probe_tokens']}")}
 
 
 def _measures(options: Mapping[str, Option]) -> str:
@@ -247,7 +236,7 @@ def _laid_out(shape: ModelShape, options: Mapping[str, Option]) -> Sources:
 def _form(
     shape: ModelShape, start: Start, target: Target, options: Mapping[str, Option]
 ) -> ModelForm:
-    budget, names = budget_of(shape, start, target), _of_model(shape, options)
+    budget, names = budget_of(shape, start, target), _linears.of_model(shape, options)
     sources, rank, fitted = _laid_out(shape, options), int(options["rank"]), options["c"] == "fit"
     require_alike(shape, start.form, sources)
     if rank == BY_BUDGET:
@@ -283,7 +272,7 @@ def _of_layers(
 def _ladders(
     shape: ModelShape, layer: LayerForm, options: Mapping[str, Option]
 ) -> dict[str, Ladder]:
-    named, step = set(_linears(options)), partial(rank_step, options=options)
+    named, step = set(_linears.named(options)), partial(rank_step, options=options)
     found = {
         module: delta_ladder(
             shape, layer, module, shares(options), step=step, fitted=options["c"] == "fit"
@@ -295,10 +284,8 @@ def _ladders(
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    unknown = [name for name in _linears(options) if name not in ROLES]
-    if unknown:
-        message = f"modules has {', '.join(unknown)}; known: {', '.join(ROLES)}"
-        return message + did_you_mean(unknown[0], ROLES)
+    if unknown := _linears.refuses(options):
+        return unknown
     for key in ("layers", "sources"):
         try:
             _given(options, key)
@@ -382,7 +369,7 @@ SPEC = MethodSpec(
     refuses=_refuses,
     form=_form,
     measures=_measures,
-    cuts=_linears,
+    cuts=_linears.named,
     allocate=_allocate,
     ladders=_ladders,
 )

@@ -15,6 +15,7 @@ from functools import partial
 
 from torch import Tensor
 
+from actors.methods import _linears
 from actors.numerics.low_rank import Axes, output_axes, truncated
 from planners.budget.budgets import budget_of
 from planners.budget.candidates import shares
@@ -25,9 +26,8 @@ from planners.model.form import LayerForm, ModelForm, Start
 from planners.model.layer import ROLES
 from planners.model.modules import LINEARS_OF
 from planners.model.shape import ModelShape
-from planners.model.taps import INPUT_OF, Statistic
+from planners.model.taps import INPUT_OF
 from planners.refit import OPTION as REFIT
-from planners.spelling import did_you_mean
 
 
 class SVDLLM:
@@ -96,7 +96,7 @@ class SVDLLM:
             NumericsError: a gram is not finite, or not positive semi-definite.
         """
         found = {}
-        for name in _linears(options):
+        for name in _linears.named(options):
             if f"{name}.weight" not in weights:
                 continue  # the layer has none
             weight, tap = weights[f"{name}.weight"], INPUT_OF[name]
@@ -105,22 +105,6 @@ class SVDLLM:
             found[name] = float(axes.energy[rank:].sum().sqrt())
             del axes  # before those of the next linear are computed
         return found
-
-
-def _linears(options: Mapping[str, Option]) -> tuple[str, ...]:
-    named = [name.strip() for name in str(options["modules"]).split(",")]
-    known = [name for name in ROLES if name in named]
-    return tuple(known + [name for name in named if name not in ROLES])
-
-
-def _of_model(shape: ModelShape, options: Mapping[str, Option]) -> tuple[str, ...]:
-    """Return the linears to compress that some layer of the model has."""
-    found = {role for kind in shape.kinds for role in kind.roles}
-    return tuple(name for name in _linears(options) if name in found)
-
-
-def _statistics(shape: ModelShape, options: Mapping[str, Option]) -> frozenset[Statistic]:
-    return frozenset(Statistic(INPUT_OF[name], "gram") for name in _of_model(shape, options))
 
 
 def _measures(options: Mapping[str, Option]) -> str:
@@ -135,7 +119,7 @@ def _form(
     return ranks(
         shape,
         budget=budget_of(shape, start, target),
-        names=_of_model(shape, options),
+        names=_linears.of_model(shape, options),
         step=partial(rank_step, options=options),
         start=start,
     )
@@ -152,7 +136,7 @@ def _allocate(
         shape,
         findings,
         budget=budget_of(shape, start, target),
-        names=_of_model(shape, options),
+        names=_linears.of_model(shape, options),
         step=partial(rank_step, options=options),
         start=start,
     )
@@ -162,7 +146,7 @@ def _allocate(
 def _ladders(
     shape: ModelShape, layer: LayerForm, options: Mapping[str, Option]
 ) -> dict[str, Ladder]:
-    named = set(_linears(options))
+    named = set(_linears.named(options))
     found = {
         module: rank_ladder(
             shape, layer, module, shares(options), step=partial(rank_step, options=options)
@@ -179,11 +163,7 @@ def _joins(modules: Sequence[str]) -> dict[str, Option]:
 
 
 def _refuses(shape: ModelShape, options: Mapping[str, Option]) -> str:
-    unknown = [name for name in _linears(options) if name not in ROLES]
-    if not unknown:
-        return refuses_division(shape, options)
-    message = f"modules has {', '.join(unknown)}; known: {', '.join(ROLES)}"
-    return message + did_you_mean(unknown[0], ROLES)
+    return _linears.refuses(options) or refuses_division(shape, options)
 
 
 SPEC = MethodSpec(
@@ -210,11 +190,11 @@ SPEC = MethodSpec(
         TENSOR_PARALLEL,
         REFIT,
     ),
-    statistics=_statistics,
+    statistics=_linears.grams,
     refuses=_refuses,
     form=_form,
     measures=_measures,
-    cuts=_linears,
+    cuts=_linears.named,
     allocate=_allocate,
     ladders=_ladders,
     joins=_joins,

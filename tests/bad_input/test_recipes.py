@@ -101,8 +101,7 @@ WRONG = {
     "flag a number": ("options: {refit: 2}", "options.refit: is 2; it must be true or"),
     "method unknown": (
         "method: slicegtp",
-        "method: unknown method 'slicegtp'; did you mean slicegpt?; available: "
-        "basis_sharing, ",
+        "method: unknown method 'slicegtp'; did you mean slicegpt?; available: basis_sharing, ",
     ),
     "method a path": ("method: ../slicegpt", "unknown method '../slicegpt'"),
     "method a module": ("method: __init__", "unknown method '__init__'"),

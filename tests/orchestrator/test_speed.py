@@ -92,7 +92,7 @@ def test_widths_that_a_gpu_has_slow_kernels_for_are_named_in_16_bits_only():
     [
         ({"low_rank": 28}, "low rank"),
         ({"shortcuts": 4}, "multiply the residual stream"),
-        ({"changed": 14}, "14 linears multiply by the matrix of another layer"),
+        ({"changed": 14}, "14\u00a0linears multiply by the matrix of another layer"),
         ({"layer_parameters": 0.97e9}, "90\u00a0% of what was removed is in the embedding"),
         ({"device": "cpu", "parameters": 1e6, "layer_parameters": 0}, "on a CPU"),
     ],
