@@ -46,6 +46,8 @@ _OF_135M: Mapping[str, Points] = {
     "modegpt": ((0.1, 26.30, 31.14), (0.2, 26.30, 37.45), (0.3, 26.30, 48.99)),
     "slicegpt": ((0.201, 26.30, 164.8),),
     "svdllm": ((0.201, 26.30, 92.07),),
+    "basis_sharing": ((0.201, 26.30, 97.48),),
+    "deltallm": ((0.2, 26.30, 63.59),),
 }
 _FULL_BITS = 16.0
 # Bits that are saved of 16 take the place of the fraction removed.
