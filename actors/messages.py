@@ -400,6 +400,7 @@ class TrainRequest:
         contents: of the teacher, as workers must find them (`actors.storage.contents`).
         model_store: a directory that its links may lead into, or empty.
         input_uri: the model that was compressed, if that is not the teacher.
+        divided: the layers of both models are divided over the workers, if there are several.
     """
 
     unit: str
@@ -417,3 +418,4 @@ class TrainRequest:
     contents: Mapping[str, str] = field(default_factory=dict)
     model_store: str = ""
     input_uri: str = ""
+    divided: bool = False

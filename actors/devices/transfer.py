@@ -45,6 +45,12 @@ def to_device(tensor: Tensor, device: str, dtype: torch.dtype | None = None) -> 
     return source.to(device=device, dtype=dtype or tensor.dtype)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be divided over workers; all of them must call this."""
+    gathered = getattr(tensor, "full_tensor", None)  # of a DTensor, whose class is slow to import
+    return tensor if gathered is None else gathered()
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """Return a tensor in host memory, after the copy has finished."""
     tensor = tensor.detach()

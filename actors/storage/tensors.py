@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.devices.transfer import host_buffer
+from actors.devices.transfer import host_buffer, whole
 from actors.numerics.packed import all_finite
 from actors.storage.files import Directory, FileEntry
 from actors.storage.headers import TensorEntry, header_bytes, parse_header, parse_length
@@ -68,6 +68,27 @@ def read_tensors(directory: Directory, name: str) -> dict[str, Tensor]:
     """Return all tensors of one of our own files."""
     header = read_header(directory, name)
     return {key: read_tensor(directory, name, entry) for key, entry in header.items()}
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one of our own files, each read when it is asked for."""
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        """Read what there are."""
+        self._directory, self._name = directory, name
+        self._header = read_header(directory, name)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Read one."""
+        return read_tensor(self._directory, self._name, self._header[key])
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names."""
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._header)
 
 
 def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
@@ -147,6 +168,9 @@ def write_tensors(
 ) -> FileEntry:
     """Write tensors as one file, one at a time, in the order of their names.
 
+    Those that are divided over workers are gathered one at a time; the other workers call `whole`
+    in the same order.
+
     Args:
         directory: where.
         name: of the file.
@@ -160,7 +184,7 @@ def write_tensors(
     with directory.writing(name) as stream:
         stream.write(header_bytes(layout, metadata or {}))
         for key, tensor in ordered.items():
-            for piece in _pieces(tensor, dtypes[key]):
+            for piece in _pieces(whole(tensor), dtypes[key]):
                 stream.write(tensor_bytes(piece))
     return stream.entry(name)
 

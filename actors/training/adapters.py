@@ -4,13 +4,16 @@ A linear of weight W computes ``x W^T + alpha / rank * (drop(x) A^T) B^T`` (LoRA
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
+from actors.devices.transfer import whole
+from actors.training.division import as_divided, own_rows
 from actors.training.trained import rms
 from planners.recovery import Recovery
 
@@ -19,6 +22,8 @@ FIRST, SECOND = ".lora_A", ".lora_B"  # behind the name of a linear
 
 class Adapters:
     """Two factors for each of some linears.
+
+    The linears may be divided over workers; each holds the whole factors.
 
     Attributes:
         parameters: name -> factor.
@@ -33,6 +38,7 @@ class Adapters:
         self._scale = recovery.alpha / recovery.rank
         self._generator: torch.Generator | None = None
         self.parameters: dict[str, nn.Parameter] = {}
+        self.divided: dict[str, nn.Parameter] = {}
         self.units: dict[str, float] = {}
         for name, each in self._linears.items():
             first, second = _factors(each, recovery.rank, _seed(recovery.seed, name))
@@ -42,6 +48,32 @@ class Adapters:
             units = (rms(first), rms(each.weight) / one) if recovery.relative else (1.0, 1.0)
             self.units |= dict(zip((name + FIRST, name + SECOND), units, strict=True))
             each.register_forward_hook(partial(self._changed, first, second))
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return contexts for a pass through a layer, and for the same again: it drops the same."""
+        before: list[Tensor] = []
+        return self._noting(before), self._returning(before)
+
+    @contextmanager
+    def _noting(self, before: list[Tensor]) -> Iterator[None]:
+        if self._generator:
+            before.append(self._generator.get_state())
+        yield
+
+    @contextmanager
+    def _returning(self, before: list[Tensor]) -> Iterator[None]:
+        if not self._generator:
+            yield
+            return
+        now = self._generator.get_state()
+        self._generator.set_state(before[0])
+        try:
+            yield
+        finally:
+            self._generator.set_state(now)
+
+    def begin_step(self) -> None:
+        """Prepare for the parts of a step."""
 
     def begin_part(self, step: int, part: int) -> None:
         """Drop inputs from now on, drawn from (seed, step, part) in the order of the linears."""
@@ -60,7 +92,9 @@ class Adapters:
 
     def _merged(self, name: str) -> Tensor:
         first, second = (self.parameters[name + each].detach() for each in (FIRST, SECOND))
-        return self._linears[name].weight.detach() + self._scale * (second @ first)
+        weight = self._linears[name].weight.detach()
+        merged = whole(weight) + self._scale * (second @ first)
+        return as_divided(own_rows(merged, weight), weight)
 
     def _changed(
         self, first: Tensor, second: Tensor, module: nn.Module, args: tuple[Tensor], out: Tensor

@@ -11,9 +11,10 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from actors.devices.transfer import whole
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import sealed, unsealed
-from actors.storage.tensors import read_tensors, write_tensors
+from actors.storage.tensors import StoredTensors, write_tensors
 from actors.training.course import Course
 from planners.errors import StorageError
 
@@ -93,17 +94,22 @@ class Checkpoints:
                 return each
         raise StorageError(f"{self._run.path(FOLDER)}: no checkpoint of {self._unit} at {step}")
 
-    def tensors(self, manifest: Manifest) -> dict[str, Tensor]:
-        """Return the tensors of one that has not failed."""
+    def tensors(self, manifest: Manifest) -> Mapping[str, Tensor]:
+        """Return the tensors of one that has not failed, each read when it is asked for."""
         assert manifest.file is not None  # see `Manifest`
         self._last = manifest.course.step
-        return read_tensors(self._run, manifest.file.path)
+        return StoredTensors(self._run, manifest.file.path)
 
     def save(
         self, course: Course, tensors: Mapping[str, Tensor], *, finished: bool = False
     ) -> None:
-        """Write one, then remove those before the last."""
+        """Write one, then remove those before the last.
+
+        All workers of a group call this: tensors may be divided over them.
+        """
         if not self.writes:
+            for name in sorted(tensors):
+                whole(tensors[name])
             return
         file = write_tensors(self._run, self._name(course.step, "safetensors"), tensors)
         self._write(course, file=file, finished=finished)

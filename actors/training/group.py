@@ -24,8 +24,9 @@ class Group(Protocol):
         """Return the sums of the tensors of all parts, those of all workers, in order.
 
         Args:
-            parts: of this worker, each with the same tensors; the first worker has the first parts,
-                every worker as many. They may be computed as they are asked for, and added to.
+            parts: of this worker, each with the same tensors; of n workers the first has the parts
+                0, n, 2 n.., every worker as many. They may be computed as they are asked for, and
+                added to.
         """
         ...
 
@@ -74,7 +75,12 @@ class Processes:
 
         No reduction of the library is used: its order depends on the number of workers.
         """
-        return [self._summed(torch.stack(each)) for each in zip(*parts, strict=True)]
+        rest = iter(parts)
+        totals = [self._added(None, each) for each in next(rest)]
+        for part in rest:
+            for total, each in zip(totals, part, strict=True):
+                self._added(total, each)
+        return totals
 
     def agreed(self, number: float) -> float:
         """Return the number of the first worker."""
@@ -87,20 +93,18 @@ class Processes:
         """Return whether a machine of the group will be gone soon."""
         return self._leaves()
 
-    def _summed(self, own: Tensor) -> Tensor:
-        flat = own.reshape(len(own), -1)  # (parts, elements)
-        total = torch.empty_like(flat[0])
-        for start in range(0, flat.shape[1], BLOCK):
-            piece = flat[:, start : start + BLOCK].contiguous()
+    def _added(self, total: Tensor | None, own: Tensor) -> Tensor:
+        """Add the tensors of all workers to a total, the first to a new one, in their order."""
+        first = total is None
+        sums = (
+            torch.empty(own.shape, dtype=own.dtype, device=own.device) if total is None else total
+        )
+        pieces = (torch.split(each.reshape(-1), BLOCK) for each in (sums, own))
+        for into, piece in zip(*pieces, strict=True):
             all_ = [torch.empty_like(piece) for _ in range(self.size)]
-            distributed.all_gather(all_, piece)
-            total[start : start + BLOCK] = _in_order(torch.cat(all_))
-        return total.view(own.shape[1:])
-
-
-def _in_order(tensors: Iterable[Tensor]) -> Tensor:
-    first, *others = tensors
-    total = first.clone()
-    for each in others:
-        total += each
-    return total
+            distributed.all_gather(all_, piece.contiguous())
+            if first:
+                into.copy_(all_.pop(0))
+            for each in all_:
+                into += each
+        return sums

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.training.division import local
 from actors.training.group import Group
 from planners.errors import ConfigError
 from planners.recovery import Place, Recovery
@@ -48,11 +49,20 @@ class Source(Protocol):
 class Trained(Protocol):
     """What is trained: tensors, or adapters of linears."""
 
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]  # of those that are divided over workers the own rows
     units: dict[str, float]
+    divided: dict[str, nn.Parameter]  # of those, as the model has them
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return contexts for a pass through a layer, and for the same again."""
+        ...
+
+    def begin_step(self) -> None:
+        """Prepare for the parts of a step."""
+        ...
 
     def begin_part(self, step: int, part: int) -> None:
-        """Prepare for a part of a step."""
+        """Prepare for one of them."""
         ...
 
     def end_part(self) -> None:
@@ -77,7 +87,7 @@ class Lessons:
         num_sequences: int,
         replaces: Replaces = nothing,
     ) -> None:
-        """Divide the work.
+        """Share the work out.
 
         ``replaces`` is of the steps alone: held-out losses are of all that is trained.
 
@@ -104,28 +114,26 @@ class Lessons:
         recovery, group = self._recovery, self._group
         step = place.step
         rows = samples(step, batch=recovery.batch, num_sequences=self._last, seed=recovery.seed)
-        count = recovery.parts // group.size
-        own = range(group.rank * count, (group.rank + 1) * count)
+        self._trained.begin_step()
+        own = range(group.rank, recovery.parts, group.size)
         with self._replaces(place) as is_absent:
             parts = (self._part(rows, step, number) for number in own)
-            *gradients, total = group.summed(parts)
-        names = self._trained.parameters
-        found = [
-            None if is_absent(name) else gradient
-            for name, gradient in zip(names, gradients, strict=True)
-        ]
+            *summed, total = group.summed(parts)
+        names, divided = self._trained.parameters, self._trained.divided
+        gradients = dict(zip([n for n in names if n not in divided], summed, strict=True))
+        gradients |= {name: local(_taken(each)) for name, each in divided.items()}
+        found = [None if is_absent(name) else gradients[name] for name in names]
         return found, float(total) / self._terms(recovery.batch)
 
     def held_out_loss(self) -> float:
         """Return the mean loss of the held-out sequences."""
         size, group = self._size, self._group
         parts = [self._held[at : at + size] for at in range(0, len(self._held), size)]
-        count = -(-len(parts) // group.size)  # the last workers may have none for some of theirs
-        own = parts[group.rank * count : (group.rank + 1) * count]
-        losses = [self._source.loss(rows) for rows in own]
-        device = next(iter(self._trained.parameters.values())).device
-        none = torch.zeros((), dtype=torch.float64, device=device)
-        losses += [none] * (count - len(own))
+        losses = [self._source.loss(rows) for rows in parts[group.rank :: group.size]]
+        if len(losses) < -(-len(parts) // group.size):  # in the last round none is left for this
+            self._source.loss(parts[-1])  # all workers must be there where a layer is gathered
+            device = next(iter(self._trained.parameters.values())).device
+            losses.append(torch.zeros((), dtype=torch.float64, device=device))
         (total,) = group.summed([[loss] for loss in losses])
         return float(total) / self._terms(len(self._held))
 
@@ -138,13 +146,20 @@ class Lessons:
         return [*self._gradients(), loss]
 
     def _gradients(self) -> Iterator[Tensor]:
-        for parameter in self._trained.parameters.values():
-            found = parameter.grad
-            yield torch.zeros_like(parameter) if found is None else found
-            parameter.grad = None
+        """Yield those of a part that are not divided."""
+        for name, parameter in self._trained.parameters.items():
+            if name not in self._trained.divided:
+                yield _taken(parameter)
 
     def _terms(self, num_sequences: int) -> int:
         return num_sequences * self._source.terms
+
+
+def _taken(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter, which has none from now on."""
+    found = parameter.grad
+    parameter.grad = None
+    return torch.zeros_like(parameter) if found is None else found
 
 
 def samples(step: int, *, batch: int, num_sequences: int, seed: int) -> list[int]:

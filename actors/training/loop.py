@@ -13,6 +13,7 @@ from actors.storage.tokens import tokens_from_parquet
 from actors.training.adapters import Adapters
 from actors.training.checkpoints import Checkpoints
 from actors.training.distillation import Distillation
+from actors.training.division import Division, recompute
 from actors.training.group import Group
 from actors.training.lessons import Lessons, Replaces, Trained, nothing
 from actors.training.replacement import Replacement
@@ -57,20 +58,26 @@ def train(request: TrainRequest, group: Group) -> None:
 def _lessons(request: TrainRequest, group: Group, run: Directory) -> tuple[Lessons, Trained]:
     """Load both models and the tokens."""
     recovery, device = request.recovery, request.device
+    division = Division(device) if request.divided and group.size > 1 else None
     products = getattr(torch, request.dtype)
     store = request.model_store
     compressed = Checkpoint(request.student_uri, model_store=store, device=device)
-    student = WholeModel(compressed, dtype=torch.float32, device=device, products=products)
+    student = WholeModel(
+        compressed, dtype=torch.float32, device=device, products=products, division=division
+    )
     dense = Checkpoint.of(request, device=device)
     before = dense
     if request.input_uri:
         before = Checkpoint(request.input_uri, model_store=store, device=device)
     shared = compressed.shared
     cut = _made(student, before, recovery, taken=shared)
-    trained = _trained(student, cut, recovery, shared=shared)
+    trained = _trained(student, cut, recovery, shared=shared, division=division)
+    if division:
+        for layer in student.layers.values():
+            recompute(layer, trained.contexts)
     teacher = None
     if recovery.loss == "kl":
-        teacher = WholeModel(dense, dtype=products, device=device)
+        teacher = WholeModel(dense, dtype=products, device=device, division=division)
     ids = torch.from_numpy(tokens_from_parquet(run.read(request.tokens)))
     source = Distillation(student, teacher, ids)
     replaces: Replaces = nothing
@@ -102,6 +109,7 @@ def _trained(
     recovery: Recovery,
     *,
     shared: Mapping[str, str],
+    division: Division | None,
 ) -> Trained:
     """Return what of a model is trained: never the embedding, positions or the head.
 
@@ -128,7 +136,7 @@ def _trained(
         parts = [*layers.items(), student.final_norm]
         names = [p + n for p, module in parts for n, _ in module.named_parameters()]
         names = [name for name in names if name not in shared]
-    return Tensors(student.module, names, recovery)
+    return Tensors(student.module, names, recovery, division=division)
 
 
 class _Watch:

@@ -91,7 +91,7 @@ def complete(
         NumericsError: the loss is no number, or far above that at the start.
     """
     checkpoints, clock = durability.checkpoints, _Clock(durability.save_every)
-    steps = Steps(trained.parameters, trained.units, recovery)
+    steps = Steps(trained.parameters, trained.units, recovery, divided=trained.divided)
     course = Course()
     if found:
         course = found.course

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from actors.devices.transfer import whole
+from actors.training.division import as_divided, own_rows
 from planners.recovery import BETAS, EPSILON, Recovery
 
 WEIGHT, BEST = "weight/", "best/"  # before the name of a tensor
@@ -24,6 +26,8 @@ class Steps:
         parameters: Mapping[str, nn.Parameter],
         units: Mapping[str, float],
         recovery: Recovery,
+        *,
+        divided: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begin with the present values as the best.
 
@@ -31,8 +35,10 @@ class Steps:
             parameters: name -> tensor.
             units: name -> what its rate is multiplied by.
             recovery: weight decay and clipping.
+            divided: name -> tensor that is divided over workers; its parameter is the own rows.
         """
         self._parameters, self._units, self._recovery = dict(parameters), units, recovery
+        self._divided = divided or {}
         self._best = {name: each.detach().clone() for name, each in parameters.items()}
         self._adam = self._new_adam()
 
@@ -41,7 +47,7 @@ class Steps:
 
         A tensor without a gradient keeps its value and its moments.
         """
-        self._clip([gradient for gradient in gradients if gradient is not None])
+        self._clip(dict(zip(self._parameters, gradients, strict=True)))
         for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         for group in self._adam.param_groups:
@@ -63,11 +69,12 @@ class Steps:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it, not copied, for `restore`."""
-        found = {WEIGHT + name: each.detach() for name, each in self._parameters.items()}
-        found |= {BEST + name: each for name, each in self._best.items()}
+        found: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             state = self._adam.state.get(parameter, {})
-            found |= {key + name: state[kind] for key, kind in MOMENTS.items() if kind in state}
+            own = {WEIGHT: parameter.detach(), BEST: self._best[name]}
+            own |= {key: state[kind] for key, kind in MOMENTS.items() if kind in state}
+            found |= {key + name: self._as_divided(name, each) for key, each in own.items()}
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -75,13 +82,22 @@ class Steps:
         self._adam = self._new_adam()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[WEIGHT + name])
-                self._best[name].copy_(tensors[BEST + name])
-                kept = {kind: tensors[key + name] for key, kind in MOMENTS.items()
+                parameter.copy_(self._own(name, tensors[WEIGHT + name]))
+                self._best[name].copy_(self._own(name, tensors[BEST + name]))
+                kept = {kind: self._own(name, tensors[key + name]) for key, kind in MOMENTS.items()
                         if key + name in tensors}  # fmt: skip
                 if kept:
                     moments = {kind: each.to(parameter.device) for kind, each in kept.items()}
                     self._adam.state[parameter] = {**moments, "step": kept["step"]}
+
+    def _as_divided(self, name: str, own: Tensor) -> Tensor:
+        """Return a tensor of the rows of all workers; a count of steps is the same for all."""
+        like = self._divided.get(name)
+        return own if like is None or own.ndim == 0 else as_divided(own, like)
+
+    def _own(self, name: str, value: Tensor) -> Tensor:
+        like = self._divided.get(name)
+        return value if like is None or value.ndim == 0 else own_rows(value, like)
 
     def _new_adam(self) -> torch.optim.AdamW:
         groups = [
@@ -91,12 +107,15 @@ class Steps:
         ]  # fmt: skip
         return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
 
-    def _clip(self, gradients: Sequence[Tensor]) -> None:
+    def _clip(self, gradients: Mapping[str, Tensor | None]) -> None:
         limit = self._recovery.clip
         if not limit:
             return
-        squares = [gradient.to(torch.float64).square().sum() for gradient in gradients]
+        found = {name: each for name, each in gradients.items() if each is not None}
+        # Of whole tensors, one at a time: sums over rows would depend on who has which.
+        all_ = (whole(self._as_divided(name, each)) for name, each in found.items())
+        squares = [each.to(torch.float64).square().sum() for each in all_]
         norm = float(torch.stack(squares).sum().sqrt())
         if norm > limit:
-            for gradient in gradients:
-                gradient.mul_(limit / norm)
+            for each in found.values():
+                each.mul_(limit / norm)

@@ -4,7 +4,10 @@ from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 
+from actors.devices.transfer import whole
+from actors.training.division import Division, is_divided, local
 from planners.recovery import Recovery
 
 
@@ -24,11 +27,10 @@ def made(
 
     def is_made(name: str, parameter: Tensor) -> bool:
         other = dense.get(name)
-        return (
-            other is None
-            or other.shape != parameter.shape
-            or not torch.equal(other.to(parameter), parameter)
-        )
+        if other is None or other.shape != parameter.shape:
+            return True
+        own = whole(parameter.detach())
+        return not torch.equal(other.to(own), own)
 
     own = [(name, each) for name, each in layer.named_parameters() if name not in frozen]
     found = {name for name, each in own if is_made(name, each)}
@@ -56,35 +58,57 @@ def linears_of(layer: nn.Module, *, frozen: Container[str] = ()) -> dict[str, nn
 
 def rms(tensor: Tensor) -> float:
     """Return the root mean square of a tensor, computed in float64."""
-    return float(tensor.detach().to(torch.float64).square().mean().sqrt())
+    return float(whole(tensor.detach()).to(torch.float64).square().mean().sqrt())
 
 
 class Tensors:
     """Tensors of a model that are trained as they are.
 
     Attributes:
-        parameters: name -> tensor.
+        parameters: name -> tensor; of one that is divided over workers the own rows.
         units: name -> what a relative rate is relative to: the root mean square of the tensor
             before it was trained.
+        divided: name -> tensor, of those.
     """
 
-    def __init__(self, module: nn.Module, names: list[str], recovery: Recovery) -> None:
-        """Let some tensors of a module have gradients."""
-        self.parameters = {name: module.get_parameter(name) for name in sorted(names)}
-        for parameter in self.parameters.values():
+    def __init__(
+        self,
+        module: nn.Module,
+        names: list[str],
+        recovery: Recovery,
+        *,
+        division: Division | None = None,
+    ) -> None:
+        """Let some tensors of a module have gradients; it may be divided over workers."""
+        self._division = division
+        found = {name: module.get_parameter(name) for name in sorted(names)}
+        for parameter in found.values():
             parameter.requires_grad_()
+        self.divided = {name: each for name, each in found.items() if is_divided(each)}
+        own = {name: nn.Parameter(local(each.detach())) for name, each in self.divided.items()}
+        self.parameters = {**found, **own}
         relative = recovery.relative
         self.units = {n: _unit(module, n) if relative else 1.0 for n in self.parameters}
 
+    contexts = staticmethod(noop_context_fn)
+
+    def begin_step(self) -> None:
+        """Prepare for the parts of a step."""
+        if self._division:
+            self._division.begin_step()
+
     def begin_part(self, step: int, part: int) -> None:
-        """Prepare for a part of a step."""
+        """Prepare for one of them."""
+        del step, part
+        for each in self.divided.values():
+            each.grad = None  # the division has the sum of the parts before
 
     def end_part(self) -> None:
         """Prepare for anything but a part of a step."""
 
     def results(self) -> dict[str, Tensor]:
         """Return name -> value of all tensors of the model that were trained."""
-        return {name: each.detach() for name, each in self.parameters.items()}
+        return {n: self.divided.get(n, each).detach() for n, each in self.parameters.items()}
 
 
 def _unit(module: nn.Module, name: str) -> float:

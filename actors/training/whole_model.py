@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from actors.devices.transfer import to_device
 from actors.modeling.outer_model import empty_model
 from actors.storage.checkpoint import Checkpoint
+from actors.training.division import Division, as_divided, own_rows
 from planners.families import load as load_family
 
 
@@ -29,6 +30,7 @@ class WholeModel:
         dtype: torch.dtype,
         device: str,
         products: torch.dtype | None = None,
+        division: Division | None = None,
     ) -> None:
         """Read all tensors.
 
@@ -37,18 +39,27 @@ class WholeModel:
             dtype: of the weights; each is converted as it is read.
             device: of the weights.
             products: dtype in which matrices are multiplied, if another one.
+            division: of the layers over workers, if there is one.
 
         Raises:
             ModelError: a tensor is missing or not finite.
         """
         self._family = load_family(checkpoint.shape.family)
         self._device, self._products = device, products or dtype
-        self._dtype = dtype
+        self._dtype, self._division = dtype, division
         self.module: Any = empty_model(checkpoint.config)
-        tensors = {
-            name: to_device(tensor, device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in checkpoint.stream_prefix("", shared=False)
-        }
+        self._body_name = self._family.layer.removesuffix(".{i}").rpartition(".")[0]
+        self._body = self.module.get_submodule(self._body_name)
+        if division:
+            together = {*checkpoint.shared, *checkpoint.shared.values()}
+            division.divide(self._body, self.layers, whole=together)
+        empty = dict(self.module.named_parameters(remove_duplicate=False))
+        tensors = {}
+        for name, tensor in checkpoint.stream_prefix("", shared=False):
+            like = empty.get(name, tensor)  # a buffer is whole
+            own = own_rows(tensor, like)
+            own = to_device(own, device, dtype if own.is_floating_point() else None)
+            tensors[name] = as_divided(own, like)
         head = self._family.head_among(checkpoint.names)
         tensors.setdefault(self._family.head, tensors[head])
         tensors |= {name: tensors[stored] for name, stored in checkpoint.shared.items()}
@@ -60,8 +71,6 @@ class WholeModel:
             self.module.get_output_embeddings().weight = self.module.get_input_embeddings().weight
         self.module.to(device)  # what is computed and not stored, such as the frequencies of rope
         self.module.requires_grad_(requires_grad=False)
-        above = self._family.layer.removesuffix(".{i}").rpartition(".")[0]
-        self._body = self.module.get_submodule(above)
 
     @property
     def layers(self) -> dict[str, nn.Module]:
@@ -90,16 +99,31 @@ class WholeModel:
         The model itself makes them, so whatever it does to logits behind its head is done: only
         what is before its head is replaced, by a function that returns the hidden states.
         """
-        given = BaseModelOutputWithPast(last_hidden_state=hidden[None])
-        self._body.forward = lambda *_, **__: given
+        given = _Given(hidden[None])
+        parent, _, name = self._body_name.rpartition(".")
+        above = self.module.get_submodule(parent)
+        setattr(above, name, given)  # the body itself would gather what is divided
         try:
             with self._multiplying():
-                found: Tensor = self.module(inputs_embeds=given.last_hidden_state).logits
+                found: Tensor = self.module(inputs_embeds=hidden[None]).logits
         finally:
-            del self._body.forward
+            setattr(above, name, self._body)
         return found[0]
 
     def _multiplying(self) -> contextlib.AbstractContextManager[object]:
         if self._products == self._dtype:
             return contextlib.nullcontext()
-        return torch.autocast(self._device, dtype=self._products)
+        # Kept for a whole pass, the copies in another dtype would be of all layers.
+        keeps = self._division is None
+        return torch.autocast(self._device, dtype=self._products, cache_enabled=keeps)
+
+
+class _Given(nn.Module):
+    """Stands where a model has all that is before its head."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._found = BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return self._found

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from uuid import uuid4
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from actors.storage.files import Directory
 from actors.storage.tokens import tokens_to_parquet
 from actors.training import loop
 from actors.training.checkpoints import manifests, newest
+from actors.training.division import Division
 from actors.training.group import Alone, Processes
 from actors.training.loop import train
 from planners.errors import ConfigError, NumericsError
@@ -227,7 +229,7 @@ def test_a_model_in_which_nothing_was_made_is_refused(models, tmp_path):
 
 
 SECOND = """
-import pickle, sys
+import os, pickle, sys
 import torch
 from torch import distributed
 from actors.training.group import Processes
@@ -238,7 +240,25 @@ meeting, request = sys.argv[1:]
 distributed.init_process_group("gloo", init_method="file://" + meeting, rank=1, world_size=2)
 train(pickle.loads(bytes.fromhex(request)), Processes())
 distributed.destroy_process_group()
+os._exit(0)  # torch's own destructors of process groups abort at times
 """  # a process of its own that imports as little as it can
+
+
+def by_two(asked, folder):
+    """Train by two workers, of which this process is the first."""
+    meeting = str(folder / f"meeting-{uuid4().hex}")
+    second = [sys.executable, "-c", SECOND, meeting, pickle.dumps(asked).hex()]
+    with subprocess.Popen(second) as other:
+        try:
+            distributed.init_process_group(
+                "gloo", init_method=f"file://{meeting}", rank=0, world_size=2
+            )
+            train(asked, Processes())
+            distributed.destroy_process_group()
+        except BaseException:
+            other.kill()
+            raise
+    assert other.returncode == 0
 
 
 @pytest.mark.slow
@@ -252,14 +272,55 @@ def test_two_workers_have_the_bytes_of_one_also_when_they_resume_it(
     with monkeypatch.context() as patch:
         stopping(3, patch)
         train(request(models, out, **how), Alone())
-    asked, meeting = request(models, out, **how), str(tmp_path / "meeting")
-    second = [sys.executable, "-c", SECOND, meeting, pickle.dumps(asked).hex()]
-    with subprocess.Popen(second) as other:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=0, world_size=2
-        )
-        train(asked, Processes())
-        distributed.destroy_process_group()
-    assert other.returncode == 0
+    by_two(request(models, out, **how), tmp_path)
     assert found(out).file.sha256 == found(tmp_path / "one").file.sha256
     assert found(out).course == found(tmp_path / "one").course
+
+
+WAYS = {
+    "made": {"clip": 0.1},
+    "all": {"trains": "all", "weight_decay": 0.1, "loss": "labels"},
+    "lora": {"trains": "lora", "rank": 3, "dropout": 0.2, "parts": 4, "held_out": 4},
+    "bfloat16": {"trains": "all", "parts": 4},
+}
+
+
+def watched(owner, name, patch):
+    """Return a list that has an entry for each call of a method from now on."""
+    seen, call = [], getattr(owner, name)
+
+    def noting(*arguments, **more):
+        seen.append(arguments)
+        return call(*arguments, **more)
+
+    patch.setattr(owner, name, noting)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_divided_model_has_the_bytes_of_a_whole_one(models, tmp_path, monkeypatch, way):
+    how = {"steps": 6, "rates": (0.01, 0.001), **WAYS[way]}
+    dtype = way if way == "bfloat16" else "float32"
+
+    def asked(out):
+        return replace(request(models, tmp_path / out, **how), dtype=dtype)
+
+    train(asked("whole"), Alone())
+    parts = replace(asked("parts"), divided=True)
+    run = Directory(parts.run_uri)
+    run.write(parts.stop, b"")
+    with monkeypatch.context() as patch:
+        seen = watched(Division, "divide", patch)
+        by_two(parts, tmp_path)
+    assert len(seen) == (1 if WAYS[way].get("loss") else 2)  # the student, and the teacher
+    run.delete(parts.stop)
+    assert found(tmp_path / "parts").course.step == 1
+    with monkeypatch.context() as patch:
+        stopping(3, patch)
+        train(asked("parts"), Alone())
+    assert found(tmp_path / "parts").course.step == 4
+    by_two(parts, tmp_path)
+    assert found(tmp_path / "parts").file.sha256 == found(tmp_path / "whole").file.sha256
+    assert found(tmp_path / "parts").course == found(tmp_path / "whole").course
+    assert found(tmp_path / "whole").course.best["step"] > 0
