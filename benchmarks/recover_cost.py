@@ -17,6 +17,7 @@ of 1024), each case in a fresh process: anonymous memory above what the imports 
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +33,7 @@ from unittest.mock import patch
 import torch
 from result_file import ROOT, Goal, Result, load_average, report, table
 from safetensors.torch import load_file
+from torch import distributed
 from trained import SHARED, at_hand, stored, with_code_apart
 
 from actors.devices.memory import PeakMemory, release_freed_memory
@@ -39,7 +42,7 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory
 from actors.storage.sample_model import write_sample
 from actors.storage.tokens import tokens_to_parquet
-from actors.training.group import Alone
+from actors.training.group import Alone, Processes
 from actors.training.loop import train
 from actors.training.trained import made
 from actors.training.whole_model import WholeModel
@@ -51,6 +54,7 @@ LOW_RANK = {"method": "svdllm", "keep_fraction": 0.8}
 SLICED = {"method": "slicegpt", "keep_fraction": 0.8}
 STUDENTS = {"modegpt": UNIFORM, "svdllm": LOW_RANK}
 STEPS, BATCH, PARTS, LENGTH = 32, 8, 2, 256
+WORKERS = 2  # of a divided model
 RATES = {"one rate": (0.003,), "two rates tried": (0.01, 0.003)}
 TIMES_GOAL, BYTES_GOAL = 3.5, 0.10
 WIDE = {
@@ -221,12 +225,21 @@ def cases(folder: Path) -> list[dict[str, Any]]:
         for size in (1, 2)
         if (cut, size) != ("svdllm", 2)
     ]
+    divided = [
+        {"what": "divided", "cut": cut, "trains": trains, "loss": "kl", "size": 1, "parts": parts}
+        for cut, trains, parts in (
+            ("modegpt", "all", 2),
+            ("modegpt", "all", 4),
+            ("svdllm", "made", 2),
+            ("modegpt", "lora", 2),
+        )
+    ]
     layers = [
         {"what": "local", "cut": cut, "trains": trains, "loss": "", "size": size}
         for cut, trains in (("modegpt", "made"), ("slicegpt", "made"), ("modegpt", "lora"))
         for size in (1, 2)
     ]
-    return [{**each, "folder": str(folder)} for each in layers + whole]
+    return [{**each, "folder": str(folder)} for each in layers + whole + divided]
 
 
 def memory_of(case: Mapping[str, Any]) -> dict[str, int]:
@@ -234,7 +247,8 @@ def memory_of(case: Mapping[str, Any]) -> dict[str, int]:
     torch.set_num_threads(1)
     warm = torch.randn(64, 64, requires_grad=True)  # what autograd allocates at its first use
     (warm @ warm).sum().backward()
-    return {"global": _of_model, "local": _of_layer}[case["what"]](case, Path(case["folder"]))
+    measure = {"global": _of_model, "divided": _of_model, "local": _of_layer}[case["what"]]
+    return measure(case, Path(case["folder"]))
 
 
 def _of_model(case: Mapping[str, Any], folder: Path) -> dict[str, int]:
@@ -243,20 +257,57 @@ def _of_model(case: Mapping[str, Any], folder: Path) -> dict[str, int]:
     dense = folder / "dense"
     student = dense if case["cut"] == "dense" else folder / case["cut"] / "model"
     shape, compressed = Checkpoint(str(dense)).shape, Checkpoint(str(student))
-    batch, held = PARTS * case["size"], 2
+    parts = case.get("parts", PARTS)
+    batch, held = parts * case["size"], 2
     ids = torch.randint(0, WIDE["vocab_size"], (2 * batch + held, LONG))
     how = Recovery(mode="global", trains=case["trains"], loss=case["loss"], steps=2, batch=batch,
-                   parts=PARTS, rates=(0.001,), held_out=held, length=LONG,
+                   parts=parts, rates=(0.001,), held_out=held, length=LONG,
                    sequences=len(ids))  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run = Path(name)
         Directory(name).write("tokens/recovery.parquet", tokens_to_parquet(ids.numpy(), {}))
+        asked = request_of(run, str(student), str(dense), how)
         release_freed_memory()
-        peak = PeakMemory("cpu")
-        train(request_of(run, str(student), str(dense), how), Alone())
-        measured = peak.bytes()
-    planned = model_bytes(compressed.shape, compressed.form, shape, how, dtype="float32")
+        workers = WORKERS if case["what"] == "divided" else 1
+        if workers == 1:
+            peak = PeakMemory("cpu")
+            train(asked, Alone())
+            measured = peak.bytes()
+        else:
+            measured = max(_together(replace(asked, divided=True), name))
+    planned = model_bytes(
+        compressed.shape, compressed.form, shape, how, dtype="float32", workers=workers
+    )
     return {"planned": planned, "measured": measured}
+
+
+def _together(asked: TrainRequest, folder: str) -> list[int]:
+    """Return the peak of each of the workers of a group, processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    group = [
+        context.Process(target=_one_of_several, args=(asked, rank, f"{folder}/meeting", told))
+        for rank in range(WORKERS)
+    ]
+    for each in group:
+        each.start()
+    found = [told.get() for _ in group]
+    for each in group:
+        each.join()
+    return found
+
+
+def _one_of_several(asked: TrainRequest, rank: int, meeting: str, told: Any) -> None:
+    torch.set_num_threads(1)
+    warm = torch.randn(64, 64, requires_grad=True)
+    (warm @ warm).sum().backward()
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS
+    )
+    release_freed_memory()
+    peak = PeakMemory("cpu")
+    train(asked, Processes())
+    told.put(peak.bytes())
 
 
 def _of_layer(case: Mapping[str, Any], folder: Path) -> dict[str, int]:
@@ -324,7 +375,8 @@ def _from_a_process(case: Mapping[str, Any]) -> dict[str, int]:
 def label(case: Mapping[str, Any]) -> str:
     """Return the name of a case in the table."""
     loss = f" {case['loss']}" if case["loss"] else ""
-    return f"{case['what']} {case['cut']} {case['trains']}{loss}, {case['size']} a part"
+    parts = f", {case['parts']} parts" if "parts" in case else ""
+    return f"{case['what']} {case['cut']} {case['trains']}{loss}, {case['size']} a part{parts}"
 
 
 # -- Result --

@@ -22,6 +22,8 @@ MOMENTS_AND_BEST = 3  # copies of what is trained beside itself
 OF_A_STEP = 4  # copies of the largest tensor, while the optimiser changes it
 LOGITS = {"kl": 5, "labels": 3}  # student, teacher, their logarithms, the gradient
 RESIDUALS = 5.5  # of a layer: what its norms and linears read
+# Copies of a layer while a divided one is gathered, and of its gradients while workers add theirs.
+GATHERED, REDUCED = 3, 3
 NARROW = 0.71  # what is kept of a pass in 16 bits, to that in 32: norms and losses stay in 32
 
 
@@ -45,8 +47,14 @@ def layer_unit(step: Shrinking) -> int:
     )
 
 
-def model_parts(
-    shape: ModelShape, form: ModelForm, dense: ModelShape, how: Recovery, *, dtype: str
+def model_parts(  # noqa: PLR0913 what a training is of
+    shape: ModelShape,
+    form: ModelForm,
+    dense: ModelShape,
+    how: Recovery,
+    *,
+    dtype: str,
+    workers: int = 1,
 ) -> dict[str, int]:
     """Return what is in the peak of one worker that trains a whole model, in bytes by kind.
 
@@ -56,11 +64,13 @@ def model_parts(
         dense: of the model whose logits it learns.
         how: it is trained.
         dtype: of the products, and of the dense model.
+        workers: over which the layers are divided.
     """
+    if workers > 1:
+        return _divided_parts(shape, form, dense, how, dtype=dtype, workers=workers)
     count, narrow = model_parameters(shape, form), BYTES_OF[dtype] < SINGLE
     trained = SINGLE * sum(trained_elements(shape, layer, how) for layer in form.layers)
-    # A worker of several holds those of all its parts; one alone adds each to their sum.
-    gradient = trained * max(1, how.parts // 2)
+    gradient = trained  # each part's is added to the sum of those before
     largest = SINGLE * max(_largest(shape, layer, how) for layer in form.layers)
     tokens = part_tokens(how)
     kept = sum(kept_elements(shape, layer) for layer in form.layers) * tokens * SINGLE
@@ -87,11 +97,60 @@ def model_parts(
     }
 
 
-def model_bytes(
-    shape: ModelShape, form: ModelForm, dense: ModelShape, how: Recovery, *, dtype: str
+def _divided_parts(  # noqa: PLR0913 as above
+    shape: ModelShape,
+    form: ModelForm,
+    dense: ModelShape,
+    how: Recovery,
+    *,
+    dtype: str,
+    workers: int,
+) -> dict[str, int]:
+    """Return the same of one of several workers, over whom the layers are divided.
+
+    What layers share is counted as divided, though each worker holds it whole.
+    """
+    layers = [layer_parameters(shape, layer) for layer in form.layers]
+    outside = model_parameters(shape, form) - sum(layers)
+    adapted = how.trains == "lora"  # each worker holds all adapters
+    trained = [trained_elements(shape, layer, how) for layer in form.layers]
+    own = SINGLE * -(-sum(trained) // (1 if adapted else workers))
+    widest = SINGLE * max(layers)
+    tokens, width = part_tokens(how), max(layer.residual_in for layer in form.layers)
+    kept = max(kept_elements(shape, layer) for layer in form.layers) + len(layers) * width
+    streams = tokens * max(form.head_dim, dense.hidden) * (3 * SINGLE + BYTES_OF[dtype])
+    logits = LOGITS[how.loss] * min(tokens, LOGIT_TOKENS) * shape.vocab_size * SINGLE
+    teacher = 0
+    if how.loss == "kl":
+        whole = dense_model_form(dense)
+        inside = sum(layer_parameters(dense, layer) for layer in whole.layers)
+        teacher = model_parameters(dense, whole) - inside - (-inside // workers)
+        teacher += how.held_out * how.length * dense.hidden
+        teacher *= BYTES_OF[dtype]
+    merged = own + SINGLE * (sum(layers) // workers) if adapted else 0
+    return {
+        "weights": SINGLE * (outside - (-sum(layers) // workers)),
+        "gathered": GATHERED * widest,
+        "gradients": 2 * own + (0 if adapted else REDUCED * SINGLE * max(trained)),
+        "moments": MOMENTS_AND_BEST * own,
+        "logits": logits,
+        "activations": kept * tokens * SINGLE + streams,
+        "merged": merged,
+        "teacher": teacher,
+    }
+
+
+def model_bytes(  # noqa: PLR0913 as above
+    shape: ModelShape,
+    form: ModelForm,
+    dense: ModelShape,
+    how: Recovery,
+    *,
+    dtype: str,
+    workers: int = 1,
 ) -> int:
     """Return the peak of one worker that trains a whole model (see `model_parts`)."""
-    return sum(model_parts(shape, form, dense, how, dtype=dtype).values())
+    return sum(model_parts(shape, form, dense, how, dtype=dtype, workers=workers).values())
 
 
 def trained_elements(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
