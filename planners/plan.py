@@ -52,6 +52,7 @@ class RunPlan:
             one that it computes; 0 if it has no room for them.
         training_bytes: planned peak of a worker that trains the whole result, by kind; empty where
             none does.
+        training_workers: the fewest who hold it together; several divide its layers.
     """
 
     shape: ModelShape
@@ -68,6 +69,7 @@ class RunPlan:
     chains: int = 1
     in_flight_bytes: int = 0
     training_bytes: Mapping[str, int] = field(default_factory=dict)
+    training_workers: int = 1
 
     @property
     def num_workers(self) -> int:

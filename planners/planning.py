@@ -8,10 +8,10 @@ from planners.batching import TokenBatching
 from planners.budget.budgets import budget_of
 from planners.budget.schemes import SCHEMES
 from planners.errors import PlanError
-from planners.memory import training
 from planners.memory.fitting import Attempt, ways_to_fit
 from planners.memory.peaks import HOST_IN_FLIGHT, LIBRARIES, Shrinking, in_flight
 from planners.memory.placement import Load, load_of, place
+from planners.memory.trainers import Room, trainers
 from planners.method import MethodSpec, Option, Target
 from planners.model.cost import (
     BYTES_OF,
@@ -136,7 +136,7 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
     bases = 0
     if spec.residual:
         bases = sum(site_dims(form).values()) * shape.hidden * 8
-    trained = _training(shape, form, work)
+    trained, fewest = _training(shape, form, work)
     return RunPlan(
         shape=shape,
         form=form,
@@ -159,32 +159,23 @@ def make_plan(  # noqa: PLR0913 the inputs of a plan
         in_flight_bytes=load.in_flight if work.on_host else HOST_IN_FLIGHT,
         chains=min(batching.shards, work.num_workers // max(map(len, waves))),
         training_bytes=trained,
+        training_workers=fewest,
     )
 
 
-def _training(shape: ModelShape, form: ModelForm, work: Workload) -> dict[str, int]:
-    """Return the peak of a worker that trains the whole result, by kind; empty where none does.
+def _training(shape: ModelShape, form: ModelForm, work: Workload) -> tuple[dict[str, int], int]:
+    """Return the peak of a worker that trains the whole result, by kind, and the fewest workers.
+
+    Empty and 1 where none is trained.
 
     Raises:
-        PlanError: it does not fit a worker.
+        PlanError: it does not fit the workers.
     """
     how = work.recovery
     if how is None or how.mode != "global":
-        return {}
-    found = training.model_parts(shape, form, shape, how, dtype=work.batching.dtype)
-    missing = sum(found.values()) + LIBRARIES - work.worker_bytes
-    if missing > 0:
-        smaller = training.model_parts(
-            shape, form, shape, replace(how, trains="lora"), dtype=work.batching.dtype
-        )
-        fits = sum(smaller.values()) + LIBRARIES <= work.worker_bytes
-        raise PlanError(
-            f"recover: a worker of {work.worker_bytes:,} bytes is {missing:,} bytes too small to "
-            "train the whole model: each worker holds all of it, with gradients and moments",
-            hint="use --recover local, which trains one layer at a time"
-            + ("; or --recover-trains lora" if fits and how.trains != "lora" else ""),
-        )
-    return found
+        return {}, 1
+    room = Room(work.batching.dtype, worker_bytes=work.worker_bytes, num_workers=work.num_workers)
+    return trainers(shape, form, how, room)
 
 
 def _on_disk(shape: ModelShape, work: Workload, written: int) -> int:

@@ -56,9 +56,9 @@ def trained_bytes(out):
     return found.file.sha256
 
 
-def begun(asked, *, most=2):
+def begun(asked, *, fewest=1, most=2):
     """Start a group that may grow within seconds."""
-    return start(asked, num_workers=(1, most), resources=CORE, name=UNIT, grow_seconds=3.0)
+    return start(asked, num_workers=(fewest, most), resources=CORE, name=UNIT, grow_seconds=3.0)
 
 
 def group():

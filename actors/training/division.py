@@ -3,13 +3,13 @@
 A worker holds some rows of each tensor of the layers. All workers gather a layer where tokens pass
 it, forward and again backward, and let it go behind it; what a layer keeps for its backward pass is
 computed a second time there, so between the two only its input is kept. Each worker holds the whole
-embedding, final norm, head and whatever layers share.
+embedding, final norm and head.
 
 The library's reduction is replaced by one in the order of the parts, so no bit depends on how many
 workers there are, or on whether the model is divided at all.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -33,23 +33,18 @@ class Division:
         self._mesh = init_device_mesh(device, (distributed.get_world_size(),))
         self._sums: list[_OrderedSum] = []
 
-    def divide(
-        self, body: nn.Module, layers: Mapping[str, nn.Module], *, whole: Container[str]
-    ) -> None:
-        """Divide the layers of a model that has no values yet; see `own` for these.
+    def divide(self, body: nn.Module, layers: Iterable[nn.Module]) -> None:
+        """Divide the layers of a model that has no values yet; see `own_rows` for these.
 
-        Args:
-            body: contains the layers, and is called with tokens.
-            layers: prefix of the names of its tensors -> layer.
-            whole: names of tensors that are not divided.
+        ``body`` contains the layers, and is called with tokens.
         """
-        for prefix, layer in layers.items():
-            named = layer.named_parameters()
-            self._fully_shard(layer, {each for name, each in named if prefix + name in whole})
-        inside = {each for layer in layers.values() for each in layer.parameters()}
-        self._fully_shard(body, set(body.parameters()) - inside)
+        outside = set(body.parameters())
+        for layer in layers:
+            outside -= set(layer.parameters())
+            self._fully_shard(layer)
+        self._fully_shard(body, whole=outside)
 
-    def _fully_shard(self, module: nn.Module, whole: set[nn.Parameter]) -> None:
+    def _fully_shard(self, module: nn.Module, whole: set[nn.Parameter] | None = None) -> None:
         divided = fully_shard(module, mesh=self._mesh, ignored_params=whole)
         self._sums.append(_OrderedSum())
         # The class that it expects is a private protocol of the library.

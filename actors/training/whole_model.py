@@ -51,8 +51,7 @@ class WholeModel:
         self._body_name = self._family.layer.removesuffix(".{i}").rpartition(".")[0]
         self._body = self.module.get_submodule(self._body_name)
         if division:
-            together = {*checkpoint.shared, *checkpoint.shared.values()}
-            division.divide(self._body, self.layers, whole=together)
+            division.divide(self._body, self.layers.values())
         empty = dict(self.module.named_parameters(remove_duplicate=False))
         tensors = {}
         for name, tensor in checkpoint.stream_prefix("", shared=False):

@@ -88,7 +88,11 @@ def _recovery(forecast: Forecast) -> dict[str, str]:
         peak = bytes_text(sum(plan.training_bytes.values()))
         parts = ", ".join(f"{k} {bytes_text(v)}" for k, v in plan.training_bytes.items() if v)
         most = min(forecast.num_workers, how.parts)
-        found["training"] = f"{peak} a worker, on up to {most}: {parts}"
+        where = f"on up to {most}"
+        if (fewest := plan.training_workers) > 1:
+            over = f"{fewest} workers" if fewest == most else f"{fewest} to {most} workers"
+            where = f"its layers divided over {over}"
+        found["training"] = f"{peak} a worker, {where}: {parts}"
     return found
 
 

@@ -24,13 +24,15 @@ POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # between two looks into the run directory
 
 
-def train_together(context: WorkContext, request: TrainRequest, *, most: int) -> UnitDone:
+def train_together(
+    context: WorkContext, request: TrainRequest, *, workers: tuple[int, int]
+) -> UnitDone:
     """Return what the record of a finished training says.
 
     Args:
         context: of the run.
         request: what is trained.
-        most: workers; fewer train where there is no room for more.
+        workers: at least, and at most; fewer than these train where there is no room for more.
 
     Raises:
         CompressionError: the training's own error, or its workers were lost too often.
@@ -42,7 +44,7 @@ def train_together(context: WorkContext, request: TrainRequest, *, most: int) ->
     with pool.vacated():
         while True:
             try:
-                _follow(context, request, most=most)
+                _follow(context, request, workers=workers)
                 break
             except FAILURES as error:
                 call = Call(name=request.unit, place=Place.NOWHERE_ELSE)
@@ -65,10 +67,10 @@ def train_together(context: WorkContext, request: TrainRequest, *, most: int) ->
     )
 
 
-def _follow(context: WorkContext, request: TrainRequest, *, most: int) -> None:
+def _follow(context: WorkContext, request: TrainRequest, *, workers: tuple[int, int]) -> None:
     resources = Resources.of_worker(request.threads, request.device)
     training = context.pool.executor.train(
-        request, num_workers=(1, most), resources=resources, name=request.unit
+        request, num_workers=workers, resources=resources, name=request.unit
     )
     with _ended(training):
         seen, looked, stopping = _Seen(), 0.0, False

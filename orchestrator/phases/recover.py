@@ -100,9 +100,10 @@ def _train(context: RunContext, unit: Unit, shrunk: Subject) -> None:
         contents=teacher.contents,
         model_store=teacher.model_store,
         input_uri=dense_subject(prepared).uri if prepared.teacher else "",
+        divided=prepared.plan.training_workers > 1,
     )
-    most = min(prepared.config.workers, recovery.parts)
-    done = train_together(context, request, most=most)
+    workers = prepared.plan.training_workers, min(prepared.config.workers, recovery.parts)
+    done = train_together(context, request, workers=workers)
     context.ledger.commit(unit, done, attempt=1)
     context.journal.emit(unit.kind, unit=unit.name, worker=done.worker,
                          start=done.started, seconds=done.seconds)  # fmt: skip

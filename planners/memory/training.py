@@ -47,7 +47,7 @@ def layer_unit(step: Shrinking) -> int:
     )
 
 
-def model_parts(  # noqa: PLR0913 what a training is of
+def model_parts(
     shape: ModelShape,
     form: ModelForm,
     dense: ModelShape,
@@ -97,7 +97,7 @@ def model_parts(  # noqa: PLR0913 what a training is of
     }
 
 
-def _divided_parts(  # noqa: PLR0913 as above
+def _divided_parts(
     shape: ModelShape,
     form: ModelForm,
     dense: ModelShape,
@@ -106,10 +106,7 @@ def _divided_parts(  # noqa: PLR0913 as above
     dtype: str,
     workers: int,
 ) -> dict[str, int]:
-    """Return the same of one of several workers, over whom the layers are divided.
-
-    What layers share is counted as divided, though each worker holds it whole.
-    """
+    """Return the same of one of several workers, over whom the layers are divided."""
     layers = [layer_parameters(shape, layer) for layer in form.layers]
     outside = model_parameters(shape, form) - sum(layers)
     adapted = how.trains == "lora"  # each worker holds all adapters
@@ -127,20 +124,27 @@ def _divided_parts(  # noqa: PLR0913 as above
         teacher = model_parameters(dense, whole) - inside - (-inside // workers)
         teacher += how.held_out * how.length * dense.hidden
         teacher *= BYTES_OF[dtype]
-    merged = own + SINGLE * (sum(layers) // workers) if adapted else 0
+    gathered = GATHERED * widest
+    # Those of the rounds before, and those that are added to them.
+    gradients = own * min(2, how.parts // workers)
+    if not adapted:
+        gradients += REDUCED * SINGLE * max(trained)
+    activations = kept * tokens * SINGLE + streams
+    # At the end the weights with the adapters added replace what a pass has kept.
+    merged = SINGLE * sum(layers) // workers if adapted else 0
+    activations += max(merged - gathered - activations - logits, 0)
     return {
         "weights": SINGLE * (outside - (-sum(layers) // workers)),
-        "gathered": GATHERED * widest,
-        "gradients": 2 * own + (0 if adapted else REDUCED * SINGLE * max(trained)),
+        "gathered": gathered,
+        "gradients": gradients,
         "moments": MOMENTS_AND_BEST * own,
         "logits": logits,
-        "activations": kept * tokens * SINGLE + streams,
-        "merged": merged,
+        "activations": activations,
         "teacher": teacher,
     }
 
 
-def model_bytes(  # noqa: PLR0913 as above
+def model_bytes(
     shape: ModelShape,
     form: ModelForm,
     dense: ModelShape,

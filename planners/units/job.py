@@ -227,7 +227,10 @@ def recovering_layer(job: Job, index: int) -> Work:
 
 def recovering_model(job: Job, _: int) -> Work:
     """Return the work of training the whole model, all workers together."""
-    return recovery_work.model_training(job.shape, job.form, job.dense, job.data, _recovery(job))
+    return recovery_work.model_training(
+        job.shape, job.form, job.dense, job.data, _recovery(job),
+        divided=job.plan.training_workers > 1,
+    )  # fmt: skip
 
 
 def _recovery(job: Job) -> Recovery:

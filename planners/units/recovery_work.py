@@ -43,9 +43,18 @@ def layer_training(shape: ModelShape, form: LayerForm, data: TokenBatching, how:
 
 
 def model_training(
-    shape: ModelShape, form: ModelForm, dense: ModelShape, data: TokenBatching, how: Recovery
+    shape: ModelShape,
+    form: ModelForm,
+    dense: ModelShape,
+    data: TokenBatching,
+    how: Recovery,
+    *,
+    divided: bool,
 ) -> Work:
-    """Return the work of training a whole model to the logits of another."""
+    """Return the work of training a whole model to the logits of another.
+
+    If its layers are divided over workers, each is passed once more for its gradients.
+    """
     trained, measured = _tokens(how)
     text = _of_text(data, how)
     student = sum((layer_forward(shape, f, tokens=1, data=text) for f in form.layers), Work())
@@ -59,7 +68,7 @@ def model_training(
             read=(count + model_parameters(dense, dense_model_form(dense))) * BYTES_OF[shape.dtype]
         )
         + Work(touched=STEP_BYTES * count * how.all_steps)
-        + student.times(TRAINING * trained + measured)
+        + student.times((TRAINING + divided) * trained + measured)
         + (teacher + logits).times(trained + measured)
     )
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,25 @@ def test_a_killed_worker_costs_no_bit(begin, undisturbed, tmp_path, number):
 
     def kill():
         signal_all([sorted(group())[number][0]], signal.SIGKILL)
+
+    follower.after(100, kill).until_done(training)
+    print(follower.report())
+    assert trained_bytes(tmp_path) == undisturbed
+    assert follower.nothing_twice()
+    assert follower.sizes == [2, 2]
+
+
+def test_a_worker_killed_while_it_holds_half_of_the_layers_costs_no_bit(
+    models, undisturbed, tmp_path
+):
+    asked, follower = (
+        replace(request(models, tmp_path, steps=STEPS), divided=True),
+        Follower(tmp_path),
+    )
+    training = begun(asked, fewest=2)
+
+    def kill():
+        signal_all([sorted(group())[1][0]], signal.SIGKILL)
 
     follower.after(100, kill).until_done(training)
     print(follower.report())
