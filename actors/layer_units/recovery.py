@@ -7,7 +7,7 @@ residual stream, both are taken into the bases of the compressed layer.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from actors.storage.checkpoint import Checkpoint
 from actors.storage.files import Directory, FileEntry
 from actors.storage.records import Record, read_record
 from actors.storage.tensors import (
+    StoredTensors,
+    damaged,
     map_tensors,
     read_header,
     read_tensors,
@@ -35,7 +37,6 @@ from actors.training.local import LayerData, train_layer
 from actors.training.resume import Durability
 from planners.calibration import shard_cuts
 from planners.canonical_json import fingerprint, to_json
-from planners.errors import StorageError
 from planners.families import load as load_family
 from planners.recovery import SHARDS, SHRUNK, TRAINED
 
@@ -211,7 +212,20 @@ def export(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) ->
     if not training:
         return _copied(first, TRAINED, run)
     (file,) = training[0].files
-    return _exported(first, map_tensors(run, file), run)
+    _require_intact(run.uri, file)
+    return _exported(first, StoredTensors(run, file.path), run)
+
+
+@lru_cache(maxsize=1)
+def _require_intact(run_uri: str, file: FileEntry) -> None:
+    """Refuse a file that is not as it was written; as it has all layers, it is read once for all.
+
+    Raises:
+        StorageError: it does not match its hash.
+    """
+    run = Directory(run_uri)
+    if run.sha256(file.path) != file.sha256:
+        raise damaged(run, file)
 
 
 def keep(task: UnitTask, job: CompressionJob, run: Directory, reads: Reads) -> Done:
@@ -242,10 +256,7 @@ def _copy(run: Directory, file: FileEntry, folder: str) -> FileEntry:
             stream.write(memoryview(run.read_range(file.path, start, size)))
     copied = stream.entry(name)
     if copied.sha256 != file.sha256:
-        raise StorageError(
-            f"{run.path(file.path)}: does not match the hash in its record",
-            hint="run the same command again with --verify-hashes, which recomputes such files",
-        )
+        raise damaged(run, file)
     return copied
 
 

@@ -91,6 +91,14 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._header)
 
 
+def damaged(directory: Directory, file: FileEntry) -> StorageError:
+    """Return the error of a file that is not as it was written."""
+    return StorageError(
+        f"{directory.path(file.path)}: does not match the hash in its record",
+        hint="run the same command again with --verify-hashes, which recomputes such files",
+    )
+
+
 def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
     """Return all tensors of one of our own files; a local file is memory-mapped.
 
@@ -107,10 +115,7 @@ def map_tensors(directory: Directory, file: FileEntry) -> dict[str, Tensor]:
     else:
         pages = directory.read_range(file.path, 0, file.bytes)
     if hashlib.sha256(pages).hexdigest() != file.sha256:
-        raise StorageError(
-            f"{directory.path(file.path)}: does not match the hash in its record",
-            hint="run the same command again with --verify-hashes, which recomputes such files",
-        )
+        raise damaged(directory, file)
     found = {}
     for key, entry in header.items():
         dtype = TORCH_DTYPE[entry.dtype]

@@ -16,7 +16,7 @@ from actors.storage.sources import embedded_model
 from actors.training.steps import Steps
 from orchestrator.backend.executor import FailureClass, WorkerLost
 from orchestrator.backend.local import LocalExecutor
-from planners.errors import ConfigError, ModelError, NumericsError
+from planners.errors import ConfigError, ModelError, NumericsError, StorageError
 from planners.recovery import SHRUNK
 from tests.builders import (
     DeadDriverError,
@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 
 def recovered(model, out, *, mode="local", cut=EASY, how=compress_local, **keys):
-    more = {key: keys.pop(key) for key in ("executor", "workers") if key in keys}
+    more = {key: keys.pop(key) for key in ("executor", "workers", "listener") if key in keys}
     return how(model, out, **cut, **more, recover={"mode": mode, **HOW, **keys})
 
 
@@ -140,6 +140,20 @@ def undisturbed(model, tmp_path_factory):
 def test_more_workers_give_the_same_bytes(model, tmp_path, undisturbed, workers):
     recovered(model, tmp_path / "run", workers=workers)
     assert weights(tmp_path / "run") == undisturbed["local"]
+
+
+def test_a_trained_model_that_was_damaged_on_disk_is_refused(model, tmp_path):
+    out = tmp_path / "run"
+
+    def damage(event):
+        if event["kind"] == "recover_model":
+            path = max(out.glob("training/*.safetensors"))  # of the last step
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+
+    with pytest.raises(StorageError, match=r"recover-model.*does not match the hash"):
+        recovered(model, out, mode="global", listener=damage)
 
 
 @pytest.mark.parametrize("mode", ["local", "global"])
