@@ -252,7 +252,7 @@ def memory_of(case: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _of_model(case: Mapping[str, Any], folder: Path) -> dict[str, int]:
-    from planners.memory.training import model_bytes
+    from planners.memory.training import model_parts
 
     dense = folder / "dense"
     student = dense if case["cut"] == "dense" else folder / case["cut"] / "model"
@@ -275,10 +275,10 @@ def _of_model(case: Mapping[str, Any], folder: Path) -> dict[str, int]:
             measured = peak.bytes()
         else:
             measured = max(_together(replace(asked, divided=True), name))
-    planned = model_bytes(
+    planned = model_parts(
         compressed.shape, compressed.form, shape, how, dtype="float32", workers=workers
     )
-    return {"planned": planned, "measured": measured}
+    return {"planned": sum(planned.values()), "measured": measured}
 
 
 def _together(asked: TrainRequest, folder: str) -> list[int]:

@@ -144,19 +144,6 @@ def _divided_parts(
     }
 
 
-def model_bytes(
-    shape: ModelShape,
-    form: ModelForm,
-    dense: ModelShape,
-    how: Recovery,
-    *,
-    dtype: str,
-    workers: int = 1,
-) -> int:
-    """Return the peak of one worker that trains a whole model (see `model_parts`)."""
-    return sum(model_parts(shape, form, dense, how, dtype=dtype, workers=workers).values())
-
-
 def trained_elements(shape: ModelShape, form: LayerForm, how: Recovery) -> int:
     """Return the elements of a layer that are trained, at most."""
     if how.trains != "lora":

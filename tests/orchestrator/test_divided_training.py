@@ -12,7 +12,7 @@ from orchestrator.backend import ray_cluster
 from orchestrator.backend.ray_executor import RayExecutor
 from planners.errors import PlanError
 from planners.memory.peaks import LIBRARIES
-from planners.memory.training import model_bytes
+from planners.memory.training import model_parts
 from tests.builders import compress_local, prepared_run, result_files
 
 LENGTH = 64
@@ -42,8 +42,8 @@ def gib(model, out, *, workers):
     """Return the memory of a worker with which so many are needed."""
     prepared = prepared_run(model, out, **RECIPE)
     plan, how, dtype = prepared.plan, prepared.recovery, prepared.identity.batching.dtype
-    own = model_bytes(plan.shape, plan.form, plan.shape, how, dtype=dtype, workers=workers)
-    return (own + LIBRARIES) / 2**30
+    own = model_parts(plan.shape, plan.form, plan.shape, how, dtype=dtype, workers=workers)
+    return (sum(own.values()) + LIBRARIES) / 2**30
 
 
 @pytest.mark.ray

@@ -9,7 +9,7 @@ from planners.errors import PlanError
 from planners.families import family_of
 from planners.memory.peaks import LIBRARIES
 from planners.memory.trainers import Room, trainers
-from planners.memory.training import model_bytes, model_parts
+from planners.memory.training import model_parts
 from planners.model.cost import dense_model_form, layer_parameters, model_parameters
 from planners.model.form import Link
 from planners.recovery import Recovery
@@ -21,8 +21,8 @@ HOW = Recovery(mode="global", trains="all", steps=8, batch=8, parts=8, rates=(0.
 
 
 def needed(workers, how=HOW):
-    own = model_bytes(LLAMA_7B, FORM, LLAMA_7B, how, dtype="bfloat16", workers=workers)
-    return own + LIBRARIES
+    own = model_parts(LLAMA_7B, FORM, LLAMA_7B, how, dtype="bfloat16", workers=workers)
+    return sum(own.values()) + LIBRARIES
 
 
 def found(worker_bytes, *, num_workers=8, how=HOW, form=FORM):
